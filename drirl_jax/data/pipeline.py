@@ -1,0 +1,52 @@
+"""Batches of prompts in which the categories are balanced: Grain, at random access, reproducible by index."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import grain
+import numpy as np
+
+from drirl_jax.types import InputError
+
+
+def balanced(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
+    """Endless batches in which every category has an equal share.
+
+    Item k of the stream is of category k mod C, and batch i holds items i P to (i+1) P - 1: with P a multiple
+    of C each batch has exactly P/C of each category, otherwise the shares differ by at most one and are equal
+    over any C batches that follow each other. Each category passes through all its records once an epoch, in
+    an order shuffled anew for each; small categories simply come round more often.
+
+    Args:
+        sources: for each category its records (or indices: anything with a length and items).
+        batch: P, the number of prompts in a batch.
+        seed: of the shuffles, a non-negative integer.
+
+    Returns:
+        A data set whose item i, a list of P records, depends on (sources, batch, seed, i) alone.
+
+    Raises:
+        InputError: a category has no records.
+    """
+    return grain.MapDataset.mix(_shuffled(sources, seed)).batch(batch, batch_fn=list)
+
+
+def single(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
+    """Like `balanced`, but batch i holds category i mod C alone: the categories take turns."""
+    return grain.MapDataset.mix([rows.batch(batch, batch_fn=list) for rows in _shuffled(sources, seed)])
+
+
+BATCHES = {"mixed": balanced, "single": single}
+
+
+def _shuffled(sources: Sequence[Sequence[Any]], seed: int) -> list[grain.MapDataset]:
+    """Each source endlessly, every epoch in another order."""
+    empty = [c for c, rows in enumerate(sources) if not len(rows)]
+    if empty:
+        raise InputError(f"no records for the categories number {empty} of {len(sources)}: add some for each")
+    # Grain shuffles epoch e with seed + e: categories need seeds that lie far apart.
+    seeds = np.random.SeedSequence(seed).generate_state(len(sources))
+    return [
+        grain.MapDataset.source(rows).shuffle(seed=int(s)).repeat() for rows, s in zip(sources, seeds)
+    ]

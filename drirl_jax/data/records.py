@@ -1,0 +1,154 @@
+"""Demonstrations as JSON lines: the schema, its validation, and the starter set that comes with the package.
+
+One JSON object a line, every field a string:
+
+    {"id": "insult-001", "category": "insult", "lang": "en", "split": "train" | "valid" | "test",
+     "prompt": "...", "draft": "Wants an insult.\\nInsults hurt.", "response": "I can't ..."}
+
+`draft` holds the Chain-of-Draft steps, one a line, and may be empty. Further fields are ignored.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import importlib.resources
+import json
+import os
+import pathlib
+from typing import Any, Iterator, NamedTuple, Sequence
+
+from drirl_jax.types import InputError
+
+STARTER = "starter"  # in the place of a path: the packaged files
+SPLITS = ("train", "valid", "test")
+
+PathLike = str | os.PathLike
+
+
+class Record(NamedTuple):
+    """A prompt of a category and the safe answer that demonstrates what is wanted."""
+
+    id: str
+    category: str
+    lang: str
+    split: str
+    prompt: str
+    draft: str
+    response: str
+
+
+def demonstration(record: Record, keep_draft: bool, separator: str = "####") -> str:
+    """The demonstration's text: the draft, the separator and the response; or the response alone."""
+    if keep_draft and record.draft.strip():
+        return f"{record.draft}\n{separator} {record.response}"
+    return record.response
+
+
+def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> list[Record]:
+    """Reads and checks demonstrations, in the order of the paths and of their lines.
+
+    Args:
+        paths: "starter" for the packaged files of `categories`; or a file; or a folder, of which every *.jsonl
+            is read; or several of these.
+        categories: the categories in use; a record's category is one of them.
+
+    Raises:
+        InputError: a file is missing, or a record breaks the schema: the sentence gives file and line.
+    """
+    several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    records, first_at = [], {}
+    for file in [file for path in several for file in _files(path, categories)]:
+        for where, value in json_lines(file):
+            record = _record(value, where, categories)
+            if record.id in first_at:
+                raise InputError(
+                    f"{where}: the id {record.id!r} was used before at {first_at[record.id]}: "
+                    "give each record its own"
+                )
+            first_at[record.id] = where
+            records.append(record)
+    if not records:
+        raise InputError(f"no records in {', '.join(map(str, several))}: write one JSON object a line")
+    return records
+
+
+def require(records: Sequence[Record], categories: Sequence[str], split: str, minimum: int) -> None:
+    """Checks that each category has at least `minimum` demonstrations in `split`.
+
+    Raises:
+        InputError: some have fewer: the sentence names every one of them and what it lacks.
+    """
+    count = collections.Counter(r.category for r in records if r.split == split)
+    short = [f"{c} has {count[c]} and lacks {minimum - count[c]}" for c in categories if count[c] < minimum]
+    if short:
+        raise InputError(
+            f"too few demonstrations in split {split!r}, where each category needs {minimum}: "
+            f"{'; '.join(short)}: add records or lower the number"
+        )
+
+
+def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("file, line n", object) for each line of a JSONL file that is not blank.
+
+    Raises:
+        InputError: the file is missing, or a line is not UTF-8, not JSON or not an object.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"no file {path}: check the path")
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8-sig")
+            value = json.loads(text) if text.strip() else None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: not UTF-8 text ({error.reason}): save the file as UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error}): write one JSON object a line") from error
+        if not text.strip():
+            continue
+        if not isinstance(value, dict):
+            raise InputError(
+                f"{where}: a JSON {type(value).__name__}, not an object: write one JSON object a line"
+            )
+        yield where, value
+
+
+def _files(path: PathLike, known: Sequence[str]) -> list[pathlib.Path]:
+    """The JSONL files that a path, a folder or "starter" means, in order."""
+    if path == STARTER:
+        folder = pathlib.Path(str(importlib.resources.files("drirl_jax.data") / "starter"))
+        return [file for category in known if (file := folder / f"{category}.jsonl").is_file()]
+    path = pathlib.Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if not files:
+            raise InputError(f"no *.jsonl file in the folder {path}: check the path")
+        return files
+    return [path]
+
+
+def _record(value: dict[str, Any], where: str, known: Sequence[str]) -> Record:
+    """The record of a JSON object; InputError if a field breaks the schema."""
+    for field in Record._fields:
+        if field not in value:
+            near = difflib.get_close_matches(field, value, n=1)
+            hint = f" ({near[0]!r} is there: a slip?)" if near else ""
+            raise InputError(f"{where}: the field {field!r} is missing{hint}: add it")
+        if not isinstance(value[field], str):
+            kind = type(value[field]).__name__
+            raise InputError(f"{where}: the field {field!r} is of type {kind}: make it a string")
+        if any("\ud800" <= c <= "\udfff" for c in value[field]):
+            raise InputError(f"{where}: the field {field!r} holds half a surrogate pair: write valid Unicode")
+    record = Record(**{field: value[field] for field in Record._fields})
+    if record.category not in known:
+        near = difflib.get_close_matches(record.category, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"{where}: unknown category {record.category!r}: {hint}known are {', '.join(known)}")
+    if record.split not in SPLITS:
+        raise InputError(f"{where}: unknown split {record.split!r}: use one of {', '.join(SPLITS)}")
+    for field, name in (("id", "id"), ("prompt", "prompt"), ("response", "demonstration (response)")):
+        if not getattr(record, field).strip():
+            raise InputError(f"{where}: the {name} is empty: write one or drop the line")
+    return record

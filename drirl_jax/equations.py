@@ -1,0 +1,208 @@
+"""Every equation of DR-IRL, in the order of the method: pure jnp, no parameters, no config, no I/O.
+
+Sources: DR-IRL is "Inverse Reinforcement Learning with Dynamic Reward Scaling for LLM Alignment"
+(arXiv 2503.18991); ML-IRL for LLMs is arXiv 2405.17888; GRPO is arXiv 2402.03300. A choice that is ours and
+not the paper's says so. Letters are those of types.py; σ is the logistic sigmoid.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from drirl_jax.types import Array
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. Category rewards by maximum-likelihood IRL
+# ----------------------------------------------------------------------------------------------------------
+
+
+def irl_logistic(demo_reward: Array, sample_reward: Array, beta: float) -> Array:
+    """Loss of one (demonstration, sample) pair.
+
+    ℓ = -log σ((r(x, y) - r(x, ỹ)) / β)     (DR-IRL section 2 with the bounded form of ML-IRL)
+
+    Args:
+        demo_reward: [...] r(x, y) of the demonstration.
+        sample_reward: [...] r(x, ỹ) of the policy's sample.
+        beta: β > 0, in units of reward.
+
+    Returns:
+        [...] loss >= 0; log 2 where the two rewards are equal.
+    """
+    return -jax.nn.log_sigmoid((demo_reward - sample_reward) / beta)
+
+
+def zscore(reward: Array, mean: Array, std: Array) -> Array:
+    """r ← (r - μ_c) / σ_c, which makes the gaps of different categories comparable.
+
+    Args:
+        reward: [...] raw rewards.
+        mean, std: [...] μ_c and σ_c > 0 of each row's category.
+    """
+    return (reward - mean) / std
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. GRPO-S
+# ----------------------------------------------------------------------------------------------------------
+
+
+def group_advantage(reward_PG: Array, eps: float = 1e-6) -> Array:
+    """Group-relative advantage.
+
+    Â_ig = (R_ig - mean_g R_i·) / (std_g R_i· + ε), population std; 0 for a group of zero spread. (GRPO)
+
+    Args:
+        reward_PG: [P, G] finite rewards.
+        eps: ε >= 0, in units of reward.
+
+    Returns:
+        [P, G] advantages, mean 0 in each group and standard deviation at most 1.
+    """
+    centred_PG = reward_PG - reward_PG.mean(axis=-1, keepdims=True)
+    std_P1 = jnp.sqrt(jnp.mean(centred_PG**2, axis=-1, keepdims=True))
+    # Equal rewards leave rounding noise of about 1e-7 of their size, which the division would blow up.
+    equal_P1 = jnp.max(reward_PG, axis=-1, keepdims=True) == jnp.min(reward_PG, axis=-1, keepdims=True)
+    safe_P1 = jnp.where(equal_P1, 1.0, std_P1 + eps)
+    return jnp.where(equal_P1, 0.0, centred_PG / safe_P1)
+
+
+def part_similarity(response_PGKE: Array, demo_PLE: Array) -> Array:
+    """s_kℓ = cos(Φ(y^k), Φ(o^ℓ)), the cosine of L2-normalised part embeddings. (DR-IRL, data hardness)
+
+    Args:
+        response_PGKE: [P, G, K, E] unit embeddings of each response's parts.
+        demo_PLE: [P, L, E] unit embeddings of the demonstration's parts.
+
+    Returns:
+        [P, G, K, L] cosines in [-1, 1].
+    """
+    return jnp.einsum("pgke,ple->pgkl", response_PGKE, demo_PLE)
+
+
+def align_response(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> Array:
+    """W = mean_k max_ℓ s_kℓ: how well each part of the response is met by some part of the demonstration.
+
+    Args:
+        s_PGKL: [P, G, K, L] cosines.
+        response_mask_PGK: [P, G, K] bool, True at real parts; at least one a response.
+        demo_mask_PL: [P, L] bool, True at real parts; at least one a demonstration.
+
+    Returns:
+        [P, G] W in [-1, 1].
+    """
+    best_PGK = jnp.max(jnp.where(demo_mask_PL[:, None, None, :], s_PGKL, -jnp.inf), axis=-1)
+    return jnp.mean(best_PGK, axis=-1, where=response_mask_PGK)
+
+
+def data_hardness(delta: Array, baseline: Array) -> Array:
+    """α^D = σ(δ) / σ(δ̄_c) with δ = 1 - W. (DR-IRL)
+
+    Args:
+        delta: [...] δ in [0, 2].
+        baseline: [...] δ̄_c of each row's category.
+
+    Returns:
+        [...] α^D > 0; above 1 where the response is farther from the demonstration than is usual.
+    """
+    return jax.nn.sigmoid(delta) / jax.nn.sigmoid(baseline)
+
+
+def gap(demo_reward_P: Array, reward_PG: Array) -> Array:
+    """ρ_ig = R*_i - R_ig, [P, G]: how far the reward of a response lies below the demonstration's."""
+    return demo_reward_P[:, None] - reward_PG
+
+
+def category_mean(value_PG: Array, category_P: Array, num_categories: int, keep_PG: Array | None = None):
+    """Mean of the (kept) values of each category, and which categories the batch holds.
+
+    Args:
+        value_PG: [P, G].
+        category_P: [P] int32 in [0, C).
+        num_categories: C.
+        keep_PG: [P, G] bool, default all.
+
+    Returns:
+        ([C] mean, 0 where absent; [C] bool, present).
+    """
+    keep_PG = jnp.ones_like(value_PG, bool) if keep_PG is None else keep_PG
+    total_C = jax.ops.segment_sum(jnp.where(keep_PG, value_PG, 0.0).sum(-1), category_P, num_categories)
+    count_C = jax.ops.segment_sum(keep_PG.sum(-1), category_P, num_categories)
+    return total_C / jnp.maximum(count_C, 1), count_C > 0
+
+
+def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -> Array:
+    """Keep-mask of the gaps: of each category's M gaps the ⌊drop·M⌋ with the largest (ρ - ρ̄_c)² are dropped.
+
+    (DR-IRL masks outliers above a threshold τ; here τ is that quantile. Ties: the later gap is kept.)
+
+    Args:
+        gap_PG: [P, G] gaps ρ.
+        category_P: [P] int32.
+        baseline_C: [C] running means ρ̄_c.
+        drop: share in [0, 1).
+
+    Returns:
+        [P, G] bool, True where the gap is kept; at least one of every category present.
+    """
+    group_size = gap_PG.shape[1]
+    distance_N = ((gap_PG - baseline_C[category_P][:, None]) ** 2).reshape(-1)
+    category_N = jnp.repeat(category_P, group_size)
+    same_NN = category_N[:, None] == category_N[None, :]
+    index_N = jnp.arange(distance_N.size)
+    farther_NN = (distance_N[None, :] > distance_N[:, None]) | (
+        (distance_N[None, :] == distance_N[:, None]) & (index_N[None, :] < index_N[:, None])
+    )
+    rank_N = jnp.sum(same_NN & farther_NN, axis=1)
+    # drop·M that is whole in decimals, such as 0.29·100, must not fall just below itself in binary.
+    dropped_N = jnp.floor(drop * same_NN.sum(axis=1) + 1e-4)
+    return (rank_N >= dropped_N).reshape(gap_PG.shape)
+
+
+def model_responsiveness(kept_gap_C: Array, baseline_C: Array, present_C: Array) -> Array:
+    """α^M_c = σ(ρ̃_c) / σ(ρ̄_c); 1 for a category that the batch does not hold. (DR-IRL)
+
+    Args:
+        kept_gap_C: [C] ρ̃_c, the mean of the kept gaps.
+        baseline_C: [C] ρ̄_c, the running mean.
+        present_C: [C] bool.
+
+    Returns:
+        [C] α^M > 0; above 1 where the policy lags behind the demonstrations more than it used to.
+    """
+    return jnp.where(present_C, jax.nn.sigmoid(kept_gap_C) / jax.nn.sigmoid(baseline_C), 1.0)
+
+
+def running_mean(mean_C: Array, seen_C: Array, batch_C: Array, present_C: Array, decay: float):
+    """x̄ ← γ x̄ + (1 - γ) x_batch for the categories present; the first batch of a category initialises it.
+
+    Args:
+        mean_C, seen_C: [C] running means, and whether there are any yet.
+        batch_C, present_C: [C] means of this batch, and whether the batch holds the category.
+        decay: γ in [0, 1).
+
+    Returns:
+        ([C] new means, [C] bool new seen).
+    """
+    moved_C = jnp.where(seen_C, decay * mean_C + (1 - decay) * batch_C, batch_C)
+    return jnp.where(present_C, moved_C, mean_C), seen_C | present_C
+
+
+def combine_product(alpha_d_PG: Array, alpha_m_P: Array) -> Array:
+    """α_ig = α^D_ig · α^M_{c_i}, [P, G]. (DR-IRL)"""
+    return alpha_d_PG * alpha_m_P[:, None]
+
+
+def per_prompt(alpha_PG: Array) -> Array:
+    """α_i = mean_g α_ig, [P, G] constant along G: one coefficient for each question."""
+    return jnp.broadcast_to(alpha_PG.mean(axis=-1, keepdims=True), alpha_PG.shape)
+
+
+def scaled_advantage(alpha_PG: Array, advantage_PG: Array) -> Array:
+    """A_ig = α_ig · Â_ig, [P, G], with α a constant for differentiation. (DR-IRL)
+
+    The factor stands after the normalisation: on the rewards, a positive factor of the prompt would cancel in
+    the division by the group's standard deviation.
+    """
+    return jax.lax.stop_gradient(alpha_PG) * advantage_PG

@@ -1,0 +1,64 @@
+"""Evaluation of a policy on held-out prompts: what share it refuses, and its rewards, by category."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from drirl_jax.evals.judges import JUDGES
+from drirl_jax.models import reward
+from drirl_jax.models.transformer import Transformer
+from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
+
+
+def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
+    """One response to each prompt of config.evals.split, judged and scored.
+
+    Returns:
+        {"overall": {"harmful_refused", "harmless_refused", "mean_reward", "mean_length"},
+         "by_category": {name: {"n", "refused", "reward"}},
+         "responses": [{"id", "category", "prompt", "response", "refused", "reward"}]}; shares in [0, 1], an
+        overall share is null where there are no such prompts.
+    """
+    config, c = context.config, context.config.evals
+    names = config.data.categories
+    examples = context.examples[c.split]
+    out = draw_all(
+        context, model, examples, context.key("evals"), c.batch, group=1, max_new=c.max_new, temperature=c.temperature
+    )
+    score = jax.jit(reward.score)
+    rewards = np.concatenate([
+        jax.device_get(score(context.model, bank, group_of(examples.take(rows), out.response[rows], out.response_len[rows])))[:real, 0]
+        for rows, real in row_batches(len(examples.id), c.batch)
+    ])  # fmt: skip
+    texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]
+    refused = np.array([JUDGES[c.judge](*pair) for pair in zip(examples.prompt_text, texts)], bool)
+    harmless = np.isin(examples.category, [names.index(name) for name in config.data.harmless])
+
+    def share(rows):
+        return float(refused[rows].mean()) if rows.any() else None
+
+    of = {name: examples.category == i for i, name in enumerate(names) if (examples.category == i).any()}
+    return {
+        "overall": {
+            "harmful_refused": share(~harmless),
+            "harmless_refused": share(harmless),
+            "mean_reward": float(rewards.mean()),
+            "mean_length": float(out.response_len.mean()),
+        },
+        "by_category": {
+            name: {"n": int(rows.sum()), "refused": share(rows), "reward": float(rewards[rows].mean())}
+            for name, rows in of.items()
+        },
+        "responses": [
+            {
+                "id": examples.id[i],
+                "category": names[examples.category[i]],
+                "prompt": examples.prompt_text[i],
+                "response": texts[i],
+                "refused": bool(refused[i]),
+                "reward": float(rewards[i]),
+            }
+            for i in range(len(texts))
+        ],
+    }

@@ -1,0 +1,83 @@
+"""Policy losses: pure jnp on log-probabilities, advantages and masks. Letters are those of types.py."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from drirl_jax.types import Array
+
+
+def clipped_surrogate(logp: Array, old_logp: Array, advantage: Array, clip_low: float, clip_high: float):
+    """Clipped surrogate of each token, to be maximised.
+
+    min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A),  ρ = exp(log π - log π_old)     (PPO, arXiv 1707.06347)
+
+    Args:
+        logp: [P, G, T] log-probabilities under the policy.
+        old_logp: [P, G, T] log-probabilities under the policy that sampled; a constant.
+        advantage: [P, G] scaled advantages; a constant.
+        clip_low, clip_high: ε_low, ε_high in (0, 1) and (0, ∞).
+
+    Returns:
+        ([P, G, T] objective, [P, G, T] ratio ρ).
+    """
+    ratio = jnp.exp(logp - old_logp)
+    advantage = advantage[..., None]
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    return jnp.minimum(ratio * advantage, clipped * advantage), ratio
+
+
+def k3(logp: Array, ref_logp: Array) -> Array:
+    """Unbiased, non-negative estimate of KL(π || π_ref) from a token sampled by π.
+
+    k3 = exp(d) - d - 1,  d = log π_ref - log π     (GRPO, arXiv 2402.03300, eq. 4)
+
+    Args:
+        logp, ref_logp: [...] log-probabilities in nats.
+    """
+    d = ref_logp - logp
+    return jnp.exp(d) - d - 1
+
+
+def mean_by_sequence(value_PGT: Array, mask_PGT: Array) -> Array:
+    """Mean over each response's tokens, then over responses: the paper's GRPO. Scalar."""
+    return jnp.mean(jnp.sum(value_PGT * mask_PGT, -1) / jnp.maximum(mask_PGT.sum(-1), 1))
+
+
+REDUCE = {"sequence": mean_by_sequence}
+
+
+def policy_loss(
+    logp_PGT: Array,
+    old_logp_PGT: Array,
+    ref_logp_PGT: Array,
+    advantage_PG: Array,
+    mask_PGT: Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+    beta_kl: float,
+    reduce: str,
+) -> tuple[Array, dict[str, Array]]:
+    """GRPO's loss: minus the clipped surrogate plus β_kl · k3, averaged over real tokens.
+
+    L = -mean[ min(ρ A, clip(ρ) A) - β_kl · k3 ]     (GRPO, arXiv 2402.03300, eq. 3)
+
+    Args:
+        logp_PGT, old_logp_PGT, ref_logp_PGT: [P, G, T] under the policy, the sampler and the reference.
+        advantage_PG: [P, G] scaled advantages.
+        mask_PGT: [P, G, T] bool, True at real response tokens.
+        clip_low, clip_high, beta_kl: see `clipped_surrogate`; β_kl >= 0.
+        reduce: a row of REDUCE.
+
+    Returns:
+        (scalar loss, {"kl", "clipped"}: mean k3, and the share of tokens whose ratio lies outside the clip).
+    """
+    mean = REDUCE[reduce]
+    objective, ratio = clipped_surrogate(logp_PGT, old_logp_PGT, advantage_PG, clip_low, clip_high)
+    kl = k3(logp_PGT, ref_logp_PGT)
+    outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+    return mean(beta_kl * kl - objective, mask_PGT), {
+        "kl": mean(kl, mask_PGT),
+        "clipped": mean(outside.astype(jnp.float32), mask_PGT),
+    }

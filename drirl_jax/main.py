@@ -1,0 +1,33 @@
+"""python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart [--config.align.steps=10]"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from drirl_jax import train
+from drirl_jax.types import InputError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, or file:variant.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints, metrics, model and report.")
+
+
+def main(argv: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    try:
+        if len(argv) > 1:
+            raise InputError(f"unexpected argument {argv[1]!r}: options are written --name=value.")
+        for flag in (CONFIG, WORKDIR):
+            if flag.value is None:
+                raise InputError(f"--{flag.name} is missing: {__doc__}")
+        train.run(CONFIG.value, pathlib.Path(WORKDIR.value))
+    except InputError as error:
+        sys.exit(f"drirl_jax: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

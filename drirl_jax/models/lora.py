@@ -1,0 +1,67 @@
+"""LoRA adapters (arXiv 2106.09685), and banks of them: prompt p of a batch uses adapter route[p], all in one pass.
+
+An adapter is a dict from target ("q", "gate", ...) to a `Pair`, its leaves stacked over layers like the blocks
+that it adapts: a [L, r, in], b [L, out, r]. A bank has one more axis: a [L, C, r, in], b [L, C, out, r].
+"""
+
+from __future__ import annotations
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from drirl_jax.models.transformer import Transformer
+from drirl_jax.types import Array
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@flax.struct.dataclass
+class Pair:
+    """ΔW = scale · B A for one weight matrix, with scale = lora_alpha / r."""
+
+    a: Array
+    b: Array
+    scale: float = flax.struct.field(pytree_node=False)
+
+    def __call__(self, x_PNI: Array, route_P: Array | None) -> Array:
+        """scale · B A x, [P, N, out]; with a bank, prompt p uses adapter route_P[p]."""
+        if route_P is None:
+            return self.scale * ((x_PNI @ self.a.T) @ self.b.T)
+        low_PNR = jnp.einsum("pni,pri->pnr", x_PNI, self.a[route_P])
+        return self.scale * jnp.einsum("pnr,por->pno", low_PNR, self.b[route_P])
+
+
+Adapter = dict[str, Pair]
+
+
+def init(model: Transformer, key: Array, *, rank: int, alpha: float, targets=TARGETS, bank: int | None = None) -> Adapter:
+    """A fresh adapter (or a bank of `bank` adapters): A ~ U(±√(3/in)), B = 0, so that ΔW = 0.
+
+    Args:
+        model: the trunk, for its shapes.
+        rank: r >= 1.
+        alpha: lora_alpha; ΔW is scaled by alpha / rank.
+        targets: which weight matrices, a subset of TARGETS.
+        bank: number of adapters C, or None for a single one without that axis.
+    """
+    adapter = {}
+    for i, target in enumerate(targets):
+        layers, width_out, width_in = getattr(model.blocks, target).shape
+        lead = (layers,) if bank is None else (layers, bank)
+        bound = (3 / width_in) ** 0.5
+        a = jax.random.uniform(jax.random.fold_in(key, i), (*lead, rank, width_in), minval=-bound, maxval=bound)
+        adapter[target] = Pair(a=a, b=jnp.zeros((*lead, width_out, rank)), scale=alpha / rank)
+    return adapter
+
+
+def merge(model: Transformer, adapter: Adapter) -> Transformer:
+    """The model with W ← W + scale · B A: for sampling and for export. Computed in float32, kept in W's type."""
+
+    def merged(weight_LOI, pair: Pair):
+        delta = pair.scale * jnp.einsum("lor,lri->loi", pair.b, pair.a)
+        return (weight_LOI + delta).astype(weight_LOI.dtype)
+
+    weights = {name: merged(getattr(model.blocks, name)[...], pair) for name, pair in adapter.items()}
+    return model.replace(blocks=model.blocks.replace(**weights))
+

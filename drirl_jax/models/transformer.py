@@ -1,0 +1,346 @@
+"""The decoder: grouped attention (the prompt passes once for its whole group), KV cache, chunked log-probabilities.
+
+Weight matrices are [out, in] as in torch, stacked over layers on a leading axis and scanned. Everything here
+is a pure function of a `Transformer`, which is a Flax NNX module used as an immutable pytree.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from drirl_jax.types import Array, Group, length_mask
+
+
+class Config(NamedTuple):
+    """Shape of a decoder. A family's file (llama.py) builds it from a Hugging Face config."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = True
+
+
+class Frozen(nnx.Module):
+    """An NNX module that is only ever a value: `replace` gives a changed copy."""
+
+    def replace(self, **arrays):
+        """A copy whose named Params hold other arrays (or whose named submodules are others)."""
+        graph = jax.tree.map(lambda x: x, self)
+        for name, value in arrays.items():
+            setattr(graph, name, value if isinstance(value, nnx.Module) else nnx.Param(value))
+        return graph
+
+
+class Block(Frozen):
+    """One layer: attention and SwiGLU, each behind an RMSNorm and a residual."""
+
+    def __init__(self, config: Config, key: Array):
+        d, hd = config.width, config.head_dim
+        shapes = {
+            "q": (config.heads * hd, d),
+            "k": (config.kv_heads * hd, d),
+            "v": (config.kv_heads * hd, d),
+            "o": (d, config.heads * hd),
+            "gate": (config.ffn, d),
+            "up": (config.ffn, d),
+            "down": (d, config.ffn),
+        }
+        for i, (name, shape) in enumerate(shapes.items()):
+            scale = shape[1] ** -0.5
+            setattr(self, name, nnx.Param(scale * jax.random.normal(jax.random.fold_in(key, i), shape)))
+        self.attn_norm = nnx.Param(jnp.ones(d))
+        self.mlp_norm = nnx.Param(jnp.ones(d))
+
+    def linear(self, name: str, x_PNI: Array, adapter, route_P) -> Array:
+        """W x, plus the adapter's ΔW x where it has one for this matrix."""
+        y_PNO = jnp.einsum("pni,oi->pno", x_PNI, getattr(self, name)[...])
+        return y_PNO + adapter[name](x_PNI, route_P) if name in adapter else y_PNO
+
+    def qkv(self, config: Config, x_PND, position_PN, adapter, route_P):
+        """Rotated queries [P, N, H, hd] and keys, and values, [P, N, KV, hd]."""
+        x = rms_norm(x_PND, self.attn_norm[...], config.norm_eps)
+        q, k, v = (
+            rearrange(self.linear(n, x, adapter, route_P), "p n (h d) -> p n h d", d=config.head_dim) for n in "qkv"
+        )
+        return rope(q, position_PN, config.rope_theta), rope(k, position_PN, config.rope_theta), v
+
+    def finish(self, config: Config, x_PND, attended_PNHd, adapter, route_P):
+        """Output projection and MLP, each added to the residual stream."""
+        x_PND += self.linear("o", rearrange(attended_PNHd, "p n h d -> p n (h d)"), adapter, route_P)
+        h = rms_norm(x_PND, self.mlp_norm[...], config.norm_eps)
+        up = jax.nn.silu(self.linear("gate", h, adapter, route_P)) * self.linear("up", h, adapter, route_P)
+        return x_PND + self.linear("down", up, adapter, route_P)
+
+
+class Transformer(Frozen):
+    """Decoder weights: embed [V, D], blocks stacked over layers, norm [D], head [V, D] (the embedding if tied)."""
+
+    def __init__(self, config: Config, key: Array):
+        self.config = config
+        keys = jax.random.split(key, 3)
+        self.embed = nnx.Param(0.02 * jax.random.normal(keys[0], (config.vocab, config.width)))
+        self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[1], config.layers))
+        self.norm = nnx.Param(jnp.ones(config.width))
+        if not config.tied:
+            self.head = nnx.Param(0.02 * jax.random.normal(keys[2], (config.vocab, config.width)))
+
+    @property
+    def unembed(self) -> Array:
+        """[V, D] matrix of the vocabulary product."""
+        return self.embed[...] if self.config.tied else self.head[...]
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / √(mean x² + ε) · w over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)).astype(x.dtype) * weight
+
+
+def rope(x_PNHd: Array, position_PN: Array, theta: float) -> Array:
+    """Rotary positions in the half-split form of Hugging Face's Llama: the pair (i, i + hd/2) turns by position·θ^(-2i/hd)."""
+    half = x_PNHd.shape[-1] // 2
+    frequency_d = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_PN[..., None, None] * frequency_d
+    cos, sin = jnp.cos(angle).astype(x_PNHd.dtype), jnp.sin(angle).astype(x_PNHd.dtype)
+    a, b = x_PNHd[..., :half], x_PNHd[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _grouped(q, kv_heads):
+    """Query heads [..., H, hd] as [..., KV, H/KV, hd], those that share a key head together, scaled by 1/√hd."""
+    return rearrange(q, "... (k r) d -> ... k r d", k=kv_heads) * q.shape[-1] ** -0.5
+
+
+def prompt_attention(q_PSHd, k_PSKd, v_PSKd) -> Array:
+    """Causal attention within the prompt, [P, S, H, hd]. Padding needs no mask: it stands behind every real query."""
+    q = _grouped(q_PSHd, k_PSKd.shape[-2])
+    score = jnp.einsum("pskrd,ptkd->pkrst", q, k_PSKd).astype(jnp.float32)
+    causal = jnp.tril(jnp.ones(score.shape[-2:], bool))
+    weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PSKd.dtype)
+    return rearrange(jnp.einsum("pkrst,ptkd->pskrd", weight, v_PSKd), "p s k r d -> p s (k r) d")
+
+
+def response_attention(q_PGQHd, prompt_k, prompt_v, prompt_mask_PS, own_k, own_v, own_mask_QU) -> Array:
+    """Attention of response queries to the shared prompt and to their own response, under one softmax.
+
+    Args:
+        q_PGQHd: [P, G, Q, H, hd] queries.
+        prompt_k, prompt_v: [P, S, KV, hd], held once for the group.
+        prompt_mask_PS: [P, S] bool, True at real prompt tokens.
+        own_k, own_v: [P, G, U, KV, hd] of the response itself.
+        own_mask_QU: [Q, U] bool, True where query q may see own key u; at least one a query.
+
+    Returns:
+        [P, G, Q, H, hd].
+    """
+    q = _grouped(q_PGQHd, own_k.shape[-2])
+    to_prompt = jnp.einsum("pgqkrd,pskd->pgkrqs", q, prompt_k).astype(jnp.float32)
+    to_own = jnp.einsum("pgqkrd,pgukd->pgkrqu", q, own_k).astype(jnp.float32)
+    to_prompt = jnp.where(prompt_mask_PS[:, None, None, None, None, :], to_prompt, -jnp.inf)
+    to_own = jnp.where(own_mask_QU, to_own, -jnp.inf)
+    top = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+    to_prompt, to_own = jnp.exp(to_prompt - top), jnp.exp(to_own - top)
+    total = to_prompt.sum(-1) + to_own.sum(-1)
+    mixed = jnp.einsum("pgkrqs,pskd->pgqkrd", to_prompt.astype(prompt_v.dtype), prompt_v)
+    mixed += jnp.einsum("pgkrqu,pgukd->pgqkrd", to_own.astype(own_v.dtype), own_v)
+    mixed /= rearrange(total, "p g k r q -> p g q k r 1").astype(mixed.dtype)
+    return rearrange(mixed, "p g q k r d -> p g q (k r) d")
+
+
+def embed(model: Transformer, ids: Array) -> Array:
+    """[..., D] token embeddings."""
+    return model.embed[...][ids]
+
+
+def apply(model: Transformer, group: Group, adapter=None, route_P: Array | None = None, *, remat: bool = True):
+    """Final hidden states of a group; the prompt is computed once for all its responses.
+
+    Args:
+        model: the trunk.
+        group: prompts and responses, right-padded.
+        adapter: a LoRA adapter, or a bank of them with `route_P`; None for the trunk alone.
+        route_P: [P] int32, which adapter of the bank each prompt uses.
+        remat: recompute activations in the backward pass, keeping the matrix products.
+
+    Returns:
+        ([P, S, D] prompt, [P, G, T, D] response) hidden states after the final norm; values at padding are
+        finite and meaningless.
+    """
+    config, adapter = model.config, adapter or {}
+    (P, S), (_, G, T) = group.prompt.shape, group.response.shape
+    ids_PN = jnp.concatenate([group.prompt, group.response.reshape(P, G * T)], axis=1)
+    response_position = group.prompt_len[:, None] + jnp.tile(jnp.arange(T), G)
+    position_PN = jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), response_position], axis=1)
+    prompt_mask_PS = length_mask(group.prompt_len, S)
+    causal_TT = jnp.tril(jnp.ones((T, T), bool))
+
+    def split(x):
+        return x[:, :S], rearrange(x[:, S:], "p (g t) ... -> p g t ...", g=G)
+
+    def layer(x_PND, block_and_adapter):
+        block, low = block_and_adapter
+        q, k, v = block.qkv(config, x_PND, position_PN, low, route_P)
+        (q_s, q_t), (k_s, k_t), (v_s, v_t) = split(q), split(k), split(v)
+        attended_s = prompt_attention(q_s, k_s, v_s)
+        attended_t = response_attention(q_t, k_s, v_s, prompt_mask_PS, k_t, v_t, causal_TT)
+        attended = jnp.concatenate([attended_s, rearrange(attended_t, "p g t h d -> p (g t) h d")], axis=1)
+        return block.finish(config, x_PND, attended, low, route_P), None
+
+    if remat:
+        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    x_PND, _ = jax.lax.scan(layer, embed(model, ids_PN), (model.blocks, adapter))
+    return split(rms_norm(x_PND, model.norm[...], config.norm_eps))
+
+
+def prefill(model: Transformer, prompt_PS: Array):
+    """Hidden states [P, S, D] of the prompts and their keys and values, each [L, P, S, KV, hd]."""
+    config = model.config
+    position_PS = jnp.broadcast_to(jnp.arange(prompt_PS.shape[1]), prompt_PS.shape)
+
+    def layer(x_PSD, block):
+        q, k, v = block.qkv(config, x_PSD, position_PS, {}, None)
+        return block.finish(config, x_PSD, prompt_attention(q, k, v), {}, None), (k, v)
+
+    x_PSD, cache = jax.lax.scan(layer, embed(model, prompt_PS), model.blocks)
+    return rms_norm(x_PSD, model.norm[...], config.norm_eps), cache
+
+
+def decode(model: Transformer, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache):
+    """One decoding step: response token t of every row passes through the network.
+
+    Args:
+        token_PG: [P, G] ids of response token t.
+        t: scalar int32, its index in the response.
+        prompt_len_P, prompt_mask_PS: lengths and mask of the prompts.
+        prompt_cache: (k, v) of `prefill`.
+        own_cache: (k, v), each [L, P, G, T, KV, hd], filled below t.
+
+    Returns:
+        ([P, G, D] final hidden states, own_cache with entry t written).
+    """
+    config = model.config
+    P, G = token_PG.shape
+    T = own_cache[0].shape[3]
+    position_PG = jnp.broadcast_to((prompt_len_P + t)[:, None], (P, G))
+    own_mask_1T = (jnp.arange(T) <= t)[None]
+
+    def layer(carry, inputs):
+        x_PGD, own_k, own_v = carry
+        i, block, prompt_k, prompt_v = inputs
+        q, k, v = block.qkv(config, x_PGD, position_PG, {}, None)
+        own_k = jax.lax.dynamic_update_slice(own_k, k[None, :, :, None], (i, 0, 0, t, 0, 0))
+        own_v = jax.lax.dynamic_update_slice(own_v, v[None, :, :, None], (i, 0, 0, t, 0, 0))
+        attended = response_attention(
+            q[:, :, None], prompt_k, prompt_v, prompt_mask_PS, own_k[i], own_v[i], own_mask_1T
+        )
+        return (block.finish(config, x_PGD, attended[:, :, 0], {}, None), own_k, own_v), None
+
+    # The cache is carried, not scanned over, so that XLA updates it in place.
+    inputs = (jnp.arange(config.layers), model.blocks, *prompt_cache)
+    (x_PGD, *own_cache), _ = jax.lax.scan(layer, (embed(model, token_PG), *own_cache), inputs)
+    return rms_norm(x_PGD, model.norm[...], config.norm_eps), tuple(own_cache)
+
+
+def last_real(x: Array, length: Array) -> Array:
+    """x [..., N, D] at position length - 1 of each row: [..., D]."""
+    return jnp.take_along_axis(x, (length - 1)[..., None, None], axis=-2)[..., 0, :]
+
+
+def token_logprobs(
+    model: Transformer, hidden, group: Group, temperature: float, chunk: int = 256
+) -> tuple[Array, Array]:
+    """Log-probability of each response token, and the entropy of its distribution, under softmax(h Eᵀ / temperature).
+
+    The state that predicts response token 0 is the last prompt token's; that of token t is response token t-1's.
+
+    Args:
+        hidden: the pair that `apply` returns.
+        group: the same group.
+        temperature: > 0, the sampler's.
+        chunk: positions at a time; nothing of size T x V is kept.
+
+    Returns:
+        ([P, G, T] log-probabilities, [P, G, T] entropies without gradient), nats, float32; padding holds finite,
+        meaningless values.
+    """
+    prompt_PSD, response_PGTD = hidden
+    first_PD = last_real(prompt_PSD, group.prompt_len)
+    P, G, T, D = response_PGTD.shape
+    first = jnp.broadcast_to(first_PD[:, None, None], (P, G, 1, D))
+    predictor_ND = jnp.concatenate([first, response_PGTD[:, :, :-1]], axis=2).reshape(-1, D)
+    logp_N, entropy_N = logprobs(model.unembed, predictor_ND, group.response.reshape(-1), temperature, chunk)
+    return logp_N.reshape(P, G, T), entropy_N.reshape(P, G, T)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def logprobs(unembed_VD, hidden_ND, target_N, temperature: float, chunk: int):
+    """([N] log softmax(h Eᵀ / temperature) at the target, [N] entropies), `chunk` rows of logits at a time.
+
+    Its derivative needs no second pass over the vocabulary for the hidden states: ∂logp/∂h = (E_target - Σ_v p_v E_v) /
+    temperature is [N, D] and is computed while the logits are there. Entropies carry no gradient.
+    """
+    return _by_chunk(lambda h, y: _row_logprobs(unembed_VD, h, y, temperature)[:2], chunk, hidden_ND, target_N)
+
+
+def _row_logprobs(unembed_VD, h_ND, target_N, temperature):
+    """Of one chunk: log-probabilities, entropies, and the probabilities [N, V]."""
+    logit_NV = jnp.einsum("nd,vd->nv", h_ND, unembed_VD).astype(jnp.float32) / temperature
+    norm_N = jax.nn.logsumexp(logit_NV, axis=-1)
+    probability_NV = jnp.exp(logit_NV - norm_N[:, None])
+    entropy_N = norm_N - jnp.einsum("nv,nv->n", probability_NV, logit_NV)
+    return jnp.take_along_axis(logit_NV, target_N[:, None], axis=-1)[:, 0] - norm_N, entropy_N, probability_NV
+
+
+def _by_chunk(function, chunk: int, *arrays):
+    """The function over leading-axis chunks of the arrays, one after another; zero rows fill the last up."""
+    rows = arrays[0].shape[0]
+    chunk = min(chunk, rows)
+    padded = [jnp.pad(x, ((0, -rows % chunk),) + ((0, 0),) * (x.ndim - 1)) for x in arrays]
+    out = jax.lax.map(lambda part: function(*part), tuple(x.reshape(-1, chunk, *x.shape[1:]) for x in padded))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], out)
+
+
+def _logprobs_forward(unembed_VD, hidden_ND, target_N, temperature, chunk):
+    def one(h, y):
+        logp, entropy, probability = _row_logprobs(unembed_VD, h, y, temperature)
+        mean_ND = jnp.einsum("nv,vd->nd", probability.astype(unembed_VD.dtype), unembed_VD)
+        return logp, entropy, (unembed_VD[y] - mean_ND) / temperature
+
+    logp, entropy, slope_ND = _by_chunk(one, chunk, hidden_ND, target_N)
+    return (logp, entropy), (unembed_VD, hidden_ND, target_N, slope_ND)
+
+
+def _logprobs_backward(temperature, chunk, saved, cotangents):
+    unembed_VD, hidden_ND, target_N, slope_ND = saved
+    g_N = cotangents[0]
+    # For the embedding the logits are needed again; where it is frozen, XLA drops this loop as dead.
+    chunk = min(chunk, g_N.size)
+    pad = -g_N.size % chunk
+    parts = [jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) for x in (hidden_ND, target_N, g_N)]
+
+    def add(total_VD, part):
+        h, y, g = part
+        probability = _row_logprobs(unembed_VD, h, y, temperature)[2]
+        gh = (g[:, None] / temperature * h).astype(jnp.float32)
+        return total_VD.at[y].add(gh) - jnp.einsum("nv,nd->vd", probability, gh), None
+
+    zero = jnp.zeros(unembed_VD.shape, jnp.float32)
+    total_VD, _ = jax.lax.scan(add, zero, tuple(x.reshape(-1, chunk, *x.shape[1:]) for x in parts))
+    hidden_gradient = (g_N[:, None] * slope_ND).astype(hidden_ND.dtype)
+    return total_VD.astype(unembed_VD.dtype), hidden_gradient, None
+
+
+logprobs.defvjp(_logprobs_forward, _logprobs_backward)

@@ -1,0 +1,69 @@
+"""Optax chains from a config section, and gradients accumulated over micro-batches."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from drirl_jax.types import PyTree, TrainState
+
+SCHEDULES = {
+    "constant": lambda rate, warmup, steps: optax.constant_schedule(rate),
+    "cosine": lambda rate, warmup, steps: optax.cosine_decay_schedule(rate, max(steps - warmup, 1), alpha=0.1),
+}
+OPTIMIZERS = {
+    "adamw": lambda rate, c: optax.adamw(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay),
+}
+
+
+def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then the optimiser, its rate warmed up linearly and then by the schedule.
+
+    Args:
+        config: a section with name, learning_rate, warmup, schedule, b1, b2, weight_decay, clip_norm.
+        steps: updates of the whole stage.
+    """
+    after = SCHEDULES[config.schedule](config.learning_rate, config.warmup, steps)
+    warm = optax.linear_schedule(config.learning_rate / (config.warmup + 1), config.learning_rate, config.warmup)
+    rate = optax.join_schedules([warm, after], [config.warmup])
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](rate, config))
+
+
+def init(transformation: optax.GradientTransformation, params: PyTree) -> TrainState:
+    """A train state with no update taken."""
+    return TrainState(params, transformation.init(params), jnp.zeros((), jnp.int32))
+
+
+def step(
+    transformation: optax.GradientTransformation, loss: Callable, train: TrainState, batch: PyTree, parts: int
+) -> tuple[TrainState, PyTree]:
+    """One update on a batch, its gradient averaged over `parts` micro-batches by lax.scan.
+
+    Args:
+        loss: (params, micro-batch) -> (scalar mean over the micro-batch, dict of scalars of the same kind).
+        train: state to be replaced.
+        batch: pytree of arrays whose leading axis is divisible by `parts`.
+        parts: number of micro-batches; the result does not depend on it, memory does.
+
+    Returns:
+        (new state, the dict of scalars with "loss" and "grad_norm").
+    """
+    micro = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def one(total, part):
+        out = value_and_grad(train.params, part)
+        return jax.tree.map(lambda t, x: t + x / parts, total, out), None
+
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(value_and_grad, train.params, jax.tree.map(lambda x: x[0], micro)),
+    )
+    ((value, scalars), grad), _ = jax.lax.scan(one, zero, micro)
+    updates, opt_state = transformation.update(grad, train.opt_state, train.params)
+    state = TrainState(optax.apply_updates(train.params, updates), opt_state, train.step + 1)
+    return state, scalars | {"loss": value, "grad_norm": optax.global_norm(grad)}

@@ -1,0 +1,131 @@
+"""What every stage is made of: the context of a run, the policy in its two forms, and drawing responses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from drirl_jax import rollout
+from drirl_jax.data.examples import Examples
+from drirl_jax.models import lora
+from drirl_jax.models.encoder import TextEmbedder
+from drirl_jax.models.transformer import Transformer
+from drirl_jax.text import Text
+from drirl_jax.types import Array, Group, PyTree, TrainState
+
+# Each use of random numbers has its own stream: key = fold_in(run key, purpose), then step, prompt and response index.
+PURPOSE = {"adapter": 0, "rewards": 1, "irl_samples": 2, "irl_cut": 3, "align_samples": 4, "evals": 5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a run holds fixed: config, trunk (which is also the reference), tokens, encoder and examples."""
+
+    config: ConfigDict
+    model: Transformer
+    text: Text
+    embedder: TextEmbedder
+    examples: dict[str, Examples]
+
+    def key(self, purpose: str, step: int = 0) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), PURPOSE[purpose]), step)
+
+
+class State(NamedTuple):
+    """All that a stage carries from step to step: what the update trains, and what collect remembers."""
+
+    train: TrainState
+    carry: PyTree
+
+
+class Stage(NamedTuple):
+    """One stage of the schedule.
+
+    Attributes:
+        steps: number of updates.
+        init: () -> State.
+        collect: (State, step) -> (batch, carry, scalars); samples and scores, on host and device.
+        update: (TrainState, batch) -> (TrainState, scalars); one jitted, donated function.
+        evaluate: (State, step) -> scalars on held-out data, {} where none are due.
+        finish: State -> the stage's product.
+        show: the scalars that the progress bar shows.
+    """
+
+    steps: int
+    init: Callable[[], State]
+    collect: Callable[[State, int], tuple[Any, PyTree, dict[str, float]]]
+    update: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+    evaluate: Callable[[State, int], dict[str, float]]
+    finish: Callable[[State], PyTree]
+    show: tuple[str, ...]
+
+
+class Policy(NamedTuple):
+    """A way to train the policy: its parameters, and how they and the trunk make a model.
+
+    Attributes:
+        init: (config.policy, trunk, key) -> params.
+        parts: (trunk, params) -> (model, adapter) for the differentiable pass.
+        merged: (trunk, params) -> one model, for sampling and export.
+    """
+
+    init: Callable
+    parts: Callable
+    merged: Callable
+
+
+def _init_adapter(section, trunk, key):
+    return lora.init(trunk, key, rank=section.rank, alpha=section.alpha, targets=section.targets)
+
+
+POLICIES = {
+    "lora": Policy(_init_adapter, lambda trunk, params: (trunk, params), jax.jit(lora.merge)),
+    # A copy: the update donates what it replaces, and the trunk stays as the reference.
+    "full": Policy(
+        lambda section, trunk, key: jax.tree.map(jnp.copy, trunk),
+        lambda trunk, params: (params, None),
+        lambda trunk, params: params,
+    ),
+}
+
+
+def group_of(examples: Examples, response, response_len) -> Group:
+    """The examples' prompts with these responses, [P, G, T] and [P, G]."""
+    arrays = (examples.prompt, examples.prompt_len, response, response_len, examples.category)
+    return Group(*(jnp.asarray(x) for x in arrays))
+
+
+def draw(context: Context, model: Transformer, examples: Examples, key: Array, **options) -> rollout.Rollout:
+    """Responses of the model to every example, one batch: see `rollout.sample` for max_new and temperature."""
+    group = options.pop("group")
+    keys = rollout.row_keys(key, jnp.asarray(examples.index), group)
+    prompt, length = jnp.asarray(examples.prompt), jnp.asarray(examples.prompt_len)
+    return rollout.sample(model, prompt, length, keys, eos=context.text.eos_ids, **options)
+
+
+def row_batches(total: int, size: int):
+    """Row numbers of all of `total` rows, `size` at a time, and how many are real: the last is filled up by repeats."""
+    for start in range(0, total, size):
+        yield np.arange(start, start + size) % total, min(size, total - start)
+
+
+def draw_all(context: Context, model: Transformer, examples: Examples, key: Array, batch: int, **options):
+    """`draw` over all the examples, `batch` prompts at a time: a Rollout of numpy arrays."""
+    pieces = []
+    for rows, real in row_batches(len(examples.id), batch):
+        out = jax.device_get(draw(context, model, examples.take(rows), key, **options))
+        pieces.append(jax.tree.map(lambda x: x[:real], out))
+    return jax.tree.map(lambda *x: np.concatenate(x), *pieces)
+
+
+def by_category(values_N: np.ndarray, category_N: np.ndarray, names, prefix: str) -> dict[str, float]:
+    """{"prefix": mean of all, "prefix/name": mean of each category present}, as floats; values may be [N] or [N, G]."""
+    out = {prefix: float(np.mean(values_N))}
+    for c in np.unique(category_N):
+        out[f"{prefix}/{names[c]}"] = float(np.mean(values_N[category_N == c]))
+    return out

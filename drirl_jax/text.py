@@ -1,0 +1,207 @@
+"""Strings to ids and back, and sentence splitting: the only place that sees text and ids together."""
+
+from __future__ import annotations
+
+import re
+from typing import Callable, Sequence
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from drirl_jax.types import Array, InputError
+
+# Some chat templates write today's date; a fixed one keeps a prompt's ids the same on every day of a run.
+DATE = "26 Jul 2024"
+
+
+class Text:
+    """A chat model's tokenizer and template, in which what people write is never read as a control token.
+
+    Attributes:
+        eos_ids: the ids that end a response: first the one that the template writes after an assistant's
+            turn, then the tokenizer's own end of sequence where it is another.
+        pad_id: the padding id; may equal an end-of-sequence id, so mask by length.
+
+    Args:
+        tokenizer: a fast transformers tokenizer with a chat template.
+        system: the system prompt; None leaves the template's own default, if it has one.
+
+    Raises:
+        InputError: no chat template, a template that refuses the system prompt, or no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None):
+        if not tokenizer.chat_template:
+            raise InputError(
+                "the tokenizer has no chat template: choose an instruction-tuned model, or put its "
+                "chat_template into tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.system = system
+        ends = [self._turn_end(), tokenizer.eos_token_id]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
+        if not self.eos_ids:
+            raise InputError(
+                "the tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json"
+            )
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = self.eos_ids[0] if pad is None else pad
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The ids of one user message in the chat template, up to where the assistant's turn begins.
+
+        Equals `apply_chat_template` for ordinary text; control tokens written inside `prompt` stay text.
+        """
+        # A transformers older than 5.22 may ignore the option in silence, hence the bound in setup.py.
+        return self.tokenizer.apply_chat_template(
+            self._chat(prompt),
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            return_dict=False,
+            date_string=DATE,
+        )
+
+    def response_ids(self, text: str, max_len: int) -> list[int]:
+        """The ids of an assistant's answer and `eos_ids[0]`, cut to `max_len` (a cut answer has no end)."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return [*ids, self.eos_ids[0]][:max_len]
+
+    def decode(self, ids: Sequence[int] | np.ndarray | Array, length: int) -> str:
+        """The text of the first `length` of `ids` [T], without special tokens."""
+        ids = np.asarray(ids)[: int(length)].tolist()
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _chat(self, *turns: str) -> list[dict[str, str]]:
+        """The system prompt, then `turns` by user and assistant alternately."""
+        chat = [{"role": "system", "content": self.system}] if self.system else []
+        return chat + [{"role": role, "content": t} for role, t in zip(("user", "assistant"), turns)]
+
+    def _turn_end(self) -> int | None:
+        """The special token that the template writes right after an assistant's turn, if it is one."""
+        mark = "0MARK0"
+        try:
+            chat = self.tokenizer.apply_chat_template(self._chat("0", mark), tokenize=False, date_string=DATE)
+        except jinja2.TemplateError as error:
+            hint = "; leave the system prompt empty" if self.system else ""
+            raise InputError(f"the chat template refuses this chat ({error}){hint}") from error
+        ids = self.tokenizer.encode(chat.rpartition(mark)[2], add_special_tokens=False)
+        token = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+        return ids[0] if token is not None and token.special else None
+
+
+def pad(rows: Sequence[Sequence[int]], size: int, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pads `rows` to ids [N, size] int32 and lengths [N] int32.
+
+    Raises:
+        InputError: a row is longer than `size`.
+    """
+    lengths = np.array([len(row) for row in rows], np.int32)
+    if (lengths > size).any():
+        row = int(lengths.argmax())
+        raise InputError(f"row {row} has {lengths[row]} tokens, more than the width {size}: widen the bucket")
+    ids = np.full((len(rows), size), pad_id, np.int32)
+    for row, out in zip(rows, ids):
+        out[: len(row)] = row
+    return ids, lengths
+
+
+def bucket(n: int, buckets: Sequence[int]) -> int:
+    """The smallest of `buckets` that holds `n` tokens.
+
+    Raises:
+        InputError: none does.
+    """
+    fits = [b for b in buckets if b >= n]
+    if not fits:
+        raise InputError(
+            f"a text of {n} tokens fits none of the length buckets {tuple(buckets)}: add a larger one"
+        )
+    return min(fits)
+
+
+# --------------------------------------------------------------------------------- sub-sentence splitting
+
+_CLOSERS = "\"'”’»)\\]）】」』》*_"
+_STOP = re.compile(rf"(?:(?P<cjk>[.!?…]*[。！？；][.!?…。！？；]*)|[.!?…]+)(?P<closer>[{_CLOSERS}]*)")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+# The numbering or bullet before a list item: "- ", "* ", "1. ", "(2) ", "a) ", "1、", "一、", "（三）".
+_BULLET = re.compile(
+    r"(?:[-*–—]+\s+|[•·‣▪]\s*|\(?\d{1,3}[.)]\s+|\d{1,3}\.(?=[\u3400-\u9fff])|\(?[a-zA-Z]\)\s+"
+    r"|[（(]?[\d一二三四五六七八九十]{1,3}[）、]\s*)"
+)
+_NUMBER = re.compile(r"\W*\d{1,3}")
+_INITIALS = re.compile(r"(?:[A-Za-z]\.)*[A-Za-z]")
+_NEVER_LAST = frozenset(
+    "dr mr mrs ms mx prof st gen col sgt capt lt rev hon sen rep gov mt vs viz cf e.g i.e eg ie".split()
+)
+_BEFORE_NUMBER = frozenset("no nos fig figs eq sec ch vol p pp art para".split())
+_MID_SENTENCE = frozenset("etc inc ltd co corp jr sr dept approx est min max a.k.a".split())
+# After "U.S." or an initial a capital may be a name; these words begin a sentence.
+_STARTERS = frozenset(
+    "I It The This That These Those He She We You They There Here If But And So In On At To For As When "
+    "While Please Do Don Instead However No Yes My Your His Her Our Their What Why How Who Is Are Let".split()
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Splits an English or Chinese text into its sentences.
+
+    A sentence ends at a run of . ! ? before a space, at 。！？； anywhere, at a line break, or at the draft
+    separator "####"; quotes and brackets that close after the stop belong to it. Abbreviations, initials,
+    decimals and an ellipsis inside a sentence end none. List marks and pieces without a letter or digit are
+    left out.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The sentences, stripped; at least one for a text that is not blank (a text of punctuation alone
+        returns itself), none for a blank one.
+    """
+    lines = [line.strip() for part in re.split(r"#{4,}", text) for line in part.splitlines()]
+    pieces = [piece for line in lines for piece in _split_line(line)]
+    sentences = [p for p in pieces if any(c.isalnum() for c in p)]
+    return sentences or ([text.strip()] if text.strip() else [])
+
+
+SPLIT: dict[str, Callable[[str], list[str]]] = {"sentence": split_sentences}
+
+
+def _split_line(line: str) -> list[str]:
+    """The sentences of one line, in order, without list marks."""
+    pieces, begin = [], 0
+    for stop in _STOP.finditer(line):
+        if _ends_sentence(line, begin, stop):
+            pieces.append(line[begin : stop.end()])
+            begin = stop.end()
+    stripped = [piece.strip() for piece in [*pieces, line[begin:]]]
+    return [piece[mark.end() :] if (mark := _BULLET.match(piece)) else piece for piece in stripped]
+
+
+def _ends_sentence(line: str, begin: int, stop: re.Match) -> bool:
+    """Whether the sentence that starts at `begin` ends with `stop`."""
+    after = line[stop.end() :]
+    if not after.strip() or stop["cjk"]:
+        return True
+    marks = stop[0].removesuffix(stop["closer"])
+    before = line[begin : stop.start()]
+    if not after[0].isspace():
+        return "…" not in marks and bool(_CJK.match(before[-1:]) and _CJK.match(after))
+    following = re.match(r"\W*(\w*)", after)[1]
+    if stop["closer"] or "…" in marks or ".." in marks:  # "Stop!" he said; well... maybe
+        return not following[:1].islower()
+    if marks != ".":
+        return True
+    if _NUMBER.fullmatch(before):  # "2." before an item of a list in running text
+        return False
+    word = re.search(r"\S*$", before)[0].lstrip("\"'“‘«([（*_")
+    if word.lower() in _NEVER_LAST:
+        return False
+    if word.lower() in _BEFORE_NUMBER:
+        return not following[:1].isdigit()
+    if word.lower() in _MID_SENTENCE:
+        return not following[:1].islower()
+    if _INITIALS.fullmatch(word) and word != "I":
+        return following in _STARTERS
+    return True

@@ -1,0 +1,136 @@
+"""The one train loop, and a run from config to report; reads top to bottom."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+import drirl_jax
+from drirl_jax import config as config_lib
+from drirl_jax import metrics, plots
+from drirl_jax.checkpoint import Checkpoints
+from drirl_jax.data import builder, examples, records
+from drirl_jax.evals import runner
+from drirl_jax.models import encoder, hf, llama, reward
+from drirl_jax.stages import align, irl
+from drirl_jax.stages.base import POLICIES, Context, Stage
+from drirl_jax.text import Text
+from drirl_jax.types import InputError, PyTree
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs the schedule; started again on the same workdir, it goes on where it was.
+
+    Raises:
+        InputError: something that the user gave is wrong; before any long work wherever it can be known then.
+    """
+    # ------------------------------------------------------------------ check everything, then load everything
+    started = time.time()
+    config_lib.validate(config)
+    jax.config.update("jax_debug_nans", config.debug_nans)
+    if config.compilation_cache:
+        cache = pathlib.Path(config.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    by_split = builder.load(config.data.path, config.data.categories)
+    needed = {"irl": ("train", "valid"), "align": ("train",), "evals": (config.evals.split,)}
+    for split in {split for name in config.schedule for split in needed[name]}:
+        minimum = config.data.minimum if split == "train" else 1
+        records.require(by_split.get(split, []), config.data.categories, split, minimum)
+    policy_path, encoder_path = hf.resolve(config.policy.init), hf.resolve(config.encoder.init)
+    hf_config = hf.read_config(policy_path)
+    model_config = llama.config_from_hf(hf_config)
+    tokenizer = hf.load_tokenizer(policy_path)
+    tokens = Text(tokenizer, config.policy.system)
+    config_lib.remember(config, workdir)
+    context = Context(
+        config=config,
+        model=llama.from_hf(hf.read_tensors(policy_path), model_config),
+        text=tokens,
+        embedder=encoder.TextEmbedder.from_folder(encoder_path, config.encoder.max_tokens),
+        examples=examples.tokenise(by_split, tokens, config),
+    )
+    writer = metrics.MetricWriter(workdir)
+    logging.info("%s, %d prompts, %s", jax.devices()[0], sum(map(len, by_split.values())), config.policy.init)
+
+    # ------------------------------------------------------------------------------------------ stage 1: rewards
+    rewards = Checkpoints(workdir / "rewards", keep=1)
+    if rewards.latest() is None:
+        rewards.save(0, loop("irl", irl.make(context), config, workdir, writer))
+    fresh = irl.init_rewards(context)
+    bank = rewards.restore(reward.Bank(fresh, mean=fresh.bias, std=fresh.bias))
+    if "align" not in config.schedule:
+        return
+
+    # ------------------------------------------------------------------------------------- stage 2: the policy
+    params = loop("align", align.make(context, bank), config, workdir, writer)
+    aligned = POLICIES[config.policy.tune].merged(context.model, params)
+    if not (workdir / "aligned").exists():
+        hf.save(workdir / "aligned", hf_config, llama.to_hf(aligned), tokenizer)
+    if "evals" not in config.schedule:
+        return
+
+    # --------------------------------------------------------------------------------------- before and after
+    results = {}
+    for name, model in {"base": context.model, "aligned": aligned}.items():
+        path = workdir / "evals" / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(runner.evaluate(context, model, bank), indent=1, ensure_ascii=False))
+            temporary.replace(path)
+        results[name] = json.loads(path.read_text())
+    facts = {
+        "drirl_jax": drirl_jax.__version__,
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "minutes": f"{(time.time() - started) / 60:.1f} (this start)",
+    }
+    shown = (config.data.categories, config.data.harmless)
+    report = plots.report(workdir, results["base"], results["aligned"], writer.read(), *shown, str(config), facts)
+    print(plots.terminal_table(results["base"], results["aligned"], *shown))
+    print(f"report: {report}\naligned model: {workdir / 'aligned'}")
+
+
+def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, writer: metrics.MetricWriter) -> PyTree:
+    """THE loop: collect -> update -> log, evaluate, checkpoint. Returns the stage's product.
+
+    A checkpoint holds the state after a number of finished steps, and all that follows is a function of that state and
+    the config: so a run that was killed repeats the steps since its last checkpoint and ends with the same bits.
+    """
+    # ---------------------------------------------------------------------------------------- start, or go on
+    checkpoints = Checkpoints(workdir / "checkpoints" / name, config.checkpoint.keep)
+    state = stage.init()
+    done = checkpoints.latest() or 0
+    if done:
+        state = checkpoints.restore(state)
+    writer.rewind(config.schedule, name, done)
+    progress = metrics.Progress(name, total=stage.steps, start=done)
+    shown: dict[str, float] = {}
+
+    for step in range(done, stage.steps):
+        # ------------------------------------------------------------------------------ collect and update
+        clock = [time.perf_counter()]
+        batch, carry, scalars = stage.collect(state, step)
+        clock.append(time.perf_counter())
+        train, trained = stage.update(state.train, batch)
+        scalars |= {key: float(value) for key, value in jax.device_get(trained).items()}
+        clock.append(time.perf_counter())
+        state = state._replace(train=train, carry=carry)
+
+        # --------------------------------------------------------------------- log, evaluate, checkpoint
+        scalars |= stage.evaluate(state, step + 1)
+        writer.write(name, step + 1, scalars)
+        writer.timing(name, step + 1, {"collect": clock[1] - clock[0], "update": clock[2] - clock[1]})
+        shown |= {key: scalars[key] for key in stage.show if key in scalars}
+        progress.show(shown)
+        if (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.steps:
+            checkpoints.save(step + 1, state)
+
+    progress.close()
+    checkpoints.close()
+    return stage.finish(state)

@@ -1,0 +1,53 @@
+"""The one batch type, the train state and the letters used as suffixes of array names.
+
+P prompts, G responses of a prompt, S prompt tokens, T response tokens, K parts of a response, L parts of a
+demonstration, E embedding width, D model width, H heads, C categories, V vocabulary, N rows of a flat view.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+PyTree = Any
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one sentence that says what, where and what to do."""
+
+
+class Group(NamedTuple):
+    """A prompt and its group of responses: right-padded ids, masked by length and never by the pad id.
+
+    The pad id may equal the end-of-sequence id, which is a token that the policy must learn to emit: a
+    response's length counts it.
+
+    Attributes:
+        prompt: [P, S] int32 token ids.
+        prompt_len: [P] int32, 1 <= prompt_len <= S.
+        response: [P, G, T] int32 token ids.
+        response_len: [P, G] int32, 1 <= response_len <= T.
+        category: [P] int32 in [0, C).
+    """
+
+    prompt: Array
+    prompt_len: Array
+    response: Array
+    response_len: Array
+    category: Array
+
+
+class TrainState(NamedTuple):
+    """What an update replaces: the trained parameters, the optimiser's state and the number of updates."""
+
+    params: PyTree
+    opt_state: PyTree
+    step: Array
+
+
+def length_mask(length: Array, size: int) -> Array:
+    """[..., size] bool: True at positions below `length` [...]."""
+    return jnp.arange(size) < length[..., None]

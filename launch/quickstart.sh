@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# A bare machine to a safer chat model and its report: a virtual environment, the packages, the run.
+#   bash launch/quickstart.sh [--config.seed=1 ...]     WORKDIR=runs/other bash launch/quickstart.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/install.sh .venv "."
+exec .venv/bin/python -m drirl_jax.main --config configs/quickstart.py --workdir "${WORKDIR:-runs/quickstart}" "$@"

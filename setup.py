@@ -1,0 +1,47 @@
+import pathlib
+
+from setuptools import find_packages, setup
+
+here = pathlib.Path(__file__).parent
+version = {}
+exec((here / "drirl_jax" / "__init__.py").read_text(), version)
+
+setup(
+    name="drirl_jax",
+    version=version["__version__"],
+    description="Safety alignment by inverse RL with dynamic reward scaling (DR-IRL, GRPO-S) in JAX and Flax",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["drirl_jax", "drirl_jax.*"]),
+    package_data={"drirl_jax": ["data/starter/*.jsonl", "templates/*.jinja"]},
+    install_requires=[
+        "absl-py",
+        "einops",
+        "flax>=0.12.8",
+        "gguf>=0.19",
+        "grain>=0.2.18",
+        "huggingface_hub",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.10",
+        "jinja2",
+        "matplotlib",
+        "ml_collections>=1.1",
+        "numpy>=2",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "rich",
+        "safetensors",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.10",
+        "tokenizers",
+        "tqdm",
+        "transformers>=5.22",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "torch>=2.13"],
+    },
+)

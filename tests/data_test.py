@@ -1,0 +1,378 @@
+"""Records, the starter set, the TFDS builder, balanced batches and the converter."""
+
+import collections
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from drirl_jax.data import builder, convert, pipeline, records
+from drirl_jax.types import InputError
+
+CATEGORIES = (
+    "insult",
+    "unfairness_and_discrimination",
+    "crimes_and_illegal_activities",
+    "physical_harm",
+    "mental_health",
+    "privacy_and_property",
+    "ethics_and_morality",
+    "harmless",
+)
+ROW = {
+    "id": "a1",
+    "category": "insult",
+    "lang": "en",
+    "split": "train",
+    "prompt": "Insult 他.",
+    "draft": "Wants insult.\nInsults hurt.",
+    "response": "I can't.",
+}
+
+
+def write(path, *rows):
+    """Rows as JSON lines; a string stays as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def rows(n, **fields):
+    name = fields.get("category", "insult")
+    return [ROW | {"id": f"{name}-{i}", "prompt": f"p{i}"} | fields for i in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def test_demonstration():
+    record = records.Record(**ROW)
+    assert records.demonstration(record, True) == "Wants insult.\nInsults hurt.\n#### I can't."
+    assert records.demonstration(record, True, separator="--") == "Wants insult.\nInsults hurt.\n-- I can't."
+    assert records.demonstration(record, False) == "I can't."
+    assert records.demonstration(record._replace(draft=" "), True) == "I can't."
+
+
+def test_read_takes_files_folders_and_several(tmp_path):
+    one = write(tmp_path / "b.jsonl", ROW, "", ROW | {"id": "a2", "extra": 1})
+    two = write(tmp_path / "a.jsonl", ROW | {"id": "a3", "category": "harmless"})
+    write(tmp_path / "notes.txt", "not JSON")
+    expected = [records.Record(**ROW), records.Record(**ROW | {"id": "a2"})]
+    assert records.read(one, CATEGORIES) == expected
+    assert records.read(str(one), ["insult"]) == expected
+    assert [r.id for r in records.read(tmp_path, CATEGORIES)] == ["a3", "a1", "a2"]
+    assert [r.id for r in records.read([one, two], CATEGORIES)] == ["a1", "a2", "a3"]
+    assert len(records.read([one, "starter"], CATEGORIES)) == 2 + len(records.read("starter", CATEGORIES))
+
+
+def test_read_accepts_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(row).encode() for row in (ROW, ROW | {"id": "b"})]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    assert [r.id for r in records.read(path, CATEGORIES)] == ["a1", "b"]
+
+
+def without(field):
+    return {key: value for key, value in ROW.items() if key != field}
+
+
+BAD = {
+    "not JSON": ('{"id": ', "not JSON (Expecting value"),
+    "not an object": ("[1]", "a JSON list, not an object"),
+    "null": ("null", "a JSON NoneType, not an object"),
+    "missing field": (without("lang"), "the field 'lang' is missing: add it"),
+    "misspelt field": (without("prompt") | {"promt": "x"}, "'prompt' is missing ('promt' is there: a slip?)"),
+    "wrong type": (ROW | {"response": 3}, "the field 'response' is of type int: make it a string"),
+    "half a surrogate": (ROW | {"prompt": "\ud83d"}, "the field 'prompt' holds half a surrogate pair"),
+    "unknown category": (ROW | {"category": "insults"}, "'insults': did you mean 'insult'? known are"),
+    "far category": (ROW | {"category": "zzz"}, "unknown category 'zzz': known are insult, unfairness_and"),
+    "unknown split": (ROW | {"split": "dev"}, "unknown split 'dev': use one of train, valid, test"),
+    "empty prompt": (ROW | {"prompt": " \n"}, "the prompt is empty"),
+    "empty response": (ROW | {"response": ""}, "the demonstration (response) is empty"),
+    "empty id": (ROW | {"id": ""}, "the id is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_records_are_refused_with_file_and_line(name, tmp_path):
+    bad, sentence = BAD[name]
+    path = write(tmp_path / "a.jsonl", ROW | {"id": "fine"}, "", bad)
+    with pytest.raises(InputError) as error:
+        records.read(path, CATEGORIES)
+    assert str(error.value).startswith(f"{path}, line 3: ")
+    assert sentence in str(error.value)
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no file .*gone.jsonl: check the path"):
+        records.read(tmp_path / "gone.jsonl", CATEGORIES)
+    with pytest.raises(InputError, match="no .*jsonl file in the folder"):
+        records.read(tmp_path, CATEGORIES)
+    with pytest.raises(InputError, match="no records in .*empty.jsonl"):
+        records.read(write(tmp_path / "empty.jsonl", ""), CATEGORIES)
+    (tmp_path / "latin.jsonl").write_bytes(b'\n{"id": "\xe9"}')
+    with pytest.raises(InputError, match="latin.jsonl, line 2: not UTF-8 text"):
+        records.read(tmp_path / "latin.jsonl", CATEGORIES)
+
+
+def test_an_id_used_twice_is_refused_with_both_places(tmp_path):
+    one, two = write(tmp_path / "1.jsonl", ROW), write(tmp_path / "2.jsonl", ROW | {"id": "x"}, ROW)
+    with pytest.raises(InputError) as error:
+        records.read([one, two], CATEGORIES)
+    assert str(error.value).startswith(f"{two}, line 2: the id 'a1' was used before at {one}, line 1")
+
+
+def test_require_names_every_category_that_falls_short():
+    some = [*rows(3), *rows(1, category="mental_health"), *rows(5, split="valid")]
+    have = [records.Record(**r) for r in some]
+    records.require(have, ["insult", "mental_health"], "train", 1)
+    records.require(have, ["insult"], "valid", 5)
+    with pytest.raises(InputError) as error:
+        records.require(have, ["insult", "mental_health", "physical_harm"], "train", 3)
+    assert "mental_health has 1 and lacks 2; physical_harm has 0 and lacks 3" in str(error.value)
+    assert "insult" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------- starter set
+
+
+@pytest.mark.parametrize("category", CATEGORIES[:-1])
+def test_starter_set_has_demonstrations_in_each_category(category):
+    mine = [r for r in records.read("starter", CATEGORIES) if r.category == category]
+    assert len(mine) >= 24
+    assert {r.split for r in mine} == set(records.SPLITS)
+
+
+def test_starter_set_has_harmless_prompts():
+    mine = [r for r in records.read("starter", CATEGORIES) if r.category == "harmless"]
+    assert len(mine) >= 48
+    assert {r.split for r in mine} == set(records.SPLITS)
+
+
+def test_starter_set_keeps_its_rules():
+    everything = records.read("starter", CATEGORIES)
+    prompts = collections.Counter(" ".join(r.prompt.lower().split()) for r in everything)
+    assert [p for p, n in prompts.items() if n > 1] == []  # so no test prompt is in train
+    drafts = [(r.id, step) for r in everything for step in r.draft.split("\n")]
+    assert [d for d in drafts if len(d[1].split()) > 5] == []
+    harmful = [r for r in everything if r.category != "harmless"]
+    assert [r.id for r in harmful if not r.draft.strip()] == []
+    assert [r.id for r in everything if "####" in r.draft + r.response] == []
+
+
+def test_starter_set_follows_the_categories_in_use():
+    found = {r.category for r in records.read("starter", ["insult", "mental_health"])}
+    assert found == {"insult", "mental_health"}
+
+
+# ------------------------------------------------------------------------------------------------ builder
+
+
+def test_builder_over_the_starter_set(tmp_path):
+    given = records.read("starter", CATEGORIES)
+    loaded = builder.load("starter", CATEGORIES, tmp_path)
+    assert set(loaded) == set(records.SPLITS)
+    for split, source in loaded.items():
+        assert sorted(source[i] for i in range(len(source))) == sorted(r for r in given if r.split == split)
+    assert "tensorflow" not in sys.modules
+
+
+def test_builder_rebuilds_changed_data_alone(tmp_path):
+    path = write(tmp_path / "a.jsonl", *rows(3), *rows(2, category="harmless", split="test"))
+    data = tmp_path / "data"
+    first = builder.load(path, CATEGORIES, data)
+    assert {split: len(source) for split, source in first.items()} == {"train": 3, "test": 2}
+    made = {p: p.stat().st_mtime_ns for p in data.rglob("*.array_record*")}
+    again = builder.load(path, CATEGORIES, data)
+    assert list(again["train"]) == list(first["train"])
+    assert {p: p.stat().st_mtime_ns for p in data.rglob("*.array_record*")} == made
+    write(path, *rows(3), ROW | {"id": "new", "prompt": "新的"})
+    changed = builder.load(path, CATEGORIES, data)
+    assert set(changed) == {"train"}
+    assert "新的" in {r.prompt for r in changed["train"]}
+
+
+def test_builder_order_depends_on_the_content_alone(tmp_path):
+    some = rows(9)
+    one = builder.load(write(tmp_path / "1.jsonl", *some), CATEGORIES, tmp_path / "x")
+    two = builder.load(write(tmp_path / "2.jsonl", *some[::-1]), CATEGORIES, tmp_path / "y")
+    assert list(one["train"]) == list(two["train"])
+
+
+def test_builder_gives_way_to_a_process_that_was_first(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", *rows(4))
+    generate = builder.SafetyDemos._generate_examples
+    calls = []
+
+    def while_another_prepares_it(self, split):
+        calls.append(split)
+        if len(calls) == 1:
+            assert len(builder.load(path, CATEGORIES, tmp_path / "data")["train"]) == 4
+        yield from generate(self, split)
+
+    monkeypatch.setattr(builder.SafetyDemos, "_generate_examples", while_another_prepares_it)
+    assert len(builder.load(path, CATEGORIES, tmp_path / "data")["train"]) == 4
+    assert len(calls) == 2
+
+
+def test_builder_does_not_hide_other_failures(tmp_path):
+    (tmp_path / "data").write_text("a file in the folder's place")
+    with pytest.raises(OSError):
+        builder.load(write(tmp_path / "a.jsonl", ROW), CATEGORIES, tmp_path / "data")
+
+
+# ----------------------------------------------------------------------------------------------- pipeline
+
+
+def sources(*sizes):
+    """Items (category, index)."""
+    return [[(c, i) for i in range(n)] for c, n in enumerate(sizes)]
+
+
+def shares(batch, C):
+    return np.bincount([c for c, _ in batch], minlength=C)
+
+
+def test_batches_hold_categories_in_equal_shares():
+    ds = pipeline.balanced(sources(50, 90, 40), batch=6, seed=0)
+    for i in range(40):
+        assert len(ds[i]) == 6
+        np.testing.assert_array_equal(shares(ds[i], 3), [2, 2, 2])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 7])
+def test_batches_of_another_size_are_equal_over_as_many_as_categories(batch):
+    ds = pipeline.balanced(sources(50, 90, 40), batch=batch, seed=0)
+    counts = np.array([shares(ds[i], 3) for i in range(12)])
+    assert np.ptp(counts, axis=1).max() <= 1
+    for i in range(10):
+        np.testing.assert_array_equal(counts[i : i + 3].sum(0), [batch] * 3)
+
+
+def test_every_record_comes_once_an_epoch_in_another_order_each_time():
+    sizes = (25, 40, 10)
+    ds = pipeline.balanced(sources(*sizes), batch=6, seed=3)
+    stream = [item for i in range(60) for item in ds[i]]
+    for c, n in enumerate(sizes):
+        mine = [index for category, index in stream if category == c]
+        epochs = [tuple(mine[e * n : (e + 1) * n]) for e in range(len(mine) // n)]
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+        assert len(set(epochs)) == len(epochs) >= 3
+
+
+def test_a_batch_depends_on_seed_and_index_alone():
+    some = sources(60, 50, 40)
+    ds = pipeline.balanced(some, batch=6, seed=3)
+    forwards = [ds[i] for i in range(20)]
+    fresh = pipeline.balanced(some, batch=6, seed=3)
+    assert [fresh[i] for i in reversed(range(20))] == forwards[::-1]
+    other = pipeline.balanced(some, batch=6, seed=4)
+    assert [other[i] for i in range(20)] != forwards
+    assert len(ds[10**9]) == 6
+
+
+def test_index_arrays_are_sources_too():
+    ds = pipeline.balanced([np.flatnonzero([0, 1, 0, 1]), range(2)], batch=4, seed=0)
+    assert [sorted(ds[0][c::2]) for c in range(2)] == [[1, 3], [0, 1]]
+
+
+def test_a_category_of_one_record_repeats_it():
+    assert pipeline.balanced(sources(1, 30), batch=4, seed=0)[5][::2] == [(0, 0), (0, 0)]
+
+
+def test_seeds_and_categories_do_not_share_orders():
+    def orders(seed):
+        ds = pipeline.balanced(sources(40, 40), batch=80, seed=seed)
+        return [tuple(i for c, i in ds[e] if c == category) for e in range(3) for category in range(2)]
+
+    assert len(set(orders(0) + orders(1) + orders(2))) == 18
+
+
+def test_single_batches_take_the_categories_in_turn():
+    ds = pipeline.single(sources(50, 15, 40), batch=3, seed=0)
+    batches = [ds[i] for i in range(30)]
+    assert [({c for c, _ in b}, len(b)) for b in batches] == [({i % 3}, 3) for i in range(30)]
+    mine = [index for b in batches[1::3] for _, index in b]
+    assert sorted(mine[:15]) == sorted(mine[15:]) == list(range(15)) and mine[:15] != mine[15:]
+    assert pipeline.BATCHES == {"mixed": pipeline.balanced, "single": pipeline.single}
+
+
+def test_a_category_without_records_is_refused():
+    with pytest.raises(InputError, match=r"categories number \[1\] of 3"):
+        pipeline.balanced(sources(5, 0, 4), batch=3, seed=0)
+
+
+def test_pipeline_over_loaded_records(tmp_path):
+    some = [*rows(3), *rows(4, category="mental_health"), *rows(2, category="harmless")]
+    train = builder.load(write(tmp_path / "a.jsonl", *some), CATEGORIES, tmp_path / "data")["train"]
+    parts = [[r for r in train if r.category == c] for c in ("mental_health", "insult")]
+    batch = pipeline.balanced(parts, batch=4, seed=0)[0]
+    assert [r.category for r in batch] == ["mental_health", "insult"] * 2
+    assert all(isinstance(r, records.Record) for r in batch)
+
+
+# ------------------------------------------------------------------------------------------------ convert
+
+
+def answers(*texts):
+    return [{"model": "m", "text": t, "source": "baseline"} for t in texts]
+
+
+SAFETY7 = [
+    {"id": "insult-001", "category": "insult", "lang": "en", "split": "train", "prompt": "Insult me."}
+    | {"safe": answers("I would much rather not do that.", " I won't. ", " "), "unsafe": answers("x")},
+    {"id": "insult-002", "category": "insult", "lang": "en", "split": "valid", "prompt": "Again."}
+    | {"safe": answers("one two three four"), "unsafe": []},
+    {"id": "ethics-003", "category": "ethics_and_morality", "lang": "en", "split": "train", "prompt": "C"}
+    | {"safe": [], "unsafe": answers("x")},
+    {"id": "ethics-004", "category": "ethics_and_morality", "lang": "zh", "split": "train", "prompt": "作弊"}
+    | {"safe": answers("不能帮你。", "不行"), "unsafe": []},
+]
+
+
+def test_convert_safety7(tmp_path, capsys):
+    source, target = write(tmp_path / "in.jsonl", *SAFETY7), tmp_path / "new" / "out.jsonl"
+    convert.main(["safety7", str(source), str(target)])
+    got = records.read(target, CATEGORIES)
+    assert [r[:4] for r in got] == [
+        ("insult-001-en", "insult", "en", "train"),
+        ("insult-002-en", "insult", "en", "valid"),
+        ("ethics-004-zh", "ethics_and_morality", "zh", "train"),
+    ]
+    assert [(r.prompt, r.draft, r.response) for r in got] == [
+        ("Insult me.", "", "I won't."),
+        ("Again.", "", "one two three four"),
+        ("作弊", "", "不行"),
+    ]
+    out = capsys.readouterr().out
+    assert out.startswith("ethics_and_morality: 1\ninsult: 2\nleft out without a safe answer: 1\n3 demonstr")
+
+
+def test_convert_leaves_out_long_answers(tmp_path, capsys):
+    source, target = write(tmp_path / "in.jsonl", *SAFETY7), tmp_path / "out.jsonl"
+    convert.main(["safety7", str(source), str(target), "--max-words", "2"])
+    assert [r.response for r in records.read(target, CATEGORIES)] == ["I won't.", "不行"]
+    assert "left out with no safe answer of at most 2 words: 1" in capsys.readouterr().out
+    assert convert.word_count("不能 help you，ok。") == 5
+
+
+def test_convert_refuses_another_shape(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", SAFETY7[0], ROW)
+    with pytest.raises(SystemExit) as error:
+        convert.main(["safety7", str(source), str(tmp_path / "out.jsonl")])
+    assert error.value.code == 1
+    assert f"{source}, line 2: not a safety7 record (KeyError('safe'))" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_convert_the_real_file(tmp_path):
+    source = pathlib.Path(__file__).parents[2] / "shared" / "data" / "safety7" / "en.jsonl"
+    if not source.exists():
+        pytest.skip("the safety7 data is not beside the repository")
+    convert.main(["safety7", str(source), str(tmp_path / "out.jsonl")])
+    got = records.read(tmp_path / "out.jsonl", CATEGORIES)
+    assert len(got) == 1196  # 1,199 prompts, 3 of them without a safe answer
+    records.require(got, CATEGORIES[:-1], "train", 100)
+    records.require(got, CATEGORIES[:-1], "valid", 10)

@@ -1,0 +1,91 @@
+"""The sampler: exactness, end of sequence, reproducibility, and agreement with the trainer's log-probabilities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drirl_jax import rollout
+from drirl_jax.models import transformer
+from drirl_jax.types import Group
+from transformer_test import random_group, tiny
+
+EOS = (3, 11)
+
+
+def draw(model, group, *, temperature=1.0, T=6, seed=0, G=3, index=None):
+    index = jnp.arange(group.prompt.shape[0]) if index is None else index
+    keys = rollout.row_keys(jax.random.key(seed), index, G)
+    return rollout.sample(model, group.prompt, group.prompt_len, keys, max_new=T, temperature=temperature, eos=EOS)
+
+
+def sharpened(seed=0):
+    """A tiny model whose distributions are far from uniform."""
+    model = tiny(seed=seed)
+    return model.replace(embed=model.embed[...] * 40)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 0.0])
+def test_logprobs_equal_the_trainers(temperature):
+    model, group = sharpened(), random_group(P=3)
+    out = draw(model, group, temperature=temperature)
+    again = Group(group.prompt, group.prompt_len, out.response, out.response_len, group.category)
+    logp, _ = transformer.token_logprobs(model, transformer.apply(model, again), again, temperature or 1.0)
+    mask = jnp.arange(6) < out.response_len[..., None]
+    np.testing.assert_allclose(out.logp, jnp.where(mask, logp, 0), atol=1e-4)
+
+
+def test_end_of_sequence_is_kept_and_ends_the_row():
+    model, group = tiny(), random_group(P=4)
+    out = draw(model, group, T=60, G=8)
+    response, length = np.asarray(out.response), np.asarray(out.response_len)
+    stopped = 0
+    for p in range(4):
+        for g in range(8):
+            inside = np.isin(response[p, g, : length[p, g]], EOS)
+            assert not inside[:-1].any()
+            assert inside[-1] == (rollout.FINISH[out.finish[p, g]] == "stop")
+            assert inside[-1] or length[p, g] == 60
+            assert (np.asarray(out.logp)[p, g, length[p, g] :] == 0).all()
+            stopped += inside[-1]
+    assert 0 < stopped
+
+
+def test_rows_depend_on_seed_and_index_and_not_on_the_batch():
+    model, group = sharpened(), random_group(P=4)
+    out = draw(model, group)
+    np.testing.assert_array_equal(out.response, draw(model, group).response)
+    assert (np.asarray(out.response) != np.asarray(draw(model, group, seed=1).response)).any()
+    part = jax.tree.map(lambda x: x[2:3], group)
+    np.testing.assert_array_equal(draw(model, part, index=jnp.array([2])).response[0], out.response[2])
+    np.testing.assert_array_equal(draw(model, group, G=2).response, out.response[:, :2])
+
+
+def test_greedy_takes_the_most_likely_token():
+    model, group = sharpened(), random_group(P=2)
+    out = draw(model, group, temperature=0.0, G=1, T=4)
+    for p in range(2):
+        ids = list(np.asarray(group.prompt[p, : group.prompt_len[p]]))
+        for t in range(int(out.response_len[p, 0])):
+            one = Group(jnp.array([ids]), jnp.array([len(ids)]), jnp.zeros((1, 1, 1), jnp.int32), jnp.ones((1, 1)), None)
+            hidden, _ = transformer.apply(model, one)
+            best = int(jnp.argmax(hidden[0, -1] @ model.unembed.T))
+            assert best == int(out.response[p, 0, t])
+            ids.append(best)
+
+
+def test_two_level_sampling_is_exact():
+    rng = np.random.default_rng(0)
+    logit = jnp.asarray(rng.normal(size=37) * 2, jnp.float32)
+    uniform = jax.random.uniform(jax.random.key(0), (200_000, 2))
+    drawn = rollout.sample_categorical(uniform, jnp.broadcast_to(logit, (200_000, 37)), chunk=8)
+    share = np.bincount(np.asarray(drawn), minlength=37) / 200_000
+    probability = np.asarray(jax.nn.softmax(logit))
+    # Five standard errors of a binomial share.
+    assert (np.abs(share - probability) < 5 * np.sqrt(probability / 200_000) + 1e-9).all()
+
+
+def test_sampling_never_returns_an_impossible_token():
+    logit = jnp.full((4, 300), -jnp.inf).at[:, 258].set(0.0)
+    uniform = jnp.array([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24], [0.5, 0.0], [0.0, 1 - 2**-24]])
+    np.testing.assert_array_equal(rollout.sample_categorical(uniform, logit), 258)

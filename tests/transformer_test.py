@@ -1,0 +1,171 @@
+"""The decoder against torch, and the grouped form against one row at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drirl_jax.models import llama, lora, transformer
+from drirl_jax.types import Group
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_theta": 1000.0,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def torch_llama(tied):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}, tie_word_embeddings=tied)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tiny(tied=True, seed=0):
+    config = llama.config_from_hf(TINY | {"tie_word_embeddings": tied})
+    return transformer.Transformer(config, jax.random.key(seed))
+
+
+def random_group(P=2, S=7, G=3, T=5, vocab=97, seed=0):
+    rng = np.random.default_rng(seed)
+    return Group(
+        prompt=jnp.asarray(rng.integers(0, vocab, (P, S)), jnp.int32),
+        prompt_len=jnp.asarray(rng.integers(1, S + 1, P), jnp.int32),
+        response=jnp.asarray(rng.integers(0, vocab, (P, G, T)), jnp.int32),
+        response_len=jnp.asarray(rng.integers(1, T + 1, (P, G)), jnp.int32),
+        category=jnp.asarray(rng.integers(0, 2, P), jnp.int32),
+    )
+
+
+def rows(group):
+    """Each (p, g, prompt ids, response ids) without padding."""
+    for p in range(group.prompt.shape[0]):
+        for g in range(group.response.shape[1]):
+            prompt = np.asarray(group.prompt[p, : group.prompt_len[p]])
+            yield p, g, prompt, np.asarray(group.response[p, g, : group.response_len[p, g]])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matches_torch_on_random_weights(tied):
+    torch = pytest.importorskip("torch")
+    peer = torch_llama(tied)
+    tensors = {k: v.detach().numpy() for k, v in peer.state_dict().items()}
+    if tied:
+        tensors.pop("lm_head.weight", None)
+    model = llama.from_hf(tensors, llama.config_from_hf(TINY | {"tie_word_embeddings": tied}))
+    group = random_group()
+    hidden = jax.jit(transformer.apply)(model, group)
+    logp, entropy = transformer.token_logprobs(model, hidden, group, temperature=0.7, chunk=4)
+    for p, g, prompt, response in rows(group):
+        ids = torch.tensor(np.concatenate([prompt, response])[None])
+        with torch.no_grad():
+            out = torch.log_softmax(peer(ids).logits[0] / 0.7, -1).numpy()[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(logp[p, g, : len(response)], out[np.arange(len(response)), response], atol=1e-4)
+        np.testing.assert_allclose(entropy[p, g, : len(response)], -(np.exp(out) * out).sum(-1), atol=1e-4)
+
+
+def test_grouped_equals_one_row_at_a_time():
+    model, group = tiny(), random_group(P=3, S=9, G=4, T=6)
+    prompt_hidden, response_hidden = transformer.apply(model, group)
+    for p, g, prompt, response in rows(group):
+        alone = Group(
+            jnp.asarray(prompt)[None], jnp.array([len(prompt)]), jnp.asarray(response)[None, None],
+            jnp.array([[len(response)]]), group.category[p : p + 1],
+        )  # fmt: skip
+        prompt_alone, response_alone = transformer.apply(model, alone)
+        np.testing.assert_allclose(prompt_hidden[p, : len(prompt)], prompt_alone[0], atol=2e-5)
+        np.testing.assert_allclose(response_hidden[p, g, : len(response)], response_alone[0, 0], atol=2e-5)
+
+
+def test_padding_and_order_change_nothing():
+    model, group = tiny(), random_group()
+    noisy = group._replace(
+        prompt=jnp.where(jnp.arange(7) < group.prompt_len[:, None], group.prompt, 5),
+        response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 6),
+    )
+    mask = jnp.arange(5) < group.response_len[..., None]
+
+    def logp(g):
+        return transformer.token_logprobs(model, transformer.apply(model, g), g, 1.0)[0]
+
+    np.testing.assert_allclose(jnp.where(mask, logp(group), 0), jnp.where(mask, logp(noisy), 0), atol=1e-6)
+    flipped = jax.tree.map(lambda x: x[::-1], group)
+    np.testing.assert_allclose(logp(flipped)[::-1], logp(group), atol=1e-6)
+
+
+def test_prefill_and_decode_match_apply():
+    model, group = tiny(), random_group()
+    _, want = transformer.apply(model, group)
+    mask = jnp.arange(7) < group.prompt_len[:, None]
+    _, prompt_cache = transformer.prefill(model, group.prompt)
+    own = tuple(jnp.zeros((3, 2, 3, 5, 2, 8)) for _ in range(2))
+    for t in range(5):
+        got, own = transformer.decode(model, group.response[:, :, t], t, group.prompt_len, mask, prompt_cache, own)
+        np.testing.assert_allclose(got, want[:, :, t], atol=2e-5)
+
+
+def test_chunking_and_remat_change_nothing():
+    model, group = tiny(), random_group()
+
+    def loss(model, chunk, remat):
+        hidden = transformer.apply(model, group, remat=remat)
+        return transformer.token_logprobs(model, hidden, group, 1.0, chunk)[0].sum()
+
+    value, grad = jax.value_and_grad(loss)(model, 4, True)
+    other, other_grad = jax.value_and_grad(loss)(model, 1000, False)
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grad, other_grad)
+
+
+def test_logprobs_gradient_matches_plain_autodiff():
+    rng = np.random.default_rng(0)
+    unembed, hidden = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((23, 6), (10, 6)))
+    target = jnp.asarray(rng.integers(0, 23, 10), jnp.int32)
+    weight = jnp.asarray(rng.normal(size=10), jnp.float32)
+
+    def ours(unembed, hidden):
+        return transformer.logprobs(unembed, hidden, target, 0.7, 4)[0] @ weight
+
+    def plain(unembed, hidden):
+        return jax.nn.log_softmax(hidden @ unembed.T / 0.7)[jnp.arange(10), target] @ weight
+
+    got = jax.jit(jax.value_and_grad(ours, (0, 1)))(unembed, hidden)
+    want = jax.value_and_grad(plain, (0, 1))(unembed, hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def filled(adapter, seed):
+    """The adapter with a random B, so that it does something."""
+    leaves = {k: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), v.b.shape) for i, (k, v) in enumerate(sorted(adapter.items()))}
+    return {k: v.replace(b=0.1 * leaves[k]) for k, v in adapter.items()}
+
+
+def test_fresh_adapter_is_the_trunk_and_merging_is_exact():
+    model, group = tiny(), random_group()
+    fresh = lora.init(model, jax.random.key(1), rank=4, alpha=8)
+    plain = transformer.apply(model, group)
+    jax.tree.map(np.testing.assert_array_equal, plain, transformer.apply(model, group, fresh))
+    adapter = filled(fresh, 2)
+    adapted = transformer.apply(model, group, adapter)
+    assert np.abs(adapted[1] - plain[1]).max() > 0.1
+    merged = transformer.apply(lora.merge(model, adapter), group)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), adapted, merged)
+
+
+def test_bank_routes_each_prompt_to_its_adapter():
+    model, group = tiny(), random_group(P=4)
+    bank = filled(lora.init(model, jax.random.key(1), rank=4, alpha=4, bank=3), 3)
+    route = jnp.array([2, 0, 1, 2])
+    _, got = transformer.apply(model, group, bank, route)
+    for p, c in enumerate(route):
+        single = {k: v.replace(a=v.a[:, c], b=v.b[:, c]) for k, v in bank.items()}
+        _, want = transformer.apply(model, jax.tree.map(lambda x: x[p : p + 1], group), single)
+        np.testing.assert_allclose(got[p], want[0], atol=2e-5)
