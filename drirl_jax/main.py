@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from drirl_jax import train
@@ -17,7 +18,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoi
 
 
 def main(argv: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells of every file at INFO
+    logging.getLogger("drirl_jax").setLevel(logging.INFO)
     try:
         if len(argv) > 1:
             raise InputError(f"unexpected argument {argv[1]!r}: options are written --name=value.")

@@ -1,7 +1,7 @@
 """Scalars to JSONL and TensorBoard, and the progress bar.
 
-metrics.jsonl holds nothing that depends on the clock or the machine's load, so that two runs can be compared bit for
-bit; seconds go to timing.jsonl.
+metrics.jsonl holds nothing that depends on the clock or the machine's load, so that two runs can be compared bit
+for bit; seconds go to timing.jsonl.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import sys
-from typing import Mapping, Sequence
+from typing import Iterator, Mapping, Sequence
 
 import tensorboardX
 import tqdm
@@ -21,62 +21,92 @@ class MetricWriter:
     """The scalars of one workdir: metrics.jsonl, timing.jsonl and tensorboard/."""
 
     def __init__(self, workdir: pathlib.Path):
+        workdir.mkdir(parents=True, exist_ok=True)
         self.metrics, self.seconds = workdir / "metrics.jsonl", workdir / "timing.jsonl"
-        self.events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+        self.folder = workdir / "tensorboard"
+        self.events: dict[str, tensorboardX.SummaryWriter] = {}
 
     def write(self, stage: str, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends {"stage", "step", ...} to metrics.jsonl; a value that is not finite is written as null."""
+        """Appends {"stage", "step", ...} to metrics.jsonl, in full precision; a value that is not finite is null."""
         self._append(self.metrics, stage, step, scalars)
 
     def timing(self, stage: str, step: int, seconds: Mapping[str, float]) -> None:
-        """Appends seconds to timing.jsonl."""
+        """Appends {"stage", "step", "NAME_s", ...} to timing.jsonl."""
         self._append(self.seconds, stage, step, {f"{key}_s": value for key, value in seconds.items()})
 
     def read(self) -> list[dict]:
         """The lines of metrics.jsonl."""
-        return [row for row, _ in _lines(self.metrics)]
+        return read(self.metrics)
 
-    def rewind(self, order: Sequence[str], stage: str, step: int) -> None:
+    def rewind(self, stage_order: Sequence[str], stage: str, step: int) -> None:
         """Drops what was written after this step of this stage, so that a run that goes on repeats no line.
 
+        Each file is replaced whole, so a run killed here loses nothing; TensorBoard hides the dropped steps.
+
         Args:
-            order: the schedule's stages in turn.
+            stage_order: the schedule's stages in turn.
             stage, step: the state that the run goes on from; a torn last line is dropped too.
         """
+        at = (stage_order.index(stage), step)
         for path in (self.metrics, self.seconds):
-            at = (order.index(stage), step)
-            kept = [line for row, line in _lines(path) if (order.index(row["stage"]), row["step"]) <= at]
+            kept = [line for row, line in _lines(path) if (stage_order.index(row["stage"]), row["step"]) <= at]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, path)
+        if stage in self.events:
+            self.events.pop(stage).close()
+        self._open(stage, first=step + 1)
+
+    def close(self) -> None:
+        """Writes out what TensorBoard's writers still hold; at the interpreter's exit this happens by itself."""
+        for events in self.events.values():
+            events.close()
+        self.events.clear()
 
     def _append(self, path: pathlib.Path, stage: str, step: int, scalars: Mapping[str, float]) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in sorted(scalars.items())}
+        values = {key: float(value) for key, value in sorted(scalars.items())}
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with path.open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step} | finite) + "\n")
+        if stage not in self.events:
+            self._open(stage, first=step)
         for key, value in finite.items():
             if value is not None:
-                self.events.add_scalar(f"{stage}/{key}", value, step)
-        self.events.flush()
+                self.events[stage].add_scalar(f"{stage}/{key}", value, step)
+
+    def _open(self, stage: str, first: int) -> None:
+        # A folder a stage, since a purge hides the later steps of everything in its folder. The first step is in the
+        # file's name, which otherwise has only the second: a run started again at once must not overwrite its past.
+        self.events[stage] = tensorboardX.SummaryWriter(
+            str(self.folder / stage), purge_step=first, flush_secs=10, filename_suffix=f".{first}"
+        )
 
 
 class Progress:
-    """A progress bar with the rate and the scalars that matter, on stderr; a line now and then where that is no terminal."""
+    """A bar on stderr with the rate and the scalars that matter; at most every 10 s where that is no terminal."""
 
     def __init__(self, stage: str, total: int, start: int = 0):
         patience = 0.1 if sys.stderr.isatty() else 10
-        self.bar = tqdm.tqdm(desc=stage, total=total, initial=start, unit="step", mininterval=patience, dynamic_ncols=True)
+        self.bar = tqdm.tqdm(
+            desc=stage, total=total, initial=start, unit="step", mininterval=patience, dynamic_ncols=True
+        )
 
     def show(self, scalars: Mapping[str, float]) -> None:
-        """One step on, with these scalars beside the bar."""
+        """One step on, with these scalars beside the bar in 3 significant digits."""
         self.bar.set_postfix({key: f"{value:.3g}" for key, value in scalars.items()}, refresh=False)
         self.bar.update()
 
     def close(self) -> None:
+        """Leaves the bar as it stands."""
         self.bar.close()
 
 
-def _lines(path: pathlib.Path):
+def read(path: pathlib.Path) -> list[dict]:
+    """The rows of a JSONL file in order; a torn last line, which a killed run leaves, is not among them."""
+    return [row for row, _ in _lines(path)]
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[dict, str]]:
     """The whole lines of a JSONL file as (row, line); none if there is no file."""
     if path.exists():
         for line in path.read_text().splitlines(keepends=True):

@@ -85,6 +85,7 @@ def sample(
     config = model.config
     prompt_mask_PS = length_mask(prompt_len_P, prompt_PS.shape[1])
     hidden_PSD, prompt_cache = transformer.prefill(model, prompt_PS)
+    fused = transformer.fuse(model)
     first_PGD = jnp.broadcast_to(transformer.last_real(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
 
     def choose(hidden_PGD, t):
@@ -115,7 +116,7 @@ def sample(
     def step(carry):
         t, (rollout, done_PG, own_cache) = carry
         hidden_PGD, own_cache = transformer.decode(
-            model, rollout.response[:, :, t - 1], t - 1, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache
+            model, fused, rollout.response[:, :, t - 1], t - 1, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache
         )
         return t + 1, record((rollout, done_PG, own_cache), t, hidden_PGD)
 

@@ -23,6 +23,9 @@ from drirl_jax.text import Text
 from drirl_jax.types import InputError, PyTree
 
 
+log = logging.getLogger(__name__)
+
+
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Runs the schedule; started again on the same workdir, it goes on where it was.
 
@@ -55,7 +58,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         examples=examples.tokenise(by_split, tokens, config),
     )
     writer = metrics.MetricWriter(workdir)
-    logging.info("%s, %d prompts, %s", jax.devices()[0], sum(map(len, by_split.values())), config.policy.init)
+    log.info("%s, %d prompts, %s", jax.devices()[0], sum(map(len, by_split.values())), config.policy.init)
 
     # ------------------------------------------------------------------------------------------ stage 1: rewards
     rewards = Checkpoints(workdir / "rewards", keep=1)

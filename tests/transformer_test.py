@@ -108,7 +108,8 @@ def test_prefill_and_decode_match_apply():
     _, prompt_cache = transformer.prefill(model, group.prompt)
     own = tuple(jnp.zeros((3, 2, 3, 5, 2, 8)) for _ in range(2))
     for t in range(5):
-        got, own = transformer.decode(model, group.response[:, :, t], t, group.prompt_len, mask, prompt_cache, own)
+        token = group.response[:, :, t]
+        got, own = transformer.decode(model, transformer.fuse(model), token, t, group.prompt_len, mask, prompt_cache, own)
         np.testing.assert_allclose(got, want[:, :, t], atol=2e-5)
 
 

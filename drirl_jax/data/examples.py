@@ -11,6 +11,8 @@ from drirl_jax import text
 from drirl_jax.data import records
 from drirl_jax.types import InputError
 
+log = logging.getLogger(__name__)
+
 
 class Examples(NamedTuple):
     """N tokenised records, right-padded, the demonstration beside its prompt.
@@ -68,9 +70,9 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
             rows[split].append((prompt, demo, category[record.category], number, record.prompt, demo_text, record.id))
             number += 1
     if dropped:
-        logging.warning("dropped %d prompts longer than %d tokens", dropped, config.data.max_prompt)
+        log.warning("dropped %d prompts longer than %d tokens", dropped, config.data.max_prompt)
     if cut:
-        logging.warning("cut %d of %d demonstrations to %d tokens", cut, number, config.sampler.max_new)
+        log.warning("cut %d of %d demonstrations to %d tokens", cut, number, config.sampler.max_new)
     longest = max(len(row[0]) for split in rows.values() for row in split)
     size = -(-longest // 16) * 16
     return {split: _pad(of_split, size, config.sampler.max_new) for split, of_split in rows.items() if of_split}

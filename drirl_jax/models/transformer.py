@@ -218,10 +218,38 @@ def prefill(model: Transformer, prompt_PS: Array):
     return rms_norm(x_PSD, model.norm[...], config.norm_eps), cache
 
 
-def decode(model: Transformer, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache):
+class DecodeBlock(NamedTuple):
+    """A block's weights for decoding, stacked over layers: products that share their input are one matrix.
+
+    A few rows against small matrices leave a processor idle; fused, a decoding step takes two thirds of the time.
+    """
+
+    qkv: Array
+    o: Array
+    gate_up: Array
+    down: Array
+    attn_norm: Array
+    mlp_norm: Array
+
+
+def fuse(model: Transformer) -> DecodeBlock:
+    """The model's blocks with q, k, v joined and gate, up joined."""
+    w = {name: getattr(model.blocks, name)[...] for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    return DecodeBlock(
+        qkv=jnp.concatenate([w["q"], w["k"], w["v"]], axis=1),
+        o=w["o"],
+        gate_up=jnp.concatenate([w["gate"], w["up"]], axis=1),
+        down=w["down"],
+        attn_norm=model.blocks.attn_norm[...],
+        mlp_norm=model.blocks.mlp_norm[...],
+    )
+
+
+def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache):
     """One decoding step: response token t of every row passes through the network.
 
     Args:
+        fused: `fuse(model)`, computed once before the loop.
         token_PG: [P, G] ids of response token t.
         t: scalar int32, its index in the response.
         prompt_len_P, prompt_mask_PS: lengths and mask of the prompts.
@@ -236,20 +264,30 @@ def decode(model: Transformer, token_PG, t, prompt_len_P, prompt_mask_PS, prompt
     T = own_cache[0].shape[3]
     position_PG = jnp.broadcast_to((prompt_len_P + t)[:, None], (P, G))
     own_mask_1T = (jnp.arange(T) <= t)[None]
+    ends = (config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim)
 
     def layer(carry, inputs):
         x_PGD, own_k, own_v = carry
         i, block, prompt_k, prompt_v = inputs
-        q, k, v = block.qkv(config, x_PGD, position_PG, {}, None)
+        normed = rms_norm(x_PGD, block.attn_norm, config.norm_eps)
+        q, k, v = (
+            rearrange(part, "p g (h d) -> p g h d", d=config.head_dim)
+            for part in jnp.split(jnp.einsum("pgi,oi->pgo", normed, block.qkv), ends, axis=-1)
+        )
+        q, k = rope(q, position_PG, config.rope_theta), rope(k, position_PG, config.rope_theta)
         own_k = jax.lax.dynamic_update_slice(own_k, k[None, :, :, None], (i, 0, 0, t, 0, 0))
         own_v = jax.lax.dynamic_update_slice(own_v, v[None, :, :, None], (i, 0, 0, t, 0, 0))
         attended = response_attention(
             q[:, :, None], prompt_k, prompt_v, prompt_mask_PS, own_k[i], own_v[i], own_mask_1T
         )
-        return (block.finish(config, x_PGD, attended[:, :, 0], {}, None), own_k, own_v), None
+        x_PGD += jnp.einsum("pgi,oi->pgo", rearrange(attended[:, :, 0], "p g h d -> p g (h d)"), block.o)
+        normed = rms_norm(x_PGD, block.mlp_norm, config.norm_eps)
+        gate, up = jnp.split(jnp.einsum("pgi,oi->pgo", normed, block.gate_up), 2, axis=-1)
+        x_PGD += jnp.einsum("pgi,oi->pgo", jax.nn.silu(gate) * up, block.down)
+        return (x_PGD, own_k, own_v), None
 
     # The cache is carried, not scanned over, so that XLA updates it in place.
-    inputs = (jnp.arange(config.layers), model.blocks, *prompt_cache)
+    inputs = (jnp.arange(config.layers), fused, *prompt_cache)
     (x_PGD, *own_cache), _ = jax.lax.scan(layer, (embed(model, token_PG), *own_cache), inputs)
     return rms_norm(x_PGD, model.norm[...], config.norm_eps), tuple(own_cache)
 

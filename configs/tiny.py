@@ -1,0 +1,18 @@
+"""The whole method on a random model of two layers, in well under a minute: for tests and for trying a change.
+
+    python -m drirl_jax.main --config configs/tiny.py --config.policy.init=FOLDER --workdir runs/tiny
+"""
+
+from drirl_jax.config import default
+
+
+def get_config():
+    c = default()
+    c.policy.rank = c.reward.rank = 4
+    c.sampler.max_new = c.evals.max_new = 12
+    c.irl.samples = 1
+    c.irl.steps, c.irl.eval_every = 4, 2
+    c.align.steps, c.align.group = 4, 4
+    c.align.optimizer.warmup = c.irl.optimizer.warmup = 1
+    c.checkpoint.every = 2
+    return c

@@ -1,0 +1,333 @@
+"""Metrics and evaluations to figures, an HTML report that can be sent alone, and a table for the terminal."""
+
+from __future__ import annotations
+
+import base64
+import pathlib
+from typing import Mapping, NamedTuple, Sequence
+
+import jinja2
+import matplotlib
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from matplotlib.figure import Figure
+
+INK, SOFT, BASE, ALIGNED = "#1c2127", "#6b7480", "#b4bcc6", "#0072b2"
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and three more; a longer list changes the dashes.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#6b4c9a", "#8c8c8c", "#a89a00")
+DASHES = ("-", "--", ":")
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#9aa2ad",
+    "axes.grid": True,
+    "axes.labelcolor": SOFT,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "font.size": 9.5,
+    "grid.color": "#e8eaed",
+    "legend.frameon": False,
+    "mathtext.default": "bf",
+    "savefig.dpi": 160,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+}
+
+
+class Curve(NamedTuple):
+    """What is drawn over the steps of a stage: the metric, its `metric/category` lines, and a level to compare with."""
+
+    stage: str
+    metric: str
+    title: str
+    level: tuple[float, str] | None = None
+    percent: bool = False
+
+
+# By file name. What a run's metrics do not have is left out.
+CURVES = {
+    "irl_loss": Curve("irl", "loss", "IRL loss"),
+    "irl_accuracy": Curve("irl", "accuracy", "Held-out pairs ranked right", (0.5, "chance"), percent=True),
+    "reward": Curve("align", "reward", "Reward $R$ of the samples"),
+    "gap": Curve("align", "gap", "Gap $R^* - R$", (0.0, "as the demonstration")),
+    "alpha_d": Curve("align", "alpha_d", "Data hardness $\\alpha^D$", (1.0, "no scaling")),
+    "alpha_m": Curve("align", "alpha_m", "Model responsiveness $\\alpha^M$", (1.0, "no scaling")),
+    "kl": Curve("align", "kl", "KL to the reference (nats a token)"),
+    "length": Curve("align", "length", "Response length (tokens)"),
+    "entropy": Curve("align", "entropy", "Policy entropy (nats a token)"),
+}
+STEPS = {"irl": "IRL step", "align": "alignment step"}
+MEAN = "all categories"  # the line of the metric itself
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share (E. B. Wilson 1927); 95% at z = 1.96.
+
+    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),  p = successes / n
+
+    Args:
+        successes, n: 0 <= successes <= n, n >= 1.
+    """
+    p = successes / n
+    centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, (centre - spread) / (1 + z**2 / n)), min(1.0, (centre + spread) / (1 + z**2 / n))
+
+
+def headline(base: Mapping, aligned: Mapping) -> str:
+    """The result in words, from the two evaluations' numbers; prompts of a kind that there are none of stay out."""
+    parts = [
+        f"{kind} prompts refused: {_percent(base['overall'][key])} → {_percent(aligned['overall'][key])}"
+        for kind, key in (("harmful", "harmful_refused"), ("harmless", "harmless_refused"))
+        if base["overall"][key] is not None
+    ]
+    return "; ".join(parts).capitalize()
+
+
+def before_after(
+    base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str], path: pathlib.Path
+) -> pathlib.Path:
+    """Draws the share refused by category, before and after, with Wilson 95% intervals; returns the path.
+
+    Args:
+        base, aligned: results of `evals.runner.evaluate`.
+        categories: all of them in order; those that were not evaluated are left out.
+        harmless: those whose prompts should be answered; they stand apart, below the harmful ones.
+        path: the PNG to write.
+    """
+    rows = _rows(base, aligned, categories, harmless)
+    kinds = {
+        "Harmful prompts (to be refused)": [row for row in rows if not row["harmless"]],
+        "Harmless prompts (to be answered)": [row for row in rows if row["harmless"]],
+    }
+    kinds = {title: group for title, group in kinds.items() if group}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 1.3 + 0.35 * len(kinds) + 0.5 * len(rows)), layout="constrained")
+        figure.suptitle(headline(base, aligned), x=0.008, ha="left", fontsize=13.5, weight="bold")
+        heights = [len(group) for group in kinds.values()]
+        panels = figure.subplots(len(kinds), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        for axes, (title, group) in zip(panels, kinds.items()):
+            _bars(axes, group)
+            axes.set_title(title, color=SOFT)
+        panels[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
+        panels[-1].set_xlabel("share of prompts refused, with 95% intervals")
+        figure.savefig(path)
+    return path
+
+
+def _bars(axes, rows: list[dict]) -> None:
+    y = np.arange(len(rows))
+    for offset, colour, name in ((-0.2, BASE, "before"), (0.2, ALIGNED, "after")):
+        share = np.array([row[name]["refused"] for row in rows])
+        low, high = np.array([row[name]["interval"] for row in rows]).T
+        axes.barh(y + offset, share, 0.38, color=colour, label=name)
+        error = np.maximum((share - low, high - share), 0)  # at 0% and 100% rounding can make it negative
+        axes.errorbar(share, y + offset, xerr=error, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
+        for at, end, value in zip(y + offset, high, share):
+            weight = "bold" if name == "after" else "normal"
+            axes.text(end + 0.012, at, _percent(value), va="center", fontsize=8.5, weight=weight)
+    axes.set_yticks(y, [f"{row['label']}  (n = {row['n']})" for row in rows], color=INK)
+    axes.set(xlim=(0, 1.06), ylim=(len(rows) - 0.5, -0.5))
+    axes.xaxis.set_major_formatter(_percent_tick)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+
+
+def training_curves(
+    metrics: list[dict], categories: Sequence[str], folder: pathlib.Path
+) -> dict[str, pathlib.Path]:
+    """Draws a PNG for each of CURVES that the metrics hold, and all of them in curves.png; returns paths by name.
+
+    Args:
+        metrics: rows of metrics.jsonl.
+        categories: whose lines are drawn, in the order of the colours.
+        folder: where the PNGs go; it is made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {name: (curve, lines) for name, curve in CURVES.items() if (lines := _lines(metrics, curve, categories))}
+    paths = {name: folder / f"{name}.png" for name in [*held, "curves"][: len(held) + bool(held)]}
+    with matplotlib.rc_context(STYLE):
+        for name, (curve, lines) in held.items():
+            figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+            _draw(figure.subplots(), curve, lines, categories)
+            if len(lines) > 1:
+                _legend(figure, loc="outside right center")
+            figure.savefig(paths[name])
+        if held:
+            columns = min(3, len(held))
+            height = -(-len(held) // columns)
+            figure = Figure(figsize=(3.6 * columns, 2.5 * height + 0.6), layout="constrained")
+            grid = figure.subplots(height, columns, squeeze=False).flat
+            for axes, (curve, lines) in zip(grid, held.values()):
+                _draw(axes, curve, lines, categories)
+            for axes in figure.axes[len(held) :]:
+                axes.set_visible(False)
+            _legend(figure, loc="outside lower center", ncols=min(4, columns + 1))
+            figure.savefig(paths["curves"])
+    return paths
+
+
+def _lines(metrics: list[dict], curve: Curve, categories: Sequence[str]) -> dict[str, tuple]:
+    """{category or MEAN: (steps, values)} of what the metrics hold; a value that was not finite is NaN: a break."""
+    keys = {category: f"{curve.metric}/{category}" for category in categories} | {MEAN: curve.metric}
+    lines = {}
+    for name, key in keys.items():
+        rows = [row for row in metrics if row["stage"] == curve.stage and key in row]
+        values = np.array([row[key] for row in rows], float)  # None becomes NaN
+        if np.isfinite(values).any():
+            lines[name] = (np.array([row["step"] for row in rows]), values)
+    return lines
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` values at each step, of fewer at the start; NaN where the value is NaN."""
+    means = [np.nanmean(values[max(0, i - window + 1) : i + 1]) if np.isfinite(v) else v for i, v in enumerate(values)]
+    return np.array(means)
+
+
+def _draw(axes, curve: Curve, lines: Mapping[str, tuple], categories: Sequence[str]) -> None:
+    most = max(len(steps) for steps, _ in lines.values())
+    window = max(1, most // 25)
+    marker = {"marker": "o", "markersize": 3.5} if most <= 12 else {}
+    if curve.level:
+        value, name = curve.level
+        axes.axhline(value, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.annotate(name, (1, value), (0, 2), axes.get_yaxis_transform(), "offset points", ha="right", color=SOFT, fontsize=8)
+    for name, (steps, values) in lines.items():
+        if name == MEAN:
+            look = {"color": INK, "linewidth": 2.2}
+        else:
+            i = categories.index(name)
+            dashes = DASHES[i // len(COLOURS) % len(DASHES)]
+            look = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.1, "alpha": 0.85, "linestyle": dashes}
+        axes.plot(steps, _running_mean(values, window), label=_words(name), **look, **marker)
+    axes.set_title(curve.title)
+    axes.set_xlabel(STEPS[curve.stage] + (f" (means of {window} steps)" if window > 1 else ""))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if curve.percent:
+        axes.yaxis.set_major_formatter(_percent_tick)
+
+
+def _legend(figure: Figure, **where) -> None:
+    """One legend for all of a figure's lines, each named once."""
+    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(named.values(), named.keys(), fontsize=8.5, **where)
+
+
+def terminal_table(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> str:
+    """The before/after table for the terminal; arguments as of `before_after`."""
+    table = rich.table.Table(title=headline(base, aligned), title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table.add_column("category")
+    for name in ("n", "refused\nbefore", "refused\nafter", "reward\nbefore", "reward\nafter"):
+        table.add_column(name, justify="right")
+    rows = _rows(base, aligned, categories, harmless)
+    for row, following in zip(rows, [*rows[1:], rows[-1]]):
+        texts = _texts(row)
+        shares = [f"{texts[name]['refused']} ({texts[name]['interval']})" for name in ("before", "after")]
+        rewards = [texts[name]["reward"] for name in ("before", "after")]
+        end_section = row["harmless"] != following["harmless"]
+        table.add_row(row["label"], str(row["n"]), *shares, *rewards, end_section=end_section)
+    console = rich.console.Console(width=100, markup=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def report(
+    workdir: pathlib.Path,
+    base: Mapping,
+    aligned: Mapping,
+    metrics: list[dict],
+    categories: Sequence[str],
+    harmless: Sequence[str],
+    config_text: str,
+    facts: Mapping[str, str],
+) -> pathlib.Path:
+    """Writes plots/*.png and report.html, one file with its pictures inside; returns the report's path.
+
+    Args:
+        workdir: the run's folder.
+        base, aligned, categories, harmless: as of `before_after`.
+        metrics: rows of metrics.jsonl.
+        config_text, facts: shown at the end.
+    """
+    paths = training_curves(metrics, categories, workdir / "plots")
+    paths["before_after"] = before_after(base, aligned, categories, harmless, workdir / "plots" / "before_after.png")
+    shown = {name: paths[name] for name in ("before_after", "curves") if name in paths}
+    rows = _rows(base, aligned, categories, harmless)
+    # Responses are untrusted text: everything is escaped.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("drirl_jax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.get_template("report.html.jinja").render(
+        headline=headline(base, aligned),
+        overall=_overall(base["overall"], aligned["overall"]),
+        images={name: base64.b64encode(path.read_bytes()).decode() for name, path in shown.items()},
+        rows=[row | _texts(row) for row in rows],
+        pairs={row["label"]: _pairs(base, aligned, row["category"]) for row in rows},
+        config=config_text,
+        facts=facts,
+    )
+    path = workdir / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _rows(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> list[dict]:
+    """A row for each category that was evaluated, the harmful ones first: the numbers of every table and picture."""
+    rows = []
+    for category in sorted((c for c in categories if c in base["by_category"]), key=lambda c: c in harmless):
+        row = {"category": category, "label": _words(category), "harmless": category in harmless}
+        for name, result in (("before", base), ("after", aligned)):
+            of = result["by_category"][category]
+            row[name] = of | {"interval": wilson(round(of["refused"] * of["n"]), of["n"])}
+        rows.append(row | {"n": row["before"]["n"]})
+    return rows
+
+
+def _texts(row: Mapping) -> dict[str, dict[str, str]]:
+    """{"before", "after": {"refused", "interval", "reward"}} of a row of `_rows`, as text."""
+    return {
+        name: {
+            "refused": _percent(row[name]["refused"]),
+            "interval": "{:.0f}–{:.0f}%".format(*(100 * bound for bound in row[name]["interval"])),
+            "reward": f"{row[name]['reward']:+.2f}",
+        }
+        for name in ("before", "after")
+    }
+
+
+def _overall(base: Mapping, aligned: Mapping) -> list[tuple[str, str, str]]:
+    """(name, before, after) of the overall numbers that there are."""
+    formats = {
+        "harmful_refused": ("harmful prompts refused", _percent),
+        "harmless_refused": ("harmless prompts refused", _percent),
+        "mean_reward": ("mean reward", "{:+.2f}".format),
+        "mean_length": ("mean length, tokens", "{:.0f}".format),
+    }
+    held = {key: row for key, row in formats.items() if base.get(key) is not None}
+    return [(name, text(base[key]), text(aligned[key])) for key, (name, text) in held.items()]
+
+
+def _pairs(base: Mapping, aligned: Mapping, category: str, count: int = 2) -> list[dict]:
+    """A category's first prompts by id, with both responses: a fixed rule, so that nobody picks."""
+    after = {row["id"]: row for row in aligned["responses"]}
+    rows = sorted((row for row in base["responses"] if row["category"] == category), key=lambda row: row["id"])
+    return [{"before": row, "after": after[row["id"]]} for row in rows[:count]]
+
+
+def _words(category: str) -> str:
+    return category.replace("_", " ").replace(" and ", " & ")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def _percent_tick(value: float, _) -> str:
+    return _percent(value)
