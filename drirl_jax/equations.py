@@ -7,6 +7,8 @@ not the paper's says so. Letters are those of types.py; σ is the logistic sigmo
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 
@@ -78,7 +80,7 @@ def part_similarity(response_PGKE: Array, demo_PLE: Array) -> Array:
     Returns:
         [P, G, K, L] cosines in [-1, 1].
     """
-    return jnp.einsum("pgke,ple->pgkl", response_PGKE, demo_PLE)
+    return jnp.einsum("pgke,ple->pgkl", response_PGKE, demo_PLE, precision="highest")
 
 
 def align_response(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> Array:
@@ -141,7 +143,7 @@ def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -
         gap_PG: [P, G] gaps ρ.
         category_P: [P] int32.
         baseline_C: [C] running means ρ̄_c.
-        drop: share in [0, 1).
+        drop: share in [0, 1), a Python number: ⌊drop·M⌋ is taken in decimals, where 0.29·100 is 29 and not just below.
 
     Returns:
         [P, G] bool, True where the gap is kept; at least one of every category present.
@@ -155,9 +157,8 @@ def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -
         (distance_N[None, :] == distance_N[:, None]) & (index_N[None, :] < index_N[:, None])
     )
     rank_N = jnp.sum(same_NN & farther_NN, axis=1)
-    # drop·M that is whole in decimals, such as 0.29·100, must not fall just below itself in binary.
-    dropped_N = jnp.floor(drop * same_NN.sum(axis=1) + 1e-4)
-    return (rank_N >= dropped_N).reshape(gap_PG.shape)
+    dropped_of_M = jnp.array([int(Fraction(str(drop)) * m) for m in range(distance_N.size + 1)])
+    return (rank_N >= dropped_of_M[same_NN.sum(axis=1)]).reshape(gap_PG.shape)
 
 
 def model_responsiveness(kept_gap_C: Array, baseline_C: Array, present_C: Array) -> Array:
@@ -171,7 +172,9 @@ def model_responsiveness(kept_gap_C: Array, baseline_C: Array, present_C: Array)
     Returns:
         [C] α^M > 0; above 1 where the policy lags behind the demonstrations more than it used to.
     """
-    return jnp.where(present_C, jax.nn.sigmoid(kept_gap_C) / jax.nn.sigmoid(baseline_C), 1.0)
+    # In logarithms: far below zero both sigmoids underflow, their ratio does not.
+    log_ratio_C = jax.nn.log_sigmoid(kept_gap_C) - jax.nn.log_sigmoid(baseline_C)
+    return jnp.where(present_C, jnp.exp(log_ratio_C), 1.0)
 
 
 def running_mean(mean_C: Array, seen_C: Array, batch_C: Array, present_C: Array, decay: float):

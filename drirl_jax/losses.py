@@ -36,7 +36,7 @@ def k3(logp: Array, ref_logp: Array) -> Array:
         logp, ref_logp: [...] log-probabilities in nats.
     """
     d = ref_logp - logp
-    return jnp.exp(d) - d - 1
+    return jnp.expm1(d) - d  # exp(d) - 1 - d, without the rounding that makes small values negative
 
 
 def mean_by_sequence(value_PGT: Array, mask_PGT: Array) -> Array:
@@ -74,6 +74,8 @@ def policy_loss(
         (scalar loss, {"kl", "clipped"}: mean k3, and the share of tokens whose ratio lies outside the clip).
     """
     mean = REDUCE[reduce]
+    # What stands at padding must not pass through exp: masked afterwards, an overflow would be inf · 0.
+    logp_PGT, old_logp_PGT, ref_logp_PGT = (jnp.where(mask_PGT, x, 0.0) for x in (logp_PGT, old_logp_PGT, ref_logp_PGT))
     objective, ratio = clipped_surrogate(logp_PGT, old_logp_PGT, advantage_PG, clip_low, clip_high)
     kl = k3(logp_PGT, ref_logp_PGT)
     outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)

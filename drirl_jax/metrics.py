@@ -1,7 +1,7 @@
 """Scalars to JSONL and TensorBoard, and the progress bar.
 
-metrics.jsonl holds nothing that depends on the clock or the machine's load, so that two runs can be compared bit
-for bit; seconds go to timing.jsonl.
+metrics.jsonl holds nothing that depends on the clock or the machine's load, so that two runs can be compared
+bit for bit; seconds go to timing.jsonl.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MetricWriter:
         self.events: dict[str, tensorboardX.SummaryWriter] = {}
 
     def write(self, stage: str, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends {"stage", "step", ...} to metrics.jsonl, in full precision; a value that is not finite is null."""
+        """Appends {"stage", "step", ...} to metrics.jsonl, in full precision; null for what is not finite."""
         self._append(self.metrics, stage, step, scalars)
 
     def timing(self, stage: str, step: int, seconds: Mapping[str, float]) -> None:
@@ -47,9 +47,10 @@ class MetricWriter:
             stage_order: the schedule's stages in turn.
             stage, step: the state that the run goes on from; a torn last line is dropped too.
         """
-        at = (stage_order.index(stage), step)
+        turn = {name: i for i, name in enumerate(stage_order)}
+        at = (turn[stage], step)
         for path in (self.metrics, self.seconds):
-            kept = [line for row, line in _lines(path) if (stage_order.index(row["stage"]), row["step"]) <= at]
+            kept = [line for row, line in _lines(path) if (turn[row["stage"]], row["step"]) <= at]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, path)
@@ -58,7 +59,7 @@ class MetricWriter:
         self._open(stage, first=step + 1)
 
     def close(self) -> None:
-        """Writes out what TensorBoard's writers still hold; at the interpreter's exit this happens by itself."""
+        """Writes out what TensorBoard's writers still hold; the interpreter's exit does the same."""
         for events in self.events.values():
             events.close()
         self.events.clear()
@@ -75,15 +76,16 @@ class MetricWriter:
                 self.events[stage].add_scalar(f"{stage}/{key}", value, step)
 
     def _open(self, stage: str, first: int) -> None:
-        # A folder a stage, since a purge hides the later steps of everything in its folder. The first step is in the
-        # file's name, which otherwise has only the second: a run started again at once must not overwrite its past.
+        # A folder a stage, since a purge hides the later steps of everything in its folder. The first step is
+        # in the file's name, which else has only the time in seconds: a run started again at once must not
+        # overwrite its past.
         self.events[stage] = tensorboardX.SummaryWriter(
             str(self.folder / stage), purge_step=first, flush_secs=10, filename_suffix=f".{first}"
         )
 
 
 class Progress:
-    """A bar on stderr with the rate and the scalars that matter; at most every 10 s where that is no terminal."""
+    """A bar on stderr with the rate and the scalars that matter; every 10 s where that is no terminal."""
 
     def __init__(self, stage: str, total: int, start: int = 0):
         patience = 0.1 if sys.stderr.isatty() else 10

@@ -14,8 +14,8 @@ import rich.console
 import rich.table
 from matplotlib.figure import Figure
 
-INK, SOFT, BASE, ALIGNED = "#1c2127", "#6b7480", "#b4bcc6", "#0072b2"
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and three more; a longer list changes the dashes.
+INK, SOFT, BASE, ALIGNED = "#1c2127", "#6b7480", "#c0c7cf", "#3b94cf"
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and three more; then the dashes change.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#6b4c9a", "#8c8c8c", "#a89a00")
 DASHES = ("-", "--", ":")
 STYLE = {
@@ -29,6 +29,8 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.07,
+    "figure.constrained_layout.w_pad": 0.07,
     "font.size": 9.5,
     "grid.color": "#e8eaed",
     "legend.frameon": False,
@@ -41,7 +43,7 @@ STYLE = {
 
 
 class Curve(NamedTuple):
-    """What is drawn over the steps of a stage: the metric, its `metric/category` lines, and a level to compare with."""
+    """What is drawn over a stage's steps: a metric, its `metric/category` lines, a level to compare with."""
 
     stage: str
     metric: str
@@ -76,11 +78,12 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """
     p = successes / n
     centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return max(0.0, (centre - spread) / (1 + z**2 / n)), min(1.0, (centre + spread) / (1 + z**2 / n))
+    whole = 1 + z**2 / n
+    return max(0.0, (centre - spread) / whole), min(1.0, (centre + spread) / whole)
 
 
 def headline(base: Mapping, aligned: Mapping) -> str:
-    """The result in words, from the two evaluations' numbers; prompts of a kind that there are none of stay out."""
+    """The result in words, from the evaluations' numbers; a kind of prompt without a number stays out."""
     parts = [
         f"{kind} prompts refused: {_percent(base['overall'][key])} → {_percent(aligned['overall'][key])}"
         for kind, key in (("harmful", "harmful_refused"), ("harmless", "harmless_refused"))
@@ -107,7 +110,7 @@ def before_after(
     }
     kinds = {title: group for title, group in kinds.items() if group}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 1.3 + 0.35 * len(kinds) + 0.5 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(9.2, 1.3 + 0.35 * len(kinds) + 0.44 * len(rows)), layout="constrained")
         figure.suptitle(headline(base, aligned), x=0.008, ha="left", fontsize=13.5, weight="bold")
         heights = [len(group) for group in kinds.values()]
         panels = figure.subplots(len(kinds), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
@@ -127,7 +130,7 @@ def _bars(axes, rows: list[dict]) -> None:
         low, high = np.array([row[name]["interval"] for row in rows]).T
         axes.barh(y + offset, share, 0.38, color=colour, label=name)
         error = np.maximum((share - low, high - share), 0)  # at 0% and 100% rounding can make it negative
-        axes.errorbar(share, y + offset, xerr=error, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
+        axes.errorbar(share, y + offset, xerr=error, fmt="none", ecolor=INK, elinewidth=1.0, capsize=2.5)
         for at, end, value in zip(y + offset, high, share):
             weight = "bold" if name == "after" else "normal"
             axes.text(end + 0.012, at, _percent(value), va="center", fontsize=8.5, weight=weight)
@@ -141,7 +144,7 @@ def _bars(axes, rows: list[dict]) -> None:
 def training_curves(
     metrics: list[dict], categories: Sequence[str], folder: pathlib.Path
 ) -> dict[str, pathlib.Path]:
-    """Draws a PNG for each of CURVES that the metrics hold, and all of them in curves.png; returns paths by name.
+    """Draws a PNG for each of CURVES that the metrics hold, and all in curves.png; returns the paths by name.
 
     Args:
         metrics: rows of metrics.jsonl.
@@ -149,8 +152,9 @@ def training_curves(
         folder: where the PNGs go; it is made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = {name: (curve, lines) for name, curve in CURVES.items() if (lines := _lines(metrics, curve, categories))}
-    paths = {name: folder / f"{name}.png" for name in [*held, "curves"][: len(held) + bool(held)]}
+    drawn = {name: (curve, _lines(metrics, curve, categories)) for name, curve in CURVES.items()}
+    held = {name: (curve, lines) for name, (curve, lines) in drawn.items() if lines}
+    paths = {name: folder / f"{name}.png" for name in held}
     with matplotlib.rc_context(STYLE):
         for name, (curve, lines) in held.items():
             figure = Figure(figsize=(8.4, 3.8), layout="constrained")
@@ -167,13 +171,14 @@ def training_curves(
                 _draw(axes, curve, lines, categories)
             for axes in figure.axes[len(held) :]:
                 axes.set_visible(False)
-            _legend(figure, loc="outside lower center", ncols=min(4, columns + 1))
+            _legend(figure, loc="outside lower center", ncols=min(3, columns + 1))
+            paths["curves"] = folder / "curves.png"
             figure.savefig(paths["curves"])
     return paths
 
 
 def _lines(metrics: list[dict], curve: Curve, categories: Sequence[str]) -> dict[str, tuple]:
-    """{category or MEAN: (steps, values)} of what the metrics hold; a value that was not finite is NaN: a break."""
+    """{category or MEAN: (steps, values)} that the metrics hold; what was not finite is NaN: a break."""
     keys = {category: f"{curve.metric}/{category}" for category in categories} | {MEAN: curve.metric}
     lines = {}
     for name, key in keys.items():
@@ -185,9 +190,9 @@ def _lines(metrics: list[dict], curve: Curve, categories: Sequence[str]) -> dict
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the last `window` values at each step, of fewer at the start; NaN where the value is NaN."""
-    means = [np.nanmean(values[max(0, i - window + 1) : i + 1]) if np.isfinite(v) else v for i, v in enumerate(values)]
-    return np.array(means)
+    """The mean of the last `window` values, of fewer at the start; NaN where the value is NaN."""
+    recent = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return np.array([np.nanmean(last) if np.isfinite(last[-1]) else np.nan for last in recent])
 
 
 def _draw(axes, curve: Curve, lines: Mapping[str, tuple], categories: Sequence[str]) -> None:
@@ -196,15 +201,15 @@ def _draw(axes, curve: Curve, lines: Mapping[str, tuple], categories: Sequence[s
     marker = {"marker": "o", "markersize": 3.5} if most <= 12 else {}
     if curve.level:
         value, name = curve.level
-        axes.axhline(value, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.annotate(name, (1, value), (0, 2), axes.get_yaxis_transform(), "offset points", ha="right", color=SOFT, fontsize=8)
+        axes.axhline(value, color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.set_title(f"– – {name}", loc="right", color=SOFT, fontsize=8.5, weight="normal")
     for name, (steps, values) in lines.items():
         if name == MEAN:
             look = {"color": INK, "linewidth": 2.2}
         else:
             i = categories.index(name)
-            dashes = DASHES[i // len(COLOURS) % len(DASHES)]
-            look = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.1, "alpha": 0.85, "linestyle": dashes}
+            colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+            look = {"color": colour, "linewidth": 1.1, "alpha": 0.85, "linestyle": dashes}
         axes.plot(steps, _running_mean(values, window), label=_words(name), **look, **marker)
     axes.set_title(curve.title)
     axes.set_xlabel(STEPS[curve.stage] + (f" (means of {window} steps)" if window > 1 else ""))
@@ -219,7 +224,9 @@ def _legend(figure: Figure, **where) -> None:
     figure.legend(named.values(), named.keys(), fontsize=8.5, **where)
 
 
-def terminal_table(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> str:
+def terminal_table(
+    base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]
+) -> str:
     """The before/after table for the terminal; arguments as of `before_after`."""
     table = rich.table.Table(title=headline(base, aligned), title_justify="left", box=rich.box.SIMPLE_HEAD)
     table.add_column("category")
@@ -257,7 +264,8 @@ def report(
         config_text, facts: shown at the end.
     """
     paths = training_curves(metrics, categories, workdir / "plots")
-    paths["before_after"] = before_after(base, aligned, categories, harmless, workdir / "plots" / "before_after.png")
+    paths["before_after"] = workdir / "plots" / "before_after.png"
+    before_after(base, aligned, categories, harmless, paths["before_after"])
     shown = {name: paths[name] for name in ("before_after", "curves") if name in paths}
     rows = _rows(base, aligned, categories, harmless)
     # Responses are untrusted text: everything is escaped.
@@ -268,8 +276,7 @@ def report(
         headline=headline(base, aligned),
         overall=_overall(base["overall"], aligned["overall"]),
         images={name: base64.b64encode(path.read_bytes()).decode() for name, path in shown.items()},
-        rows=[row | _texts(row) for row in rows],
-        pairs={row["label"]: _pairs(base, aligned, row["category"]) for row in rows},
+        rows=[row | _texts(row) | {"pairs": _pairs(base, aligned, row["category"])} for row in rows],
         config=config_text,
         facts=facts,
     )
@@ -279,7 +286,7 @@ def report(
 
 
 def _rows(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> list[dict]:
-    """A row for each category that was evaluated, the harmful ones first: the numbers of every table and picture."""
+    """A row for each category that was evaluated, the harmful ones first: the numbers that are shown."""
     rows = []
     for category in sorted((c for c in categories if c in base["by_category"]), key=lambda c: c in harmless):
         row = {"category": category, "label": _words(category), "harmless": category in harmless}
@@ -317,7 +324,8 @@ def _overall(base: Mapping, aligned: Mapping) -> list[tuple[str, str, str]]:
 def _pairs(base: Mapping, aligned: Mapping, category: str, count: int = 2) -> list[dict]:
     """A category's first prompts by id, with both responses: a fixed rule, so that nobody picks."""
     after = {row["id"]: row for row in aligned["responses"]}
-    rows = sorted((row for row in base["responses"] if row["category"] == category), key=lambda row: row["id"])
+    rows = [row for row in base["responses"] if row["category"] == category]
+    rows.sort(key=lambda row: row["id"])
     return [{"before": row, "after": after[row["id"]]} for row in rows[:count]]
 
 

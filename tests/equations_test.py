@@ -13,6 +13,8 @@ from drirl_jax import scaling
 
 LN3 = float(np.log(3.0))  # σ(ln 3) = 3/4, σ(-ln 3) = 1/4
 SEEDS = range(3)
+GROUP_ADVANTAGE = jax.jit(eq.group_advantage)  # compiled once for all examples
+MASK_TOP = jax.jit(eq.mask_top, static_argnums=3)
 
 
 def check(function, arrays, want, rtol=2e-5, atol=2e-6):
@@ -41,7 +43,8 @@ def test_irl_logistic():
     up, down = jax.grad(lambda y, s: eq.irl_logistic(y, s, 2.0), (0, 1))(1.0, 1.0)
     np.testing.assert_allclose((up, down), (-0.25, 0.25), rtol=1e-6)
     y, s = np.random.default_rng(0).normal(scale=3, size=(2, 20)).astype(np.float32)
-    check(lambda y, s: eq.irl_logistic(y, s, 0.7), (y, s), [mn.irl_pair(*p, "logistic", 0.7) for p in zip(y, s)])
+    want = [mn.irl_pair(*pair, "logistic", 0.7) for pair in zip(y, s)]
+    check(lambda y, s: eq.irl_logistic(y, s, 0.7), (y, s), want)
 
 
 def test_zscore():
@@ -68,9 +71,10 @@ def test_a_group_without_spread_gets_exactly_zero(value, eps):
     # Beside it a group with spread, [-1, 1, -1] / (2√2/3) after centring by -1/3, which must not suffer.
     reward = np.float32([[value] * 3, [-1, 1, -1]])
     want = [[0, 0, 0], [-1 / np.sqrt(2), np.sqrt(2), -1 / np.sqrt(2)]]
-    check(lambda r: eq.group_advantage(r, eps), (reward,), want)
-    for run in (eq.group_advantage, jax.jit(eq.group_advantage)):
-        assert (np.asarray(run(jnp.asarray(reward), eps))[0] == 0).all()
+    for run in (eq.group_advantage, GROUP_ADVANTAGE):
+        got = np.asarray(run(jnp.asarray(reward), eps))
+        np.testing.assert_allclose(got, want, rtol=2e-5)
+        assert (got[0] == 0).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -84,7 +88,7 @@ def test_group_advantage_matches_the_method(seed):
 @given(st.lists(st.integers(-50, 50), min_size=8, max_size=8))
 def test_group_advantage_has_mean_0_and_std_1_or_is_0(values):
     reward = np.float32(values).reshape(2, 4)
-    got = np.asarray(jax.jit(lambda r: eq.group_advantage(r, 0.0))(reward), np.float64)
+    got = np.asarray(GROUP_ADVANTAGE(reward, 0.0), np.float64)
     np.testing.assert_allclose(got.mean(1), 0, atol=1e-5)
     np.testing.assert_allclose(got.std(1), reward.min(1) < reward.max(1), atol=1e-5)
 
@@ -99,15 +103,17 @@ def test_part_similarity_is_each_pairs_cosine():
           [[[[h, -1, 0], [r, 0, 1]]]])  # fmt: skip
     rng = np.random.default_rng(0)
     y, o = unit(rng, 3, 2, 4, 5), unit(rng, 3, 2, 5)
-    want = [[[[mn.cosine(part, other) for other in o[p]] for part in y[p, g]] for g in range(2)] for p in range(3)]
+    want = np.zeros((3, 2, 4, 2))
+    for p, g, k, l in np.ndindex(want.shape):
+        want[p, g, k, l] = mn.cosine(y[p, g, k], o[p, l])
     check(eq.part_similarity, (y, o), want)
 
 
 def test_align_response_by_hand():
-    # Rows are the response's parts. max over the demonstration .2 and .9: mean .55; (max over the response, or
-    # the mean over the third, padded row or column would give .6, .667, 3.4, ...). Second: all cosines negative,
-    # maxima -.1 and -.5: -.3, so that a padded 0 may not win. Third: one real part each.
-    s = np.float32([[[[0.2, 0.1, 9], [0.3, 0.9, 9], [9, 9, 9]], [[-0.1, -0.4, 0], [-0.6, -0.5, 0], [0, 0, 0]]]])
+    # Rows are the response's parts. Maxima over the demonstration .2 and .9: mean .55 (the other way: .6).
+    # Second: all negative, maxima -.1 and -.5: -.3, so a padded 0 must not win. Then one real part each.
+    first, second = [[0.2, 0.1, 9], [0.3, 0.9, 9], [9, 9, 9]], [[-0.1, -0.4, 0], [-0.6, -0.5, 0], [0, 0, 0]]
+    s = np.float32([[first, second]])
     mask = np.array([[[True, True, False]] * 2])
     demo = np.array([[True, True, False]])
     check(eq.align_response, (s, mask, demo), [[0.55, -0.3]])
@@ -115,8 +121,7 @@ def test_align_response_by_hand():
     check(eq.align_response, (s, one, np.array([[True, False, False]])), [[0.2, -0.1]])
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("garbage", [0.0, 1e6, np.nan])
+@pytest.mark.parametrize("seed, garbage", [(0, 0.0), (1, 1e6), (2, np.nan)])
 def test_hardness_of_padded_parts_matches_the_method(seed, garbage):
     rng = np.random.default_rng(seed)
     y, o = unit(rng, 3, 2, 4, 5), unit(rng, 3, 3, 5)
@@ -134,7 +139,8 @@ def test_hardness_of_padded_parts_matches_the_method(seed, garbage):
 
 def test_data_hardness_by_hand():
     # σ(ln 3)/σ(0) = ¾/½; equal: 1; the method's own bounds for δ̄ = .3: .5/.57444 and .73106/.57444.
-    check(eq.data_hardness, (np.float32([LN3, 0.4, 0, 1]), np.float32([0, 0.4, 0.3, 0.3])), [1.5, 1, 0.870409, 1.272638])
+    delta, baseline = np.float32([LN3, 0.4, 0, 1]), np.float32([0, 0.4, 0.3, 0.3])
+    check(eq.data_hardness, (delta, baseline), [1.5, 1, 0.870409, 1.272638])
 
 
 # ---- model responsiveness --------------------------------------------------------------------------------
@@ -143,10 +149,10 @@ def test_data_hardness_by_hand():
 def test_gap_and_category_mean_by_hand():
     # R* - R, so a response below its demonstration has a positive gap.
     check(eq.gap, (np.float32([3, -1]), np.float32([[1, 5], [-1, -4]])), [[2, -2], [0, 3]])
-    value, keep = np.float32([[1, 2], [10, 30], [3, 6]]), np.array([[True, True], [False, True], [False, True]])
-    category = np.array([0, 2, 0])
-    # Category 0 has 1, 2, 3, 6: mean 3; kept 1, 2, 6: mean 3. Category 2: mean 20, kept 30. Category 1 is absent.
-    for kept, want in ((None, [3, 0, 20]), (keep, [3, 0, 30])):
+    value, category = np.float32([[1, 2], [10, 30], [3, 6]]), np.array([0, 2, 0])
+    keep = np.array([[True, True], [False, True], [False, False]])
+    # Category 0 has 1, 2, 3, 6: mean 3; kept 1, 2: 1.5. Category 2: mean 20, kept 30. Category 1 is absent.
+    for kept, want in ((None, [3, 0, 20]), (keep, [1.5, 0, 30])):
         check(lambda v, kept=kept: eq.category_mean(v, category, 3, kept)[0], (value,), want)
         assert eq.category_mean(jnp.asarray(value), category, 3, kept)[1].tolist() == [True, False, True]
 
@@ -157,25 +163,31 @@ def test_gap_and_category_mean_by_hand():
     (0.3333, 3, 0), (0.0099, 101, 0),  # ⌊0.9999⌋
 ])  # fmt: skip
 def test_mask_top_drops_the_floor(drop, count, dropped):
+    # Category 0 has `count` gaps, category 1 the rest of 101; the largest are the farthest from ρ̄ = 0.
     assert mn.drop_count(drop, count) == dropped
-    gap = np.random.default_rng(0).permutation(count).astype(np.float32)[None]  # the largest are farthest from 0
-    want = gap < count - dropped
-    check(lambda g: eq.mask_top(g, np.zeros(1, int), jnp.zeros(1), drop), (gap,), want)
+    gap = np.random.default_rng(0).permutation(101).astype(np.float32)[:, None]
+    category = (np.arange(101) >= count).astype(np.int32)
+    for run in (eq.mask_top, MASK_TOP):
+        keep = np.asarray(run(gap, category, jnp.zeros(2), drop))[:, 0]
+        assert (~keep[:count]).sum() == dropped and (~keep[count:]).sum() == mn.drop_count(drop, 101 - count)
+        np.testing.assert_array_equal(keep, mn.outlier_mask(gap, category, [0, 0], drop)[:, 0])
 
 
 def test_mask_top_counts_each_category_alone():
-    # drop ½, baselines 10 and 0. Category 1 (M = 2) drops 9, the farther from 0. Category 0 (M = 4): distances
-    # 10, 1, 5, 2 from 10 drop 0 and 5, the nearest to 0: it is the distance from the mean, not the size.
+    # drop ½, baselines 10 and 0. Category 1 (M = 2) drops 9, the farther from 0. Category 0 (M = 4) drops 0
+    # and 5, of distances 10, 1, 5, 2 from 10: it is the distance from the mean that counts, not the size.
     gap, category = np.float32([[0, 9], [0, 11], [5, 12]]), np.array([1, 0, 0])
     baseline, want = np.float32([10, 0, 7]), [[1, 0], [0, 1], [0, 1]]
     check(lambda g, b: eq.mask_top(g, category, b, 0.5), (gap, baseline), want)
 
 
 def test_ties_drop_exactly_as_many():
-    # Ten equal gaps, 8 of category 0: ⌊.3·8⌋ = 2; 2 of category 1: 0. And ±1 tie about ρ̄ = 0.
-    keep = np.asarray(eq.mask_top(jnp.full((5, 2), 0.1), np.array([0, 0, 1, 0, 0]), jnp.zeros(2), 0.3))
-    assert keep.sum() == 8 and keep[2].all() and (keep == [[0, 0], [1, 1], [1, 1], [1, 1], [1, 1]]).all()
-    assert np.asarray(eq.mask_top(jnp.array([[1.0, -1.0, 1.0, -1.0]]), np.array([0]), jnp.zeros(1), 0.5)).sum() == 2
+    # Ten equal gaps, 8 of category 0: ⌊.3·8⌋ = 2, the first two; 2 of category 1: 0. And ±1 tie about ρ̄ = 0.
+    category = np.array([0, 0, 1, 0, 0])
+    want = [[0, 0], [1, 1], [1, 1], [1, 1], [1, 1]]
+    check(lambda g: eq.mask_top(g, category, jnp.zeros(2), 0.3), (np.full((5, 2), 0.1, np.float32),), want)
+    keep = MASK_TOP(jnp.array([[1.0, -1.0, 1.0, -1.0]]), np.array([0]), jnp.zeros(1), 0.5)
+    assert np.asarray(keep).sum() == 2
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -219,18 +231,21 @@ def test_running_mean():
     batch, present = np.float32([2, 2, np.nan, np.nan]), np.array([True, True, False, False])
     check(lambda m, b: eq.running_mean(m, seen, b, present, 0.9)[0], (mean, batch), [1.1, 2, 5, 0])
     assert eq.running_mean(mean, seen, batch, present, 0.9)[1].tolist() == [True, True, True, False]
-    want = [mn.running_mean(o if s else None, b if p else None, 0.9) or 0 for o, s, b, p in zip(mean, seen, batch, present)]
-    check(lambda m, b: eq.running_mean(m, seen, b, present, 0.9)[0], (mean, batch), want)
+    method = mn.running_mean(2.5, -1.5, 0.7), mn.running_mean(None, 4.0, 0.7), mn.running_mean(3.0, None, 0.7)
+    old, new, here = np.float32([2.5, 0, 3]), np.float32([-1.5, 4, 0]), np.array([True, True, False])
+    check(lambda m, b: eq.running_mean(m, np.array([True, False, True]), b, here, 0.7)[0], (old, new), method)
 
 
 def test_the_means_move_after_the_coefficients():
     # One response like its demonstration: δ = 0, α^D = 1. One gap a batch, nothing dropped: α = σ(ρ)/σ(ρ̄).
     # Batch 1, ρ = ln 3 and no statistics: 1, ρ̄ = ln 3. Batch 2, ρ = -ln 3: ¼/¾, then ρ̄ = .9 ln 3 - .1 ln 3.
-    # (Moved first, batch 2 would see σ(.8 ln 3) = .7066 below the line.)
-    parts = scaling.Parts(np.ones((1, 1, 1, 1)), np.ones((1, 1, 1), bool), np.ones((1, 1, 1)), np.ones((1, 1), bool))
+    # (Moved first, batch 2 would have σ(.8 ln 3) below the line.)
+    one, real = np.ones((1, 1, 1, 1)), np.ones((1, 1, 1), bool)
+    parts = scaling.Parts(one, real, one[0], real[0])
     stats = scaling.Stats.fresh(2)
     for gap, alpha, mean in ((LN3, 1.0, LN3), (-LN3, 1 / 3, 0.8 * LN3), (0.8 * LN3, 1.0, 0.8 * LN3)):
-        got, stats, _ = scaling.coefficients(scaling.Options(), stats, parts, np.zeros((1, 1)), np.array([gap]), np.array([1]))
+        batch = parts, np.zeros((1, 1)), np.array([gap]), np.array([1])
+        got, stats, _ = scaling.coefficients(scaling.Options(), stats, *batch)
         np.testing.assert_allclose((got[0, 0], stats.gap[1]), (alpha, mean), rtol=1e-5)
         assert stats.seen.tolist() == [False, True] and stats.gap[0] == 0
 
@@ -240,14 +255,16 @@ def test_the_means_move_after_the_coefficients():
 
 def test_combination():
     # Row 0: [1, 3]·2 = [2, 6], mean 4; row 1: [.5, .5]·.4 = .2. Advantages ±1: α stands outside, per prompt.
-    data, model, advantage = np.float32([[1, 3], [0.5, 0.5]]), np.float32([2, 0.4]), np.float32([[-1, 1], [2, -2]])
+    data, model = np.float32([[1, 3], [0.5, 0.5]]), np.float32([2, 0.4])
     check(eq.combine_product, (data, model), [[2, 6], [0.2, 0.2]])
     check(eq.per_prompt, (np.float32([[2, 6], [0.2, 0.2]]),), [[4, 4], [0.2, 0.2]])
-    check(eq.scaled_advantage, (np.float32([[4, 4], [0.2, 0.2]]), advantage), [[-4, 4], [0.4, -0.4]])
+    alpha, advantage = np.float32([[4, 4], [0.2, 0.2]]), np.float32([[-1, 1], [2, -2]])
+    check(eq.scaled_advantage, (alpha, advantage), [[-4, 4], [0.4, -0.4]])
     rng = np.random.default_rng(0)
     data, model = rng.random((4, 3)).astype(np.float32), rng.random(4).astype(np.float32)
     check(eq.combine_product, (data, model), mn.combined(data, model, "product", "response"))
-    check(lambda d, m: eq.per_prompt(eq.combine_product(d, m)), (data, model), mn.combined(data, model, "product", "prompt"))
+    want = mn.combined(data, model, "product", "prompt")
+    check(lambda d, m: eq.per_prompt(eq.combine_product(d, m)), (data, model), want)
 
 
 def test_alpha_is_a_constant_for_differentiation():
@@ -258,7 +275,7 @@ def test_alpha_is_a_constant_for_differentiation():
 
 def test_a_prompts_factor_cancels_before_normalisation_and_not_after():
     rng = np.random.default_rng(0)
-    feature, action = rng.normal(size=(3, 4)), rng.integers(0, 5, (3, 6))  # a linear softmax policy over 5 answers
+    feature, action = rng.normal(size=(3, 4)), rng.integers(0, 5, (3, 6))  # linear softmax over 5 answers
     reward, factor = np.float32(rng.normal(size=(3, 6))), np.float32([[0.25], [1.0], [4.0]])
     theta = jnp.asarray(rng.normal(size=(4, 5)))
 

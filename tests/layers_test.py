@@ -62,4 +62,4 @@ def test_equations_and_losses_know_neither_config_nor_input():
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert found <= {"__future__", "jax", "drirl_jax"}
+        assert found <= {"__future__", "fractions", "jax", "drirl_jax"}

@@ -29,7 +29,7 @@ def irl_pair(r: float, s: float, loss: str, beta: float, penalty: float = 0.0) -
 
 
 def irl_token(demo_tokens, sample_tokens, demo_reward_T, sample_reward_T) -> float:
-    """-log σ(r_t(y) - r_t(ỹ)) from the first differing token, averaged over positions that are real in both."""
+    """-log σ(r_t(y) - r_t(ỹ)) from the first differing token, averaged over positions real in both."""
     both = range(min(len(demo_tokens), len(sample_tokens)))
     first = next((t for t in both if demo_tokens[t] != sample_tokens[t]), len(both))
     terms = [-np.log(sigmoid(demo_reward_T[t] - sample_reward_T[t])) for t in both[first:]]
@@ -183,7 +183,7 @@ def k3(logp, ref):
 
 
 def reduced(value_NT, mask_NT, how: str, length: int | None = None) -> float:
-    """'sequence': mean over tokens, then over sequences; 'token': over all tokens; 'constant': over N·length."""
+    """'sequence': mean over tokens, then sequences; 'token': over all tokens; 'constant': over N·length."""
     rows = [[v for v, m in zip(values, mask) if m] for values, mask in zip(value_NT, mask_NT)]
     if how == "sequence":
         return sum(sum(row) / max(len(row), 1) for row in rows) / len(rows)

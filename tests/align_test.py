@@ -1,0 +1,132 @@
+"""The policy update on a tiny model: what must change nothing, and what must change it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drirl_jax import equations as eq
+from drirl_jax import optimizer
+from drirl_jax.config import default
+from drirl_jax.models import lora, reward, transformer
+from drirl_jax.stages import align, irl
+from drirl_jax.stages.base import POLICIES
+from transformer_test import filled, random_group, tiny
+
+
+def batch(P=4, G=4):
+    """A group with advantages, the sampler's and the reference's log-probabilities."""
+    model, group = tiny(), random_group(P=P, G=G)
+    rng = np.random.default_rng(1)
+    advantage = jnp.asarray(rng.normal(size=(P, G)), jnp.float32)
+    logp, _ = transformer.token_logprobs(model, transformer.apply(model, group), group, 1.0)
+    return model, (group, advantage, logp, logp + 0.1 * jnp.asarray(rng.normal(size=logp.shape), jnp.float32))
+
+
+def gradient(model, data, params=None):
+    params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4), 5) if params is None else params
+    loss = partial(align.loss, model, POLICIES["lora"], default())
+    return jax.jit(jax.grad(lambda p, d: loss(p, d)[0]))(params, data)
+
+
+def close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6, rtol=1e-4), a, b)
+
+
+def test_padding_and_order_change_no_gradient():
+    model, data = batch()
+    want = gradient(model, data)
+    group = data[0]
+    noisy = group._replace(response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 7))
+    wider = noisy._replace(response=jnp.pad(noisy.response, ((0, 0), (0, 0), (0, 3))))
+    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 3))) for x in data[2:]]
+    close(gradient(model, (wider, data[1], *padded)), want)
+    close(gradient(model, jax.tree.map(lambda x: x[::-1], data)), want)
+
+
+def test_splitting_the_group_changes_no_gradient():
+    model, data = batch(G=4)
+    group, *rest = data
+
+    def half(s):
+        part = group._replace(response=group.response[:, s], response_len=group.response_len[:, s])
+        return gradient(model, (part, *(x[:, s] for x in rest)))
+
+    both = jax.tree.map(lambda a, b: (a + b) / 2, half(slice(0, 2)), half(slice(2, 4)))
+    close(both, gradient(model, data))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_gradient_accumulation_changes_no_update(parts):
+    model, data = batch()
+    params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4), 5)
+    transformation = optimizer.make(default().align.optimizer, 10)
+    loss = partial(align.loss, model, POLICIES["lora"], default())
+    step = jax.jit(lambda train, n: optimizer.step(transformation, loss, train, data, n), static_argnums=1)
+    (whole, scalars), (split, other) = (step(optimizer.init(transformation, params), n) for n in (1, parts))
+    # Adam's first step is the sign of the gradient: where that is rounding noise, so is the step.
+    mask = jax.tree.map(lambda g: jnp.abs(g) > 1e-5, gradient(model, data, params))
+    jax.tree.map(
+        lambda m, a, b: np.testing.assert_allclose(jnp.where(m, a, 0), jnp.where(m, b, 0), atol=1e-5),
+        mask, whole.params, split.params,
+    )  # fmt: skip
+    close(scalars, other)
+
+
+def test_the_coefficient_changes_the_gradient():
+    model, (group, _, old, ref) = batch()
+    rewards = jnp.asarray(np.random.default_rng(2).normal(size=(4, 4)), jnp.float32)
+    alpha = jnp.broadcast_to(jnp.array([0.5, 1.0, 1.0, 2.0])[:, None], (4, 4))
+    static = gradient(model, (group, eq.group_advantage(rewards), old, ref))
+    scaled = gradient(model, (group, eq.scaled_advantage(alpha, eq.group_advantage(rewards)), old, ref))
+    cancelled = gradient(model, (group, eq.group_advantage(alpha * rewards), old, ref))
+    close(cancelled, static)
+    assert max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(static), jax.tree.leaves(scaled))) > 1e-3
+
+
+def test_full_tuning_and_adapters_start_from_the_reference():
+    model, (group, advantage, old, _) = batch()
+    config = default()
+    for name, policy in POLICIES.items():
+        params = policy.init(config.policy, model, jax.random.key(0))
+        _, scalars = align.loss(model, policy, config, params, (group, advantage, old, old))
+        np.testing.assert_allclose(scalars["kl"], 0, atol=1e-9, err_msg=name)
+        jax.tree.map(np.testing.assert_array_equal, policy.merged(model, params), model)
+
+
+def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category():
+    model, group = tiny(), random_group(P=4, G=2)
+    group = group._replace(category=jnp.array([0, 1, 2, 2]))
+    rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
+    transformation = optimizer.make(default().irl.optimizer, 60)
+    train = optimizer.init(transformation, rewards)
+    step = jax.jit(lambda t: optimizer.step(transformation, partial(irl.loss, model, 1.0, 1), t, group, 1))
+    _, first = step(train)
+    for _ in range(60):
+        train, scalars = step(train)
+    assert first["loss"] == pytest.approx(np.log(2)) and scalars["loss"] < 0.05 and scalars["pairs_right"] == 1
+    # Category 3 had no pair: nothing of it moved.
+    for name, pair in train.params.adapter.items():
+        np.testing.assert_array_equal(pair.a[:, 3], rewards.adapter[name].a[:, 3])
+        assert not pair.b[:, 3].any()
+
+
+def test_standardised_rewards_have_mean_0_and_deviation_1_in_each_category():
+    rng = np.random.default_rng(0)
+    raw, category = jnp.asarray(rng.normal(size=60) * 3 + 5, jnp.float32), jnp.asarray(np.arange(60) % 3)
+    rewards = reward.Rewards({}, jnp.zeros((3, 2)), jnp.zeros(3))
+    bank = reward.standardised(rewards, raw, category)
+    for c in range(3):
+        mine = np.asarray(raw)[np.asarray(category) == c]
+        np.testing.assert_allclose((bank.mean[c], bank.std[c]), (mine.mean(), mine.std()), rtol=1e-5)
+
+
+def test_common_cut_gives_both_texts_of_a_pair_one_length():
+    demo, sample = np.array([30, 6, 40]), np.array([[40, 12], [40, 3], [9, 40]])
+    cuts = np.stack([irl.common_cut(demo, sample, [0, i]) for i in range(300)])
+    top = np.minimum(demo[:, None], sample)
+    assert (cuts <= top).all() and (cuts >= np.minimum(irl.SHORTEST_CUT, top)).all()
+    assert (cuts.max(0) == top).all() and (cuts.min(0) == np.minimum(8, top)).all()
+    np.testing.assert_array_equal(irl.common_cut(demo, sample, [0, 7]), cuts[7])

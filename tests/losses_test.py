@@ -1,0 +1,211 @@
+"""The policy losses: against values derived by hand and the float64 numpy method; invariances."""
+
+import jax
+import jax.numpy as jnp
+import method_numpy as mn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drirl_jax import losses
+
+LOW, HIGH, BETA = 0.2, 0.3, 0.05
+K3 = jax.jit(losses.k3)
+
+
+def loss(logp, old, ref, advantage, mask, beta_kl=BETA):
+    return losses.policy_loss(
+        logp, old, ref, advantage, mask, clip_low=LOW, clip_high=HIGH, beta_kl=beta_kl, reduce="sequence"
+    )
+
+
+VALUE_AND_GRAD = jax.jit(jax.value_and_grad(loss, has_aux=True))  # of the log-probabilities
+
+
+def batch(seed=0, P=4, G=3, T=5):
+    """(logp, old, ref [P, G, T], advantage [P, G], mask) with ratios on both sides of the clip."""
+    rng = np.random.default_rng(seed)
+    logp = -rng.exponential(size=(P, G, T))
+    old, ref = logp + rng.normal(scale=0.3, size=(2, P, G, T))
+    mask = np.arange(T) < rng.integers(1, T + 1, (P, G))[..., None]
+    return *(x.astype(np.float32) for x in (logp, old, ref, rng.normal(size=(P, G)))), mask
+
+
+def by_method(logp, old, ref, advantage, mask, beta_kl=BETA):
+    rows = [x.reshape(-1, x.shape[-1]) for x in (logp, old, ref, mask)]
+    token = mn.surrogate(rows[0], rows[1], advantage.reshape(-1), rows[3], LOW, HIGH, "token")
+    return mn.reduced(token + beta_kl * mn.k3(rows[0], rows[2]), rows[3], "sequence")
+
+
+def same(got, want, rtol=1e-5, atol=1e-7):
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, want)
+
+
+# ---- clipped surrogate -----------------------------------------------------------------------------------
+
+
+def test_clipped_surrogate_by_hand():
+    # Clip to [.8, 1.3]. Ratios 1.5, .5, 1.1, 1. For A = 2: 1.5 is cut to 1.3 -> 2.6; .5 -> 1 (the smaller of
+    # 1 and 1.6); 2.2; 2. For A = -2: -3 (smaller than -2.6); .5 is cut to .8 -> -1.6; -2.2; -2.
+    ratio = np.array([1.5, 0.5, 1.1, 1.0])
+    old = np.full((1, 2, 4), -3.0, np.float32)
+    logp, advantage = (old + np.log(ratio)).astype(np.float32), np.float32([[2, -2]])
+    want = [[[2.6, 1.0, 2.2, 2.0], [-3.0, -1.6, -2.2, -2.0]]]
+    for run in (losses.clipped_surrogate, jax.jit(losses.clipped_surrogate)):
+        objective, got = run(logp, old, advantage, LOW, HIGH)
+        same(objective, np.array(want))
+        same(got, np.broadcast_to(ratio, (1, 2, 4)))
+    # d(w A)/dlogp = w A where the cut is not in force, 0 where it is; at w = 1 the whole A.
+    slope = jax.grad(lambda x: losses.clipped_surrogate(x, old, advantage, LOW, HIGH)[0].sum())(logp)
+    same(slope, np.array([[[0.0, 1.0, 2.2, 2.0], [-3.0, 0.0, -2.2, -2.0]]]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clipped_surrogate_matches_the_method(seed):
+    logp, old, _, advantage, _ = batch(seed)
+    rows, real = (logp.reshape(12, 5), old.reshape(12, 5), advantage.reshape(12)), np.ones((12, 5), bool)
+    want = mn.surrogate(*rows, real, LOW, HIGH, "token")
+    for run in (losses.clipped_surrogate, jax.jit(losses.clipped_surrogate)):
+        same(run(logp, old, advantage, LOW, HIGH)[0], -want.reshape(4, 3, 5))
+
+
+# ---- k3 --------------------------------------------------------------------------------------------------
+
+
+def test_k3_by_hand():
+    # d = log π_ref - log π: ln 2 -> 2 - ln 2 - 1; -ln 2 -> ½ + ln 2 - 1; 0 -> 0 exactly.
+    ln2 = np.log(2)
+    logp, ref = np.float32([-2 * ln2, -ln2, -1.7, 0.0]), np.float32([-ln2, -2 * ln2, -1.7, 0.0])
+    for run in (losses.k3, K3):
+        same(run(logp, ref), np.array([1 - ln2, ln2 - 0.5, 0, 0]))
+        assert (run(logp, ref)[2:] == 0).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-20, 0, width=32), st.floats(-20, 0, width=32))
+def test_k3_matches_the_method_and_is_not_negative(logp, ref):
+    # In float32: within one rounding of the terms e^d and d.
+    d = np.float64(np.float32(ref) - np.float32(logp))
+    value = float(K3(np.float32(logp), np.float32(ref)))
+    np.testing.assert_allclose(value, mn.k3(0.0, d), rtol=1e-5, atol=3e-7 * max(1.0, abs(d)))
+    assert value >= 0
+
+
+def test_k3_of_nearly_equal_policies_is_not_negative():
+    # After a few small steps d is 1e-5 to 1e-2 and k3 ≈ d²/2, below the rounding of e^d near 1.
+    d = np.concatenate([np.geomspace(1e-6, 1e-2, 500), -np.geomspace(1e-6, 1e-2, 500)]).astype(np.float32)
+    for run in (losses.k3, K3):
+        assert np.asarray(run(np.zeros_like(d), d)).min() >= 0
+
+
+def test_k3_gradient_by_finite_differences():
+    # dk3/dlogp = 1 - e^d: 0 at equality, and positive where the policy is above the reference.
+    logp, ref = np.float32([-1.0, -0.2, -3.0, -2.0]), np.float32([-1.0, -2.0, -1.5, -2.3])
+    h, exact = 1e-6, logp.astype(np.float64)
+    want = (mn.k3(exact + h, ref) - mn.k3(exact - h, ref)) / (2 * h)
+    got = jax.grad(lambda x: losses.k3(x, ref).sum())(logp)
+    same(got, want, rtol=1e-5, atol=1e-6)
+    assert got[0] == 0 and got[1] > 0 > got[2]
+
+
+# ---- reduction -------------------------------------------------------------------------------------------
+
+
+def test_mean_by_sequence():
+    # Means 2 and 5, then 3.5 (over all tokens it would be 3). A response without tokens counts as 0: 7/3.
+    value = np.float32([[[1, 3, 99], [5, -99, 99], [8, 8, 8]]])
+    mask = np.array([[[True, True, False], [True, False, False], [False, False, False]]])
+    for run in (losses.mean_by_sequence, jax.jit(losses.mean_by_sequence)):
+        same(run(value[:, :2], mask[:, :2]), 3.5)
+        same(run(value, mask), 7 / 3)
+        logp, *_, mask_PGT = batch(3)
+        same(run(logp, mask_PGT), mn.reduced(logp.reshape(12, 5), mask_PGT.reshape(12, 5), "sequence"))
+    assert losses.REDUCE["sequence"] is losses.mean_by_sequence
+
+
+# ---- the whole loss --------------------------------------------------------------------------------------
+
+
+def test_policy_loss_by_hand():
+    # Response 1, A = 1: ratios 2 (cut: 1.3) and 1: -1.15. Response 2, A = -1, one token, ratio ½ (cut: .8):
+    # .8. Reference at d = ln 2 on response 1's second token: k3 = 1 - ln 2, over 2 tokens, then 2 responses.
+    ln2 = np.log(2)
+    logp = np.float32([[[-1, -1], [-1, 0]]])
+    old = np.float32([[[-1 - ln2, -1], [-1 + ln2, 0]]])
+    ref = np.float32([[[-1, -1 + ln2], [-1, 0]]])
+    mask = np.array([[[True, True], [True, False]]])
+    kl = (1 - ln2) / 4
+    for run in (loss, jax.jit(loss)):
+        value, scalars = run(logp, old, ref, np.float32([[1, -1]]), mask)
+        same(value, (-1.15 + 0.8) / 2 + BETA * kl)
+        same(scalars, {"kl": kl, "clipped": (0.5 + 1) / 2})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_policy_loss_and_its_gradient_match_the_method(seed):
+    data = batch(seed)
+    (value, _), slope = VALUE_AND_GRAD(*data)
+    same(value, by_method(*data))
+    same(loss(*data)[0], by_method(*data))
+    exact, h = data[0].astype(np.float64), 1e-6
+    want = np.zeros_like(exact)
+    for place in np.ndindex(exact.shape):
+        step = np.zeros_like(exact)
+        step[place] = h
+        want[place] = (by_method(exact + step, *data[1:]) - by_method(exact - step, *data[1:])) / (2 * h)
+    same(slope, want, rtol=1e-4, atol=1e-7)
+    assert (want[~data[4]] == 0).all() and np.abs(want).max() > 0.01
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
+def test_padding_changes_nothing(size):
+    logp, old, ref, advantage, mask = batch(1)
+    noise = size * np.random.default_rng(7).normal(size=(3, *mask.shape)).astype(np.float32)
+    garbage = [np.where(mask, x, n) for x, n in zip((logp, old, ref), noise)]
+    want, dirty = VALUE_AND_GRAD(logp, old, ref, advantage, mask), VALUE_AND_GRAD(*garbage, advantage, mask)
+    same(dirty, want)
+    assert (np.asarray(dirty[1])[~mask] == 0).all()
+    longer = [np.pad(x, ((0, 0), (0, 0), (0, 2)), constant_values=-size) for x in (logp, old, ref)]
+    (value, scalars), slope = VALUE_AND_GRAD(*longer, advantage, np.pad(mask, ((0, 0), (0, 0), (0, 2))))
+    same(((value, scalars), slope[..., :5]), want)
+
+
+def test_the_order_of_the_batch_changes_nothing():
+    data = batch(2)
+    (value, scalars), slope = VALUE_AND_GRAD(*data)
+    prompts, group = np.array([2, 0, 3, 1]), np.array([1, 2, 0])
+    (moved, moved_scalars), moved_slope = VALUE_AND_GRAD(*(x[prompts][:, group] for x in data))
+    same((moved, moved_scalars, moved_slope), (value, scalars, slope[prompts][:, group]))
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_equal_micro_batches_average_to_the_whole(pieces):
+    data = batch(4)
+    (value, scalars), slope = VALUE_AND_GRAD(*data)
+    parts = [VALUE_AND_GRAD(*part) for part in zip(*(np.split(x, pieces) for x in data))]
+    same(jax.tree.map(lambda *x: sum(x) / pieces, *(part[0] for part in parts)), (value, scalars))
+    same(np.concatenate([part[1] for part in parts]) / pieces, slope)
+
+
+@pytest.mark.parametrize("beta_kl", [0.0, 0.5])
+def test_the_on_policy_gradient_is_the_policy_gradient(beta_kl):
+    # A softmax policy over 6 tokens by position. With ratio 1, and k3 flat where the reference is the policy,
+    # ∇L = -mean_ig mean_t A ∇log π(y_t), ∇log π(y) = onehot(y) - π.
+    rng = np.random.default_rng(0)
+    theta, token = rng.normal(size=(5, 6)).astype(np.float32), rng.integers(0, 6, (4, 3, 5))
+    _, _, _, advantage, mask = batch(5)
+
+    def logp(theta):
+        return jax.nn.log_softmax(theta)[np.arange(5), token]
+
+    frozen = logp(theta)
+    got = jax.grad(lambda theta: loss(logp(theta), frozen, frozen, advantage, mask, beta_kl)[0])(theta)
+    probability = np.exp(theta.astype(np.float64))
+    probability /= probability.sum(1, keepdims=True)
+    want = np.zeros((5, 6))
+    for p, g, t in zip(*np.nonzero(mask)):
+        want[t] -= advantage[p, g] * (np.eye(6)[token[p, g, t]] - probability[t]) / mask[p, g].sum() / 12
+    same(got, want, rtol=1e-4, atol=1e-6)
+    assert np.abs(want).max() > 0.05

