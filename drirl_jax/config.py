@@ -15,6 +15,7 @@ from drirl_jax import losses, optimizer, scaling, text
 from drirl_jax.data import pipeline
 from drirl_jax.evals import judges
 from drirl_jax.models import lora, reward
+from drirl_jax.stages import base, irl
 from drirl_jax.types import InputError
 
 HARM_CATEGORIES = (
@@ -75,7 +76,6 @@ def default() -> ConfigDict:
     c.irl = ConfigDict()
     c.irl.loss = "logistic"
     c.irl.beta = 1.0
-    c.irl.policy = "frozen"
     c.irl.rounds = 1
     c.irl.samples = 2  # K: samples of the policy for each prompt and round
     c.irl.cut = "common"  # common | none: both texts of a pair are read up to one random common length (ours)
@@ -85,7 +85,6 @@ def default() -> ConfigDict:
     c.irl.eval_every = 20
     c.irl.optimizer = _optimizer(1e-3)
 
-    c.route = "category"
     c.scaling = ConfigDict()
     c.scaling.split = "sentence"
     c.scaling.similarity = "parts"
@@ -108,7 +107,6 @@ def default() -> ConfigDict:
     c.grpo.eps = 1e-6
 
     c.align = ConfigDict()
-    c.align.method = "grpo_s"
     c.align.steps = 50
     c.align.batch = 8  # P: prompts a step
     c.align.group = 8  # G: responses a prompt
@@ -143,19 +141,16 @@ def _optimizer(learning_rate: float) -> ConfigDict:
 # Options that name a choice, and the table whose rows they may be.
 TABLES = {
     "data.long_prompts": ("error", "drop"),
-    "policy.tune": ("lora", "full"),
+    "policy.tune": base.POLICIES,
     "sampler.batch": pipeline.BATCHES,
     "reward.kind": reward.KINDS,
-    "reward.normalize": ("zscore",),
-    "irl.loss": ("logistic",),
-    "irl.policy": ("frozen",),
+    "reward.normalize": reward.NORMALIZE,
+    "irl.loss": irl.LOSSES,
     "irl.cut": ("common", "none"),
     "irl.optimizer.name": optimizer.OPTIMIZERS,
     "irl.optimizer.schedule": optimizer.SCHEDULES,
     "align.optimizer.name": optimizer.OPTIMIZERS,
     "align.optimizer.schedule": optimizer.SCHEDULES,
-    "align.method": ("grpo_s",),
-    "route": ("category",),
     "scaling.split": text.SPLIT,
     "grpo.reduce": losses.REDUCE,
     "evals.judge": judges.JUDGES,
@@ -182,6 +177,9 @@ def validate(config: ConfigDict) -> None:
         if not true:
             raise InputError(sentence)
 
+    stages = default().schedule
+    whole = config.schedule and tuple(config.schedule) == stages[: len(config.schedule)]
+    need(whole, f"config.schedule is {tuple(config.schedule)}: give {stages} or its beginning, since each stage needs the one before.")
     for key, rows in TABLES.items():
         need(get(config, key) in rows, f"config.{key} is {get(config, key)!r}: choose one of {', '.join(rows)}.")
     for key in POSITIVE:

@@ -106,20 +106,6 @@ def pad(rows: Sequence[Sequence[int]], size: int, pad_id: int = 0) -> tuple[np.n
     return ids, lengths
 
 
-def bucket(n: int, buckets: Sequence[int]) -> int:
-    """The smallest of `buckets` that holds `n` tokens.
-
-    Raises:
-        InputError: none does.
-    """
-    fits = [b for b in buckets if b >= n]
-    if not fits:
-        raise InputError(
-            f"a text of {n} tokens fits none of the length buckets {tuple(buckets)}: add a larger one"
-        )
-    return min(fits)
-
-
 # --------------------------------------------------------------------------------- sub-sentence splitting
 
 _CLOSERS = "\"'”’»)\\]）】」』》*_"

@@ -39,6 +39,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if config.compilation_cache:
         cache = pathlib.Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     by_split = builder.load(config.data.path, config.data.categories)
     needed = {"irl": ("train", "valid"), "align": ("train",), "evals": (config.evals.split,)}
     for split in {split for name in config.schedule for split in needed[name]}:
@@ -49,7 +50,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     model_config = llama.config_from_hf(hf_config)
     tokenizer = hf.load_tokenizer(policy_path)
     tokens = Text(tokenizer, config.policy.system)
-    config_lib.remember(config, workdir)
     context = Context(
         config=config,
         model=llama.from_hf(hf.read_tensors(policy_path), model_config),
@@ -57,6 +57,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         embedder=encoder.TextEmbedder.from_folder(encoder_path, config.encoder.max_tokens),
         examples=examples.tokenise(by_split, tokens, config),
     )
+    config_lib.remember(config, workdir)
     writer = metrics.MetricWriter(workdir)
     log.info("%s, %d prompts, %s", jax.devices()[0], sum(map(len, by_split.values())), config.policy.init)
 

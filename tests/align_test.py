@@ -25,10 +25,14 @@ def batch(P=4, G=4):
     return model, (group, advantage, logp, logp + 0.1 * jnp.asarray(rng.normal(size=logp.shape), jnp.float32))
 
 
+@jax.jit
+def _gradient(params, model, data):
+    return jax.grad(lambda p: align.loss(model, POLICIES["lora"], default(), p, data)[0])(params)
+
+
 def gradient(model, data, params=None):
     params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4), 5) if params is None else params
-    loss = partial(align.loss, model, POLICIES["lora"], default())
-    return jax.jit(jax.grad(lambda p, d: loss(p, d)[0]))(params, data)
+    return _gradient(params, model, data)
 
 
 def close(a, b):
@@ -100,11 +104,11 @@ def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category():
     model, group = tiny(), random_group(P=4, G=2)
     group = group._replace(category=jnp.array([0, 1, 2, 2]))
     rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
-    transformation = optimizer.make(default().irl.optimizer, 60)
+    transformation = optimizer.make(default().irl.optimizer, 100)
     train = optimizer.init(transformation, rewards)
-    step = jax.jit(lambda t: optimizer.step(transformation, partial(irl.loss, model, 1.0, 1), t, group, 1))
+    step = jax.jit(lambda t: optimizer.step(transformation, partial(irl.loss, model, partial(eq.irl_logistic, beta=1.0), 1), t, group, 1))
     _, first = step(train)
-    for _ in range(60):
+    for _ in range(100):
         train, scalars = step(train)
     assert first["loss"] == pytest.approx(np.log(2)) and scalars["loss"] < 0.05 and scalars["pairs_right"] == 1
     # Category 3 had no pair: nothing of it moved.

@@ -172,12 +172,6 @@ def test_pad():
         text.pad([[1], [1, 2, 3, 4, 5], [1]], 4)
 
 
-def test_bucket():
-    assert [text.bucket(n, (64, 16, 32)) for n in (1, 16, 17, 33, 64)] == [16, 16, 32, 64, 64]
-    with pytest.raises(InputError, match=r"65 tokens fits none of the length buckets \(16, 32, 64\)"):
-        text.bucket(65, (16, 32, 64))
-
-
 SENTENCES = {
     "stops": (
         "I can't help. It is wrong! Why?! no idea. really",

@@ -64,3 +64,7 @@ def standardised(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
     mean_C = jax.ops.segment_sum(reward_N, category_N, categories) / count_C
     square_C = jax.ops.segment_sum((reward_N - mean_C[category_N]) ** 2, category_N, categories) / count_C
     return Bank(rewards, mean_C, jnp.maximum(jnp.sqrt(square_C), 1e-6))
+
+
+# How raw rewards become comparable between categories: (rewards, [N] raw, [N] category) -> Bank.
+NORMALIZE = {"zscore": standardised}

@@ -16,6 +16,8 @@ from drirl_jax.models import reward
 from drirl_jax.stages.base import Context, Stage, State, by_category, draw_all, group_of, row_batches
 from drirl_jax.types import Group
 
+# The loss of a pair: (r(x, y), r(x, ỹ), beta) -> loss.
+LOSSES = {"logistic": eq.irl_logistic}
 SHORTEST_CUT = 8  # tokens: before that a text says too little to be told apart
 
 
@@ -49,12 +51,12 @@ def whole(examples: Examples, response_PKT, response_len_PK) -> Group:
     return group_of(examples, response, np.concatenate([examples.demo_len[:, None], response_len_PK], axis=1))
 
 
-def loss(model, beta: float, samples: int, rewards: reward.Rewards, group: Group):
-    """Mean logistic loss of the pairs of a `cut_pairs` or `whole` group, the share ranked right, and the mean gap."""
+def loss(model, pair_loss, samples: int, rewards: reward.Rewards, group: Group):
+    """Mean loss of the pairs of a `cut_pairs` or `whole` group, the share ranked right, and the mean gap."""
     score_PG = reward.raw_score(model, rewards, group)
     demo, sample_PK = score_PG[:, :-samples], score_PG[:, -samples:]
     pairs_right = (demo > sample_PK).astype(jnp.float32).mean()
-    return eq.irl_logistic(demo, sample_PK, beta).mean(), {"pairs_right": pairs_right, "gap": (demo - sample_PK).mean()}
+    return pair_loss(demo, sample_PK).mean(), {"pairs_right": pairs_right, "gap": (demo - sample_PK).mean()}
 
 
 def make(context: Context) -> Stage:
@@ -97,7 +99,7 @@ def make(context: Context) -> Stage:
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state, model, batch):
-        stage_loss = partial(loss, model, c.beta, c.samples)
+        stage_loss = partial(loss, model, partial(LOSSES[c.loss], beta=c.beta), c.samples)
         return optimizer.step(transformation, stage_loss, train_state, batch, c.accumulate)
 
     def scores(rewards, examples: Examples, samples, cut: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +125,7 @@ def make(context: Context) -> Stage:
     def finish(state: State) -> reward.Bank:
         raw_NG = np.concatenate(scores(state.train.params, train, state.carry[0], cut=False), axis=1)
         category_N = np.repeat(train.category, raw_NG.shape[1])
-        return reward.standardised(state.train.params, jnp.asarray(raw_NG.reshape(-1)), jnp.asarray(category_N))
+        return reward.NORMALIZE[config.reward.normalize](state.train.params, jnp.asarray(raw_NG.reshape(-1)), jnp.asarray(category_N))
 
     return Stage(
         steps=c.steps,
