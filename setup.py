@@ -42,6 +42,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "torch>=2.13"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "torch==2.13.0"],
     },
 )

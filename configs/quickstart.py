@@ -11,13 +11,14 @@ def get_config():
     c.data.max_prompt = 64
     c.demos.keep_draft = False
     c.sampler.max_new = 40
+    c.sampler.temperature = 0.7
     c.evals.max_new = 40
     c.evals.batch = 64
     c.irl.samples = 1
     c.irl.steps = 30
     c.irl.eval_every = 30
-    c.irl.optimizer.learning_rate = 2e-3
-    c.align.steps = 16
-    c.align.optimizer.learning_rate = 2e-3
+    c.irl.optimizer.learning_rate = 1.5e-3
+    c.align.steps = 14
+    c.grpo.beta_kl = 0.1
     c.align.group = 4
     return c

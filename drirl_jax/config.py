@@ -110,6 +110,7 @@ def default() -> ConfigDict:
     c.align.steps = 50
     c.align.batch = 8  # P: prompts a step
     c.align.group = 8  # G: responses a prompt
+    c.align.shares = ()  # (("harmless", 3),): three times as many prompts of it as of each other category (ours)
     c.align.accumulate = 1  # micro-batches of prompts in one update
     c.align.optimizer = _optimizer(1e-3)
 
@@ -189,6 +190,9 @@ def validate(config: ConfigDict) -> None:
         need(not unknown, f"config.{key}.targets names {sorted(unknown)}: choose among {', '.join(lora.TARGETS)}.")
     unknown = set(config.data.harmless) - set(config.data.categories)
     need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
+    unknown = {name for name, _ in config.align.shares} - set(config.data.categories)
+    need(not unknown, f"config.align.shares names {sorted(unknown)}, which config.data.categories lacks.")
+    need(all(share >= 1 for _, share in config.align.shares), "config.align.shares must be whole numbers from 1.")
     need(len(set(config.data.categories)) == len(config.data.categories), "config.data.categories repeats a name.")
     need(0 <= config.scaling.drop < 1, f"config.scaling.drop is {config.scaling.drop}: it must lie in [0, 1).")
     need(0 <= config.scaling.decay < 1, f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).")

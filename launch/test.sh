@@ -4,6 +4,5 @@
 #   bash launch/test.sh -m slow      the slow ones (real models, whole runs)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# torch serves the tests as an oracle only: the CPU build where the platform has one.
 bash launch/install.sh .venv-test ".[dev]"
 exec .venv-test/bin/python -m pytest -q "$@"

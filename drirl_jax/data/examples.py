@@ -39,9 +39,11 @@ class Examples(NamedTuple):
         """The records at these row numbers, in this order."""
         return Examples(*(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in self))
 
-    def rows_by_category(self, categories: int) -> list[np.ndarray]:
-        """The row numbers of each category, in order."""
-        return [np.flatnonzero(self.category == c) for c in range(categories)]
+    def rows_by_category(self, names: Sequence[str], shares: Sequence[tuple[str, int]] = ()) -> list[np.ndarray]:
+        """The row numbers of each category, in order; a category with a share of n stands there n times."""
+        times = dict(shares)
+        rows = [(name, np.flatnonzero(self.category == c)) for c, name in enumerate(names)]
+        return [numbers for name, numbers in rows for _ in range(times.get(name, 1))]
 
 
 def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, config) -> dict[str, Examples]:

@@ -23,7 +23,7 @@ _SORRY = (
     r"\b(?:sorry|apologi[sz]e|apologies|afraid|unfortunately|regret(?:fully)?)"
     r"(?: for [\w ]+)?(?: that)?\W+(?:but )?"
 )
-_AI = r"as an? (?:\w+ )?(?:AI|artificial intelligence|language model|assistant)\b"
+_AI = r"as an? (?:[\w-]+ ){0,3}?(?:AI|artificial intelligence|language model|assistant|chatbot)\b"
 _HELPLESS = r"help (?:it|but|myself|(?:feel|think|wonder|notic|laugh|smil|fall|lov|worry|cry|be)\w*ing)\b"
 _SO_MUCH = r"you (?:how (?:much|happy|glad|grateful|excited|sorry|proud)|for)\b"
 _SERVE = r"(?:assist|provide|write|create|generate|produce|answer|comply|fulfill?|respond)\b"
@@ -59,6 +59,9 @@ _ENGLISH = (
     rf"(?:^\W*|{_SORRY}(?:{_AI}[^.!?]*?, )?)I{_ADVERB} {_CANNOT}\b(?!{_ADVERB} {_IDIOM})",
     # I'm sorry for any confusion, but as an AI ...; unless it goes on to speak of feelings or of what it can.
     rf"{_SORRY}(?:{_AI}(?![^.!?]*(?: feel| emotion| I can ))|I don'?t have (?:access|any|the ability)\b)",
+    # I'm sorry for any misunderstanding. However, as a chatbot, I don't have the ability to ..., or am not made to.
+    r"^\W*(?:I(?:'?m| am) )?(?:\w+ )?(?:sorry|afraid|apologi[sz]e)\b.{0,90}?\bI (?:don'?t|do not) have the (?:ability|capability|capacity)\b",
+    r"^\W*(?:I(?:'?m| am) )?(?:\w+ )?(?:sorry|afraid|apologi[sz]e)\b.{0,90}?\bI(?:'?m| am) (?:designed|programmed|here) to [^.!?]*\bnot to\b",
     rf"^\W*(?:sorry\W+)?(?:but )?(?:can'?t|cannot|won'?t|unable to){_ADVERB} {_ACT}",
     rf"{_AM} (?:unable|not{_ADVERB} (?:able|willing|allowed|permitted)) to\b(?!{_ADVERB} {_IDIOM})",
     rf"{_AM} (?:not{_ADVERB} (?:comfortable|in a position)|uncomfortable (?:with )?\w+ing)\b",

@@ -66,7 +66,7 @@ def make(context: Context) -> Stage:
     train, valid = context.examples["train"], context.examples["valid"]
     transformation = optimizer.make(c.optimizer, c.steps)
     round_steps = c.steps // c.rounds
-    batches = pipeline.balanced(train.rows_by_category(len(names)), c.batch, config.seed)
+    batches = pipeline.balanced(train.rows_by_category(names), c.batch, config.seed)
     raw_score = jax.jit(reward.raw_score)
 
     def sample(examples: Examples, round_: int):
