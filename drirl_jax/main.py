@@ -32,5 +32,15 @@ def main(argv: list[str]) -> None:
         sys.exit(f"drirl_jax: {error}")
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Absl's flags, the config file among them; what is wrong with them is one sentence, as everywhere."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        CONFIG.value  # noqa: B018  the file is read when its value is first asked for
+        return rest
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        sys.exit(f"drirl_jax: the config or a --config flag is wrong: {' '.join(str(error).split())}")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

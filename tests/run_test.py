@@ -190,6 +190,6 @@ def test_a_workdir_of_another_config_is_refused(whole, policy):
 
 def test_no_config_and_no_workdir():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for flags, message in (([], "--config is missing"), (["--config=configs/tiny.py"], "--workdir is missing"), (["--config=configs/nowhere.py"], "nowhere")):
+    for flags, message in (([], "--config is missing"), (["--config=configs/tiny.py"], "--workdir is missing"), (["--config=configs/nowhere.py", "--workdir=x"], "nowhere")):
         done = subprocess.run([sys.executable, "-m", "drirl_jax.main", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
         refused(done, message)
