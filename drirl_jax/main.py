@@ -36,7 +36,8 @@ def parse(argv: list[str]) -> list[str]:
     """Absl's flags, the config file among them; what is wrong with them is one sentence, as everywhere."""
     try:
         rest = app.parse_flags_with_usage(argv)
-        CONFIG.value  # noqa: B018  the file is read when its value is first asked for
+        if CONFIG.value is not None:
+            CONFIG.value.lock()  # a file that failed to load says so when it is first touched
         return rest
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
         sys.exit(f"drirl_jax: the config or a --config flag is wrong: {' '.join(str(error).split())}")
