@@ -1,6 +1,6 @@
 """A real chat model made safer in about ten minutes on two CPU cores.
 
-    python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart
+python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart
 """
 
 from drirl_jax.config import default

@@ -1,6 +1,6 @@
 """The whole method on a random model of two layers, in well under a minute: for tests and for trying a change.
 
-    python -m drirl_jax.main --config configs/tiny.py --config.policy.init=FOLDER --workdir runs/tiny
+python -m drirl_jax.main --config configs/tiny.py --config.policy.init=FOLDER --workdir runs/tiny
 """
 
 from drirl_jax.config import default

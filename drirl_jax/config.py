@@ -180,27 +180,52 @@ def validate(config: ConfigDict) -> None:
 
     stages = default().schedule
     whole = config.schedule and tuple(config.schedule) == stages[: len(config.schedule)]
-    need(whole, f"config.schedule is {tuple(config.schedule)}: give {stages} or its beginning, since each stage needs the one before.")
+    need(
+        whole,
+        f"config.schedule is {tuple(config.schedule)}: give {stages} or its beginning, since each stage needs the one before.",
+    )
     for key, rows in TABLES.items():
-        need(get(config, key) in rows, f"config.{key} is {get(config, key)!r}: choose one of {', '.join(rows)}.")
+        need(
+            get(config, key) in rows,
+            f"config.{key} is {get(config, key)!r}: choose one of {', '.join(rows)}.",
+        )
     for key in POSITIVE:
         need(get(config, key) > 0, f"config.{key} is {get(config, key)}: it must be above 0.")
     for key in ("policy", "reward"):
         unknown = set(config[key].targets) - set(lora.TARGETS)
-        need(not unknown, f"config.{key}.targets names {sorted(unknown)}: choose among {', '.join(lora.TARGETS)}.")
+        need(
+            not unknown,
+            f"config.{key}.targets names {sorted(unknown)}: choose among {', '.join(lora.TARGETS)}.",
+        )
     unknown = set(config.data.harmless) - set(config.data.categories)
     need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
     unknown = {name for name, _ in config.align.shares} - set(config.data.categories)
     need(not unknown, f"config.align.shares names {sorted(unknown)}, which config.data.categories lacks.")
-    need(all(share >= 1 for _, share in config.align.shares), "config.align.shares must be whole numbers from 1.")
-    need(len(set(config.data.categories)) == len(config.data.categories), "config.data.categories repeats a name.")
-    need(0 <= config.scaling.drop < 1, f"config.scaling.drop is {config.scaling.drop}: it must lie in [0, 1).")
-    need(0 <= config.scaling.decay < 1, f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).")
+    need(
+        all(share >= 1 for _, share in config.align.shares),
+        "config.align.shares must be whole numbers from 1.",
+    )
+    need(
+        len(set(config.data.categories)) == len(config.data.categories),
+        "config.data.categories repeats a name.",
+    )
+    need(
+        0 <= config.scaling.drop < 1, f"config.scaling.drop is {config.scaling.drop}: it must lie in [0, 1)."
+    )
+    need(
+        0 <= config.scaling.decay < 1,
+        f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).",
+    )
     need(config.grpo.beta_kl >= 0, f"config.grpo.beta_kl is {config.grpo.beta_kl}: it must not be negative.")
-    need(config.align.group > 1, "config.align.group is 1: a group-relative advantage needs at least 2 responses.")
+    need(
+        config.align.group > 1,
+        "config.align.group is 1: a group-relative advantage needs at least 2 responses.",
+    )
     for key in ("irl", "align"):
         batch, parts = config[key].batch, config[key].accumulate
-        need(batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide config.{key}.batch ({batch}).")
+        need(
+            batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide config.{key}.batch ({batch})."
+        )
     rounds, steps = config.irl.rounds, config.irl.steps
     need(steps % rounds == 0, f"config.irl.rounds ({rounds}) must divide config.irl.steps ({steps}).")
 
@@ -218,7 +243,9 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
         differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
         if differ:
             changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
-            raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
+            raise InputError(
+                f"{workdir} holds a run of a different config ({changes}): take another --workdir."
+            )
         return
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

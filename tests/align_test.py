@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformer_test import filled, random_group, tiny
 
 from drirl_jax import equations as eq
 from drirl_jax import optimizer
@@ -13,7 +14,6 @@ from drirl_jax.config import default
 from drirl_jax.models import lora, reward, transformer
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES
-from transformer_test import filled, random_group, tiny
 
 
 def batch(P=4, G=4):
@@ -43,7 +43,9 @@ def test_padding_and_order_change_no_gradient():
     model, data = batch()
     want = gradient(model, data)
     group = data[0]
-    noisy = group._replace(response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 7))
+    noisy = group._replace(
+        response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 7)
+    )
     wider = noisy._replace(response=jnp.pad(noisy.response, ((0, 0), (0, 0), (0, 3))))
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 3))) for x in data[2:]]
     close(gradient(model, (wider, data[1], *padded)), want)
@@ -87,7 +89,10 @@ def test_the_coefficient_changes_the_gradient():
     scaled = gradient(model, (group, eq.scaled_advantage(alpha, eq.group_advantage(rewards)), old, ref))
     cancelled = gradient(model, (group, eq.group_advantage(alpha * rewards), old, ref))
     close(cancelled, static)
-    assert max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(static), jax.tree.leaves(scaled))) > 1e-3
+    assert (
+        max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(static), jax.tree.leaves(scaled)))
+        > 1e-3
+    )
 
 
 def test_full_tuning_and_adapters_start_from_the_reference():
@@ -106,11 +111,17 @@ def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category():
     rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
     transformation = optimizer.make(default().irl.optimizer, 100)
     train = optimizer.init(transformation, rewards)
-    step = jax.jit(lambda t: optimizer.step(transformation, partial(irl.loss, model, partial(eq.irl_logistic, beta=1.0), 1), t, group, 1))
+    step = jax.jit(
+        lambda t: optimizer.step(
+            transformation, partial(irl.loss, model, partial(eq.irl_logistic, beta=1.0), 1), t, group, 1
+        )
+    )
     _, first = step(train)
     for _ in range(100):
         train, scalars = step(train)
-    assert first["loss"] == pytest.approx(np.log(2)) and scalars["loss"] < 0.05 and scalars["pairs_right"] == 1
+    assert (
+        first["loss"] == pytest.approx(np.log(2)) and scalars["loss"] < 0.05 and scalars["pairs_right"] == 1
+    )
     # Category 3 had no pair: nothing of it moved.
     for name, pair in train.params.adapter.items():
         np.testing.assert_array_equal(pair.a[:, 3], rewards.adapter[name].a[:, 3])

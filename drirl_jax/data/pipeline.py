@@ -47,6 +47,4 @@ def _shuffled(sources: Sequence[Sequence[Any]], seed: int) -> list[grain.MapData
         raise InputError(f"no records for the categories number {empty} of {len(sources)}: add some for each")
     # Grain shuffles epoch e with seed + e: categories need seeds that lie far apart.
     seeds = np.random.SeedSequence(seed).generate_state(len(sources))
-    return [
-        grain.MapDataset.source(rows).shuffle(seed=int(s)).repeat() for rows, s in zip(sources, seeds)
-    ]
+    return [grain.MapDataset.source(rows).shuffle(seed=int(s)).repeat() for rows, s in zip(sources, seeds)]

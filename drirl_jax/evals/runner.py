@@ -24,7 +24,14 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
     names = config.data.categories
     examples = context.examples[c.split]
     out = draw_all(
-        context, model, examples, context.key("evals"), c.batch, group=1, max_new=c.max_new, temperature=c.temperature
+        context,
+        model,
+        examples,
+        context.key("evals"),
+        c.batch,
+        group=1,
+        max_new=c.max_new,
+        temperature=c.temperature,
     )
     score = jax.jit(reward.score)
     rewards = np.concatenate([

@@ -52,7 +52,9 @@ def config_from_hf(hf: Mapping) -> Config:
             tied=bool(hf.get("tie_word_embeddings", False)),
         )
     except KeyError as error:
-        raise InputError(f"config.json lacks the field {error}: it does not describe a Llama model.") from error
+        raise InputError(
+            f"config.json lacks the field {error}: it does not describe a Llama model."
+        ) from error
 
 
 def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32) -> Transformer:
@@ -80,7 +82,9 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32
 
 def to_hf(model: Transformer) -> dict[str, np.ndarray]:
     """Tensors under Hugging Face names, the inverse of `from_hf`."""
-    tensors = {theirs: np.asarray(getattr(model, ours)[...]) for ours, theirs in TOP.items() if hasattr(model, ours)}
+    tensors = {
+        theirs: np.asarray(getattr(model, ours)[...]) for ours, theirs in TOP.items() if hasattr(model, ours)
+    }
     for ours, theirs in LAYER.items():
         stacked = np.asarray(getattr(model.blocks, ours)[...])
         tensors |= {theirs.format(i): stacked[i] for i in range(model.config.layers)}

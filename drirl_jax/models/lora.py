@@ -38,7 +38,9 @@ class Pair:
 Adapter = dict[str, Pair]
 
 
-def init(model: Transformer, key: Array, *, rank: int, alpha: float, targets=TARGETS, bank: int | None = None) -> Adapter:
+def init(
+    model: Transformer, key: Array, *, rank: int, alpha: float, targets=TARGETS, bank: int | None = None
+) -> Adapter:
     """A fresh adapter (or a bank of `bank` adapters): A ~ U(±√(3/in)), B = 0, so that ΔW = 0.
 
     Args:
@@ -53,7 +55,9 @@ def init(model: Transformer, key: Array, *, rank: int, alpha: float, targets=TAR
         layers, width_out, width_in = getattr(model.blocks, target).shape
         lead = (layers,) if bank is None else (layers, bank)
         bound = (3 / width_in) ** 0.5
-        a = jax.random.uniform(jax.random.fold_in(key, i), (*lead, rank, width_in), minval=-bound, maxval=bound)
+        a = jax.random.uniform(
+            jax.random.fold_in(key, i), (*lead, rank, width_in), minval=-bound, maxval=bound
+        )
         adapter[target] = Pair(a=a, b=jnp.zeros((*lead, rank, width_out)), scale=alpha / rank)
     return adapter
 
@@ -67,4 +71,3 @@ def merge(model: Transformer, adapter: Adapter) -> Transformer:
 
     weights = {name: merged(getattr(model.blocks, name)[...], pair) for name, pair in adapter.items()}
     return model.replace(blocks=model.blocks.replace(**weights))
-

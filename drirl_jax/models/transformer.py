@@ -72,7 +72,8 @@ class Block(Frozen):
         """Rotated queries [P, N, H, hd] and keys, and values, [P, N, KV, hd]."""
         x = rms_norm(x_PND, self.attn_norm[...], config.norm_eps)
         q, k, v = (
-            rearrange(self.linear(n, x, adapter, route_P), "p n (h d) -> p n h d", d=config.head_dim) for n in "qkv"
+            rearrange(self.linear(n, x, adapter, route_P), "p n (h d) -> p n h d", d=config.head_dim)
+            for n in "qkv"
         )
         return rope(q, position_PN, config.rope_theta), rope(k, position_PN, config.rope_theta), v
 
@@ -165,7 +166,9 @@ def embed(model: Transformer, ids: Array) -> Array:
     return model.embed[...][ids]
 
 
-def apply(model: Transformer, group: Group, adapter=None, route_P: Array | None = None, *, remat: bool = True):
+def apply(
+    model: Transformer, group: Group, adapter=None, route_P: Array | None = None, *, remat: bool = True
+):
     """Final hidden states of a group; the prompt is computed once for all its responses.
 
     Args:
@@ -245,7 +248,9 @@ def fuse(model: Transformer) -> DecodeBlock:
     )
 
 
-def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache):
+def decode(
+    model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache
+):
     """One decoding step: response token t of every row passes through the network.
 
     Args:
@@ -330,7 +335,9 @@ def logprobs(unembed_VD, hidden_ND, target_N, temperature: float, chunk: int):
     Its derivative needs no second pass over the vocabulary for the hidden states: ∂logp/∂h = (E_target - Σ_v p_v E_v) /
     temperature is [N, D] and is computed while the logits are there. Entropies carry no gradient.
     """
-    return _by_chunk(lambda h, y: _row_logprobs(unembed_VD, h, y, temperature)[:2], chunk, hidden_ND, target_N)
+    return _by_chunk(
+        lambda h, y: _row_logprobs(unembed_VD, h, y, temperature)[:2], chunk, hidden_ND, target_N
+    )
 
 
 def _row_logprobs(unembed_VD, h_ND, target_N, temperature):

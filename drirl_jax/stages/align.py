@@ -95,22 +95,33 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         group = group_of(examples, out.response, out.response_len)
         # Rewards and reference on the device while the host splits and embeds the texts.
         reward_PG, demo_reward_P, ref_logp = assess(
-            context.model, bank, group, jnp.asarray(examples.demo), jnp.asarray(examples.demo_len), config.sampler.temperature
+            context.model,
+            bank,
+            group,
+            jnp.asarray(examples.demo),
+            jnp.asarray(examples.demo_len),
+            config.sampler.temperature,
         )
         response, length = jax.device_get((out.response, out.response_len))
         flat = (response.reshape(-1, response.shape[-1]), length.reshape(-1))
         embedded, mask = embed_parts(context, [context.text.decode(*row) for row in zip(*flat)])
         split = (c.batch, c.group, mask.shape[-1])
-        parts = scaling.Parts(embedded.reshape(*split, -1), mask.reshape(split), *(x[rows] for x in demo_parts))
+        parts = scaling.Parts(
+            embedded.reshape(*split, -1), mask.reshape(split), *(x[rows] for x in demo_parts)
+        )
         # Advantages, scaled.
-        alpha_PG, stats, info = scaling.coefficients(options, state.carry, parts, reward_PG, demo_reward_P, group.category)
+        alpha_PG, stats, info = scaling.coefficients(
+            options, state.carry, parts, reward_PG, demo_reward_P, group.category
+        )
         advantage_PG = eq.scaled_advantage(alpha_PG, eq.group_advantage(reward_PG, config.grpo.eps))
         scalars = describe(names, examples, out, reward_PG, advantage_PG, info)
         return (group, advantage_PG, out.logp, ref_logp), stats, scalars
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state: TrainState, trunk, batch):
-        return optimizer.step(transformation, partial(loss, trunk, policy, config), train_state, batch, c.accumulate)
+        return optimizer.step(
+            transformation, partial(loss, trunk, policy, config), train_state, batch, c.accumulate
+        )
 
     return Stage(
         steps=c.steps,

@@ -42,7 +42,9 @@ def common_cut(demo_len_P, sample_len_PK, seed: list[int]) -> np.ndarray:
 def cut_pairs(examples: Examples, response_PKT, cut_PK) -> Group:
     """A group of 2K: the demonstration K times, then the K samples, each pair read up to its common length."""
     demo_PKT = np.repeat(examples.demo[:, None], response_PKT.shape[1], axis=1)
-    return group_of(examples, np.concatenate([demo_PKT, response_PKT], 1), np.concatenate([cut_PK, cut_PK], 1))
+    return group_of(
+        examples, np.concatenate([demo_PKT, response_PKT], 1), np.concatenate([cut_PK, cut_PK], 1)
+    )
 
 
 def whole(examples: Examples, response_PKT, response_len_PK) -> Group:
@@ -81,7 +83,9 @@ def make(context: Context) -> Stage:
             shape = (len(examples.id), c.samples)
             return np.zeros((*shape, config.sampler.max_new), np.int32), np.ones(shape, np.int32)
 
-        return State(optimizer.init(transformation, init_rewards(context)), (no_samples(train), no_samples(valid)))
+        return State(
+            optimizer.init(transformation, init_rewards(context)), (no_samples(train), no_samples(valid))
+        )
 
     def group(examples: Examples, response, length, cut: bool, seed: list[int]) -> Group:
         if not cut:
@@ -125,7 +129,9 @@ def make(context: Context) -> Stage:
     def finish(state: State) -> reward.Bank:
         raw_NG = np.concatenate(scores(state.train.params, train, state.carry[0], cut=False), axis=1)
         category_N = np.repeat(train.category, raw_NG.shape[1])
-        return reward.NORMALIZE[config.reward.normalize](state.train.params, jnp.asarray(raw_NG.reshape(-1)), jnp.asarray(category_N))
+        return reward.NORMALIZE[config.reward.normalize](
+            state.train.params, jnp.asarray(raw_NG.reshape(-1)), jnp.asarray(category_N)
+        )
 
     return Stage(
         steps=c.steps,
