@@ -42,9 +42,7 @@ class Checkpoints:
         try:
             flat = self.manager.restore(self.latest(), args=ocp.args.StandardRestore(_flat(template)))
         except (ValueError, KeyError) as error:
-            raise InputError(
-                f"the checkpoint in {self.manager.directory} does not fit this run: {error}"
-            ) from error
+            raise InputError(f"the checkpoint in {self.manager.directory} does not fit this run: {error}") from error
         return jax.tree.unflatten(jax.tree.structure(template), [flat[path] for path in _flat(template)])
 
     def close(self) -> None:

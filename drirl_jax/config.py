@@ -1,4 +1,4 @@
-"""Every option with its default, and the checks that need no data. The method's options are those of the paper's sections.
+"""Every option with its default, and the checks that need no data.
 
 A config file in configs/ starts from `default()` and changes what it must; the result is locked, so that a misspelt key
 is an error that suggests the right one. Options that name a choice are rows of the table that implements it (TABLES).
@@ -158,8 +158,8 @@ TABLES = {
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
 POSITIVE = (
-    "policy.rank reward.rank data.minimum data.max_prompt sampler.max_new irl.beta irl.rounds irl.samples irl.steps irl.batch "
-    "irl.accumulate irl.eval_every align.steps align.batch align.group align.accumulate evals.max_new evals.batch "
+    "policy.rank reward.rank data.minimum data.max_prompt sampler.max_new irl.beta irl.rounds irl.samples irl.steps "
+    "irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group align.accumulate evals.max_new evals.batch "
     "checkpoint.every checkpoint.keep sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
 
@@ -182,7 +182,7 @@ def validate(config: ConfigDict) -> None:
     whole = config.schedule and tuple(config.schedule) == stages[: len(config.schedule)]
     need(
         whole,
-        f"config.schedule is {tuple(config.schedule)}: give {stages} or its beginning, since each stage needs the one before.",
+        f"config.schedule is {tuple(config.schedule)}: give {stages} or its beginning: each stage needs those before it.",
     )
     for key, rows in TABLES.items():
         need(
@@ -209,9 +209,7 @@ def validate(config: ConfigDict) -> None:
         len(set(config.data.categories)) == len(config.data.categories),
         "config.data.categories repeats a name.",
     )
-    need(
-        0 <= config.scaling.drop < 1, f"config.scaling.drop is {config.scaling.drop}: it must lie in [0, 1)."
-    )
+    need(0 <= config.scaling.drop < 1, f"config.scaling.drop is {config.scaling.drop}: it must lie in [0, 1).")
     need(
         0 <= config.scaling.decay < 1,
         f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).",
@@ -223,9 +221,7 @@ def validate(config: ConfigDict) -> None:
     )
     for key in ("irl", "align"):
         batch, parts = config[key].batch, config[key].accumulate
-        need(
-            batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide config.{key}.batch ({batch})."
-        )
+        need(batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide config.{key}.batch ({batch}).")
     rounds, steps = config.irl.rounds, config.irl.steps
     need(steps % rounds == 0, f"config.irl.rounds ({rounds}) must divide config.irl.steps ({steps}).")
 
@@ -243,9 +239,7 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
         differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
         if differ:
             changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
-            raise InputError(
-                f"{workdir} holds a run of a different config ({changes}): take another --workdir."
-            )
+            raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
         return
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

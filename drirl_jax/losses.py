@@ -75,9 +75,7 @@ def policy_loss(
     """
     mean = REDUCE[reduce]
     # What stands at padding must not pass through exp: masked afterwards, an overflow would be inf · 0.
-    logp_PGT, old_logp_PGT, ref_logp_PGT = (
-        jnp.where(mask_PGT, x, 0.0) for x in (logp_PGT, old_logp_PGT, ref_logp_PGT)
-    )
+    logp_PGT, old_logp_PGT, ref_logp_PGT = (jnp.where(mask_PGT, x, 0.0) for x in (logp_PGT, old_logp_PGT, ref_logp_PGT))
     objective, ratio = clipped_surrogate(logp_PGT, old_logp_PGT, advantage_PG, clip_low, clip_high)
     kl = k3(logp_PGT, ref_logp_PGT)
     outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)

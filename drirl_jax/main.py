@@ -14,9 +14,7 @@ from drirl_jax import train
 from drirl_jax.types import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, or file:variant.", lock_config=True)
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run keeps its checkpoints, metrics, model and report."
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints, metrics, model and report.")
 
 
 def main(argv: list[str]) -> None:

@@ -13,9 +13,7 @@ from drirl_jax.types import PyTree, TrainState
 
 SCHEDULES = {
     "constant": lambda rate, warmup, steps: optax.constant_schedule(rate),
-    "cosine": lambda rate, warmup, steps: optax.cosine_decay_schedule(
-        rate, max(steps - warmup, 1), alpha=0.1
-    ),
+    "cosine": lambda rate, warmup, steps: optax.cosine_decay_schedule(rate, max(steps - warmup, 1), alpha=0.1),
 }
 OPTIMIZERS = {
     "adamw": lambda rate, c: optax.adamw(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay),
@@ -30,9 +28,7 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
         steps: updates of the whole stage.
     """
     after = SCHEDULES[config.schedule](config.learning_rate, config.warmup, steps)
-    warm = optax.linear_schedule(
-        config.learning_rate / (config.warmup + 1), config.learning_rate, config.warmup
-    )
+    warm = optax.linear_schedule(config.learning_rate / (config.warmup + 1), config.learning_rate, config.warmup)
     rate = optax.join_schedules([warm, after], [config.warmup])
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](rate, config))
 

@@ -141,9 +141,7 @@ def _bars(axes, rows: list[dict]) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def training_curves(
-    metrics: list[dict], categories: Sequence[str], folder: pathlib.Path
-) -> dict[str, pathlib.Path]:
+def training_curves(metrics: list[dict], categories: Sequence[str], folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Draws a PNG for each of CURVES that the metrics hold, and all in curves.png; returns the paths by name.
 
     Args:
@@ -224,9 +222,7 @@ def _legend(figure: Figure, **where) -> None:
     figure.legend(named.values(), named.keys(), fontsize=8.5, **where)
 
 
-def terminal_table(
-    base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]
-) -> str:
+def terminal_table(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> str:
     """The before/after table for the terminal; arguments as of `before_after`."""
     table = rich.table.Table(title=headline(base, aligned), title_justify="left", box=rich.box.SIMPLE_HEAD)
     table.add_column("category")

@@ -42,9 +42,7 @@ class Text:
         ends = [self._turn_end(), tokenizer.eos_token_id]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
         if not self.eos_ids:
-            raise InputError(
-                "the tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json"
-            )
+            raise InputError("the tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json")
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
 

@@ -84,9 +84,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(
-                json.dumps(runner.evaluate(context, model, bank), indent=1, ensure_ascii=False)
-            )
+            temporary.write_text(json.dumps(runner.evaluate(context, model, bank), indent=1, ensure_ascii=False))
             temporary.replace(path)
         results[name] = json.loads(path.read_text())
     facts = {
@@ -96,16 +94,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         "minutes": f"{(time.time() - started) / 60:.1f} (this start)",
     }
     shown = (config.data.categories, config.data.harmless)
-    report = plots.report(
-        workdir, results["base"], results["aligned"], writer.read(), *shown, str(config), facts
-    )
+    report = plots.report(workdir, results["base"], results["aligned"], writer.read(), *shown, str(config), facts)
     print(plots.terminal_table(results["base"], results["aligned"], *shown))
     print(f"report: {report}\naligned model: {workdir / 'aligned'}")
 
 
-def loop(
-    name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, writer: metrics.MetricWriter
-) -> PyTree:
+def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, writer: metrics.MetricWriter) -> PyTree:
     """THE loop: collect -> update -> log, evaluate, checkpoint. Returns the stage's product.
 
     A checkpoint holds the state after a number of finished steps, and all that follows is a function of that state and

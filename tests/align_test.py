@@ -43,9 +43,7 @@ def test_padding_and_order_change_no_gradient():
     model, data = batch()
     want = gradient(model, data)
     group = data[0]
-    noisy = group._replace(
-        response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 7)
-    )
+    noisy = group._replace(response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 7))
     wider = noisy._replace(response=jnp.pad(noisy.response, ((0, 0), (0, 0), (0, 3))))
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 3))) for x in data[2:]]
     close(gradient(model, (wider, data[1], *padded)), want)
@@ -89,10 +87,7 @@ def test_the_coefficient_changes_the_gradient():
     scaled = gradient(model, (group, eq.scaled_advantage(alpha, eq.group_advantage(rewards)), old, ref))
     cancelled = gradient(model, (group, eq.group_advantage(alpha * rewards), old, ref))
     close(cancelled, static)
-    assert (
-        max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(static), jax.tree.leaves(scaled)))
-        > 1e-3
-    )
+    assert max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(static), jax.tree.leaves(scaled))) > 1e-3
 
 
 def test_full_tuning_and_adapters_start_from_the_reference():
@@ -119,9 +114,7 @@ def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category():
     _, first = step(train)
     for _ in range(100):
         train, scalars = step(train)
-    assert (
-        first["loss"] == pytest.approx(np.log(2)) and scalars["loss"] < 0.05 and scalars["pairs_right"] == 1
-    )
+    assert first["loss"] == pytest.approx(np.log(2)) and scalars["loss"] < 0.05 and scalars["pairs_right"] == 1
     # Category 3 had no pair: nothing of it moved.
     for name, pair in train.params.adapter.items():
         np.testing.assert_array_equal(pair.a[:, 3], rewards.adapter[name].a[:, 3])

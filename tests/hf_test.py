@@ -357,9 +357,7 @@ def test_gguf_model_matches_torch_and_knows_paris():
     out = peer.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0].tolist()
     assert "Paris" in tokenizer.decode(out)
     response = jnp.array(out[len(ids) :])[None, None]
-    group = Group(
-        jnp.array([ids]), jnp.array([len(ids)]), response, jnp.array([[response.shape[-1]]]), jnp.array([0])
-    )
+    group = Group(jnp.array([ids]), jnp.array([len(ids)]), response, jnp.array([[response.shape[-1]]]), jnp.array([0]))
     model = llama.from_hf(tensors, llama.config_from_hf(config))
     logp, _ = transformer.token_logprobs(model, transformer.apply(model, group), group, 1.0)
     with torch.no_grad():

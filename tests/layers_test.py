@@ -72,10 +72,7 @@ def test_equations_and_losses_know_neither_config_nor_input():
     for name in ("equations", "losses"):
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         found = {
-            alias.name.split(".")[0]
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Import)
-            for alias in node.names
+            alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
         }
         found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert found <= {"__future__", "fractions", "jax", "drirl_jax"}

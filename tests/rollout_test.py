@@ -16,9 +16,7 @@ EOS = (3, 11)
 def draw(model, group, *, temperature=1.0, T=6, seed=0, G=3, index=None):
     index = jnp.arange(group.prompt.shape[0]) if index is None else index
     keys = rollout.row_keys(jax.random.key(seed), index, G)
-    return rollout.sample(
-        model, group.prompt, group.prompt_len, keys, max_new=T, temperature=temperature, eos=EOS
-    )
+    return rollout.sample(model, group.prompt, group.prompt_len, keys, max_new=T, temperature=temperature, eos=EOS)
 
 
 def sharpened(seed=0):

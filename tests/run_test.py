@@ -61,9 +61,7 @@ def whole(policy, tmp_path_factory):
 def test_a_run_leaves_its_products(whole, policy):
     workdir, printed = whole
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in rows] == [
-        (s, i) for s in ("irl", "align") for i in range(1, 5)
-    ]
+    assert [(row["stage"], row["step"]) for row in rows] == [(s, i) for s in ("irl", "align") for i in range(1, 5)]
     align = rows[-1]
     for name in ("reward", "gap", "alpha_d", "alpha_m", "kl", "length", "entropy", "loss", "grad_norm"):
         assert np.isfinite(align[name])

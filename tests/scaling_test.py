@@ -41,7 +41,7 @@ def by_hand(stats, parts, reward, demo, category, drop=0.2, decay=0.9):
         o = parts.demo_PLE[p][parts.demo_mask_PL[p]]
         for g in range(G):
             y = parts.response_PGKE[p, g][parts.response_mask_PGK[p, g]]
-            delta[p, g] = 1 - np.mean([max(float(k @ l) for l in o) for k in y])
+            delta[p, g] = 1 - np.mean([max(float(k @ part) for part in o) for k in y])
     gap = demo[:, None] - reward
     alpha, new = np.zeros((P, G)), {}
     for c in set(category.tolist()):
@@ -53,8 +53,7 @@ def by_hand(stats, parts, reward, demo, category, drop=0.2, decay=0.9):
         alpha[rows] = (sigmoid(delta[rows]) / sigmoid(mean_delta) * alpha_m).mean(1, keepdims=True)
         if c in stats:
             new[c] = tuple(
-                decay * old + (1 - decay) * now
-                for old, now in zip(stats[c], (delta[rows].mean(), gap[rows].mean()))
+                decay * old + (1 - decay) * now for old, now in zip(stats[c], (delta[rows].mean(), gap[rows].mean()))
             )
         else:
             new[c] = (delta[rows].mean(), gap[rows].mean())
@@ -81,9 +80,7 @@ def test_order_of_the_batch_and_padded_parts_change_nothing():
     other, other_after, _ = scaling.coefficients(scaling.Options(), stats, *flipped)
     np.testing.assert_allclose(other[::-1], alpha, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after, other_after)
-    noisy = parts._replace(
-        response_PGKE=np.where(parts.response_mask_PGK[..., None], parts.response_PGKE, 7.0)
-    )
+    noisy = parts._replace(response_PGKE=np.where(parts.response_mask_PGK[..., None], parts.response_PGKE, 7.0))
     noisy = noisy._replace(demo_PLE=np.where(parts.demo_mask_PL[..., None], parts.demo_PLE, 9.0))
     np.testing.assert_allclose(
         scaling.coefficients(scaling.Options(), stats, noisy, reward, demo, category)[0], alpha, rtol=1e-5

@@ -25,9 +25,7 @@ def torch_llama(tied):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **{k: v for k, v in TINY.items() if k != "model_type"}, tie_word_embeddings=tied
-    )
+    config = transformers.LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}, tie_word_embeddings=tied)
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -70,9 +68,7 @@ def test_matches_torch_on_random_weights(tied):
         ids = torch.tensor(np.concatenate([prompt, response])[None])
         with torch.no_grad():
             out = torch.log_softmax(peer(ids).logits[0] / 0.7, -1).numpy()[len(prompt) - 1 : -1]
-        np.testing.assert_allclose(
-            logp[p, g, : len(response)], out[np.arange(len(response)), response], atol=1e-4
-        )
+        np.testing.assert_allclose(logp[p, g, : len(response)], out[np.arange(len(response)), response], atol=1e-4)
         np.testing.assert_allclose(entropy[p, g, : len(response)], -(np.exp(out) * out).sum(-1), atol=1e-4)
 
 

@@ -76,8 +76,7 @@ def load(
         # Another process was first: what it prepared has the same content.
         builder = SafetyDemos(config=demos, data_dir=data_dir)
     return {
-        split: grain.MapDataset.source(source).map(_to_record)
-        for split, source in builder.as_data_source().items()
+        split: grain.MapDataset.source(source).map(_to_record) for split, source in builder.as_data_source().items()
     }
 
 

@@ -39,9 +39,7 @@ class Examples(NamedTuple):
         """The records at these row numbers, in this order."""
         return Examples(*(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in self))
 
-    def rows_by_category(
-        self, names: Sequence[str], shares: Sequence[tuple[str, int]] = ()
-    ) -> list[np.ndarray]:
+    def rows_by_category(self, names: Sequence[str], shares: Sequence[tuple[str, int]] = ()) -> list[np.ndarray]:
         """The row numbers of each category, in order; a category with a share of n stands there n times."""
         times = dict(shares)
         rows = [(name, np.flatnonzero(self.category == c)) for c, name in enumerate(names)]
@@ -64,16 +62,14 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
                 if config.data.long_prompts == "error":
                     raise InputError(
                         f"the prompt of record {record.id} has {len(prompt)} tokens, above config.data.max_prompt = "
-                        f"{config.data.max_prompt}: raise it, shorten the prompt, or set config.data.long_prompts='drop'."
+                        f"{config.data.max_prompt}: raise it, shorten the prompt, or set data.long_prompts='drop'."
                     )
                 dropped += 1
                 continue
             demo_text = records.demonstration(record, config.demos.keep_draft, config.demos.separator)
             demo = tokens.response_ids(demo_text, config.sampler.max_new)
             cut += demo[-1] not in tokens.eos_ids
-            rows[split].append(
-                (prompt, demo, category[record.category], number, record.prompt, demo_text, record.id)
-            )
+            rows[split].append((prompt, demo, category[record.category], number, record.prompt, demo_text, record.id))
             number += 1
     if dropped:
         log.warning("dropped %d prompts longer than %d tokens", dropped, config.data.max_prompt)
@@ -81,9 +77,7 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
         log.warning("cut %d of %d demonstrations to %d tokens", cut, number, config.sampler.max_new)
     longest = max(len(row[0]) for split in rows.values() for row in split)
     size = -(-longest // 16) * 16
-    return {
-        split: _pad(of_split, size, config.sampler.max_new) for split, of_split in rows.items() if of_split
-    }
+    return {split: _pad(of_split, size, config.sampler.max_new) for split, of_split in rows.items() if of_split}
 
 
 def _pad(rows: list, prompt_size: int, response_size: int) -> Examples:

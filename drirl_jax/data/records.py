@@ -63,8 +63,7 @@ def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> lis
             record = _record(value, where, categories)
             if record.id in first_at:
                 raise InputError(
-                    f"{where}: the id {record.id!r} was used before at {first_at[record.id]}: "
-                    "give each record its own"
+                    f"{where}: the id {record.id!r} was used before at {first_at[record.id]}: give each record its own"
                 )
             first_at[record.id] = where
             records.append(record)
@@ -109,9 +108,7 @@ def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
         if not text.strip():
             continue
         if not isinstance(value, dict):
-            raise InputError(
-                f"{where}: a JSON {type(value).__name__}, not an object: write one JSON object a line"
-            )
+            raise InputError(f"{where}: a JSON {type(value).__name__}, not an object: write one JSON object a line")
         yield where, value
 
 

@@ -60,8 +60,9 @@ _ENGLISH = (
     # I'm sorry for any confusion, but as an AI ...; unless it goes on to speak of feelings or of what it can.
     rf"{_SORRY}(?:{_AI}(?![^.!?]*(?: feel| emotion| I can ))|I don'?t have (?:access|any|the ability)\b)",
     # I'm sorry for any misunderstanding. However, as a chatbot, I don't have the ability to ..., or am not made to.
-    r"^\W*(?:I(?:'?m| am) )?(?:\w+ )?(?:sorry|afraid|apologi[sz]e)\b.{0,90}?\bI (?:don'?t|do not) have the (?:ability|capability|capacity)\b",
-    r"^\W*(?:I(?:'?m| am) )?(?:\w+ )?(?:sorry|afraid|apologi[sz]e)\b.{0,90}?\bI(?:'?m| am) (?:designed|programmed|here) to [^.!?]*\bnot to\b",
+    r"^\W*(?:I(?:'?m| am) )?(?:\w+ )?(?:sorry|afraid|apologi[sz]e)\b.{0,90}?\bI"
+    r"(?: (?:don'?t|do not) have the (?:ability|capability|capacity)\b"
+    r"|(?:'?m| am) (?:designed|programmed|here) to [^.!?]*\bnot to\b)",
     rf"^\W*(?:sorry\W+)?(?:but )?(?:can'?t|cannot|won'?t|unable to){_ADVERB} {_ACT}",
     rf"{_AM} (?:unable|not{_ADVERB} (?:able|willing|allowed|permitted)) to\b(?!{_ADVERB} {_IDIOM})",
     rf"{_AM} (?:not{_ADVERB} (?:comfortable|in a position)|uncomfortable (?:with )?\w+ing)\b",

@@ -34,10 +34,11 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
         temperature=c.temperature,
     )
     score = jax.jit(reward.score)
-    rewards = np.concatenate([
-        jax.device_get(score(context.model, bank, group_of(examples.take(rows), out.response[rows], out.response_len[rows])))[:real, 0]
-        for rows, real in row_batches(len(examples.id), c.batch)
-    ])  # fmt: skip
+    pieces = []
+    for rows, real in row_batches(len(examples.id), c.batch):
+        group = group_of(examples.take(rows), out.response[rows], out.response_len[rows])
+        pieces.append(jax.device_get(score(context.model, bank, group))[:real, 0])
+    rewards = np.concatenate(pieces)
     texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]
     refused = np.array([JUDGES[c.judge](*pair) for pair in zip(examples.prompt_text, texts)], bool)
     harmless = np.isin(examples.category, [names.index(name) for name in config.data.harmless])

@@ -89,8 +89,7 @@ class EncoderConfig(NamedTuple):
             ) from error
         if found.width % found.heads:
             raise InputError(
-                f"the encoder's config.json has hidden_size={found.width}, "
-                f"which its {found.heads} heads do not divide."
+                f"the encoder's config.json has hidden_size={found.width}, which its {found.heads} heads do not divide."
             )
         return found
 
@@ -217,9 +216,7 @@ class TextEmbedder:
         """
         config = encoder.config
         if not 3 <= max_tokens <= config.max_positions:
-            raise InputError(
-                f"max_tokens={max_tokens} is out of range: the encoder takes 3 to {config.max_positions}."
-            )
+            raise InputError(f"max_tokens={max_tokens} is out of range: the encoder takes 3 to {config.max_positions}.")
         if tokenizer.get_vocab_size() > config.vocab_size:
             raise InputError(
                 f"the encoder's tokenizer has {tokenizer.get_vocab_size()} tokens, but its network has only "

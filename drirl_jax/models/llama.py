@@ -27,7 +27,7 @@ LAYER = {
 
 
 def config_from_hf(hf: Mapping) -> Config:
-    """The decoder's shape from a Hugging Face config. Raises InputError for what this family file does not implement."""
+    """The decoder's shape from a Hugging Face config. Raises InputError for what is not implemented here."""
     for name, wanted in {"model_type": "llama", "hidden_act": "silu"}.items():
         if hf.get(name, wanted) != wanted:
             raise InputError(f"config.json has {name}={hf[name]!r}: only {wanted!r} is supported.")
@@ -52,9 +52,7 @@ def config_from_hf(hf: Mapping) -> Config:
             tied=bool(hf.get("tie_word_embeddings", False)),
         )
     except KeyError as error:
-        raise InputError(
-            f"config.json lacks the field {error}: it does not describe a Llama model."
-        ) from error
+        raise InputError(f"config.json lacks the field {error}: it does not describe a Llama model.") from error
 
 
 def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32) -> Transformer:
@@ -82,9 +80,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32
 
 def to_hf(model: Transformer) -> dict[str, np.ndarray]:
     """Tensors under Hugging Face names, the inverse of `from_hf`."""
-    tensors = {
-        theirs: np.asarray(getattr(model, ours)[...]) for ours, theirs in TOP.items() if hasattr(model, ours)
-    }
+    tensors = {theirs: np.asarray(getattr(model, ours)[...]) for ours, theirs in TOP.items() if hasattr(model, ours)}
     for ours, theirs in LAYER.items():
         stacked = np.asarray(getattr(model.blocks, ours)[...])
         tensors |= {theirs.format(i): stacked[i] for i in range(model.config.layers)}

@@ -55,9 +55,7 @@ def init(
         layers, width_out, width_in = getattr(model.blocks, target).shape
         lead = (layers,) if bank is None else (layers, bank)
         bound = (3 / width_in) ** 0.5
-        a = jax.random.uniform(
-            jax.random.fold_in(key, i), (*lead, rank, width_in), minval=-bound, maxval=bound
-        )
+        a = jax.random.uniform(jax.random.fold_in(key, i), (*lead, rank, width_in), minval=-bound, maxval=bound)
         adapter[target] = Pair(a=a, b=jnp.zeros((*lead, rank, width_out)), scale=alpha / rank)
     return adapter
 

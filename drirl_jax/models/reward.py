@@ -34,9 +34,7 @@ class Bank:
     std: Array
 
 
-def init_lora(
-    model: Transformer, key: Array, categories: int, *, rank: int, alpha: float, targets
-) -> Rewards:
+def init_lora(model: Transformer, key: Array, categories: int, *, rank: int, alpha: float, targets) -> Rewards:
     """An adapter and a head for each category; every reward is 0 at first."""
     adapter = lora.init(model, key, rank=rank, alpha=alpha, targets=targets, bank=categories)
     return Rewards(adapter, jnp.zeros((categories, model.config.width)), jnp.zeros(categories))

@@ -72,8 +72,7 @@ class Block(Frozen):
         """Rotated queries [P, N, H, hd] and keys, and values, [P, N, KV, hd]."""
         x = rms_norm(x_PND, self.attn_norm[...], config.norm_eps)
         q, k, v = (
-            rearrange(self.linear(n, x, adapter, route_P), "p n (h d) -> p n h d", d=config.head_dim)
-            for n in "qkv"
+            rearrange(self.linear(n, x, adapter, route_P), "p n (h d) -> p n h d", d=config.head_dim) for n in "qkv"
         )
         return rope(q, position_PN, config.rope_theta), rope(k, position_PN, config.rope_theta), v
 
@@ -110,7 +109,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def rope(x_PNHd: Array, position_PN: Array, theta: float) -> Array:
-    """Rotary positions in the half-split form of Hugging Face's Llama: the pair (i, i + hd/2) turns by position·θ^(-2i/hd)."""
+    """Rotary positions, half-split as in Hugging Face's Llama: the pair (i, i + hd/2) turns by position·θ^(-2i/hd)."""
     half = x_PNHd.shape[-1] // 2
     frequency_d = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position_PN[..., None, None] * frequency_d
@@ -166,9 +165,7 @@ def embed(model: Transformer, ids: Array) -> Array:
     return model.embed[...][ids]
 
 
-def apply(
-    model: Transformer, group: Group, adapter=None, route_P: Array | None = None, *, remat: bool = True
-):
+def apply(model: Transformer, group: Group, adapter=None, route_P: Array | None = None, *, remat: bool = True):
     """Final hidden states of a group; the prompt is computed once for all its responses.
 
     Args:
@@ -248,9 +245,7 @@ def fuse(model: Transformer) -> DecodeBlock:
     )
 
 
-def decode(
-    model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache
-):
+def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache):
     """One decoding step: response token t of every row passes through the network.
 
     Args:
@@ -335,9 +330,7 @@ def logprobs(unembed_VD, hidden_ND, target_N, temperature: float, chunk: int):
     Its derivative needs no second pass over the vocabulary for the hidden states: ∂logp/∂h = (E_target - Σ_v p_v E_v) /
     temperature is [N, D] and is computed while the logits are there. Entropies carry no gradient.
     """
-    return _by_chunk(
-        lambda h, y: _row_logprobs(unembed_VD, h, y, temperature)[:2], chunk, hidden_ND, target_N
-    )
+    return _by_chunk(lambda h, y: _row_logprobs(unembed_VD, h, y, temperature)[:2], chunk, hidden_ND, target_N)
 
 
 def _row_logprobs(unembed_VD, h_ND, target_N, temperature):

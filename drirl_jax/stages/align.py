@@ -106,9 +106,7 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         flat = (response.reshape(-1, response.shape[-1]), length.reshape(-1))
         embedded, mask = embed_parts(context, [context.text.decode(*row) for row in zip(*flat)])
         split = (c.batch, c.group, mask.shape[-1])
-        parts = scaling.Parts(
-            embedded.reshape(*split, -1), mask.reshape(split), *(x[rows] for x in demo_parts)
-        )
+        parts = scaling.Parts(embedded.reshape(*split, -1), mask.reshape(split), *(x[rows] for x in demo_parts))
         # Advantages, scaled.
         alpha_PG, stats, info = scaling.coefficients(
             options, state.carry, parts, reward_PG, demo_reward_P, group.category
@@ -119,9 +117,7 @@ def make(context: Context, bank: reward.Bank) -> Stage:
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state: TrainState, trunk, batch):
-        return optimizer.step(
-            transformation, partial(loss, trunk, policy, config), train_state, batch, c.accumulate
-        )
+        return optimizer.step(transformation, partial(loss, trunk, policy, config), train_state, batch, c.accumulate)
 
     return Stage(
         steps=c.steps,

@@ -33,9 +33,7 @@ class Context:
     examples: dict[str, Examples]
 
     def key(self, purpose: str, step: int = 0) -> Array:
-        return jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(self.config.seed), PURPOSE[purpose]), step
-        )
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), PURPOSE[purpose]), step)
 
 
 class State(NamedTuple):

@@ -1,4 +1,4 @@
-"""Stage 1: category rewards by maximum-likelihood IRL (DR-IRL section 2), demonstrations against the policy's samples."""
+"""Stage 1: category rewards by maximum-likelihood IRL: demonstrations against the policy's samples."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def common_cut(demo_len_P, sample_len_PK, seed: list[int]) -> np.ndarray:
 def cut_pairs(examples: Examples, response_PKT, cut_PK) -> Group:
     """A group of 2K: the demonstration K times, then the K samples, each pair read up to its common length."""
     demo_PKT = np.repeat(examples.demo[:, None], response_PKT.shape[1], axis=1)
-    return group_of(
-        examples, np.concatenate([demo_PKT, response_PKT], 1), np.concatenate([cut_PK, cut_PK], 1)
-    )
+    return group_of(examples, np.concatenate([demo_PKT, response_PKT], 1), np.concatenate([cut_PK, cut_PK], 1))
 
 
 def whole(examples: Examples, response_PKT, response_len_PK) -> Group:
@@ -83,9 +81,7 @@ def make(context: Context) -> Stage:
             shape = (len(examples.id), c.samples)
             return np.zeros((*shape, config.sampler.max_new), np.int32), np.ones(shape, np.int32)
 
-        return State(
-            optimizer.init(transformation, init_rewards(context)), (no_samples(train), no_samples(valid))
-        )
+        return State(optimizer.init(transformation, init_rewards(context)), (no_samples(train), no_samples(valid)))
 
     def group(examples: Examples, response, length, cut: bool, seed: list[int]) -> Group:
         if not cut:
