@@ -158,9 +158,10 @@ TABLES = {
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
 POSITIVE = (
-    "policy.rank reward.rank data.minimum data.max_prompt sampler.max_new irl.beta irl.rounds irl.samples irl.steps "
-    "irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group align.accumulate evals.max_new evals.batch "
-    "checkpoint.every checkpoint.keep sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
+    "policy.rank reward.rank data.minimum data.max_prompt sampler.max_new irl.beta irl.rounds irl.samples "
+    "irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group "
+    "align.accumulate evals.max_new evals.batch checkpoint.every checkpoint.keep sampler.temperature "
+    "irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
 
 
@@ -182,7 +183,7 @@ def validate(config: ConfigDict) -> None:
     whole = config.schedule and tuple(config.schedule) == stages[: len(config.schedule)]
     need(
         whole,
-        f"config.schedule is {tuple(config.schedule)}: give {stages} or its beginning: each stage needs those before it.",
+        f"config.schedule is {tuple(config.schedule)}: give {stages} or its beginning, as each needs those before.",
     )
     for key, rows in TABLES.items():
         need(
