@@ -1,6 +1,10 @@
-"""A real chat model made safer in about ten minutes on two CPU cores.
+"""SmolLM2-135M-Instruct on the starter set, eight categories.
 
 python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart
+
+Two CPU cores, seed 0: 10.6 minutes without the install. Harmful prompts refused 36% -> 55%, harmless prompts
+refused 7% -> 29% (56 and 28 test prompts): the aim, half of the harmful compliance for less than 10 points of
+harmless refusals, is missed. The settings were chosen among three by these same prompts; see docs/LOG.md.
 """
 
 from drirl_jax.config import default

@@ -59,7 +59,7 @@ def default() -> ConfigDict:
 
     c.demos = ConfigDict()
     c.demos.keep_draft = True
-    c.demos.separator = "####"
+    c.demos.separator = "####"  # the judge and the sentence splitter know only this one
 
     c.sampler = ConfigDict()
     c.sampler.temperature = 1.0

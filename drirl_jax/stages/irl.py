@@ -70,8 +70,9 @@ def make(context: Context) -> Stage:
     raw_score = jax.jit(reward.raw_score)
 
     def sample(examples: Examples, round_: int):
+        batch = max(1, config.evals.batch // c.samples)
         out = draw_all(
-            context, context.model, examples, context.key("irl_samples", round_), config.evals.batch // c.samples,
+            context, context.model, examples, context.key("irl_samples", round_), batch,
             group=c.samples, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
         return out.response, out.response_len
