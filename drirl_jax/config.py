@@ -64,7 +64,7 @@ def default() -> ConfigDict:
     c.sampler = ConfigDict()
     c.sampler.temperature = 1.0
     c.sampler.max_new = 64  # T: response tokens; longer demonstrations are cut
-    c.sampler.batch = "mixed"
+    c.sampler.batch = "mixed"  # mixed | kinds | single: equal shares of categories, or of harmful and harmless (ours)
 
     c.reward = ConfigDict()
     c.reward.kind = "lora"
@@ -79,6 +79,7 @@ def default() -> ConfigDict:
     c.irl.rounds = 1
     c.irl.samples = 2  # K: samples of the policy for each prompt and round
     c.irl.cut = "common"  # common | none: both texts of a pair are read up to one random common length (ours)
+    c.irl.contrast = "none"  # none | kind: a further negative, a demonstration for a prompt of the other kind (ours)
     c.irl.steps = 40  # over all rounds
     c.irl.batch = 8  # prompts a step
     c.irl.accumulate = 1
@@ -110,7 +111,6 @@ def default() -> ConfigDict:
     c.align.steps = 50
     c.align.batch = 8  # P: prompts a step
     c.align.group = 8  # G: responses a prompt
-    c.align.shares = ()  # (("harmless", 3),): three times as many prompts of it as of each other category (ours)
     c.align.accumulate = 1  # micro-batches of prompts in one update
     c.align.optimizer = _optimizer(1e-3)
 
@@ -148,6 +148,7 @@ TABLES = {
     "reward.normalize": reward.NORMALIZE,
     "irl.loss": irl.LOSSES,
     "irl.cut": ("common", "none"),
+    "irl.contrast": ("none", "kind"),
     "irl.optimizer.name": optimizer.OPTIMIZERS,
     "irl.optimizer.schedule": optimizer.SCHEDULES,
     "align.optimizer.name": optimizer.OPTIMIZERS,
@@ -200,11 +201,10 @@ def validate(config: ConfigDict) -> None:
         )
     unknown = set(config.data.harmless) - set(config.data.categories)
     need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
-    unknown = {name for name, _ in config.align.shares} - set(config.data.categories)
-    need(not unknown, f"config.align.shares names {sorted(unknown)}, which config.data.categories lacks.")
+    kinds = {name in config.data.harmless for name in config.data.categories}
     need(
-        all(share >= 1 for _, share in config.align.shares),
-        "config.align.shares must be whole numbers from 1.",
+        config.irl.contrast != "kind" or len(kinds) == 2,
+        "config.irl.contrast='kind' needs harmful and harmless categories: see config.data.harmless.",
     )
     need(
         len(set(config.data.categories)) == len(config.data.categories),

@@ -39,15 +39,13 @@ class Examples(NamedTuple):
         """The records at these row numbers, in this order."""
         return Examples(*(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in self))
 
-    def rows_by_category(self, names: Sequence[str], shares: Sequence[tuple[str, int]] = ()) -> list[np.ndarray]:
-        """The row numbers of each category, in order; a category with a share of n stands there n times."""
-        times = dict(shares)
-        rows = [(name, np.flatnonzero(self.category == c)) for c, name in enumerate(names)]
-        return [numbers for name, numbers in rows for _ in range(times.get(name, 1))]
+    def rows_by_category(self, categories: int) -> list[np.ndarray]:
+        """The row numbers of each category, in order."""
+        return [np.flatnonzero(self.category == c) for c in range(categories)]
 
 
 def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, config) -> dict[str, Examples]:
-    """Tokenised records of each split, all padded to the same S (a multiple of 16) and T = sampler.max_new.
+    """Tokenised records of each split, all padded to the same S (a multiple of 8) and T = sampler.max_new.
 
     Raises:
         InputError: a prompt is longer than data.max_prompt and data.long_prompts is "error".
@@ -76,7 +74,7 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
     if cut:
         log.warning("cut %d of %d demonstrations to %d tokens", cut, number, config.sampler.max_new)
     longest = max(len(row[0]) for split in rows.values() for row in split)
-    size = -(-longest // 16) * 16
+    size = -(-longest // 8) * 8
     return {split: _pad(of_split, size, config.sampler.max_new) for split, of_split in rows.items() if of_split}
 
 

@@ -75,8 +75,8 @@ def make(context: Context, bank: reward.Bank) -> Stage:
     policy = POLICIES[config.policy.tune]
     options = scaling.Options.from_config(config.scaling)
     transformation = optimizer.make(c.optimizer, c.steps)
-    sources = train.rows_by_category(names, c.shares)
-    batches = pipeline.BATCHES[config.sampler.batch](sources, c.batch, config.seed)
+    kinds = [name in config.data.harmless for name in names]
+    batches = pipeline.BATCHES[config.sampler.batch](train.rows_by_category(len(names)), kinds, c.batch, config.seed)
     demo_parts = embed_parts(context, train.demo_text)
 
     def init() -> State:
