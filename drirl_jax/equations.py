@@ -35,6 +35,23 @@ def irl_logistic(demo_reward: Array, sample_reward: Array, beta: float) -> Array
     return -jax.nn.log_sigmoid((demo_reward - sample_reward) / beta)
 
 
+def irl_token(demo_reward_T: Array, sample_reward_T: Array, mask_T: Array, beta: float) -> Array:
+    """Loss of one pair, token by token: the reward is read after every token, at the same place in both texts.
+
+    ℓ = mean_t -log σ((r_t(x, y) - r_t(x, ỹ)) / β)     over the masked t (the released code of ML-IRL, with β = 1)
+
+    Args:
+        demo_reward_T, sample_reward_T: [..., T] r_t of the two texts, up to and with token t.
+        mask_T: [..., T] bool, the positions from the first token in which the texts differ that are real in both.
+        beta: β > 0, in units of reward.
+
+    Returns:
+        [...] loss >= 0; 0 where the mask is empty (two equal texts).
+    """
+    loss_T = irl_logistic(demo_reward_T, sample_reward_T, beta)
+    return jnp.sum(loss_T * mask_T, axis=-1) / jnp.maximum(mask_T.sum(axis=-1), 1)
+
+
 def zscore(reward: Array, mean: Array, std: Array) -> Array:
     """r ← (r - μ_c) / σ_c, which makes the gaps of different categories comparable.
 

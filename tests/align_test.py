@@ -11,8 +11,8 @@ from transformer_test import filled, random_group, tiny
 from drirl_jax import equations as eq
 from drirl_jax import optimizer
 from drirl_jax.config import default
-from drirl_jax.models import lora, reward, transformer
-from drirl_jax.stages import align, irl
+from drirl_jax.models import lora, transformer
+from drirl_jax.stages import align
 from drirl_jax.stages.base import POLICIES
 
 
@@ -98,43 +98,3 @@ def test_full_tuning_and_adapters_start_from_the_reference():
         _, scalars = align.loss(model, policy, config, params, (group, advantage, old, old))
         np.testing.assert_allclose(scalars["kl"], 0, atol=1e-9, err_msg=name)
         jax.tree.map(np.testing.assert_array_equal, policy.merged(model, params), model)
-
-
-def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category():
-    model, group = tiny(), random_group(P=4, G=2)
-    group = group._replace(category=jnp.array([0, 1, 2, 2]))
-    rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
-    transformation = optimizer.make(default().irl.optimizer, 100)
-    train = optimizer.init(transformation, rewards)
-    step = jax.jit(
-        lambda t: optimizer.step(
-            transformation, partial(irl.loss, model, partial(eq.irl_logistic, beta=1.0), 1), t, group, 1
-        )
-    )
-    _, first = step(train)
-    for _ in range(100):
-        train, scalars = step(train)
-    assert first["loss"] == pytest.approx(np.log(2)) and scalars["loss"] < 0.05 and scalars["pairs_right"] == 1
-    # Category 3 had no pair: nothing of it moved.
-    for name, pair in train.params.adapter.items():
-        np.testing.assert_array_equal(pair.a[:, 3], rewards.adapter[name].a[:, 3])
-        assert not pair.b[:, 3].any()
-
-
-def test_standardised_rewards_have_mean_0_and_deviation_1_in_each_category():
-    rng = np.random.default_rng(0)
-    raw, category = jnp.asarray(rng.normal(size=60) * 3 + 5, jnp.float32), jnp.asarray(np.arange(60) % 3)
-    rewards = reward.Rewards({}, jnp.zeros((3, 2)), jnp.zeros(3))
-    bank = reward.standardised(rewards, raw, category)
-    for c in range(3):
-        mine = np.asarray(raw)[np.asarray(category) == c]
-        np.testing.assert_allclose((bank.mean[c], bank.std[c]), (mine.mean(), mine.std()), rtol=1e-5)
-
-
-def test_common_cut_gives_both_texts_of_a_pair_one_length():
-    demo, sample = np.array([30, 6, 40]), np.array([[40, 12], [40, 3], [9, 40]])
-    cuts = np.stack([irl.common_cut(demo, sample, [0, i]) for i in range(300)])
-    top = np.minimum(demo[:, None], sample)
-    assert (cuts <= top).all() and (cuts >= np.minimum(irl.SHORTEST_CUT, top)).all()
-    assert (cuts.max(0) == top).all() and (cuts.min(0) == np.minimum(8, top)).all()
-    np.testing.assert_array_equal(irl.common_cut(demo, sample, [0, 7]), cuts[7])

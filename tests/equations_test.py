@@ -47,6 +47,19 @@ def test_irl_logistic():
     check(lambda y, s: eq.irl_logistic(y, s, 0.7), (y, s), want)
 
 
+def test_irl_token():
+    # Gaps 0, 2 ln 3, -2 ln 3 with β = 2 cost log 2, log 4/3 and log 4; the mask takes the mean of the first two, then
+    # of the last alone, then of none.
+    demo, sample = np.float32([[5, 2 * LN3, 0]] * 3), np.float32([[5, 0, 2 * LN3]] * 3)
+    mask = np.array([[1, 1, 0], [0, 0, 1], [0, 0, 0]], bool)
+    want = [(np.log(2) + np.log(4 / 3)) / 2, np.log(4), 0]
+    check(lambda y, s, m: eq.irl_token(y, s, m, 2.0), (demo, sample, mask), want)
+    y, s = np.random.default_rng(0).normal(scale=3, size=(2, 7)).astype(np.float32)
+    tokens = [1, 2, 3, 4, 5], [1, 2, 8, 4, 5, 6, 7]
+    mask = (np.arange(7) >= 2) & (np.arange(7) < 5)
+    check(lambda y, s: eq.irl_token(y, s, mask, 1.0), (y, s), mn.irl_token(*tokens, y, s))
+
+
 def test_zscore():
     # (7 - 1)/3 = 2, (1 - 1)/3 = 0, (-2 - 4)/0.5 = -12: each row by its own category's statistics.
     check(eq.zscore, (np.float32([7, 1, -2]), np.float32([1, 1, 4]), np.float32([3, 3, 0.5])), [2, 0, -12])

@@ -43,12 +43,21 @@ def init_lora(model: Transformer, key: Array, categories: int, *, rank: int, alp
 KINDS = {"lora": init_lora}
 
 
+def token_scores(model: Transformer, rewards: Rewards, group: Group) -> Array:
+    """[P, G, T] float32 raw rewards of every beginning of the responses: at t, of the tokens up to and with t."""
+    _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, group.category)
+    head_PD, bias_P = rewards.head[group.category], rewards.bias[group.category]
+    return jnp.einsum("pgtd,pd->pgt", hidden_PGTD.astype(jnp.float32), head_PD) + bias_P[:, None, None]
+
+
+def read(score_PGT: Array, length_PG: Array) -> Array:
+    """[P, G] the rewards of the first `length` tokens."""
+    return jnp.take_along_axis(score_PGT, (length_PG - 1)[..., None], axis=-1)[..., 0]
+
+
 def raw_score(model: Transformer, rewards: Rewards, group: Group) -> Array:
     """[P, G] float32 rewards of the responses before standardising, each by its prompt's category."""
-    _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, group.category)
-    last_PGD = transformer.last_real(hidden_PGTD, group.response_len).astype(jnp.float32)
-    head_PD, bias_P = rewards.head[group.category], rewards.bias[group.category]
-    return jnp.einsum("pgd,pd->pg", last_PGD, head_PD) + bias_P[:, None]
+    return read(token_scores(model, rewards, group), group.response_len)
 
 
 def score(model: Transformer, bank: Bank, group: Group) -> Array:

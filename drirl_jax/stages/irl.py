@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,40 @@ from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples
 from drirl_jax.models import reward
 from drirl_jax.stages.base import Context, Stage, State, by_category, draw_all, group_of, row_batches
-from drirl_jax.types import Group
+from drirl_jax.types import Array, Group
 
-# The loss of a pair: (r(x, y), r(x, ỹ), beta) -> loss.
-LOSSES = {"logistic": eq.irl_logistic}
 SHORTEST_CUT = 8  # tokens: before that a text says too little to be told apart
+
+
+class Pairs(NamedTuple):
+    """Demonstrations, each against K negatives.
+
+    Attributes:
+        group: [P, 1 + K] responses: the demonstration, then its negatives.
+        demo_end, negative_end: [P, K] tokens up to which the two texts of a pair are read.
+        differ: [P, K] index of the first token in which they differ.
+    """
+
+    group: Group
+    demo_end: Array
+    negative_end: Array
+    differ: Array
+
+
+def logistic(score_PGT: Array, pairs: Pairs, beta: float) -> Array:
+    """[P, K] `equations.irl_logistic` of the rewards at the ends of the texts."""
+    return eq.irl_logistic(*read(score_PGT, pairs), beta)
+
+
+def token(score_PGT: Array, pairs: Pairs, beta: float) -> Array:
+    """[P, K] `equations.irl_token`, from the first token that differs to the end of the shorter text."""
+    length_PG, t = pairs.group.response_len, jnp.arange(score_PGT.shape[-1])
+    both_PK = jnp.minimum(length_PG[:, :1], length_PG[:, 1:])
+    mask_PKT = (t >= pairs.differ[..., None]) & (t < both_PK[..., None])
+    return eq.irl_token(score_PGT[:, :1], score_PGT[:, 1:], mask_PKT, beta)
+
+
+LOSSES = {"logistic": logistic, "token": token}
 
 
 def init_rewards(context: Context) -> reward.Rewards:
@@ -29,45 +59,68 @@ def init_rewards(context: Context) -> reward.Rewards:
     return reward.KINDS[c.kind](context.model, key, categories, rank=c.rank, alpha=c.alpha, targets=c.targets)
 
 
-def common_cut(demo_len_P, sample_len_PK, seed: list[int]) -> np.ndarray:
+def common_cut(demo_len_P, negative_len_PK, seed: list[int]) -> np.ndarray:
     """[P, K] one length for both texts of a pair, uniform from SHORTEST_CUT to the shorter text's end (ours).
 
     Without it the reward learns to read length, or whether a text was cut off at max_new, and no more.
     """
-    top = np.minimum(demo_len_P[:, None], sample_len_PK)
+    top = np.minimum(demo_len_P[:, None], negative_len_PK)
     low = np.minimum(SHORTEST_CUT, top)
     return np.random.default_rng(seed).integers(low, top + 1).astype(np.int32)
 
 
-def cut_pairs(examples: Examples, response_PKT, cut_PK) -> Group:
-    """A group of 2K: the demonstration K times, then the K samples, each pair read up to its common length."""
-    demo_PKT = np.repeat(examples.demo[:, None], response_PKT.shape[1], axis=1)
-    return group_of(examples, np.concatenate([demo_PKT, response_PKT], 1), np.concatenate([cut_PK, cut_PK], 1))
+def contrast(examples: Examples, pool: Examples, harmless: list[int], seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """One more negative for each prompt: a demonstration of the other kind, drawn from the pool (ours).
+
+    Help for a harmful prompt, a refusal for a harmless one. The policy's samples differ from demonstrations in style
+    above all, and a reward that saw nothing else prefers the demonstrations' style, refusing or not.
+
+    Returns:
+        ([P, T] tokens, [P] lengths).
+    """
+    rng = np.random.default_rng(seed)
+    pool_is_harmless = np.isin(pool.category, harmless)
+    rows = [rng.choice(np.flatnonzero(pool_is_harmless != h)) for h in np.isin(examples.category, harmless)]
+    return pool.demo[rows], pool.demo_len[rows]
 
 
-def whole(examples: Examples, response_PKT, response_len_PK) -> Group:
-    """A group of 1 + K: the demonstration, then the K samples, whole."""
-    response = np.concatenate([examples.demo[:, None], response_PKT], axis=1)
-    return group_of(examples, response, np.concatenate([examples.demo_len[:, None], response_len_PK], axis=1))
+def make_pairs(examples: Examples, negative_PKT, negative_len_PK, cut: str, seed: list[int]) -> Pairs:
+    """The examples' demonstrations against these negatives; `cut` is config.irl.cut."""
+    demo_end = np.broadcast_to(examples.demo_len[:, None], negative_len_PK.shape)
+    ends = (demo_end, negative_len_PK)
+    if cut == "common":
+        ends = (common_cut(examples.demo_len, negative_len_PK, seed),) * 2
+    differ = np.cumprod(examples.demo[:, None] == negative_PKT, axis=-1).sum(axis=-1)
+    response = np.concatenate([examples.demo[:, None], negative_PKT], axis=1)
+    length = np.concatenate([examples.demo_len[:, None], negative_len_PK], axis=1)
+    return Pairs(group_of(examples, response, length), *(jnp.asarray(x, jnp.int32) for x in (*ends, differ)))
 
 
-def loss(model, pair_loss, samples: int, rewards: reward.Rewards, group: Group):
-    """Mean loss of the pairs of a `cut_pairs` or `whole` group, the share ranked right, and the mean gap."""
-    score_PG = reward.raw_score(model, rewards, group)
-    demo, sample_PK = score_PG[:, :-samples], score_PG[:, -samples:]
-    pairs_right = (demo > sample_PK).astype(jnp.float32).mean()
-    return pair_loss(demo, sample_PK).mean(), {"pairs_right": pairs_right, "gap": (demo - sample_PK).mean()}
+def read(score_PGT: Array, pairs: Pairs) -> tuple[Array, Array]:
+    """[P, K] rewards of the demonstration and of the negative of each pair, where the pair is read."""
+    demo_PKT = jnp.broadcast_to(score_PGT[:, :1], score_PGT[:, 1:].shape)
+    return reward.read(demo_PKT, pairs.demo_end), reward.read(score_PGT[:, 1:], pairs.negative_end)
+
+
+def loss(model, pair_loss, rewards: reward.Rewards, pairs: Pairs):
+    """Mean loss of the pairs, the share of them ranked right, and the mean gap."""
+    score_PGT = reward.token_scores(model, rewards, pairs.group)
+    demo_PK, negative_PK = read(score_PGT, pairs)
+    pairs_right = (demo_PK > negative_PK).astype(jnp.float32).mean()
+    return pair_loss(score_PGT, pairs).mean(), {"pairs_right": pairs_right, "gap": (demo_PK - negative_PK).mean()}
 
 
 def make(context: Context) -> Stage:
     """The stage; its product is a `reward.Bank`."""
     config, c = context.config, context.config.irl
     names = config.data.categories
+    harmless = [names.index(name) for name in config.data.harmless]
     train, valid = context.examples["train"], context.examples["valid"]
     transformation = optimizer.make(c.optimizer, c.steps)
     round_steps = c.steps // c.rounds
-    batches = pipeline.balanced(train.rows_by_category(names), c.batch, config.seed)
-    raw_score = jax.jit(reward.raw_score)
+    kinds = [name in config.data.harmless for name in names]
+    batches = pipeline.balanced(train.rows_by_category(len(names)), kinds, c.batch, config.seed)
+    token_scores = jax.jit(reward.token_scores)
 
     def sample(examples: Examples, round_: int):
         batch = max(1, config.evals.batch // c.samples)
@@ -84,10 +137,12 @@ def make(context: Context) -> Stage:
 
         return State(optimizer.init(transformation, init_rewards(context)), (no_samples(train), no_samples(valid)))
 
-    def group(examples: Examples, response, length, cut: bool, seed: list[int]) -> Group:
-        if not cut:
-            return whole(examples, response, length)
-        return cut_pairs(examples, response, common_cut(examples.demo_len, length, seed))
+    def pairs_of(examples: Examples, pool: Examples, response_PKT, length_PK, seed: list[int]) -> Pairs:
+        if c.contrast == "kind":
+            other_PT, other_len_P = contrast(examples, pool, harmless, seed)
+            response_PKT = np.concatenate([response_PKT, other_PT[:, None]], axis=1)
+            length_PK = np.concatenate([length_PK, other_len_P[:, None]], axis=1)
+        return make_pairs(examples, response_PKT, length_PK, c.cut, seed)
 
     def collect(state: State, step: int):
         samples = state.carry
@@ -95,36 +150,45 @@ def make(context: Context) -> Stage:
             samples = tuple(sample(examples, step // round_steps) for examples in (train, valid))
         rows = np.asarray(batches[step])
         responses, lengths = samples[0]
-        cut = c.cut == "common"
-        return group(train.take(rows), responses[rows], lengths[rows], cut, [config.seed, step]), samples, {}
+        return pairs_of(train.take(rows), train, responses[rows], lengths[rows], [config.seed, step]), samples, {}
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state, model, batch):
-        stage_loss = partial(loss, model, partial(LOSSES[c.loss], beta=c.beta), c.samples)
+        stage_loss = partial(loss, model, partial(LOSSES[c.loss], beta=c.beta))
         return optimizer.step(transformation, stage_loss, train_state, batch, c.accumulate)
 
-    def scores(rewards, examples: Examples, samples, cut: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Raw rewards of all the examples: demonstrations [N, K] if cut, else [N, 1], and samples [N, K]."""
+    def scores(rewards, examples: Examples, samples) -> dict[str, np.ndarray]:
+        """Raw rewards of all the pairs where they are read (demo, negative [N, K]), and of whole texts [N, 1 + K]."""
         pieces = []
         for rows, real in row_batches(len(examples.id), c.batch):
-            batch = group(examples.take(rows), *(x[rows] for x in samples), cut, [config.seed, int(rows[0])])
-            pieces.append(jax.device_get(raw_score(context.model, rewards, batch))[:real])
-        score_NG = np.concatenate(pieces)
-        return score_NG[:, : -c.samples], score_NG[:, -c.samples :]
+            pairs = pairs_of(examples.take(rows), examples, *(x[rows] for x in samples), [config.seed, int(rows[0])])
+            score_PGT = token_scores(context.model, rewards, pairs.group)
+            demo, negative = read(score_PGT, pairs)
+            whole = reward.read(score_PGT, pairs.group.response_len)
+            pieces.append([np.asarray(x)[:real] for x in (demo, negative, whole)])
+        return dict(zip(("demo", "negative", "whole"), map(np.concatenate, zip(*pieces))))
 
     def evaluate(state: State, step: int):
         if step % c.eval_every and step != c.steps:
             return {}
-        demo_NK, sample_NK = scores(state.train.params, valid, state.carry[1], cut=True)
-        confidence = 1 / (1 + np.exp(-(demo_NK - sample_NK) / c.beta))
-        out = by_category((demo_NK > sample_NK).astype(float), valid.category, names, "accuracy")
-        out |= by_category(confidence, valid.category, names, "confidence")
-        demo_N1, sample_NK = scores(state.train.params, valid, state.carry[1], cut=False)
-        out |= by_category((demo_N1 > sample_NK).astype(float), valid.category, names, "accuracy_whole")
-        return out | {"length_correlation": correlation(sample_NK, state.carry[1][1])}
+        s = scores(state.train.params, valid, state.carry[1])
+        gap_NK = s["demo"] - s["negative"]
+        whole_NK = s["whole"][:, :1] - s["whole"][:, 1:]
+        K = c.samples  # what follows the samples is the negative of config.irl.contrast
+        shown = {
+            "accuracy": gap_NK[:, :K] > 0,
+            "confidence": 1 / (1 + np.exp(-gap_NK[:, :K] / c.beta)),
+            "accuracy_whole": whole_NK[:, :K] > 0,
+        }
+        if c.contrast != "none":
+            shown["accuracy_contrast"] = whole_NK[:, K:] > 0
+        out = {"length_correlation": correlation(s["whole"][:, 1 : 1 + K], state.carry[1][1])}
+        for name, values in shown.items():
+            out |= by_category(values, valid.category, names, name)
+        return out
 
     def finish(state: State) -> reward.Bank:
-        raw_NG = np.concatenate(scores(state.train.params, train, state.carry[0], cut=False), axis=1)
+        raw_NG = scores(state.train.params, train, state.carry[0])["whole"][:, : 1 + c.samples]
         category_N = np.repeat(train.category, raw_NG.shape[1])
         return reward.NORMALIZE[config.reward.normalize](
             state.train.params, jnp.asarray(raw_NG.reshape(-1)), jnp.asarray(category_N)

@@ -1,0 +1,131 @@
+"""Category rewards on a tiny model: pairs, where they are read, and what the bank learns from them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import method_numpy as mn
+import numpy as np
+import pytest
+from transformer_test import filled, random_group, tiny
+
+from drirl_jax import optimizer
+from drirl_jax.config import default
+from drirl_jax.data.examples import Examples
+from drirl_jax.models import reward
+from drirl_jax.stages import irl
+
+
+def examples(demo, demo_len, category):
+    """Records with these demonstrations, and prompts that do not matter."""
+    N = len(category)
+    prompt = np.arange(1, 3 * N + 1, dtype=np.int32).reshape(N, 3)
+    arrays = (np.asarray(x, np.int32) for x in (demo, demo_len, category, range(N)))
+    names = [str(n) for n in range(N)]
+    return Examples(prompt, np.full(N, 3, np.int32), *arrays, names, names, names)
+
+
+def two_records():
+    """Two records against two negatives each: they differ from token 0, 2, 1 and never on."""
+    data = examples([[1, 2, 3, 4, 0], [5, 6, 0, 0, 0]], [4, 2], [0, 1])
+    negative = np.int32([[[9, 2, 3, 0, 0], [1, 2, 8, 4, 7]], [[5, 7, 7, 7, 0], [5, 6, 0, 0, 0]]])
+    return data, negative, np.int32([[3, 5], [4, 2]])
+
+
+def test_pairs_know_where_their_texts_first_differ_and_where_they_are_read():
+    data, negative, length = two_records()
+    pairs = irl.make_pairs(data, negative, length, "none", [0, 0])
+    np.testing.assert_array_equal(pairs.differ[:, :2], [[0, 2], [1, 5]])
+    np.testing.assert_array_equal(pairs.demo_end, [[4, 4], [2, 2]])
+    np.testing.assert_array_equal(pairs.negative_end, length)
+    np.testing.assert_array_equal(pairs.group.response[:, 1:], negative)
+    np.testing.assert_array_equal(pairs.group.response_len, [[4, 3, 5], [2, 4, 2]])
+    cut = irl.make_pairs(data, negative, length, "common", [0, 0])
+    np.testing.assert_array_equal(cut.demo_end, cut.negative_end)
+    assert (cut.demo_end <= np.minimum(data.demo_len[:, None], length)).all()
+
+
+@pytest.mark.parametrize("cut", ["none", "common"])
+def test_losses_equal_the_method_written_out(cut):
+    data, negative, length = two_records()
+    pairs = irl.make_pairs(data, negative, length, cut, [0, 0])
+    score = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32) * 2
+    for name, row in irl.LOSSES.items():
+        got = row(jnp.asarray(score), pairs, beta=0.7)
+        for p in range(2):
+            for k in range(2):
+                demo, other = score[p, 0], score[p, 1 + k]
+                if name == "token":
+                    tokens = data.demo[p, : data.demo_len[p]], negative[p, k, : length[p, k]]
+                    want = mn.irl_token(*tokens, demo / 0.7, other / 0.7)
+                else:
+                    ends = int(pairs.demo_end[p, k]), int(pairs.negative_end[p, k])
+                    want = mn.irl_pair(demo[ends[0] - 1], other[ends[1] - 1], name, 0.7)
+                np.testing.assert_allclose(got[p, k], want, rtol=1e-5, err_msg=f"{name} {p} {k}")
+
+
+def test_a_score_at_a_token_is_the_score_of_the_text_up_to_it():
+    model, group = tiny(), random_group(P=3, G=2)
+    rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
+    head = jax.random.normal(jax.random.key(2), rewards.head.shape)
+    rewards = rewards.replace(adapter=filled(rewards.adapter, 1), head=head)
+    everywhere = reward.token_scores(model, rewards, group)
+    for t in range(1, group.response.shape[-1] + 1):
+        short = group._replace(response_len=jnp.full((3, 2), t))
+        np.testing.assert_allclose(reward.raw_score(model, rewards, short), everywhere[..., t - 1], atol=1e-6)
+        alone = short._replace(response=group.response[..., :t])
+        np.testing.assert_allclose(reward.raw_score(model, rewards, alone), everywhere[..., t - 1], atol=1e-5)
+
+
+def test_contrast_takes_demonstrations_of_the_other_kind():
+    category = np.arange(12) % 4
+    data = examples(np.repeat(np.arange(12)[:, None], 5, 1), np.arange(12) % 5 + 1, category)
+    drawn = set()
+    for step in range(60):
+        tokens, length = irl.contrast(data, data, [3], [0, step])
+        source = tokens[:, 0]
+        assert ((category[source] == 3) != (category == 3)).all()
+        np.testing.assert_array_equal(length, data.demo_len[source])
+        drawn |= set(source.tolist())
+    assert drawn == set(range(12))
+    np.testing.assert_array_equal(tokens, irl.contrast(data, data, [3], [0, 59])[0])
+
+
+@pytest.mark.parametrize("name", irl.LOSSES)
+def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category(name):
+    model, rng = tiny(), np.random.default_rng(2)
+    tokens = rng.integers(1, 60, (4, 2, 5), dtype=np.int32)
+    data = examples(tokens[:, 0], [5, 3, 4, 5], [0, 1, 2, 2])
+    pairs = irl.make_pairs(data, tokens[:, 1:], np.int32([[4], [5], [5], [3]]), "none", [0, 0])
+    rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
+    transformation = optimizer.make(default().irl.optimizer, 100)
+    train = optimizer.init(transformation, rewards)
+    stage_loss = partial(irl.loss, model, partial(irl.LOSSES[name], beta=1.0))
+    step = jax.jit(lambda t: optimizer.step(transformation, stage_loss, t, pairs, 1))
+    _, first = step(train)
+    for _ in range(100):
+        train, scalars = step(train)
+    assert first["loss"] == pytest.approx(np.log(2)) and scalars["loss"] < 0.05 and scalars["pairs_right"] == 1
+    # Category 3 had no pair: nothing of it moved.
+    for matrix, pair in train.params.adapter.items():
+        np.testing.assert_array_equal(pair.a[:, 3], rewards.adapter[matrix].a[:, 3])
+        assert not pair.b[:, 3].any()
+
+
+def test_standardised_rewards_have_mean_0_and_deviation_1_in_each_category():
+    rng = np.random.default_rng(0)
+    raw, category = jnp.asarray(rng.normal(size=60) * 3 + 5, jnp.float32), jnp.asarray(np.arange(60) % 3)
+    rewards = reward.Rewards({}, jnp.zeros((3, 2)), jnp.zeros(3))
+    bank = reward.standardised(rewards, raw, category)
+    for c in range(3):
+        mine = np.asarray(raw)[np.asarray(category) == c]
+        np.testing.assert_allclose((bank.mean[c], bank.std[c]), (mine.mean(), mine.std()), rtol=1e-5)
+
+
+def test_common_cut_gives_both_texts_of_a_pair_one_length():
+    demo, sample = np.array([30, 6, 40]), np.array([[40, 12], [40, 3], [9, 40]])
+    cuts = np.stack([irl.common_cut(demo, sample, [0, i]) for i in range(300)])
+    top = np.minimum(demo[:, None], sample)
+    assert (cuts <= top).all() and (cuts >= np.minimum(irl.SHORTEST_CUT, top)).all()
+    assert (cuts.max(0) == top).all() and (cuts.min(0) == np.minimum(8, top)).all()
+    np.testing.assert_array_equal(irl.common_cut(demo, sample, [0, 7]), cuts[7])
