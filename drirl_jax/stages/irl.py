@@ -118,6 +118,7 @@ def make(context: Context) -> Stage:
     train, valid = context.examples["train"], context.examples["valid"]
     transformation = optimizer.make(c.optimizer, c.steps)
     round_steps = c.steps // c.rounds
+    contrasted = c.contrast == "kind"
     kinds = [name in config.data.harmless for name in names]
     batches = pipeline.balanced(train.rows_by_category(len(names)), kinds, c.batch, config.seed)
     token_scores = jax.jit(reward.token_scores)
@@ -137,8 +138,8 @@ def make(context: Context) -> Stage:
 
         return State(optimizer.init(transformation, init_rewards(context)), (no_samples(train), no_samples(valid)))
 
-    def pairs_of(examples: Examples, pool: Examples, response_PKT, length_PK, seed: list[int]) -> Pairs:
-        if c.contrast == "kind":
+    def pairs_of(examples: Examples, pool: Examples, response_PKT, length_PK, contrasted: bool, seed) -> Pairs:
+        if contrasted:
             other_PT, other_len_P = contrast(examples, pool, harmless, seed)
             response_PKT = np.concatenate([response_PKT, other_PT[:, None]], axis=1)
             length_PK = np.concatenate([length_PK, other_len_P[:, None]], axis=1)
@@ -150,18 +151,20 @@ def make(context: Context) -> Stage:
             samples = tuple(sample(examples, step // round_steps) for examples in (train, valid))
         rows = np.asarray(batches[step])
         responses, lengths = samples[0]
-        return pairs_of(train.take(rows), train, responses[rows], lengths[rows], [config.seed, step]), samples, {}
+        drawn = (responses[rows], lengths[rows], contrasted, [config.seed, step])
+        return pairs_of(train.take(rows), train, *drawn), samples, {}
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state, model, batch):
         stage_loss = partial(loss, model, partial(LOSSES[c.loss], beta=c.beta))
         return optimizer.step(transformation, stage_loss, train_state, batch, c.accumulate)
 
-    def scores(rewards, examples: Examples, samples) -> dict[str, np.ndarray]:
+    def scores(rewards, examples: Examples, samples, contrasted: bool) -> dict[str, np.ndarray]:
         """Raw rewards of all the pairs where they are read (demo, negative [N, K]), and of whole texts [N, 1 + K]."""
         pieces = []
         for rows, real in row_batches(len(examples.id), c.batch):
-            pairs = pairs_of(examples.take(rows), examples, *(x[rows] for x in samples), [config.seed, int(rows[0])])
+            drawn = (*(x[rows] for x in samples), contrasted, [config.seed, int(rows[0])])
+            pairs = pairs_of(examples.take(rows), examples, *drawn)
             score_PGT = token_scores(context.model, rewards, pairs.group)
             demo, negative = read(score_PGT, pairs)
             whole = reward.read(score_PGT, pairs.group.response_len)
@@ -171,7 +174,7 @@ def make(context: Context) -> Stage:
     def evaluate(state: State, step: int):
         if step % c.eval_every and step != c.steps:
             return {}
-        s = scores(state.train.params, valid, state.carry[1])
+        s = scores(state.train.params, valid, state.carry[1], contrasted)
         gap_NK = s["demo"] - s["negative"]
         whole_NK = s["whole"][:, :1] - s["whole"][:, 1:]
         K = c.samples  # what follows the samples is the negative of config.irl.contrast
@@ -180,7 +183,7 @@ def make(context: Context) -> Stage:
             "confidence": 1 / (1 + np.exp(-gap_NK[:, :K] / c.beta)),
             "accuracy_whole": whole_NK[:, :K] > 0,
         }
-        if c.contrast != "none":
+        if contrasted:
             shown["accuracy_contrast"] = whole_NK[:, K:] > 0
         out = {"length_correlation": correlation(s["whole"][:, 1 : 1 + K], state.carry[1][1])}
         for name, values in shown.items():
@@ -188,7 +191,7 @@ def make(context: Context) -> Stage:
         return out
 
     def finish(state: State) -> reward.Bank:
-        raw_NG = scores(state.train.params, train, state.carry[0])["whole"][:, : 1 + c.samples]
+        raw_NG = scores(state.train.params, train, state.carry[0], contrasted=False)["whole"]
         category_N = np.repeat(train.category, raw_NG.shape[1])
         return reward.NORMALIZE[config.reward.normalize](
             state.train.params, jnp.asarray(raw_NG.reshape(-1)), jnp.asarray(category_N)
