@@ -11,6 +11,7 @@ def get_config():
     c.policy.rank = c.reward.rank = 4
     c.sampler.max_new = c.evals.max_new = 12
     c.irl.samples = 1
+    c.irl.loss, c.irl.contrast = "token", 1.0
     c.irl.steps, c.irl.eval_every = 4, 2
     c.align.steps, c.align.group = 4, 4
     c.align.optimizer.warmup = c.irl.optimizer.warmup = 1

@@ -79,7 +79,7 @@ def default() -> ConfigDict:
     c.irl.rounds = 1
     c.irl.samples = 2  # K: samples of the policy for each prompt and round
     c.irl.cut = "common"  # common | none: both texts of a pair are read up to one random common length (ours)
-    c.irl.contrast = "none"  # none | kind: a further negative, a demonstration for a prompt of the other kind (ours)
+    c.irl.contrast = 0.0  # weight of one more negative, a demonstration for a prompt of the other kind (ours); 0: none
     c.irl.steps = 40  # over all rounds
     c.irl.batch = 8  # prompts a step
     c.irl.accumulate = 1
@@ -148,7 +148,6 @@ TABLES = {
     "reward.normalize": reward.NORMALIZE,
     "irl.loss": irl.LOSSES,
     "irl.cut": ("common", "none"),
-    "irl.contrast": ("none", "kind"),
     "irl.optimizer.name": optimizer.OPTIMIZERS,
     "irl.optimizer.schedule": optimizer.SCHEDULES,
     "align.optimizer.name": optimizer.OPTIMIZERS,
@@ -202,9 +201,10 @@ def validate(config: ConfigDict) -> None:
     unknown = set(config.data.harmless) - set(config.data.categories)
     need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
     kinds = {name in config.data.harmless for name in config.data.categories}
+    need(config.irl.contrast >= 0, f"config.irl.contrast is {config.irl.contrast}: it must not be negative.")
     need(
-        config.irl.contrast != "kind" or len(kinds) == 2,
-        "config.irl.contrast='kind' needs harmful and harmless categories: see config.data.harmless.",
+        config.irl.contrast == 0 or len(kinds) == 2,
+        "config.irl.contrast needs harmful and harmless categories: see config.data.harmless.",
     )
     need(
         len(set(config.data.categories)) == len(config.data.categories),

@@ -100,7 +100,7 @@ def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category(name):
     rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
     transformation = optimizer.make(default().irl.optimizer, 100)
     train = optimizer.init(transformation, rewards)
-    stage_loss = partial(irl.loss, model, partial(irl.LOSSES[name], beta=1.0))
+    stage_loss = partial(irl.loss, model, partial(irl.LOSSES[name], beta=1.0), jnp.ones(1))
     step = jax.jit(lambda t: optimizer.step(transformation, stage_loss, t, pairs, 1))
     _, first = step(train)
     for _ in range(100):
@@ -110,6 +110,17 @@ def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category(name):
     for matrix, pair in train.params.adapter.items():
         np.testing.assert_array_equal(pair.a[:, 3], rewards.adapter[matrix].a[:, 3])
         assert not pair.b[:, 3].any()
+
+
+def test_the_weights_of_the_negatives_average_their_losses():
+    model, (data, negative, length) = tiny(), two_records()
+    pairs = irl.make_pairs(data, negative, length, "none", [0, 0])
+    rewards = reward.init_lora(model, jax.random.key(0), 2, rank=4, alpha=4, targets=("q",))
+    rewards = rewards.replace(head=jax.random.normal(jax.random.key(1), rewards.head.shape))
+    row = partial(irl.logistic, beta=1.0)
+    one, other, both = (irl.loss(model, row, jnp.array(w), rewards, pairs)[0] for w in ([1.0, 0], [0, 1.0], [1, 3.0]))
+    assert abs(one - other) > 1e-3
+    np.testing.assert_allclose(both, (one + 3 * other) / 4, rtol=1e-6)
 
 
 def test_standardised_rewards_have_mean_0_and_deviation_1_in_each_category():

@@ -187,6 +187,7 @@ BAD_FLAGS = {
     "no model": ("--config.policy.init=./nowhere", "no model at ./nowhere"),
     "long prompts": ("--config.data.max_prompt=20", "above config.data.max_prompt = 20"),
     "group of one": ("--config.align.group=1", "at least 2 responses"),
+    "a weight below 0": ("--config.irl.contrast=-1.0", "config.irl.contrast is -1.0: it must not be negative"),
     "no encoder": ("--config.encoder.init=package:no_such_encoder", "pip install"),
 }
 

@@ -73,7 +73,8 @@ def contrast(examples: Examples, pool: Examples, harmless: list[int], seed: list
     """One more negative for each prompt: a demonstration of the other kind, drawn from the pool (ours).
 
     Help for a harmful prompt, a refusal for a harmless one. The policy's samples differ from demonstrations in style
-    above all, and a reward that saw nothing else prefers the demonstrations' style, refusing or not.
+    and in content, and style is easier to read: a reward that saw nothing else ranks style. These negatives have the
+    demonstrations' style, so content alone tells them apart, and it tells the samples apart as well.
 
     Returns:
         ([P, T] tokens, [P] lengths).
@@ -102,12 +103,13 @@ def read(score_PGT: Array, pairs: Pairs) -> tuple[Array, Array]:
     return reward.read(demo_PKT, pairs.demo_end), reward.read(score_PGT[:, 1:], pairs.negative_end)
 
 
-def loss(model, pair_loss, rewards: reward.Rewards, pairs: Pairs):
-    """Mean loss of the pairs, the share of them ranked right, and the mean gap."""
+def loss(model, pair_loss, weight_K, rewards: reward.Rewards, pairs: Pairs):
+    """Mean loss of the pairs, each negative k with its weight, the share of pairs ranked right, and the mean gap."""
     score_PGT = reward.token_scores(model, rewards, pairs.group)
     demo_PK, negative_PK = read(score_PGT, pairs)
     pairs_right = (demo_PK > negative_PK).astype(jnp.float32).mean()
-    return pair_loss(score_PGT, pairs).mean(), {"pairs_right": pairs_right, "gap": (demo_PK - negative_PK).mean()}
+    value = jnp.average(pair_loss(score_PGT, pairs).mean(axis=0), weights=weight_K)
+    return value, {"pairs_right": pairs_right, "gap": (demo_PK - negative_PK).mean()}
 
 
 def make(context: Context) -> Stage:
@@ -118,7 +120,8 @@ def make(context: Context) -> Stage:
     train, valid = context.examples["train"], context.examples["valid"]
     transformation = optimizer.make(c.optimizer, c.steps)
     round_steps = c.steps // c.rounds
-    contrasted = c.contrast == "kind"
+    contrasted = c.contrast > 0
+    weight_K = jnp.array([1.0] * c.samples + [c.contrast] * contrasted)
     kinds = [name in config.data.harmless for name in names]
     batches = pipeline.balanced(train.rows_by_category(len(names)), kinds, c.batch, config.seed)
     token_scores = jax.jit(reward.token_scores)
@@ -156,7 +159,7 @@ def make(context: Context) -> Stage:
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state, model, batch):
-        stage_loss = partial(loss, model, partial(LOSSES[c.loss], beta=c.beta))
+        stage_loss = partial(loss, model, partial(LOSSES[c.loss], beta=c.beta), weight_K)
         return optimizer.step(transformation, stage_loss, train_state, batch, c.accumulate)
 
     def scores(rewards, examples: Examples, samples, contrasted: bool) -> dict[str, np.ndarray]:
