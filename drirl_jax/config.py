@@ -64,7 +64,8 @@ def default() -> ConfigDict:
     c.sampler = ConfigDict()
     c.sampler.temperature = 1.0
     c.sampler.max_new = 64  # T: response tokens; longer demonstrations are cut
-    c.sampler.batch = "mixed"  # mixed | kinds | single: equal shares of categories, or of harmful and harmless (ours)
+    c.sampler.batch = "mixed"  # mixed | kinds (ours) | single: see data/pipeline.py
+    c.sampler.harmless_share = 0.5  # of the prompts, for batch="kinds"
 
     c.reward = ConfigDict()
     c.reward.kind = "lora"
@@ -200,16 +201,18 @@ def validate(config: ConfigDict) -> None:
         )
     unknown = set(config.data.harmless) - set(config.data.categories)
     need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
-    kinds = {name in config.data.harmless for name in config.data.categories}
+    two_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
     need(config.irl.contrast >= 0, f"config.irl.contrast is {config.irl.contrast}: it must not be negative.")
     need(
-        config.irl.contrast == 0 or len(kinds) == 2,
-        "config.irl.contrast needs harmful and harmless categories: see config.data.harmless.",
+        two_kinds or (config.irl.contrast == 0 and config.sampler.batch != "kinds"),
+        "config.irl.contrast and sampler.batch='kinds' need harmful and harmless categories: see config.data.harmless.",
     )
     need(
         len(set(config.data.categories)) == len(config.data.categories),
         "config.data.categories repeats a name.",
     )
+    share = config.sampler.harmless_share
+    need(0 < share < 1, f"config.sampler.harmless_share is {share}: it must lie in (0, 1).")
     need(0 <= config.scaling.drop < 1, f"config.scaling.drop is {config.scaling.drop}: it must lie in [0, 1).")
     need(
         0 <= config.scaling.decay < 1,

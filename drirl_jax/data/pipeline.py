@@ -10,7 +10,7 @@ import numpy as np
 from drirl_jax.types import InputError
 
 
-def balanced(sources: Sequence[Sequence[Any]], kinds: Sequence[int], batch: int, seed: int) -> grain.MapDataset:
+def balanced(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
     """Endless batches in which every category has an equal share.
 
     Item k of the stream is of category k mod C, and batch i holds items i P to (i+1) P - 1: with P a multiple
@@ -20,7 +20,6 @@ def balanced(sources: Sequence[Sequence[Any]], kinds: Sequence[int], batch: int,
 
     Args:
         sources: for each category its records (or indices: anything with a length and items).
-        kinds: for each category a number, unused here; see `by_kind`.
         batch: P, the number of prompts in a batch.
         seed: of the shuffles, a non-negative integer.
 
@@ -33,23 +32,36 @@ def balanced(sources: Sequence[Sequence[Any]], kinds: Sequence[int], batch: int,
     return grain.MapDataset.mix(_shuffled(sources, seed)).batch(batch, batch_fn=list)
 
 
-def by_kind(sources: Sequence[Sequence[Any]], kinds: Sequence[int], batch: int, seed: int) -> grain.MapDataset:
-    """Like `balanced`, but each kind of category has an equal share, and inside it each category of that kind (ours).
+def by_kind(
+    sources: Sequence[Sequence[Any]], batch: int, seed: int, harmless: Sequence[bool], share: float
+) -> grain.MapDataset:
+    """Like `balanced`, but harmless categories have this share of the prompts together, harmful ones the rest (ours).
 
-    With seven harmful categories and one harmless, half of each batch is harmless, not an eighth: as many prompts pull
-    towards help as towards refusal.
+    Inside a kind the categories are balanced. With seven harmful categories and one harmless, equal shares of
+    categories leave one prompt of eight to pull towards help, and the policy learns to refuse everything.
+
+    Args:
+        sources, batch, seed: see `balanced`.
+        harmless: for each category whether its prompts should be answered.
+        share: of harmless prompts, in (0, 1).
     """
     streams = _shuffled(sources, seed)
-    of_kind = [[s for s, k in zip(streams, kinds) if k == kind] for kind in sorted(set(kinds))]
-    return grain.MapDataset.mix([grain.MapDataset.mix(some) for some in of_kind]).batch(batch, batch_fn=list)
+    harmful = grain.MapDataset.mix([s for s, h in zip(streams, harmless) if not h])
+    helpful = grain.MapDataset.mix([s for s, h in zip(streams, harmless) if h])
+    return grain.MapDataset.mix([harmful, helpful], weights=[1 - share, share]).batch(batch, batch_fn=list)
 
 
-def single(sources: Sequence[Sequence[Any]], kinds: Sequence[int], batch: int, seed: int) -> grain.MapDataset:
+def single(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
     """Like `balanced`, but batch i holds category i mod C alone: the categories take turns."""
     return grain.MapDataset.mix([rows.batch(batch, batch_fn=list) for rows in _shuffled(sources, seed)])
 
 
-BATCHES = {"mixed": balanced, "kinds": by_kind, "single": single}
+# (config.sampler, sources, batch, seed, which categories are harmless) -> batches
+BATCHES = {
+    "mixed": lambda c, sources, batch, seed, harmless: balanced(sources, batch, seed),
+    "kinds": lambda c, sources, batch, seed, harmless: by_kind(sources, batch, seed, harmless, c.harmless_share),
+    "single": lambda c, sources, batch, seed, harmless: single(sources, batch, seed),
+}
 
 
 def _shuffled(sources: Sequence[Sequence[Any]], seed: int) -> list[grain.MapDataset]:

@@ -75,8 +75,13 @@ def make(context: Context, bank: reward.Bank) -> Stage:
     policy = POLICIES[config.policy.tune]
     options = scaling.Options.from_config(config.scaling)
     transformation = optimizer.make(c.optimizer, c.steps)
-    kinds = [name in config.data.harmless for name in names]
-    batches = pipeline.BATCHES[config.sampler.batch](train.rows_by_category(len(names)), kinds, c.batch, config.seed)
+    batches = pipeline.BATCHES[config.sampler.batch](
+        config.sampler,
+        train.rows_by_category(len(names)),
+        c.batch,
+        config.seed,
+        [name in config.data.harmless for name in names],
+    )
     demo_parts = embed_parts(context, train.demo_text)
 
     def init() -> State:

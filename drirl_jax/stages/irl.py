@@ -122,8 +122,7 @@ def make(context: Context) -> Stage:
     round_steps = c.steps // c.rounds
     contrasted = c.contrast > 0
     weight_K = jnp.array([1.0] * c.samples + [c.contrast] * contrasted)
-    kinds = [name in config.data.harmless for name in names]
-    batches = pipeline.balanced(train.rows_by_category(len(names)), kinds, c.batch, config.seed)
+    batches = pipeline.balanced(train.rows_by_category(len(names)), c.batch, config.seed)
     token_scores = jax.jit(reward.token_scores)
 
     def sample(examples: Examples, round_: int):
