@@ -15,7 +15,7 @@ from drirl_jax import losses, optimizer, scaling, text
 from drirl_jax.data import pipeline
 from drirl_jax.evals import judges
 from drirl_jax.models import lora, reward
-from drirl_jax.stages import base, irl
+from drirl_jax.stages import align, base, irl
 from drirl_jax.types import InputError
 
 HARM_CATEGORIES = (
@@ -102,6 +102,7 @@ def default() -> ConfigDict:
     c.scaling.per = "prompt"
 
     c.grpo = ConfigDict()
+    c.grpo.baseline = "group"  # group | demo: the demonstration's reward is one more of the group (ours)
     c.grpo.clip_low = 0.2
     c.grpo.clip_high = 0.2
     c.grpo.beta_kl = 0.04
@@ -154,6 +155,7 @@ TABLES = {
     "align.optimizer.name": optimizer.OPTIMIZERS,
     "align.optimizer.schedule": optimizer.SCHEDULES,
     "scaling.split": text.SPLIT,
+    "grpo.baseline": align.BASELINES,
     "grpo.reduce": losses.REDUCE,
     "evals.judge": judges.JUDGES,
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}

@@ -18,6 +18,11 @@ from drirl_jax.stages.base import POLICIES, Context, Policy, Stage, State, by_ca
 from drirl_jax.text import SPLIT
 from drirl_jax.types import Array, Group, InputError, TrainState, length_mask
 
+# What a response is compared with: (rewards [P, G], the demonstrations' rewards [P], eps) -> advantages [P, G].
+BASELINES = {
+    "group": lambda reward_PG, demo_reward_P, eps: eq.group_advantage(reward_PG, eps),
+    "demo": eq.demo_advantage,
+}
 PART_BUCKETS = (4, 8, 16, 32)  # shapes of the coefficient computation: most parts of a text in the batch
 
 
@@ -116,7 +121,8 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         alpha_PG, stats, info = scaling.coefficients(
             options, state.carry, parts, reward_PG, demo_reward_P, group.category
         )
-        advantage_PG = eq.scaled_advantage(alpha_PG, eq.group_advantage(reward_PG, config.grpo.eps))
+        advantage_PG = BASELINES[config.grpo.baseline](reward_PG, demo_reward_P, config.grpo.eps)
+        advantage_PG = eq.scaled_advantage(alpha_PG, advantage_PG)
         scalars = describe(names, examples, out, reward_PG, advantage_PG, info)
         return (group, advantage_PG, out.logp, ref_logp), stats, scalars
 
