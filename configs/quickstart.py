@@ -2,7 +2,9 @@
 
 python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-What it reaches, and how its settings were chosen (on validation prompts): docs/LOG.md.
+Two CPU cores, seed 0: 11.7 minutes without the install. Harmful prompts refused 36% -> 55%, harmless prompts refused
+7% -> 18% (56 and 28 test prompts): the aim, half of the harmful compliance for less than 10 points of harmless
+refusals, is missed. The settings were chosen on validation prompts; see docs/LOG.md.
 """
 
 from drirl_jax.config import default
