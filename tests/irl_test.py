@@ -14,6 +14,7 @@ from drirl_jax.config import default
 from drirl_jax.data.examples import Examples
 from drirl_jax.models import reward
 from drirl_jax.stages import irl
+from drirl_jax.types import InputError
 
 
 def examples(demo, demo_len, category):
@@ -89,6 +90,14 @@ def test_contrast_takes_demonstrations_of_the_other_kind():
         drawn |= set(source.tolist())
     assert drawn == set(range(12))
     np.testing.assert_array_equal(tokens, irl.contrast(data, data, [3], [0, 59])[0])
+
+
+def test_contrast_needs_both_kinds():
+    demo, length = np.ones((3, 5)), [5, 5, 5]
+    irl.require_both_kinds(examples(demo, length, [0, 3, 1]), [3], "valid")
+    for category in ([0, 1, 2], [3, 3, 3]):
+        with pytest.raises(InputError, match="split valid has prompts of one kind alone"):
+            irl.require_both_kinds(examples(demo, length, category), [3], "valid")
 
 
 @pytest.mark.parametrize("name", irl.LOSSES)

@@ -15,7 +15,7 @@ from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples
 from drirl_jax.models import reward
 from drirl_jax.stages.base import Context, Stage, State, by_category, draw_all, group_of, row_batches
-from drirl_jax.types import Array, Group
+from drirl_jax.types import Array, Group, InputError
 
 SHORTEST_CUT = 8  # tokens: before that a text says too little to be told apart
 
@@ -85,6 +85,15 @@ def contrast(examples: Examples, pool: Examples, harmless: list[int], seed: list
     return pool.demo[rows], pool.demo_len[rows]
 
 
+def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> None:
+    """Raises InputError if the split has only harmful or only harmless prompts (the others may have been dropped)."""
+    if len(set(np.isin(examples.category, harmless))) < 2:
+        raise InputError(
+            f"split {split} has prompts of one kind alone, but config.irl.contrast needs harmful and harmless ones: "
+            f"add some, or raise config.data.max_prompt if they were dropped."
+        )
+
+
 def make_pairs(examples: Examples, negative_PKT, negative_len_PK, cut: str, seed: list[int]) -> Pairs:
     """The examples' demonstrations against these negatives; `cut` is config.irl.cut."""
     demo_end = np.broadcast_to(examples.demo_len[:, None], negative_len_PK.shape)
@@ -121,6 +130,8 @@ def make(context: Context) -> Stage:
     transformation = optimizer.make(c.optimizer, c.steps)
     round_steps = c.steps // c.rounds
     contrasted = c.contrast > 0
+    for split in ("train", "valid") if contrasted else ():
+        require_both_kinds(context.examples[split], harmless, split)
     weight_K = jnp.array([1.0] * c.samples + [c.contrast] * contrasted)
     batches = pipeline.balanced(train.rows_by_category(len(names)), c.batch, config.seed)
     token_scores = jax.jit(reward.token_scores)
