@@ -4,7 +4,7 @@ python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstar
 
 Two CPU cores, seed 0: 11.7 minutes without the install. Harmful prompts refused 36% -> 55%, harmless prompts refused
 7% -> 18% (56 and 28 test prompts): the aim, half of the harmful compliance for less than 10 points of harmless
-refusals, is missed. The settings were chosen on validation prompts; see docs/LOG.md.
+refusals, is missed. The settings follow from runs on validation prompts; see docs/LOG.md.
 """
 
 from drirl_jax.config import default

@@ -79,7 +79,9 @@ def default() -> ConfigDict:
     c.irl.beta = 1.0
     c.irl.rounds = 1
     c.irl.samples = 2  # K: samples of the policy for each prompt and round
-    c.irl.cut = "common"  # common | none: both texts of a pair are read up to one random common length (ours)
+    # common | none: both texts of a pair are read up to one random common length (ours), in the logistic loss and the
+    # accuracies; the token loss reads every length that both have
+    c.irl.cut = "common"
     c.irl.contrast = 0.0  # weight of one more negative, a demonstration for a prompt of the other kind (ours); 0: none
     c.irl.steps = 40  # over all rounds
     c.irl.batch = 8  # prompts a step

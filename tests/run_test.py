@@ -136,10 +136,14 @@ def test_another_seed_is_another_run(whole, policy, tmp_path):
     ) + "\n"
 
 
-def test_full_fine_tuning_runs(policy, tmp_path):
+def test_full_fine_tuning_runs_and_rows_that_the_tiny_config_leaves_out(policy, tmp_path):
     done = start(
         policy,
         tmp_path / "run",
+        "--config.irl.loss=logistic",
+        "--config.irl.contrast=0.0",
+        "--config.sampler.batch=kinds",
+        "--config.grpo.baseline=demo",
         "--config.policy.tune=full",
         "--config.align.accumulate=2",
         "--config.irl.steps=1",

@@ -38,7 +38,7 @@ def by_kind(
     """Like `balanced`, but harmless categories have this share of the prompts together, harmful ones the rest (ours).
 
     Inside a kind the categories are balanced. With seven harmful categories and one harmless, equal shares of
-    categories leave one prompt of eight to pull towards help, and the policy learns to refuse everything.
+    categories leave one prompt of eight to pull towards help.
 
     Args:
         sources, batch, seed: see `balanced`.
