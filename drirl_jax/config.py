@@ -140,6 +140,7 @@ def _optimizer(learning_rate: float) -> ConfigDict:
     o.b1, o.b2 = 0.9, 0.99
     o.weight_decay = 0.0
     o.clip_norm = 1.0
+    o.average = 0.0  # the product is the mean of the parameters over this share of the steps, the last; 0: the last's
     return o
 
 
@@ -197,6 +198,9 @@ def validate(config: ConfigDict) -> None:
         )
     for key in POSITIVE:
         need(get(config, key) > 0, f"config.{key} is {get(config, key)}: it must be above 0.")
+    for key in ("irl", "align"):
+        share = config[key].optimizer.average
+        need(0 <= share <= 1, f"config.{key}.optimizer.average is {share}: it must lie in [0, 1].")
     for key in ("policy", "reward"):
         unknown = set(config[key].targets) - set(lora.TARGETS)
         need(

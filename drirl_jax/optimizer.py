@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from drirl_jax.types import PyTree, TrainState
+from drirl_jax.types import Array, PyTree, TrainState
 
 SCHEDULES = {
     "constant": lambda rate, warmup, steps: optax.constant_schedule(rate),
@@ -20,17 +20,55 @@ OPTIMIZERS = {
 }
 
 
+class Average(NamedTuple):
+    """What `average` carries: the number of updates, and the mean of the parameters."""
+
+    count: Array
+    mean: PyTree
+
+
+def average(first: int) -> optax.GradientTransformation:
+    """Keeps the mean of the parameters after every update beyond number `first`; the last link of a chain.
+
+    It changes no update.
+
+    mean = (θ_first+1 + ... + θ_n) / (n - first); up to `first` it is θ_n itself.     (Polyak and Juditsky, 1992)
+    """
+
+    def init(params):
+        return Average(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    def update(updates, state, params):
+        count = state.count + 1
+        weight = 1 / jnp.maximum(count - first, 1)
+        after = optax.apply_updates(params, updates)
+        return updates, Average(count, jax.tree.map(lambda m, p: (1 - weight) * m + weight * p, state.mean, after))
+
+    return optax.GradientTransformation(init, update)
+
+
+def product(train: TrainState) -> PyTree:
+    """What training has come to: the average of the parameters where one is kept, otherwise the parameters."""
+    states = jax.tree.leaves(train.opt_state, is_leaf=lambda x: isinstance(x, Average))
+    means = [state.mean for state in states if isinstance(state, Average)]
+    return means[0] if means else train.params
+
+
 def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then the optimiser, its rate warmed up linearly and then by the schedule.
 
     Args:
-        config: a section with name, learning_rate, warmup, schedule, b1, b2, weight_decay, clip_norm.
+        config: a section with name, learning_rate, warmup, schedule, b1, b2, weight_decay, clip_norm, and average: over
+            which share of the steps, the last ones, `product` averages the parameters.
         steps: updates of the whole stage.
     """
     after = SCHEDULES[config.schedule](config.learning_rate, config.warmup, steps)
     warm = optax.linear_schedule(config.learning_rate / (config.warmup + 1), config.learning_rate, config.warmup)
     rate = optax.join_schedules([warm, after], [config.warmup])
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](rate, config))
+    chain = [optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](rate, config)]
+    if config.average:
+        chain.append(average(steps - round(config.average * steps)))
+    return optax.chain(*chain)
 
 
 def init(transformation: optax.GradientTransformation, params: PyTree) -> TrainState:

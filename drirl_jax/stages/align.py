@@ -136,7 +136,7 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         collect=collect,
         update=lambda train_state, batch: updated(train_state, context.model, batch),
         evaluate=lambda state, step: {},
-        finish=lambda state: state.train.params,
+        finish=lambda state: optimizer.product(state.train),
         show=("reward", "gap", "kl", "alpha_d", "alpha_m", "length"),
     )
 

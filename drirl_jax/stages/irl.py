@@ -187,7 +187,7 @@ def make(context: Context) -> Stage:
     def evaluate(state: State, step: int):
         if step % c.eval_every and step != c.steps:
             return {}
-        s = scores(state.train.params, valid, state.carry[1], contrasted)
+        s = scores(optimizer.product(state.train), valid, state.carry[1], contrasted)
         gap_NK = s["demo"] - s["negative"]
         whole_NK = s["whole"][:, :1] - s["whole"][:, 1:]
         K = c.samples  # what follows the samples is the negative of config.irl.contrast
@@ -204,10 +204,11 @@ def make(context: Context) -> Stage:
         return out
 
     def finish(state: State) -> reward.Bank:
-        raw_NG = scores(state.train.params, train, state.carry[0], contrasted=False)["whole"]
+        rewards = optimizer.product(state.train)
+        raw_NG = scores(rewards, train, state.carry[0], contrasted=False)["whole"]
         category_N = np.repeat(train.category, raw_NG.shape[1])
         return reward.NORMALIZE[config.reward.normalize](
-            state.train.params, jnp.asarray(raw_NG.reshape(-1)), jnp.asarray(category_N)
+            rewards, jnp.asarray(raw_NG.reshape(-1)), jnp.asarray(category_N)
         )
 
     return Stage(
