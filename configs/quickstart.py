@@ -27,7 +27,7 @@ def get_config():
     c.irl.eval_every = 24
     # Harmless prompts must pull as hard as harmful ones, even where the policy refuses them all.
     c.sampler.batch = "kinds"
-    c.grpo.baseline = "demo"
+    c.grpo.demonstration = "baseline"
     c.grpo.beta_kl = 0.1
     c.align.group = 4
     c.align.steps = 24

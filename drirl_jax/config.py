@@ -104,7 +104,8 @@ def default() -> ConfigDict:
     c.scaling.per = "prompt"
 
     c.grpo = ConfigDict()
-    c.grpo.baseline = "group"  # group | demo: the demonstration's reward is one more of the group (ours)
+    # apart | baseline: its reward counts in the group's mean and std (ours) | member: so, and it is trained on (ours)
+    c.grpo.demonstration = "apart"
     c.grpo.clip_low = 0.2
     c.grpo.clip_high = 0.2
     c.grpo.beta_kl = 0.04
@@ -158,7 +159,7 @@ TABLES = {
     "align.optimizer.name": optimizer.OPTIMIZERS,
     "align.optimizer.schedule": optimizer.SCHEDULES,
     "scaling.split": text.SPLIT,
-    "grpo.baseline": align.BASELINES,
+    "grpo.demonstration": align.DEMONSTRATIONS,
     "grpo.reduce": losses.REDUCE,
     "evals.judge": judges.JUDGES,
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}

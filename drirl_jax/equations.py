@@ -87,25 +87,6 @@ def group_advantage(reward_PG: Array, eps: float = 1e-6) -> Array:
     return jnp.where(equal_P1, 0.0, centred_PG / safe_P1)
 
 
-def demo_advantage(reward_PG: Array, demo_reward_P: Array, eps: float = 1e-6) -> Array:
-    """Group-relative advantage in which the demonstration counts as one more member of the group. (ours)
-
-    Â_ig = (R_ig - m_i) / (s_i + ε), m_i and s_i the mean and population std of R_i1 .. R_iG and R*_i
-
-    Where all G responses are alike, say all refuse a harmless prompt, GRPO's advantage is noise around 0 and the policy
-    stays there; this one is negative for all of them if the demonstration's reward is higher.
-
-    Args:
-        reward_PG: [P, G] finite rewards.
-        demo_reward_P: [P] R* of each prompt's demonstration.
-        eps: ε >= 0, in units of reward.
-
-    Returns:
-        [P, G] advantages; their mean in a group is 0 only if the responses are as good as the demonstration.
-    """
-    return group_advantage(jnp.concatenate([reward_PG, demo_reward_P[:, None]], axis=1), eps)[:, :-1]
-
-
 def part_similarity(response_PGKE: Array, demo_PLE: Array) -> Array:
     """s_kℓ = cos(Φ(y^k), Φ(o^ℓ)), the cosine of L2-normalised part embeddings. (DR-IRL, data hardness)
 

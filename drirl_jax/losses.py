@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from drirl_jax.types import Array
@@ -48,11 +49,11 @@ REDUCE = {"sequence": mean_by_sequence}
 
 
 def policy_loss(
-    logp_PGT: Array,
+    logp_PMT: Array,
     old_logp_PGT: Array,
-    ref_logp_PGT: Array,
-    advantage_PG: Array,
-    mask_PGT: Array,
+    ref_logp_PGT: Array | None,
+    advantage_PM: Array,
+    mask_PMT: Array,
     *,
     clip_low: float,
     clip_high: float,
@@ -61,25 +62,35 @@ def policy_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """GRPO's loss: minus the clipped surrogate plus β_kl · k3, averaged over real tokens.
 
-    L = -mean[ min(ρ A, clip(ρ) A) - β_kl · k3 ]     (GRPO, arXiv 2402.03300, eq. 3)
+    L = -mean[ min(ρ A, clip(ρ) A) ] + β_kl mean[ k3 ]     (GRPO, arXiv 2402.03300, eq. 3)
+
+    A group may have M >= G members of which only the first G were sampled; the others are demonstrations (ours;
+    off-policy members as in LUFFY, arXiv 2504.14945). Their ratio is taken to the policy itself, so that their
+    gradient is A ∇log π, and k3 leaves them out, as it estimates the KL from the policy's own samples only.
 
     Args:
-        logp_PGT, old_logp_PGT, ref_logp_PGT: [P, G, T] under the policy, the sampler and the reference.
-        advantage_PG: [P, G] scaled advantages.
-        mask_PGT: [P, G, T] bool, True at real response tokens.
+        logp_PMT: [P, M, T] under the policy.
+        old_logp_PGT, ref_logp_PGT: [P, G, T] under the sampler and the reference, the latter None if β_kl is 0.
+        advantage_PM: [P, M] scaled advantages.
+        mask_PMT: [P, M, T] bool, True at real response tokens.
         clip_low, clip_high, beta_kl: see `clipped_surrogate`; β_kl >= 0.
         reduce: a row of REDUCE.
 
     Returns:
-        (scalar loss, {"kl", "clipped"}: mean k3, and the share of tokens whose ratio lies outside the clip).
+        (scalar loss, {"kl", "clipped"}: mean k3, absent without a reference, and the share of sampled tokens whose
+        ratio lies outside the clip).
     """
     mean = REDUCE[reduce]
+    sampled = old_logp_PGT.shape[1]
+    mask_PGT = mask_PMT[:, :sampled]
     # What stands at padding must not pass through exp: masked afterwards, an overflow would be inf · 0.
-    logp_PGT, old_logp_PGT, ref_logp_PGT = (jnp.where(mask_PGT, x, 0.0) for x in (logp_PGT, old_logp_PGT, ref_logp_PGT))
-    objective, ratio = clipped_surrogate(logp_PGT, old_logp_PGT, advantage_PG, clip_low, clip_high)
-    kl = k3(logp_PGT, ref_logp_PGT)
+    logp_PMT = jnp.where(mask_PMT, logp_PMT, 0.0)
+    demo_logp = jax.lax.stop_gradient(logp_PMT[:, sampled:])
+    old_logp_PMT = jnp.concatenate([jnp.where(mask_PGT, old_logp_PGT, 0.0), demo_logp], axis=1)
+    objective, ratio = clipped_surrogate(logp_PMT, old_logp_PMT, advantage_PM, clip_low, clip_high)
     outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-    return mean(beta_kl * kl - objective, mask_PGT), {
-        "kl": mean(kl, mask_PGT),
-        "clipped": mean(outside.astype(jnp.float32), mask_PGT),
-    }
+    value, scalars = -mean(objective, mask_PMT), {"clipped": mean(outside[:, :sampled].astype(jnp.float32), mask_PGT)}
+    if ref_logp_PGT is not None:
+        scalars["kl"] = mean(k3(logp_PMT[:, :sampled], jnp.where(mask_PGT, ref_logp_PGT, 0.0)), mask_PGT)
+        value += beta_kl * scalars["kl"]
+    return value, scalars

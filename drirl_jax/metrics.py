@@ -11,10 +11,14 @@ import math
 import os
 import pathlib
 import sys
+import time
 from typing import Iterator, Mapping, Sequence
 
+import jax
 import tensorboardX
 import tqdm
+
+from drirl_jax.types import PyTree
 
 
 class MetricWriter:
@@ -82,6 +86,29 @@ class MetricWriter:
         self.events[stage] = tensorboardX.SummaryWriter(
             str(self.folder / stage), purge_step=first, flush_secs=10, filename_suffix=f".{first}"
         )
+
+
+class Clock:
+    """Seconds of the phases of a step: `mark` ends the phase that began at the mark before.
+
+    A run leaves `wait` off, as waiting would end the overlap of host and device; nothing is recorded then.
+    """
+
+    def __init__(self):
+        self.restart(wait=False)
+
+    def restart(self, wait: bool) -> None:
+        """Forgets all phases; with `wait` a mark waits for its value, so that work counts where it was asked for."""
+        self.wait, self.seconds, self.last = wait, {}, time.perf_counter()
+
+    def mark(self, phase: str, value: PyTree) -> PyTree:
+        """The value, once it is there; the time since the last mark is this phase's."""
+        if self.wait:
+            jax.block_until_ready(value)
+            now = time.perf_counter()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+            self.last = now
+        return value
 
 
 class Progress:

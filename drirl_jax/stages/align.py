@@ -18,10 +18,12 @@ from drirl_jax.stages.base import POLICIES, Context, Policy, Stage, State, by_ca
 from drirl_jax.text import SPLIT
 from drirl_jax.types import Array, Group, InputError, TrainState, length_mask
 
-# What a response is compared with: (rewards [P, G], the demonstrations' rewards [P], eps) -> advantages [P, G].
-BASELINES = {
-    "group": lambda reward_PG, demo_reward_P, eps: eq.group_advantage(reward_PG, eps),
-    "demo": eq.demo_advantage,
+# The demonstration's part in a prompt's group: (rewards [P, G + 1], its own last, eps) -> advantages of the rows that
+# are trained on, [P, G] or with the demonstration [P, G + 1].
+DEMONSTRATIONS = {
+    "apart": lambda reward_PM, eps: eq.group_advantage(reward_PM[:, :-1], eps),
+    "baseline": lambda reward_PM, eps: eq.group_advantage(reward_PM, eps)[:, :-1],
+    "member": eq.group_advantage,
 }
 PART_BUCKETS = (4, 8, 16, 32)  # shapes of the coefficient computation: most parts of a text in the batch
 
@@ -41,35 +43,46 @@ def embed_parts(context: Context, texts: list[str]) -> tuple[np.ndarray, np.ndar
     return embedded, mask
 
 
-@partial(jax.jit, static_argnames="temperature")
-def assess(model, bank: reward.Bank, group: Group, demo_PT, demo_len_P, temperature: float):
-    """Rewards of the group and of its demonstration in one pass, and the reference's log-probabilities.
-
-    Returns:
-        ([P, G] R, [P] R*, [P, G, T] log π_ref).
-    """
-    with_demo = group._replace(
+def joined(group: Group, demo_PT: Array, demo_len_P: Array) -> Group:
+    """The group with the demonstration as its last member, [P, G + 1, T]."""
+    return group._replace(
         response=jnp.concatenate([group.response, demo_PT[:, None]], axis=1),
         response_len=jnp.concatenate([group.response_len, demo_len_P[:, None]], axis=1),
     )
-    reward_PG = reward.score(model, bank, with_demo)
-    ref_logp, _ = transformer.token_logprobs(model, transformer.apply(model, group), group, temperature)
-    return reward_PG[:, :-1], reward_PG[:, -1], ref_logp
+
+
+@partial(jax.jit, static_argnames="temperature")
+def logprobs(model, group: Group, temperature: float) -> Array:
+    """[P, G, T] log-probabilities of the group under the model, here the reference."""
+    return transformer.token_logprobs(model, transformer.apply(model, group), group, temperature)[0]
+
+
+score = jax.jit(reward.score)
 
 
 def loss(trunk, policy: Policy, config, params, batch: tuple[Group, Array, Array, Array]):
-    """GRPO's loss of a micro-batch (group, advantages, sampler's and reference's log-probabilities)."""
+    """GRPO's loss of a micro-batch (group, advantages, sampler's and reference's log-probabilities).
+
+    Members of the group beyond those that were sampled are demonstrations: see `losses.policy_loss`.
+    """
     group, advantage_PG, old_logp, ref_logp = batch
     model, adapter = policy.parts(trunk, params)
-    hidden = transformer.apply(model, group, adapter)
-    logp, entropy = transformer.token_logprobs(model, hidden, group, config.sampler.temperature)
+    prompt_hidden, response_hidden = transformer.apply(model, group, adapter)
+    g, sampled = config.grpo, old_logp.shape[1]
+
+    def read(members: slice, temperature: float):
+        part = group._replace(response=group.response[:, members], response_len=group.response_len[:, members])
+        return transformer.token_logprobs(model, (prompt_hidden, response_hidden[:, members]), part, temperature)
+
+    logp, entropy = read(slice(sampled), config.sampler.temperature)
+    if group.response.shape[1] > sampled:  # what nobody sampled has the model's own temperature
+        logp = jnp.concatenate([logp, read(slice(sampled, None), 1.0)[0]], axis=1)
     mask = length_mask(group.response_len, group.response.shape[-1])
-    g = config.grpo
     value, scalars = losses.policy_loss(
         logp, old_logp, ref_logp, advantage_PG, mask,
         clip_low=g.clip_low, clip_high=g.clip_high, beta_kl=g.beta_kl, reduce=g.reduce,
     )  # fmt: skip
-    return value, scalars | {"entropy": losses.REDUCE[g.reduce](entropy, mask)}
+    return value, scalars | {"entropy": losses.REDUCE[g.reduce](entropy, mask[:, :sampled])}
 
 
 def make(context: Context, bank: reward.Bank) -> Stage:
@@ -102,16 +115,14 @@ def make(context: Context, bank: reward.Bank) -> Stage:
             context, model, examples, context.key("align_samples", step),
             group=c.group, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
-        group = group_of(examples, out.response, out.response_len)
+        group = group_of(examples, *context.clock.mark("rollout", (out.response, out.response_len)))
         # Rewards and reference on the device while the host splits and embeds the texts.
-        reward_PG, demo_reward_P, ref_logp = assess(
-            context.model,
-            bank,
-            group,
-            jnp.asarray(examples.demo),
-            jnp.asarray(examples.demo_len),
-            config.sampler.temperature,
-        )
+        penalised = config.grpo.beta_kl > 0
+        ref_logp = logprobs(context.model, group, config.sampler.temperature) if penalised else None
+        context.clock.mark("reference", ref_logp)
+        with_demo = joined(group, jnp.asarray(examples.demo), jnp.asarray(examples.demo_len))
+        reward_PM = context.clock.mark("rewards", score(context.model, bank, with_demo))
+        reward_PG, demo_reward_P = reward_PM[:, :-1], reward_PM[:, -1]
         response, length = jax.device_get((out.response, out.response_len))
         flat = (response.reshape(-1, response.shape[-1]), length.reshape(-1))
         embedded, mask = embed_parts(context, [context.text.decode(*row) for row in zip(*flat)])
@@ -121,10 +132,14 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         alpha_PG, stats, info = scaling.coefficients(
             options, state.carry, parts, reward_PG, demo_reward_P, group.category
         )
-        advantage_PG = BASELINES[config.grpo.baseline](reward_PG, demo_reward_P, config.grpo.eps)
-        advantage_PG = eq.scaled_advantage(alpha_PG, advantage_PG)
-        scalars = describe(names, examples, out, reward_PG, advantage_PG, info)
-        return (group, advantage_PG, out.logp, ref_logp), stats, scalars
+        context.clock.mark("hardness", alpha_PG)
+        advantage = DEMONSTRATIONS[config.grpo.demonstration](reward_PM, config.grpo.eps)
+        if advantage.shape[1] > c.group:
+            group = with_demo
+            alpha_PG = jnp.concatenate([alpha_PG, alpha_PG.mean(axis=1, keepdims=True)], axis=1)
+        advantage = eq.scaled_advantage(alpha_PG, advantage)
+        scalars = describe(names, examples, out, reward_PG, advantage, info)
+        return (group, advantage, out.logp, ref_logp), stats, scalars
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state: TrainState, trunk, batch):

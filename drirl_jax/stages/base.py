@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import rollout
 from drirl_jax.data.examples import Examples
+from drirl_jax.metrics import Clock
 from drirl_jax.models import lora
 from drirl_jax.models.encoder import TextEmbedder
 from drirl_jax.models.transformer import Transformer
@@ -24,13 +25,14 @@ PURPOSE = {"adapter": 0, "rewards": 1, "irl_samples": 2, "irl_cut": 3, "align_sa
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a run holds fixed: config, trunk (which is also the reference), tokens, encoder and examples."""
+    """What a run holds fixed: config, trunk (which is also the reference), tokens, encoder and examples; its clock."""
 
     config: ConfigDict
     model: Transformer
     text: Text
     embedder: TextEmbedder
     examples: dict[str, Examples]
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
     def key(self, purpose: str, step: int = 0) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), PURPOSE[purpose]), step)
