@@ -25,14 +25,12 @@ from drirl_jax.types import PyTree
 log = logging.getLogger(__name__)
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs the schedule; started again on the same workdir, it goes on where it was.
+def prepare(config: ConfigDict) -> Context:
+    """Checks the config and all that it names, then loads it; sets jax's compilation cache and NaN checks.
 
     Raises:
-        InputError: something that the user gave is wrong; before any long work wherever it can be known then.
+        InputError: something that the user gave is wrong.
     """
-    # ------------------------------------------------------------------ check everything, then load everything
-    started = time.time()
     config_lib.validate(config)
     jax.config.update("jax_debug_nans", config.debug_nans)
     if config.compilation_cache:
@@ -45,20 +43,30 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         minimum = config.data.minimum if split == "train" else 1
         records.require(by_split.get(split, []), config.data.categories, split, minimum)
     policy_path, encoder_path = hf.resolve(config.policy.init), hf.resolve(config.encoder.init)
-    hf_config = hf.read_config(policy_path)
-    model_config = llama.config_from_hf(hf_config)
-    tokenizer = hf.load_tokenizer(policy_path)
-    tokens = Text(tokenizer, config.policy.system)
-    context = Context(
+    model_config = llama.config_from_hf(hf.read_config(policy_path))
+    tokens = Text(hf.load_tokenizer(policy_path), config.policy.system)
+    return Context(
         config=config,
         model=llama.from_hf(hf.read_tensors(policy_path), model_config),
         text=tokens,
         embedder=encoder.TextEmbedder.from_folder(encoder_path, config.encoder.max_tokens),
         examples=examples.tokenise(by_split, tokens, config),
     )
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs the schedule; started again on the same workdir, it goes on where it was.
+
+    Raises:
+        InputError: something that the user gave is wrong; before any long work wherever it can be known then.
+    """
+    # ------------------------------------------------------------------ check everything, then load everything
+    started = time.time()
+    context = prepare(config)
     config_lib.remember(config, workdir)
     writer = metrics.MetricWriter(workdir)
-    log.info("%s, %d prompts, %s", jax.devices()[0], sum(map(len, by_split.values())), config.policy.init)
+    prompts = sum(len(of_split.id) for of_split in context.examples.values())
+    log.info("%s, %d prompts, %s", jax.devices()[0], prompts, config.policy.init)
 
     # ------------------------------------------------------------------------------------------ stage 1: rewards
     rewards = Checkpoints(workdir / "rewards", keep=1)
@@ -73,7 +81,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     params = loop("align", align.make(context, bank), config, workdir, writer)
     aligned = POLICIES[config.policy.tune].merged(context.model, params)
     if not (workdir / "aligned").exists():
-        hf.save(workdir / "aligned", hf_config, llama.to_hf(aligned), tokenizer)
+        hf_config = hf.read_config(hf.resolve(config.policy.init))
+        hf.save(workdir / "aligned", hf_config, llama.to_hf(aligned), context.text.tokenizer)
     if "evals" not in config.schedule:
         return
 

@@ -1,0 +1,15 @@
+"""The workloads of the speed comparison: SmolLM2-135M, 4 prompts x 8 responses of 64 tokens, full fine-tuning, float32.
+
+python -m drirl_jax.bench --config configs/bench.py --prompt 64   (or 256)
+"""
+
+from drirl_jax.config import default
+
+
+def get_config():
+    c = default()
+    c.policy.tune = "full"
+    c.align.batch = 4
+    c.align.group = 8
+    c.align.optimizer.learning_rate = 1e-6
+    return c

@@ -1,0 +1,218 @@
+"""How long the parts of an alignment step take, and how near that comes to what the machine can do.
+
+python -m drirl_jax.bench --config configs/bench.py [--config.align.group=4] [--steps 5] [--json bench.json]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import resource
+import statistics
+import sys
+import time
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from drirl_jax import main as command
+from drirl_jax import train
+from drirl_jax.data.examples import Examples
+from drirl_jax.metrics import Clock
+from drirl_jax.models import reward, transformer
+from drirl_jax.stages import align, irl
+from drirl_jax.types import InputError
+
+STEPS = flags.DEFINE_integer("steps", 5, "Steps to time, after two that are not.", lower_bound=1)
+PROMPT = flags.DEFINE_integer("prompt", None, "Bring every prompt to this many tokens, repeated or cut.", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "Write the figures to this file too.")
+
+PHASES = ("rollout", "reference", "rewards", "hardness", "update")
+
+
+class Machine(NamedTuple):
+    """What was measured of the machine: float operations a second of a matrix product, bytes a second of a copy."""
+
+    flops: float
+    bandwidth: float
+
+
+class Shape(NamedTuple):
+    """Shape of a step: prompts, their tokens, responses of each, their tokens."""
+
+    P: int
+    S: int
+    G: int
+    T: int
+
+
+def forward_flops(model: transformer.Config, shape: Shape, logits: bool = True) -> float:
+    """Operations of one forward pass with the prompt once per group; a response's last token need not be fed.
+
+    2 · positions · weights + 2 D V · predicted tokens + 4 H hd · (query, key) pairs, over all layers.
+    """
+    P, S, G, T = shape
+    attention = 2 * model.width * (model.heads + model.kv_heads) * model.head_dim
+    weights = model.layers * (attention + 3 * model.width * model.ffn)
+    pairs = P * S * (S + 1) / 2 + P * G * sum(S + t + 1 for t in range(T - 1))
+    predicted = P + P * G * (T - 1) if logits else 0
+    fed = P * S + P * G * (T - 1)
+    return (
+        2 * weights * fed
+        + 2 * model.width * model.vocab * predicted
+        + 4 * model.layers * model.heads * model.head_dim * pairs
+    )
+
+
+def floor(model: transformer.Config, shape: Shape, machine: Machine, *, size: int, tuned: int) -> dict[str, float]:
+    """Least seconds of each phase: its operations at the measured rate, or its bytes where those take longer.
+
+    Args:
+        size, tuned: number of the model's parameters, and of those that are trained (float32).
+
+    Returns:
+        phase -> seconds, for the phases that the model's own work bounds; hardness is not among them.
+    """
+    P, S, G, T = shape
+    forward = forward_flops(model, shape)
+    cache_row = 8 * model.layers * model.kv_heads * model.head_dim
+    read = 4 * size * T + cache_row * P * G * sum(S + t + 1 for t in range(T - 1))
+    # A frozen weight has no gradient of its own: forward, and the gradient of its input.
+    passes = 3 if tuned == size else 2
+    return {
+        "rollout": max(forward / machine.flops, read / machine.bandwidth),
+        "reference": forward / machine.flops,
+        "rewards": forward_flops(model, shape._replace(G=G + 1), logits=False) / machine.flops,
+        "update": passes * forward / machine.flops + 7 * 4 * tuned / machine.bandwidth,
+    }
+
+
+def fastest(function: Callable, *args, repeats: int = 7) -> float:
+    """Seconds of the fastest of some calls, after one that compiles."""
+    jax.block_until_ready(function(*args))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def measure_machine(model: transformer.Config) -> Machine:
+    """The best rate of a matrix product of this model's shapes, and of a copy of 256 MiB."""
+    rates = []
+    for rows, inner, out in ((2048, model.width, model.ffn), (2048, model.ffn, model.width), (2048, 2048, 2048)):
+        a, w = jnp.full((rows, inner), 0.5), jnp.full((out, inner), 0.5)
+        rates.append(2 * rows * inner * out / fastest(jax.jit(lambda a, w: a @ w.T), a, w))
+    block = jnp.zeros(64 * 2**20)
+    return Machine(max(rates), 2 * block.nbytes / fastest(jax.jit(lambda x: x + 1), block))
+
+
+def peak_memory() -> int:
+    """Peak bytes of the device; on a CPU those of the process."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def of_length(by_split: dict[str, Examples], length: int) -> dict[str, Examples]:
+    """The examples with every prompt repeated or cut to `length` tokens."""
+
+    def stretched(examples):
+        rows = [np.resize(row[:n], length) for row, n in zip(examples.prompt, examples.prompt_len)]
+        return examples._replace(prompt=np.stack(rows), prompt_len=np.full(len(rows), length, np.int32))
+
+    return {split: stretched(examples) for split, examples in by_split.items()}
+
+
+def run(config: ConfigDict, steps: int, prompt: int | None = None) -> dict:
+    """Times the train loop's own collect and update of the align stage, with rewards that have learnt nothing.
+
+    Returns:
+        {"seconds": phase or "step" -> median, "all": the same -> list, "floor": phase -> seconds, "step_floor",
+         "tokens": sampled tokens a step, "tokens_per_second": of the rollout, "peak_bytes", "machine", "shape",
+         "device", "jax"}. "step" is timed without waiting between phases, so it may be less than their sum.
+    """
+    clock = Clock()
+    context = dataclasses.replace(train.prepare(config), clock=clock)
+    if prompt:
+        context = dataclasses.replace(context, examples=of_length(context.examples, prompt))
+    fresh = irl.init_rewards(context)
+    stage = align.make(context, reward.Bank(fresh, mean=fresh.bias, std=jnp.ones_like(fresh.bias)))
+    state = stage.init()
+    tuned = sum(x.size for x in jax.tree.leaves(state.train.params))
+    times: dict[str, list[float]] = {phase: [] for phase in (*PHASES, "step")}
+    tokens = []
+    for number in range(2 + 2 * steps):
+        # Two steps compile and warm up; then steps that wait after each phase, then whole steps.
+        clock.restart(wait=number < 2 + steps)
+        start = time.perf_counter()
+        batch, carry, scalars = stage.collect(state, number)
+        new, _ = stage.update(state.train, batch)
+        clock.mark("update", jax.block_until_ready(new))
+        state = state._replace(train=new, carry=carry)
+        tokens.append(scalars["length"] * config.align.batch * config.align.group)
+        if number >= 2 + steps:
+            times["step"].append(time.perf_counter() - start)
+        elif number >= 2:
+            for phase in PHASES:
+                times[phase].append(clock.seconds.get(phase, 0.0))
+    shape = Shape(
+        config.align.batch, context.examples["train"].prompt.shape[1], config.align.group, config.sampler.max_new
+    )
+    machine = measure_machine(context.model.config)
+    size = sum(x.size for x in jax.tree.leaves(context.model))
+    bound = floor(context.model.config, shape, machine, size=size, tuned=tuned)
+    seconds = {phase: statistics.median(values) for phase, values in times.items()}
+    return {
+        "seconds": seconds,
+        "all": times,
+        "floor": bound,
+        "step_floor": sum(bound.values()),
+        "tokens": statistics.median(tokens),
+        "tokens_per_second": statistics.median(tokens) / seconds["rollout"],
+        "peak_bytes": peak_memory(),
+        "machine": machine._asdict(),
+        "shape": shape._asdict(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+
+
+def table(result: dict) -> str:
+    """The figures as text: milliseconds of each phase, its floor and what share of the time the floor is."""
+    shape, machine, step = result["shape"], result["machine"], result["seconds"]["step"]
+    lines = [
+        f"{result['device']}, jax {result['jax']}: {machine['flops'] / 1e9:.0f} GFLOP/s, "
+        f"{machine['bandwidth'] / 1e9:.1f} GB/s; " + ", ".join(f"{k} = {v}" for k, v in shape.items()),
+        f"{'phase':10} {'seconds':>9} {'of step':>8} {'floor':>9} {'floor/time':>10}",
+    ]
+    for phase, seconds in result["seconds"].items():
+        least = result["step_floor"] if phase == "step" else result["floor"].get(phase)
+        bound = f"{least:9.3f} {least / seconds:10.0%}" if least else f"{'':9} {'':10}"
+        lines.append(f"{phase:10} {seconds:9.3f} {seconds / step:8.1%} {bound}".rstrip())
+    lines.append(
+        f"{result['tokens_per_second']:.0f} sampled tokens/s, {shape['P'] * shape['G'] / step:.2f} responses/s, "
+        f"peak memory {result['peak_bytes'] / 2**30:.2f} GiB"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if command.CONFIG.value is None:
+            raise InputError(f"--config is missing: {__doc__.splitlines()[2]}")
+        result = run(command.CONFIG.value, STEPS.value, PROMPT.value)
+    except InputError as error:
+        sys.exit(f"drirl_jax: {error}")
+    print(table(result))
+    if JSON.value:
+        pathlib.Path(JSON.value).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command.parse)

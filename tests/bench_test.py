@@ -1,0 +1,49 @@
+"""The bench: its operation counts against counting by hand, and a run on a tiny model through the command."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from drirl_jax import bench
+from drirl_jax.models.transformer import Config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_forward_operations_by_hand():
+    # Width 2, one layer, 2 heads of 1, 1 key head, MLP 3, vocabulary 5. Weights: q 2x2, k and v 1x2 each, o 2x2, MLP
+    # 3 x 6: 30. One prompt of 2 tokens, 2 responses of 3 (2 fed): 6 positions. Predicted: 1 + 2·2 = 5 tokens.
+    # Pairs: prompt 1 + 2; each response sees 3 and 4 keys: 3 + 2·7 = 17.
+    model = Config(vocab=5, width=2, layers=1, heads=2, kv_heads=1, head_dim=1, ffn=3)
+    shape = bench.Shape(P=1, S=2, G=2, T=3)
+    assert bench.forward_flops(model, shape) == 2 * 30 * 6 + 2 * 2 * 5 * 5 + 4 * 2 * 1 * 17
+    assert bench.forward_flops(model, shape, logits=False) == 2 * 30 * 6 + 4 * 2 * 1 * 17
+
+
+def test_the_floor_takes_the_slower_of_operations_and_bytes():
+    model = Config(vocab=5, width=2, layers=1, heads=2, kv_heads=1, head_dim=1, ffn=3)
+    shape, size = bench.Shape(P=1, S=2, G=2, T=3), 50
+    quick, slow = bench.Machine(flops=1e3, bandwidth=1e30), bench.Machine(flops=1e30, bandwidth=1e3)
+    forward = bench.forward_flops(model, shape) / 1e3
+    full = bench.floor(model, shape, quick, size=size, tuned=size)
+    np.testing.assert_allclose([full["rollout"], full["reference"], full["update"]], [forward, forward, 3 * forward])
+    np.testing.assert_allclose(bench.floor(model, shape, quick, size=size, tuned=4)["update"], 2 * forward)
+    # Weights for each of 3 tokens; keys and values of 1 x 1, 4 bytes each, of the 2 · 7 pairs; AdamW moves 7 floats.
+    bound = bench.floor(model, shape, slow, size=size, tuned=size)
+    np.testing.assert_allclose(bound["rollout"], (4 * 50 * 3 + 8 * 14) / 1e3)
+    np.testing.assert_allclose(bound["update"], 28 * 50 / 1e3)
+
+
+def test_the_command(policy, tmp_path):
+    file = tmp_path / "bench.json"
+    arguments = [f"--config={ROOT / 'configs/tiny.py'}", f"--config.policy.init={policy}", "--steps=1", "--prompt=50"]
+    command = [sys.executable, "-m", "drirl_jax.bench", *arguments, f"--json={file}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(file.read_text())
+    assert result["shape"] == {"P": 8, "S": 50, "G": 4, "T": 12}
+    for phase in (*bench.PHASES, "step"):
+        assert result["seconds"][phase] > 0 and phase in done.stdout
