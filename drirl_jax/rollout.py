@@ -85,12 +85,11 @@ def sample(
     config = model.config
     prompt_mask_PS = length_mask(prompt_len_P, prompt_PS.shape[1])
     hidden_PSD, prompt_cache = transformer.prefill(model, prompt_PS)
-    fused = transformer.fuse(model)
+    fused, unembed_VD = transformer.fuse(model), transformer.cast(model.unembed, config)
     first_PGD = jnp.broadcast_to(transformer.last_real(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
 
     def choose(hidden_PGD, t):
-        logit = jnp.einsum("pgd,vd->pgv", hidden_PGD, model.unembed).astype(jnp.float32)
-        logit_NV = logit.reshape(P * G, -1) / (temperature or 1.0)
+        logit_NV = transformer.product("pgd,vd->pgv", hidden_PGD, unembed_VD).reshape(P * G, -1) / (temperature or 1.0)
         if temperature:
             uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t), (2,)))(key_PG.reshape(-1))
             token_N = sample_categorical(uniform, logit_NV)

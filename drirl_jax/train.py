@@ -43,7 +43,7 @@ def prepare(config: ConfigDict) -> Context:
         minimum = config.data.minimum if split == "train" else 1
         records.require(by_split.get(split, []), config.data.categories, split, minimum)
     policy_path, encoder_path = hf.resolve(config.policy.init), hf.resolve(config.encoder.init)
-    model_config = llama.config_from_hf(hf.read_config(policy_path))
+    model_config = llama.config_from_hf(hf.read_config(policy_path))._replace(dtype=config.policy.dtype)
     tokens = Text(hf.load_tokenizer(policy_path), config.policy.system)
     return Context(
         config=config,

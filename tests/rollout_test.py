@@ -35,6 +35,16 @@ def test_logprobs_equal_the_trainers(temperature):
     np.testing.assert_allclose(out.logp, jnp.where(mask, logp, 0), atol=1e-4)
 
 
+def test_logprobs_in_bfloat16_are_near_the_trainers():
+    model, group = tiny(dtype="bfloat16"), random_group(P=3)
+    out = draw(model, group)
+    again = Group(group.prompt, group.prompt_len, out.response, out.response_len, group.category)
+    logp, _ = transformer.token_logprobs(model, transformer.apply(model, again), again, 1.0)
+    mask = jnp.arange(6) < out.response_len[..., None]
+    assert out.logp.dtype == jnp.float32
+    np.testing.assert_allclose(out.logp, jnp.where(mask, logp, 0), atol=0.02)
+
+
 def test_end_of_sequence_is_kept_and_ends_the_row():
     model, group = tiny(), random_group(P=4)
     out = draw(model, group, T=60, G=8)

@@ -29,8 +29,8 @@ def torch_llama(tied):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def tiny(tied=True, seed=0):
-    config = llama.config_from_hf(TINY | {"tie_word_embeddings": tied})
+def tiny(tied=True, seed=0, dtype="float32"):
+    config = llama.config_from_hf(TINY | {"tie_word_embeddings": tied})._replace(dtype=dtype)
     return transformer.Transformer(config, jax.random.key(seed))
 
 
@@ -175,3 +175,28 @@ def test_bank_routes_each_prompt_to_its_adapter():
         single = {k: v.replace(a=v.a[:, c], b=v.b[:, c]) for k, v in bank.items()}
         _, want = transformer.apply(model, jax.tree.map(lambda x: x[p : p + 1], group), single)
         np.testing.assert_allclose(got[p], want[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_is_close_and_leaves_weights_and_probabilities_in_float32(tied):
+    group, adapter = random_group(P=4, S=9, G=3, T=8), filled(lora.init(tiny(), jax.random.key(3), rank=4, alpha=4), 5)
+    out = {}
+    for dtype in ("float32", "bfloat16"):
+        model = tiny(tied, dtype=dtype)
+        assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+
+        def total(trained, model=model):
+            hidden = transformer.apply(trained[0], group, trained[1])
+            assert {x.dtype for x in hidden} == {jnp.dtype(model.config.dtype)}
+            logp, entropy = transformer.token_logprobs(trained[0], hidden, group, 1.0)
+            return logp.mean(), (logp, entropy)
+
+        out[dtype] = jax.value_and_grad(total, has_aux=True)((model, adapter))
+    (_, exact), exact_slope = out["float32"]
+    (_, rough), rough_slope = out["bfloat16"]
+    # 8 bits of mantissa: relative errors of 2^-9 a rounding, a handful of roundings a layer.
+    for a, b in zip(exact, rough):
+        assert b.dtype == jnp.float32 and 0 < float(jnp.abs(a - b).max()) < 0.02
+    for a, b in zip(jax.tree.leaves(exact_slope), jax.tree.leaves(rough_slope)):
+        assert b.dtype == jnp.float32
+        assert float(jnp.vdot(a, b) / jnp.linalg.norm(a) / jnp.linalg.norm(b)) > 0.995

@@ -30,6 +30,7 @@ class Config(NamedTuple):
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     tied: bool = True
+    dtype: str = "float32"  # of activations and products; weights, softmax, norms and log-probabilities stay float32
 
 
 class Frozen(nnx.Module):
@@ -102,10 +103,20 @@ class Transformer(Frozen):
         return self.embed[...] if self.config.tied else self.head[...]
 
 
+def cast(tree, config: Config):
+    """The weights in the type of the computation; where that is theirs, the weights themselves."""
+    return jax.tree.map(lambda x: x.astype(config.dtype), tree)
+
+
+def product(equation: str, *arrays: Array) -> Array:
+    """An einsum whose sums and result are float32, whatever the type of the arrays."""
+    return jnp.einsum(equation, *arrays, preferred_element_type=jnp.float32)
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / √(mean x² + ε) · w over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)).astype(x.dtype) * weight
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)).astype(x.dtype) * weight.astype(x.dtype)
 
 
 def rope(x_PNHd: Array, position_PN: Array, theta: float) -> Array:
@@ -126,7 +137,7 @@ def _grouped(q, kv_heads):
 def prompt_attention(q_PSHd, k_PSKd, v_PSKd) -> Array:
     """Causal attention within the prompt, [P, S, H, hd]. Padding needs no mask: it stands behind every real query."""
     q = _grouped(q_PSHd, k_PSKd.shape[-2])
-    score = jnp.einsum("pskrd,ptkd->pkrst", q, k_PSKd).astype(jnp.float32)
+    score = product("pskrd,ptkd->pkrst", q, k_PSKd)
     causal = jnp.tril(jnp.ones(score.shape[-2:], bool))
     weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PSKd.dtype)
     return rearrange(jnp.einsum("pkrst,ptkd->pskrd", weight, v_PSKd), "p s k r d -> p s (k r) d")
@@ -146,8 +157,8 @@ def response_attention(q_PGQHd, prompt_k, prompt_v, prompt_mask_PS, own_k, own_v
         [P, G, Q, H, hd].
     """
     q = _grouped(q_PGQHd, own_k.shape[-2])
-    to_prompt = jnp.einsum("pgqkrd,pskd->pgkrqs", q, prompt_k).astype(jnp.float32)
-    to_own = jnp.einsum("pgqkrd,pgukd->pgkrqu", q, own_k).astype(jnp.float32)
+    to_prompt = product("pgqkrd,pskd->pgkrqs", q, prompt_k)
+    to_own = product("pgqkrd,pgukd->pgkrqu", q, own_k)
     to_prompt = jnp.where(prompt_mask_PS[:, None, None, None, None, :], to_prompt, -jnp.inf)
     to_own = jnp.where(own_mask_QU, to_own, -jnp.inf)
     top = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
@@ -162,7 +173,7 @@ def response_attention(q_PGQHd, prompt_k, prompt_v, prompt_mask_PS, own_k, own_v
 
 def embed(model: Transformer, ids: Array) -> Array:
     """[..., D] token embeddings."""
-    return model.embed[...][ids]
+    return cast(model.embed[...][ids], model.config)
 
 
 def apply(model: Transformer, group: Group, adapter=None, route_P: Array | None = None, *, remat: bool = True):
@@ -191,7 +202,7 @@ def apply(model: Transformer, group: Group, adapter=None, route_P: Array | None 
         return x[:, :S], rearrange(x[:, S:], "p (g t) ... -> p g t ...", g=G)
 
     def layer(x_PND, block_and_adapter):
-        block, low = block_and_adapter
+        block, low = cast(block_and_adapter, config)
         q, k, v = block.qkv(config, x_PND, position_PN, low, route_P)
         (q_s, q_t), (k_s, k_t), (v_s, v_t) = split(q), split(k), split(v)
         attended_s = prompt_attention(q_s, k_s, v_s)
@@ -211,6 +222,7 @@ def prefill(model: Transformer, prompt_PS: Array):
     position_PS = jnp.broadcast_to(jnp.arange(prompt_PS.shape[1]), prompt_PS.shape)
 
     def layer(x_PSD, block):
+        block = cast(block, config)
         q, k, v = block.qkv(config, x_PSD, position_PS, {}, None)
         return block.finish(config, x_PSD, prompt_attention(q, k, v), {}, None), (k, v)
 
@@ -234,14 +246,15 @@ class DecodeBlock(NamedTuple):
 
 def fuse(model: Transformer) -> DecodeBlock:
     """The model's blocks with q, k, v joined and gate, up joined."""
-    w = {name: getattr(model.blocks, name)[...] for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    blocks = cast(model.blocks, model.config)
+    w = {name: getattr(blocks, name)[...] for name in ("q", "k", "v", "o", "gate", "up", "down")}
     return DecodeBlock(
         qkv=jnp.concatenate([w["q"], w["k"], w["v"]], axis=1),
         o=w["o"],
         gate_up=jnp.concatenate([w["gate"], w["up"]], axis=1),
         down=w["down"],
-        attn_norm=model.blocks.attn_norm[...],
-        mlp_norm=model.blocks.mlp_norm[...],
+        attn_norm=blocks.attn_norm[...],
+        mlp_norm=blocks.mlp_norm[...],
     )
 
 
@@ -319,7 +332,8 @@ def token_logprobs(
     P, G, T, D = response_PGTD.shape
     first = jnp.broadcast_to(first_PD[:, None, None], (P, G, 1, D))
     predictor_ND = jnp.concatenate([first, response_PGTD[:, :, :-1]], axis=2).reshape(-1, D)
-    logp_N, entropy_N = logprobs(model.unembed, predictor_ND, group.response.reshape(-1), temperature, chunk)
+    unembed_VD = cast(model.unembed, model.config)
+    logp_N, entropy_N = logprobs(unembed_VD, predictor_ND, group.response.reshape(-1), temperature, chunk)
     return logp_N.reshape(P, G, T), entropy_N.reshape(P, G, T)
 
 
@@ -335,7 +349,7 @@ def logprobs(unembed_VD, hidden_ND, target_N, temperature: float, chunk: int):
 
 def _row_logprobs(unembed_VD, h_ND, target_N, temperature):
     """Of one chunk: log-probabilities, entropies, and the probabilities [N, V]."""
-    logit_NV = jnp.einsum("nd,vd->nv", h_ND, unembed_VD).astype(jnp.float32) / temperature
+    logit_NV = product("nd,vd->nv", h_ND, unembed_VD) / temperature
     norm_N = jax.nn.logsumexp(logit_NV, axis=-1)
     probability_NV = jnp.exp(logit_NV - norm_N[:, None])
     entropy_N = norm_N - jnp.einsum("nv,nv->n", probability_NV, logit_NV)
@@ -354,7 +368,7 @@ def _by_chunk(function, chunk: int, *arrays):
 def _logprobs_forward(unembed_VD, hidden_ND, target_N, temperature, chunk):
     def one(h, y):
         logp, entropy, probability = _row_logprobs(unembed_VD, h, y, temperature)
-        mean_ND = jnp.einsum("nv,vd->nd", probability.astype(unembed_VD.dtype), unembed_VD)
+        mean_ND = product("nv,vd->nd", probability.astype(unembed_VD.dtype), unembed_VD)
         return logp, entropy, (unembed_VD[y] - mean_ND) / temperature
 
     logp, entropy, slope_ND = _by_chunk(one, chunk, hidden_ND, target_N)
