@@ -47,11 +47,18 @@ def prepare(config: ConfigDict) -> Context:
     tokens = Text(hf.load_tokenizer(policy_path), config.policy.system)
     return Context(
         config=config,
-        model=llama.from_hf(hf.read_tensors(policy_path), model_config),
+        model=committed(llama.from_hf(hf.read_tensors(policy_path), model_config)),
         text=tokens,
         embedder=encoder.TextEmbedder.from_folder(encoder_path, config.encoder.max_tokens),
         examples=examples.tokenise(by_split, tokens, config),
     )
+
+
+def committed(tree: PyTree) -> PyTree:
+    """The tree with its jax arrays bound to the device, as the results of jitted functions are: else each function
+    would be compiled twice, for the first step's free arrays and for all others."""
+    device = jax.devices()[0]
+    return jax.tree.map(lambda x: jax.device_put(x, device) if isinstance(x, jax.Array) else x, tree)
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -116,7 +123,7 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, wri
     """
     # ---------------------------------------------------------------------------------------- start, or go on
     checkpoints = Checkpoints(workdir / "checkpoints" / name, config.checkpoint.keep)
-    state = stage.init()
+    state = committed(stage.init())
     done = checkpoints.latest() or 0
     if done:
         state = checkpoints.restore(state)

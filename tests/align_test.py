@@ -128,3 +128,26 @@ def test_full_tuning_and_adapters_start_from_the_reference():
         _, scalars = align.loss(model, policy, config, params, (group, advantage, old, old))
         np.testing.assert_allclose(scalars["kl"], 0, atol=1e-9, err_msg=name)
         jax.tree.map(np.testing.assert_array_equal, policy.merged(model, params), model)
+
+
+@pytest.mark.parametrize("tune", POLICIES)
+def test_memory_does_not_grow_with_tokens_times_vocabulary(tune):
+    # What a vocabulary of 16,384 adds to the update's temporary memory: a chunk of logits, and where the embedding is
+    # trained its gradient; at 512 tokens nothing, as attention needs more by then. The logits of all 4 x 512 tokens
+    # would be 134 MB, and more than attention takes.
+    def temporary(vocab, T):
+        model = jax.eval_shape(lambda: transformer.Transformer(tiny().config._replace(vocab=vocab), jax.random.key(0)))
+        group = jax.eval_shape(lambda: random_group(P=1, G=4, T=T))
+        policy, config = POLICIES[tune], default()
+        params = jax.eval_shape(lambda m: policy.init(config.policy, m, jax.random.key(0)), model)
+        value = jax.ShapeDtypeStruct((1, 4, T), jnp.float32)
+        data = (group, jax.ShapeDtypeStruct((1, 4), jnp.float32), value, value)
+
+        @jax.jit
+        def slope(params, model, data):
+            return jax.grad(lambda p: align.loss(model, policy, config, p, data)[0])(params)
+
+        return slope.lower(params, model, data).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = (temporary(16_384, T) - temporary(128, T) for T in (64, 512))
+    assert 0 < short and long < 1.1 * short

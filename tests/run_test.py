@@ -1,8 +1,10 @@
 """Whole runs on a random two-layer model, as a user starts them: to the report, killed and resumed, and refused."""
 
+import collections
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +106,19 @@ def test_a_run_killed_in_each_stage_ends_with_the_same_bits(whole, policy, tmp_p
     done = start(policy, workdir)
     assert done.returncode == 0, done.stderr[-3000:]
     same_run(whole[0], workdir)
+
+
+# Functions that hold the model, and for how many shapes a run calls them; the sampler: in irl, align and evals.
+USES = {"sample": 3, "logprobs": 1, "score": 2, "updated": 2, "token_scores": 2, "merge": 1}
+
+
+def test_a_run_compiles_each_function_once_for_each_use(policy, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    flags = ("--config.irl.steps=6", "--config.align.steps=6", "--config.compilation_cache=")
+    done = start(policy, tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = collections.Counter(re.findall(r"Finished XLA compilation of jit\((\w+)\)", done.stderr))
+    assert {name: compiled[name] for name in USES} == USES
 
 
 def test_another_seed_is_another_run(whole, policy, tmp_path):
