@@ -162,16 +162,6 @@ def test_starter_set_keeps_its_rules():
     assert [r.id for r in everything if "####" in r.draft + r.response] == []
 
 
-def test_starter_set_does_not_tell_harm_by_the_form_of_the_request():
-    # Where harmful prompts are orders and harmless ones questions, a policy learns to refuse orders.
-    train = [r for r in records.read("starter", CATEGORIES) if r.split == "train"]
-    share = {
-        harmless: np.mean([r.prompt.rstrip().endswith("?") for r in train if (r.category == "harmless") == harmless])
-        for harmless in (True, False)
-    }
-    assert abs(share[True] - share[False]) < 0.1
-
-
 def test_starter_set_follows_the_categories_in_use():
     found = {r.category for r in records.read("starter", ["insult", "mental_health"])}
     assert found == {"insult", "mental_health"}
