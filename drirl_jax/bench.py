@@ -36,7 +36,7 @@ PHASES = ("rollout", "reference", "rewards", "hardness", "update")
 
 
 class Machine(NamedTuple):
-    """What was measured of the machine: float operations a second of a matrix product, bytes a second of a copy."""
+    """What was measured of the machine: float operations a second of a matrix product, bytes a second of a read."""
 
     flops: float
     bandwidth: float
@@ -104,13 +104,13 @@ def fastest(function: Callable, *args, repeats: int = 7) -> float:
 
 
 def measure_machine(model: transformer.Config) -> Machine:
-    """The best rate of a matrix product of this model's shapes, and of a copy of 256 MiB."""
+    """The best rate of a matrix product of this model's shapes, and of a product that reads 256 MiB once."""
     rates = []
     for rows, inner, out in ((2048, model.width, model.ffn), (2048, model.ffn, model.width), (2048, 2048, 2048)):
         a, w = jnp.full((rows, inner), 0.5), jnp.full((out, inner), 0.5)
         rates.append(2 * rows * inner * out / fastest(jax.jit(lambda a, w: a @ w.T), a, w))
-    block = jnp.zeros(64 * 2**20)
-    return Machine(max(rates), 2 * block.nbytes / fastest(jax.jit(lambda x: x + 1), block))
+    matrix, vector = jnp.zeros((8192, 8192)), jnp.zeros(8192)
+    return Machine(max(rates), matrix.nbytes / fastest(jax.jit(jnp.matmul), matrix, vector))
 
 
 def peak_memory() -> int:
@@ -184,7 +184,7 @@ def run(config: ConfigDict, steps: int, prompt: int | None = None) -> dict:
 
 
 def table(result: dict) -> str:
-    """The figures as text: milliseconds of each phase, its floor and what share of the time the floor is."""
+    """The figures as text: seconds of each phase, its floor and what share of the time the floor is."""
     shape, machine, step = result["shape"], result["machine"], result["seconds"]["step"]
     lines = [
         f"{result['device']}, jax {result['jax']}: {machine['flops'] / 1e9:.0f} GFLOP/s, "
