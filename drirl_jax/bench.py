@@ -1,6 +1,6 @@
 """How long the parts of an alignment step take, and how near that comes to what the machine can do.
 
-python -m drirl_jax.bench --config configs/bench.py [--config.align.group=4] [--steps 5] [--json bench.json]
+python -m drirl_jax.bench --config configs/bench.py [--shape S=64] [--grow G=1,2,4,8] [--steps 5] [--json bench.json]
 """
 
 from __future__ import annotations
@@ -29,9 +29,18 @@ from drirl_jax.stages import align, irl
 from drirl_jax.types import InputError
 
 STEPS = flags.DEFINE_integer("steps", 5, "Steps to time, after two that are not.", lower_bound=1)
-PROMPT = flags.DEFINE_integer("prompt", None, "Bring every prompt to this many tokens, repeated or cut.", lower_bound=1)
+SHAPE = flags.DEFINE_list("shape", [], "Letters of SHAPES with a value each, as S=64,G=4.")
+GROW = flags.DEFINE_list("grow", [], "One letter with several values, as G=1,2,4: how the cost grows with it.")
 JSON = flags.DEFINE_string("json", None, "Write the figures to this file too.")
 
+SHAPES = {
+    "P": "prompts a step",
+    "S": "tokens to which every prompt is brought, repeated or cut",
+    "G": "responses a prompt",
+    "T": "most tokens of a response",
+    "C": "rewards in the bank",
+    "D": "width of the policy, which then has random weights",
+}
 PHASES = ("rollout", "reference", "rewards", "hardness", "update")
 
 
@@ -129,19 +138,39 @@ def of_length(by_split: dict[str, Examples], length: int) -> dict[str, Examples]
     return {split: stretched(examples) for split, examples in by_split.items()}
 
 
-def run(config: ConfigDict, steps: int, prompt: int | None = None) -> dict:
+def widened(model: transformer.Transformer, width: int) -> transformer.Transformer:
+    """A random model of this width, its key heads and MLP in proportion; heads stay as wide and as many to a key head,
+    and layers and vocabulary are the model's."""
+    c = model.config
+    kv_heads = max(c.kv_heads * width // c.width, 1)
+    heads = kv_heads * c.heads // c.kv_heads
+    wide = c._replace(width=width, heads=heads, kv_heads=kv_heads, ffn=c.ffn * width // c.width)
+    return transformer.Transformer(wide, jax.random.key(0))
+
+
+def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> dict:
     """Times the train loop's own collect and update of the align stage, with rewards that have learnt nothing.
+
+    Args:
+        config: of the run; its IRL stage is not run.
+        steps: to time, of each kind: those that wait after each phase, and whole ones.
+        shape: letters of SHAPES and their values, instead of what the config says.
 
     Returns:
         {"seconds": phase or "step" -> median, "all": the same -> list, "floor": phase -> seconds, "step_floor",
          "tokens": sampled tokens a step, "tokens_per_second": of the rollout, "peak_bytes", "machine", "shape",
          "device", "jax"}. "step" is timed without waiting between phases, so it may be less than their sum.
     """
-    clock = Clock()
+    clock, shape = Clock(), shape or {}
+    keys = {"P": "align.batch", "G": "align.group", "T": "sampler.max_new"}
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({keys[letter]: value for letter, value in shape.items() if letter in keys})
     context = dataclasses.replace(train.prepare(config), clock=clock)
-    if prompt:
-        context = dataclasses.replace(context, examples=of_length(context.examples, prompt))
-    fresh = irl.init_rewards(context)
+    if "S" in shape:
+        context = dataclasses.replace(context, examples=of_length(context.examples, shape["S"]))
+    if "D" in shape:
+        context = dataclasses.replace(context, model=train.committed(widened(context.model, shape["D"])))
+    fresh = irl.init_rewards(context, shape.get("C"))
     stage = align.make(context, reward.Bank(fresh, mean=fresh.bias, std=jnp.ones_like(fresh.bias)))
     state = stage.init()
     tuned = sum(x.size for x in jax.tree.leaves(state.train.params))
@@ -161,12 +190,12 @@ def run(config: ConfigDict, steps: int, prompt: int | None = None) -> dict:
         elif number >= 2:
             for phase in PHASES:
                 times[phase].append(clock.seconds.get(phase, 0.0))
-    shape = Shape(
+    used = Shape(
         config.align.batch, context.examples["train"].prompt.shape[1], config.align.group, config.sampler.max_new
     )
     machine = measure_machine(context.model.config)
     size = sum(x.size for x in jax.tree.leaves(context.model))
-    bound = floor(context.model.config, shape, machine, size=size, tuned=tuned)
+    bound = floor(context.model.config, used, machine, size=size, tuned=tuned)
     seconds = {phase: statistics.median(values) for phase, values in times.items()}
     return {
         "seconds": seconds,
@@ -177,7 +206,7 @@ def run(config: ConfigDict, steps: int, prompt: int | None = None) -> dict:
         "tokens_per_second": statistics.median(tokens) / seconds["rollout"],
         "peak_bytes": peak_memory(),
         "machine": machine._asdict(),
-        "shape": shape._asdict(),
+        "shape": used._asdict(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
@@ -202,14 +231,54 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def exponent(values: list[int], seconds: list[float]) -> float:
+    """k of the power law seconds ~ value^k that fits best, by least squares of the logarithms."""
+    return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
+
+
+def growth(letter: str, results: dict[int, dict]) -> str:
+    """A table of the phases' seconds at each value of a letter, and the exponent of each phase."""
+    phases = (*PHASES, "step")
+    lines = ["".join(f"{name:>11}" for name in (letter, *phases, "peak GiB"))]
+    for value, result in results.items():
+        seconds = [result["seconds"][phase] for phase in phases]
+        lines.append(f"{value:11}" + "".join(f"{x:11.3f}" for x in (*seconds, result["peak_bytes"] / 2**30)))
+    fits = [exponent(list(results), [r["seconds"][phase] for r in results.values()]) for phase in phases]
+    return "\n".join([*lines, f"{'exponent':>11}" + "".join(f"{k:11.2f}" for k in fits)])
+
+
+def pairs(name: str, text: list[str]) -> tuple[list[str], list[int]]:
+    """Letters and values of a flag such as S=64,G=4, or G=1,2,4, where a value without a letter keeps the last one.
+
+    Raises:
+        InputError: a letter that SHAPES lacks, or a value that is no positive whole number.
+    """
+    letters, values = [], []
+    for item in text:
+        letter, _, value = item.rpartition("=")
+        letters.append(letter or (letters[-1] if letters else ""))
+        if letters[-1] not in SHAPES or not value.isdigit() or int(value) < 1:
+            known = ", ".join(f"{k} ({v})" for k, v in SHAPES.items())
+            raise InputError(f"--{name} has {item!r}: give a letter, = and a whole number above 0; letters: {known}.")
+        values.append(int(value))
+    return letters, values
+
+
 def main(argv: list[str]) -> None:
     try:
         if command.CONFIG.value is None:
             raise InputError(f"--config is missing: {__doc__.splitlines()[2]}")
-        result = run(command.CONFIG.value, STEPS.value, PROMPT.value)
+        shape = dict(zip(*pairs("shape", SHAPE.value)))
+        letters, values = pairs("grow", GROW.value)
+        if len(set(letters)) > 1 or len(set(values)) != len(values) or len(values) == 1:
+            raise InputError(f"--grow is {','.join(GROW.value)}: give one letter and two or more values, as G=1,2,4.")
+        if values:
+            result = {value: run(command.CONFIG.value, STEPS.value, shape | {letters[0]: value}) for value in values}
+        else:
+            result = run(command.CONFIG.value, STEPS.value, shape)
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")
-    print(table(result))
+    print(growth(letters[0], result) if values else table(result))
     if JSON.value:
         pathlib.Path(JSON.value).write_text(json.dumps(result, indent=1) + "\n")
 

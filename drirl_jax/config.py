@@ -231,8 +231,9 @@ def validate(config: ConfigDict) -> None:
     )
     need(config.grpo.beta_kl >= 0, f"config.grpo.beta_kl is {config.grpo.beta_kl}: it must not be negative.")
     need(
-        config.align.group > 1,
-        "config.align.group is 1: a group-relative advantage needs at least 2 responses.",
+        config.align.group > 1 or config.grpo.demonstration != "apart",
+        "config.align.group is 1: a group-relative advantage needs at least 2 responses, or the demonstration in the "
+        "group (config.grpo.demonstration).",
     )
     for key in ("irl", "align"):
         batch, parts = config[key].batch, config[key].accumulate

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from drirl_jax import bench
 from drirl_jax.models.transformer import Config
@@ -39,7 +40,7 @@ def test_the_floor_takes_the_slower_of_operations_and_bytes():
 
 def test_the_command(policy, tmp_path):
     file = tmp_path / "bench.json"
-    arguments = [f"--config={ROOT / 'configs/tiny.py'}", f"--config.policy.init={policy}", "--steps=1", "--prompt=50"]
+    arguments = [f"--config={ROOT / 'configs/tiny.py'}", f"--config.policy.init={policy}", "--steps=1", "--shape=S=50"]
     command = [sys.executable, "-m", "drirl_jax.bench", *arguments, f"--json={file}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -47,3 +48,23 @@ def test_the_command(policy, tmp_path):
     assert result["shape"] == {"P": 8, "S": 50, "G": 4, "T": 12}
     for phase in (*bench.PHASES, "step"):
         assert result["seconds"][phase] > 0 and phase in done.stdout
+
+
+def test_growth_on_a_tiny_model(policy):
+    arguments = [f"--config={ROOT / 'configs/tiny.py'}", f"--config.policy.init={policy}", "--steps=1"]
+    command = [sys.executable, "-m", "drirl_jax.bench", *arguments, "--shape=S=50,T=4", "--grow=C=8,16"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[0][0] == "C" and [row[0] for row in rows[1:]] == ["8", "16", "exponent"]
+
+
+def test_exponents():
+    np.testing.assert_allclose(bench.exponent([1, 2, 8], [3.0, 12.0, 192.0]), 2)
+
+
+@pytest.mark.parametrize("flag", ["--shape=Q=3", "--shape=S=-3", "--grow=4,8", "--grow=G=4", "--grow=G=2,T=4"])
+def test_bad_shapes_are_refused_with_a_sentence(flag):
+    arguments = [f"--config={ROOT / 'configs/tiny.py'}", flag]
+    done = subprocess.run([sys.executable, "-m", "drirl_jax.bench", *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("drirl_jax: --")

@@ -51,10 +51,10 @@ def token(score_PGT: Array, pairs: Pairs, beta: float) -> Array:
 LOSSES = {"logistic": logistic, "token": token}
 
 
-def init_rewards(context: Context) -> reward.Rewards:
-    """Fresh rewards of the kind that config.reward names."""
+def init_rewards(context: Context, categories: int | None = None) -> reward.Rewards:
+    """Fresh rewards of the kind that config.reward names, one for each category unless their number is given."""
     c = context.config.reward
-    categories = len(context.config.data.categories)
+    categories = categories or len(context.config.data.categories)
     key = context.key("rewards")
     return reward.KINDS[c.kind](context.model, key, categories, rank=c.rank, alpha=c.alpha, targets=c.targets)
 
