@@ -17,6 +17,8 @@ from drirl_jax.models.transformer import Transformer
 from drirl_jax.types import Array, length_mask
 
 FINISH = ("length", "stop")  # what the values of Rollout.finish mean
+COMPACT = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # see `sample`
+FEWEST, SHORTEST = 4, 48  # fewer rows take as long as these, and shorter responses do not repay the compiling
 
 
 class Rollout(NamedTuple):
@@ -60,7 +62,41 @@ def sample_categorical(uniform_N2: Array, logit_NV: Array, chunk: int = 256) -> 
     return (chosen_N * chunk + pick(inside_NK, uniform_N2[:, 1])).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("max_new", "temperature", "eos"))
+class Slots(NamedTuple):
+    """The rows that a decoding loop works on: B of each of A prompts, and what they attend to.
+
+    Attributes:
+        row: [A, B] int32, which row of the whole batch each is.
+        prompt_len, prompt_mask: [A] and [A, S].
+        prompt_cache: keys and values of the prompts, each [L, A, S, KV, hd].
+        own_cache: those of the responses, each [L, A, B, T, KV, hd].
+    """
+
+    row: Array
+    prompt_len: Array
+    prompt_mask: Array
+    prompt_cache: tuple[Array, Array]
+    own_cache: tuple[Array, Array]
+
+
+def compacted(slots: Slots, done_N: Array, size: int) -> Slots:
+    """The `size` slots whose rows have not ended (and some that have, if those are fewer), each with its own prompt."""
+    B = slots.row.shape[1]
+    keep_C = jnp.argsort(done_N[slots.row.reshape(-1)], stable=True)[:size]
+
+    def gathered(cache):
+        return cache.reshape(cache.shape[0], -1, *cache.shape[3:])[:, keep_C, None]
+
+    return Slots(
+        slots.row.reshape(-1)[keep_C, None],
+        slots.prompt_len[keep_C // B],
+        slots.prompt_mask[keep_C // B],
+        jax.tree.map(lambda cache: cache[:, keep_C // B], slots.prompt_cache),
+        jax.tree.map(gathered, slots.own_cache),
+    )
+
+
+@partial(jax.jit, static_argnames=("max_new", "temperature", "eos", "compact"))
 def sample(
     model: Transformer,
     prompt_PS: Array,
@@ -70,6 +106,7 @@ def sample(
     max_new: int,
     temperature: float,
     eos: tuple[int, ...],
+    compact: tuple[float, ...] = COMPACT,
 ) -> Rollout:
     """Samples a group of responses for every prompt.
 
@@ -80,65 +117,77 @@ def sample(
         max_new: T, the most tokens a response may have.
         temperature: of the softmax; 0 takes the most likely token (log-probabilities then at temperature 1).
         eos: ids that end a response.
+        compact: falling shares of the batch's rows. When no more than that share of them goes on, decoding goes on
+            with these rows alone, so that the others are not paid for. Each share is one more loop to compile.
     """
     P, G = key_PG.shape
-    config = model.config
-    prompt_mask_PS = length_mask(prompt_len_P, prompt_PS.shape[1])
+    N, config, key_N = P * G, model.config, key_PG.reshape(-1)
     hidden_PSD, prompt_cache = transformer.prefill(model, prompt_PS)
     fused, unembed_VD = transformer.fuse(model), transformer.cast(model.unembed, config)
-    first_PGD = jnp.broadcast_to(transformer.last_real(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
 
-    def choose(hidden_PGD, t):
-        logit_NV = transformer.product("pgd,vd->pgv", hidden_PGD, unembed_VD).reshape(P * G, -1) / (temperature or 1.0)
+    def choose(hidden_CD, t, key_C):
+        logit_CV = transformer.product("cd,vd->cv", hidden_CD, unembed_VD) / (temperature or 1.0)
         if temperature:
-            uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t), (2,)))(key_PG.reshape(-1))
-            token_N = sample_categorical(uniform, logit_NV)
+            uniform_C2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(key_C)
+            token_C = sample_categorical(uniform_C2, logit_CV)
         else:
-            token_N = jnp.argmax(logit_NV, axis=-1).astype(jnp.int32)
-        picked_N = jnp.take_along_axis(logit_NV, token_N[:, None], axis=-1)[:, 0]
-        logp_N = picked_N - jax.nn.logsumexp(logit_NV, axis=-1)
-        return token_N.reshape(P, G), logp_N.reshape(P, G)
+            token_C = jnp.argmax(logit_CV, axis=-1).astype(jnp.int32)
+        picked_C = jnp.take_along_axis(logit_CV, token_C[:, None], axis=-1)[:, 0]
+        return token_C, picked_C - jax.nn.logsumexp(logit_CV, axis=-1)
 
-    def record(state, t, hidden_PGD):
-        rollout, done_PG, own_cache = state
-        token_PG, logp_PG = choose(hidden_PGD, t)
-        token_PG = jnp.where(done_PG, eos[0], token_PG)
-        ends_PG = ~done_PG & jnp.isin(token_PG, jnp.array(eos))
+    def record(rollout, done_N, t, hidden_ABD, row_AB):
+        row_C = row_AB.reshape(-1)
+        token_C, logp_C = choose(hidden_ABD.reshape(-1, config.width), t, key_N[row_C])
+        done_C = done_N[row_C]
+        token_C = jnp.where(done_C, eos[0], token_C)
+        ends_C = ~done_C & jnp.isin(token_C, jnp.array(eos))
         rollout = Rollout(
-            response=rollout.response.at[:, :, t].set(token_PG),
-            response_len=rollout.response_len + ~done_PG,
-            finish=rollout.finish + ends_PG,
-            logp=rollout.logp.at[:, :, t].set(jnp.where(done_PG, 0.0, logp_PG)),
+            response=rollout.response.at[row_C, t].set(token_C),
+            response_len=rollout.response_len.at[row_C].add(~done_C),
+            finish=rollout.finish.at[row_C].add(ends_C),
+            logp=rollout.logp.at[row_C, t].set(jnp.where(done_C, 0.0, logp_C)),
         )
-        return rollout, done_PG | ends_PG, own_cache
+        return rollout, done_N.at[row_C].set(done_C | ends_C)
 
-    def step(carry):
-        t, (rollout, done_PG, own_cache) = carry
-        hidden_PGD, own_cache = transformer.decode(
-            model,
-            fused,
-            rollout.response[:, :, t - 1],
-            t - 1,
-            prompt_len_P,
-            prompt_mask_PS,
-            prompt_cache,
-            own_cache,
-        )
-        return t + 1, record((rollout, done_PG, own_cache), t, hidden_PGD)
+    def decode_until(few: int, slots: Slots, t, rollout, done_N):
+        """Decodes until at most `few` rows go on."""
+
+        def step(carry):
+            t, rollout, done_N, own_cache = carry
+            hidden_ABD, own_cache = transformer.decode(
+                model, fused, rollout.response[slots.row, t - 1], t - 1,
+                slots.prompt_len, slots.prompt_mask, slots.prompt_cache, own_cache,
+            )  # fmt: skip
+            return t + 1, *record(rollout, done_N, t, hidden_ABD, slots.row), own_cache
+
+        def goes_on(carry):
+            return (carry[0] < max_new) & (jnp.sum(~carry[2]) > few)
+
+        t, rollout, done_N, own_cache = jax.lax.while_loop(goes_on, step, (t, rollout, done_N, slots.own_cache))
+        return slots._replace(own_cache=own_cache), t, rollout, done_N
 
     kv_shape = (config.layers, P, G, max_new, config.kv_heads, config.head_dim)
+    slots = Slots(
+        jnp.arange(N).reshape(P, G),
+        prompt_len_P,
+        length_mask(prompt_len_P, prompt_PS.shape[1]),
+        prompt_cache,
+        (jnp.zeros(kv_shape, hidden_PSD.dtype), jnp.zeros(kv_shape, hidden_PSD.dtype)),
+    )
     empty = Rollout(
-        response=jnp.full((P, G, max_new), eos[0], jnp.int32),
-        response_len=jnp.zeros((P, G), jnp.int32),
-        finish=jnp.zeros((P, G), jnp.int32),
-        logp=jnp.zeros((P, G, max_new)),
+        response=jnp.full((N, max_new), eos[0], jnp.int32),
+        response_len=jnp.zeros(N, jnp.int32),
+        finish=jnp.zeros(N, jnp.int32),
+        logp=jnp.zeros((N, max_new)),
     )
-    own_cache = (jnp.zeros(kv_shape, hidden_PSD.dtype), jnp.zeros(kv_shape, hidden_PSD.dtype))
-    state = record((empty, jnp.zeros((P, G), bool), own_cache), 0, first_PGD)
-    _, (rollout, _, _) = jax.lax.while_loop(
-        lambda carry: (carry[0] < max_new) & ~jnp.all(carry[1][1]), step, (1, state)
-    )
-    return rollout
+    first_PGD = jnp.broadcast_to(transformer.last_real(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
+    state = (jnp.ones((), jnp.int32), *record(empty, jnp.zeros(N, bool), 0, first_PGD, slots.row))
+    sizes = [int(share * N) for share in compact if share * N >= FEWEST and max_new >= SHORTEST]
+    for size in sizes:
+        slots, *state = decode_until(size, slots, *state)
+        slots = compacted(slots, state[2], size)
+    _, _, rollout, _ = decode_until(0, slots, *state)
+    return jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), rollout)
 
 
 def row_keys(key: Array, prompt_index_P: Array, group: int) -> Array:

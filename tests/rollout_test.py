@@ -13,10 +13,11 @@ from drirl_jax.types import Group
 EOS = (3, 11)
 
 
-def draw(model, group, *, temperature=1.0, T=6, seed=0, G=3, index=None):
+def draw(model, group, *, temperature=1.0, T=6, seed=0, G=3, index=None, **options):
     index = jnp.arange(group.prompt.shape[0]) if index is None else index
     keys = rollout.row_keys(jax.random.key(seed), index, G)
-    return rollout.sample(model, group.prompt, group.prompt_len, keys, max_new=T, temperature=temperature, eos=EOS)
+    options = {"max_new": T, "temperature": temperature, "eos": EOS} | options
+    return rollout.sample(model, group.prompt, group.prompt_len, keys, **options)
 
 
 def sharpened(seed=0):
@@ -59,6 +60,19 @@ def test_end_of_sequence_is_kept_and_ends_the_row():
             assert (np.asarray(out.logp)[p, g, length[p, g] :] == 0).all()
             stopped += inside[-1]
     assert 0 < stopped
+
+
+def test_compaction_changes_nothing():
+    model, group = tiny(), random_group(P=4)
+    eos = tuple(range(3, tiny().config.vocab, 9))
+    plain = draw(model, group, T=50, G=8, eos=eos, compact=())
+    compacted = draw(model, group, T=50, G=8, eos=eos)
+    length = np.sort(np.asarray(plain.response_len).ravel())
+    # Rows end one after the other, some last for long: every share of the batch is passed, and work is left after.
+    assert length[0] < length[8] < length[16] < length[20] < length[-4] < length[-1]
+    for before, after in zip(plain[:3], compacted[:3]):
+        np.testing.assert_array_equal(before, after)
+    np.testing.assert_allclose(plain.logp, compacted.logp, atol=1e-5)
 
 
 def test_rows_depend_on_seed_and_index_and_not_on_the_batch():
