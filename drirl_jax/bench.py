@@ -41,7 +41,7 @@ SHAPES = {
     "C": "rewards in the bank",
     "D": "width of the policy, which then has random weights",
 }
-PHASES = ("rollout", "reference", "rewards", "hardness", "update")
+PHASES = ("rollout", "trunk", "reference", "rewards", "hardness", "update")
 
 
 class Machine(NamedTuple):
@@ -78,25 +78,30 @@ def forward_flops(model: transformer.Config, shape: Shape, logits: bool = True) 
     )
 
 
-def floor(model: transformer.Config, shape: Shape, machine: Machine, *, size: int, tuned: int) -> dict[str, float]:
+def floor(
+    model: transformer.Config, shape: Shape, machine: Machine, *, size: int, tuned: int, shared: int = 0
+) -> dict[str, float]:
     """Least seconds of each phase: its operations at the measured rate, or its bytes where those take longer.
 
     Args:
         size, tuned: number of the model's parameters, and of those that are trained (float32).
+        shared: first layers that policy, reference and rewards pass together, as phase "trunk".
 
     Returns:
         phase -> seconds, for the phases that the model's own work bounds; hardness is not among them.
     """
     P, S, G, T = shape
-    forward = forward_flops(model, shape)
+    top, bottom = model._replace(layers=model.layers - shared), model._replace(layers=shared)
+    forward = forward_flops(top, shape)
     cache_row = 8 * model.layers * model.kv_heads * model.head_dim
     read = 4 * size * T + cache_row * P * G * sum(S + t + 1 for t in range(T - 1))
     # A frozen weight has no gradient of its own: forward, and the gradient of its input.
     passes = 3 if tuned == size else 2
     return {
-        "rollout": max(forward / machine.flops, read / machine.bandwidth),
+        "rollout": max(forward_flops(model, shape) / machine.flops, read / machine.bandwidth),
+        "trunk": forward_flops(bottom, shape._replace(G=G + 1), logits=False) / machine.flops,
         "reference": forward / machine.flops,
-        "rewards": forward_flops(model, shape._replace(G=G + 1), logits=False) / machine.flops,
+        "rewards": forward_flops(top, shape._replace(G=G + 1), logits=False) / machine.flops,
         "update": passes * forward / machine.flops + 7 * 4 * tuned / machine.bandwidth,
     }
 
@@ -195,7 +200,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     )
     machine = measure_machine(context.model.config)
     size = sum(x.size for x in jax.tree.leaves(context.model))
-    bound = floor(context.model.config, used, machine, size=size, tuned=tuned)
+    bound = floor(context.model.config, used, machine, size=size, tuned=tuned, shared=context.shared_layers)
     seconds = {phase: statistics.median(values) for phase, values in times.items()}
     return {
         "seconds": seconds,

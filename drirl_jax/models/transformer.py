@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -176,23 +177,67 @@ def embed(model: Transformer, ids: Array) -> Array:
     return cast(model.embed[...][ids], model.config)
 
 
-def apply(model: Transformer, group: Group, adapter=None, route_P: Array | None = None, *, remat: bool = True):
+@flax.struct.dataclass
+class Begun:
+    """A group on its way through the trunk: residual streams [P, S, D] and [P, G, T, D] behind the first `layers`."""
+
+    prompt: Array
+    response: Array
+    layers: int = flax.struct.field(pytree_node=False)
+
+    def members(self, chosen: slice) -> "Begun":
+        """The same for some of each prompt's responses."""
+        return self.replace(response=self.response[:, chosen])
+
+
+def begin(model: Transformer, group: Group, layers: int) -> Begun:
+    """The group behind the trunk's first `layers`: once for all adapters that leave these layers as they are."""
+    return _through(model, group, Begun(embed(model, group.prompt), embed(model, group.response), 0), layers)
+
+
+def apply(
+    model: Transformer,
+    group: Group,
+    adapter=None,
+    route_P: Array | None = None,
+    *,
+    begun: Begun | None = None,
+    remat: bool = True,
+):
     """Final hidden states of a group; the prompt is computed once for all its responses.
 
     Args:
         model: the trunk.
         group: prompts and responses, right-padded.
-        adapter: a LoRA adapter, or a bank of them with `route_P`; None for the trunk alone.
+        adapter: a LoRA adapter of all layers or of the last ones, or a bank of them with `route_P`; None for the trunk
+            alone.
         route_P: [P] int32, which adapter of the bank each prompt uses.
+        begun: what `begin` made of the same group, with no adapted layer; None to start from the tokens.
         remat: recompute activations in the backward pass, keeping the matrix products.
 
     Returns:
         ([P, S, D] prompt, [P, G, T, D] response) hidden states after the final norm; values at padding are
         finite and meaningless.
     """
-    config, adapter = model.config, adapter or {}
+    layers = model.config.layers
+    begun = begin(model, group, 0) if begun is None else begun
+    if adapter:
+        adapted = jax.tree.leaves(adapter)[0].shape[0]
+        begun = _through(model, group, begun, layers - adapted)
+    begun = _through(model, group, begun, layers, adapter or {}, route_P, remat)
+    return tuple(rms_norm(x, model.norm[...], model.config.norm_eps) for x in (begun.prompt, begun.response))
+
+
+def _through(
+    model: Transformer, group: Group, begun: Begun, last: int, adapter: dict = {}, route_P=None, remat=True
+) -> Begun:
+    """The group behind the first `last` layers; the adapter's layers are those that it passes here."""
+    config = model.config
+    if not begun.layers <= last <= config.layers:
+        raise ValueError(f"a group behind layer {begun.layers} cannot go on to layer {last} of {config.layers}")
+    if begun.layers == last:
+        return begun
     (P, S), (_, G, T) = group.prompt.shape, group.response.shape
-    ids_PN = jnp.concatenate([group.prompt, group.response.reshape(P, G * T)], axis=1)
     response_position = group.prompt_len[:, None] + jnp.tile(jnp.arange(T), G)
     position_PN = jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), response_position], axis=1)
     prompt_mask_PS = length_mask(group.prompt_len, S)
@@ -201,19 +246,24 @@ def apply(model: Transformer, group: Group, adapter=None, route_P: Array | None 
     def split(x):
         return x[:, :S], rearrange(x[:, S:], "p (g t) ... -> p g t ...", g=G)
 
+    def joined(x_s, x_t):
+        return jnp.concatenate([x_s, rearrange(x_t, "p g t ... -> p (g t) ...")], axis=1)
+
     def layer(x_PND, block_and_adapter):
         block, low = cast(block_and_adapter, config)
         q, k, v = block.qkv(config, x_PND, position_PN, low, route_P)
         (q_s, q_t), (k_s, k_t), (v_s, v_t) = split(q), split(k), split(v)
         attended_s = prompt_attention(q_s, k_s, v_s)
         attended_t = response_attention(q_t, k_s, v_s, prompt_mask_PS, k_t, v_t, causal_TT)
-        attended = jnp.concatenate([attended_s, rearrange(attended_t, "p g t h d -> p (g t) h d")], axis=1)
-        return block.finish(config, x_PND, attended, low, route_P), None
+        return block.finish(config, x_PND, joined(attended_s, attended_t), low, route_P), None
 
     if remat:
         layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    x_PND, _ = jax.lax.scan(layer, embed(model, ids_PN), (model.blocks, adapter))
-    return split(rms_norm(x_PND, model.norm[...], config.norm_eps))
+    blocks = model.blocks
+    if (begun.layers, last) != (0, config.layers):
+        blocks = jax.tree.map(lambda w: w[begun.layers : last], blocks)
+    x_PND, _ = jax.lax.scan(layer, joined(begun.prompt, begun.response), (blocks, adapter))
+    return Begun(*split(x_PND), layers=last)
 
 
 def prefill(model: Transformer, prompt_PS: Array):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from drirl_jax import losses, optimizer, scaling
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples
 from drirl_jax.models import reward, transformer
+from drirl_jax.models.transformer import Begun
 from drirl_jax.rollout import FINISH, Rollout
 from drirl_jax.stages.base import POLICIES, Context, Policy, Stage, State, by_category, draw, group_of
 from drirl_jax.text import SPLIT
@@ -51,23 +53,42 @@ def joined(group: Group, demo_PT: Array, demo_len_P: Array) -> Group:
     )
 
 
-@partial(jax.jit, static_argnames="temperature")
-def logprobs(model, group: Group, temperature: float) -> Array:
-    """[P, G, T] log-probabilities of the group under the model, here the reference."""
-    return transformer.token_logprobs(model, transformer.apply(model, group), group, temperature)[0]
+class Batch(NamedTuple):
+    """What an update learns from.
+
+    Attributes:
+        group: [P, M] responses: those that were sampled, and perhaps the demonstration.
+        advantage: [P, M] scaled advantages.
+        old_logp, ref_logp: [P, G, T] of the sampled ones under the sampler and the reference (None without a KL term).
+        begun: the group behind the trunk's layers that the policy leaves as they are; None if there are none.
+    """
+
+    group: Group
+    advantage: Array
+    old_logp: Array
+    ref_logp: Array | None
+    begun: Begun | None = None
 
 
+begin = jax.jit(transformer.begin, static_argnames="layers")
 score = jax.jit(reward.score)
 
 
-def loss(trunk, policy: Policy, config, params, batch: tuple[Group, Array, Array, Array]):
-    """GRPO's loss of a micro-batch (group, advantages, sampler's and reference's log-probabilities).
+@partial(jax.jit, static_argnames="temperature")
+def logprobs(model, group: Group, temperature: float, begun: Begun | None = None) -> Array:
+    """[P, G, T] log-probabilities of the group under the model, here the reference."""
+    hidden = transformer.apply(model, group, begun=begun)
+    return transformer.token_logprobs(model, hidden, group, temperature)[0]
+
+
+def loss(trunk, policy: Policy, config, params, batch: Batch):
+    """GRPO's loss of a micro-batch.
 
     Members of the group beyond those that were sampled are demonstrations: see `losses.policy_loss`.
     """
-    group, advantage_PG, old_logp, ref_logp = batch
+    group, advantage_PG, old_logp, ref_logp, begun = batch
     model, adapter = policy.parts(trunk, params)
-    prompt_hidden, response_hidden = transformer.apply(model, group, adapter)
+    prompt_hidden, response_hidden = transformer.apply(model, group, adapter, begun=begun)
     g, sampled = config.grpo, old_logp.shape[1]
 
     def read(members: slice, temperature: float):
@@ -100,7 +121,7 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         config.seed,
         [name in config.data.harmless for name in names],
     )
-    demo_parts = embed_parts(context, train.demo_text)
+    demo_parts, shared = embed_parts(context, train.demo_text), context.shared_layers
 
     def init() -> State:
         params = policy.init(config.policy, context.model, context.key("adapter"))
@@ -117,11 +138,14 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         )  # fmt: skip
         group = group_of(examples, *context.clock.mark("rollout", (out.response, out.response_len)))
         # Rewards and reference on the device while the host splits and embeds the texts.
-        penalised = config.grpo.beta_kl > 0
-        ref_logp = logprobs(context.model, group, config.sampler.temperature) if penalised else None
-        context.clock.mark("reference", ref_logp)
         with_demo = joined(group, jnp.asarray(examples.demo), jnp.asarray(examples.demo_len))
-        reward_PM = context.clock.mark("rewards", score(context.model, bank, with_demo))
+        begun = begin(context.model, with_demo, layers=shared) if shared else None
+        begun_group = begun and begun.members(slice(c.group))
+        context.clock.mark("trunk", begun)
+        penalised = config.grpo.beta_kl > 0
+        ref_logp = logprobs(context.model, group, config.sampler.temperature, begun_group) if penalised else None
+        context.clock.mark("reference", ref_logp)
+        reward_PM = context.clock.mark("rewards", score(context.model, bank, with_demo, begun))
         reward_PG, demo_reward_P = reward_PM[:, :-1], reward_PM[:, -1]
         response, length = jax.device_get((out.response, out.response_len))
         flat = (response.reshape(-1, response.shape[-1]), length.reshape(-1))
@@ -135,11 +159,11 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         context.clock.mark("hardness", alpha_PG)
         advantage = DEMONSTRATIONS[config.grpo.demonstration](reward_PM, config.grpo.eps)
         if advantage.shape[1] > c.group:
-            group = with_demo
+            group, begun_group = with_demo, begun
             alpha_PG = jnp.concatenate([alpha_PG, alpha_PG.mean(axis=1, keepdims=True)], axis=1)
         advantage = eq.scaled_advantage(alpha_PG, advantage)
         scalars = describe(names, examples, out, reward_PG, advantage, info)
-        return (group, advantage, out.logp, ref_logp), stats, scalars
+        return Batch(group, advantage, out.logp, ref_logp, begun_group), stats, scalars
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state: TrainState, trunk, batch):

@@ -34,6 +34,13 @@ class Context:
     examples: dict[str, Examples]
     clock: Clock = dataclasses.field(default_factory=Clock)
 
+    @property
+    def shared_layers(self) -> int:
+        """How many of the trunk's first layers neither the policy nor the rewards change: passed once for all."""
+        layers, c = self.model.config.layers, self.config
+        adapted = (c.policy.layers if c.policy.tune == "lora" else layers, c.reward.layers)
+        return layers - max(n or layers for n in adapted)
+
     def key(self, purpose: str, step: int = 0) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), PURPOSE[purpose]), step)
 
@@ -82,7 +89,8 @@ class Policy(NamedTuple):
 
 
 def _init_adapter(section, trunk, key):
-    return lora.init(trunk, key, rank=section.rank, alpha=section.alpha, targets=section.targets)
+    options = ("rank", "alpha", "targets", "layers")
+    return lora.init(trunk, key, **{name: section[name] for name in options})
 
 
 POLICIES = {

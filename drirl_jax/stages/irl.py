@@ -56,7 +56,8 @@ def init_rewards(context: Context, categories: int | None = None) -> reward.Rewa
     c = context.config.reward
     categories = categories or len(context.config.data.categories)
     key = context.key("rewards")
-    return reward.KINDS[c.kind](context.model, key, categories, rank=c.rank, alpha=c.alpha, targets=c.targets)
+    options = {name: c[name] for name in ("rank", "alpha", "targets", "layers")}
+    return reward.KINDS[c.kind](context.model, key, categories, **options)
 
 
 def common_cut(demo_len_P, negative_len_PK, seed: list[int]) -> np.ndarray:
@@ -136,19 +137,23 @@ def make(context: Context) -> Stage:
     batches = pipeline.balanced(train.rows_by_category(len(names)), c.batch, config.seed)
     token_scores = jax.jit(reward.token_scores)
 
-    def sample(examples: Examples, round_: int):
+    def no_samples(examples: Examples):
+        """Responses [N, K, T] and their lengths [N, K], 0 where there is none."""
+        shape = (len(examples.id), c.samples)
+        return np.zeros((*shape, config.sampler.max_new), np.int32), np.zeros(shape, np.int32)
+
+    def sample(examples: Examples, rows, round_: int):
+        """Samples for these rows, the only ones that the round will read."""
         batch = max(1, config.evals.batch // c.samples)
         out = draw_all(
-            context, context.model, examples, context.key("irl_samples", round_), batch,
+            context, context.model, examples.take(rows), context.key("irl_samples", round_), batch,
             group=c.samples, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
-        return out.response, out.response_len
+        response, length = no_samples(examples)
+        response[rows], length[rows] = out.response, out.response_len
+        return response, length
 
     def init() -> State:
-        def no_samples(examples):
-            shape = (len(examples.id), c.samples)
-            return np.zeros((*shape, config.sampler.max_new), np.int32), np.ones(shape, np.int32)
-
         return State(optimizer.init(transformation, init_rewards(context)), (no_samples(train), no_samples(valid)))
 
     def pairs_of(examples: Examples, pool: Examples, response_PKT, length_PK, contrasted: bool, seed) -> Pairs:
@@ -161,7 +166,8 @@ def make(context: Context) -> Stage:
     def collect(state: State, step: int):
         samples = state.carry
         if step % round_steps == 0:
-            samples = tuple(sample(examples, step // round_steps) for examples in (train, valid))
+            used = np.unique(np.concatenate([batches[i] for i in range(step, step + round_steps)]))
+            samples = tuple(sample(*of, step // round_steps) for of in ((train, used), (valid, np.arange(len(valid.id)))))
         rows = np.asarray(batches[step])
         responses, lengths = samples[0]
         drawn = (responses[rows], lengths[rows], contrasted, [config.seed, step])
@@ -205,8 +211,10 @@ def make(context: Context) -> Stage:
 
     def finish(state: State) -> reward.Bank:
         rewards = optimizer.product(state.train)
-        raw_NG = scores(rewards, train, state.carry[0], contrasted=False)["whole"]
-        category_N = np.repeat(train.category, raw_NG.shape[1])
+        drawn = np.flatnonzero(state.carry[0][1][:, 0])
+        samples = tuple(x[drawn] for x in state.carry[0])
+        raw_NG = scores(rewards, train.take(drawn), samples, contrasted=False)["whole"]
+        category_N = np.repeat(train.category[drawn], raw_NG.shape[1])
         return reward.NORMALIZE[config.reward.normalize](
             rewards, jnp.asarray(raw_NG.reshape(-1)), jnp.asarray(category_N)
         )
