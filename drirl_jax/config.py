@@ -109,6 +109,7 @@ def default() -> ConfigDict:
     c.grpo = ConfigDict()
     # apart | baseline: its reward counts in the group's mean and std (ours) | member: so, and it is trained on (ours)
     c.grpo.demonstration = "apart"
+    c.grpo.contrast = "apart"  # the same for one of the other kind: every group holds a right and a wrong text (ours)
     c.grpo.clip_low = 0.2
     c.grpo.clip_high = 0.2
     c.grpo.beta_kl = 0.04
@@ -163,7 +164,8 @@ TABLES = {
     "align.optimizer.name": optimizer.OPTIMIZERS,
     "align.optimizer.schedule": optimizer.SCHEDULES,
     "scaling.split": text.SPLIT,
-    "grpo.demonstration": align.DEMONSTRATIONS,
+    "grpo.demonstration": align.ROLES,
+    "grpo.contrast": align.ROLES,
     "grpo.reduce": losses.REDUCE,
     "evals.judge": judges.JUDGES,
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
@@ -219,8 +221,16 @@ def validate(config: ConfigDict) -> None:
     for key in ("policy.layers", "reward.layers", "irl.contrast", "grpo.beta_kl"):
         need(get(config, key) >= 0, f"config.{key} is {get(config, key)}: it must not be negative.")
     need(
-        two_kinds or (config.irl.contrast == 0 and config.sampler.batch != "kinds"),
-        "config.irl.contrast and sampler.batch='kinds' need harmful and harmless categories: see config.data.harmless.",
+        two_kinds
+        or (config.irl.contrast, config.grpo.contrast, config.sampler.batch == "kinds") == (0, "apart", False),
+        "config.irl.contrast, grpo.contrast and sampler.batch='kinds' need harmful and harmless categories: see "
+        "config.data.harmless.",
+    )
+    own, other = (align.ROLES[config.grpo[name]] for name in ("demonstration", "contrast"))
+    need(
+        other <= own,
+        f"config.grpo.contrast is {config.grpo.contrast!r}: it may have no part that config.grpo.demonstration "
+        f"({config.grpo.demonstration!r}) has not.",
     )
     need(
         len(set(config.data.categories)) == len(config.data.categories),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from drirl_jax.types import Array
@@ -26,6 +25,22 @@ def clipped_surrogate(logp: Array, old_logp: Array, advantage: Array, clip_low: 
     advantage = advantage[..., None]
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     return jnp.minimum(ratio * advantage, clipped * advantage), ratio
+
+
+def off_policy_surrogate(logp: Array, advantage: Array) -> Array:
+    """Objective of each token of a text that the policy did not sample, to be maximised: pull towards it, or push off.
+
+    A log π where A > 0, A π where A <= 0: gradients A ∇log π and A π ∇log π     (ours)
+
+    The push is what the policy would feel on average from sampling the token itself, so it ends with the token's
+    probability; A ∇log π would go on for ever.
+
+    Args:
+        logp: [P, G, T] log-probabilities under the policy.
+        advantage: [P, G] scaled advantages; a constant.
+    """
+    advantage = advantage[..., None]
+    return advantage * jnp.where(advantage > 0, logp, jnp.exp(logp))
 
 
 def k3(logp: Array, ref_logp: Array) -> Array:
@@ -65,8 +80,8 @@ def policy_loss(
     L = -mean[ min(ρ A, clip(ρ) A) ] + β_kl mean[ k3 ]     (GRPO, arXiv 2402.03300, eq. 3)
 
     A group may have M >= G members of which only the first G were sampled; the others are demonstrations (ours;
-    off-policy members as in LUFFY, arXiv 2504.14945). Their ratio is taken to the policy itself, so that their
-    gradient is A ∇log π, and k3 leaves them out, as it estimates the KL from the policy's own samples only.
+    off-policy members as in LUFFY, arXiv 2504.14945), with `off_policy_surrogate` for the clipped one. k3 leaves them
+    out, as it estimates the KL from the policy's own samples only.
 
     Args:
         logp_PMT: [P, M, T] under the policy.
@@ -85,12 +100,14 @@ def policy_loss(
     mask_PGT = mask_PMT[:, :sampled]
     # What stands at padding must not pass through exp: masked afterwards, an overflow would be inf · 0.
     logp_PMT = jnp.where(mask_PMT, logp_PMT, 0.0)
-    demo_logp = jax.lax.stop_gradient(logp_PMT[:, sampled:])
-    old_logp_PMT = jnp.concatenate([jnp.where(mask_PGT, old_logp_PGT, 0.0), demo_logp], axis=1)
-    objective, ratio = clipped_surrogate(logp_PMT, old_logp_PMT, advantage_PM, clip_low, clip_high)
+    logp_PGT, other_logp = logp_PMT[:, :sampled], logp_PMT[:, sampled:]
+    old_logp_PGT = jnp.where(mask_PGT, old_logp_PGT, 0.0)
+    objective, ratio = clipped_surrogate(logp_PGT, old_logp_PGT, advantage_PM[:, :sampled], clip_low, clip_high)
+    other = off_policy_surrogate(other_logp, advantage_PM[:, sampled:])
     outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-    value, scalars = -mean(objective, mask_PMT), {"clipped": mean(outside[:, :sampled].astype(jnp.float32), mask_PGT)}
+    scalars = {"clipped": mean(outside.astype(jnp.float32), mask_PGT)}
+    value = -mean(jnp.concatenate([objective, other], axis=1), mask_PMT)
     if ref_logp_PGT is not None:
-        scalars["kl"] = mean(k3(logp_PMT[:, :sampled], jnp.where(mask_PGT, ref_logp_PGT, 0.0)), mask_PGT)
+        scalars["kl"] = mean(k3(logp_PGT, jnp.where(mask_PGT, ref_logp_PGT, 0.0)), mask_PGT)
         value += beta_kl * scalars["kl"]
     return value, scalars

@@ -45,10 +45,8 @@ def prepare(config: ConfigDict) -> Context:
     policy_path, encoder_path = hf.resolve(config.policy.init), hf.resolve(config.encoder.init)
     model_config = llama.config_from_hf(hf.read_config(policy_path))._replace(dtype=config.policy.dtype)
     for key in ("policy.layers", "reward.layers"):
-        config_lib.need(
-            config_lib.get(config, key) <= model_config.layers,
-            f"config.{key} is {config_lib.get(config, key)}, but {config.policy.init} has {model_config.layers} layers.",
-        )
+        layers, most = config_lib.get(config, key), model_config.layers
+        config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")
     tokens = Text(hf.load_tokenizer(policy_path), config.policy.system)
     return Context(
         config=config,

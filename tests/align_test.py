@@ -106,9 +106,17 @@ def test_the_part_of_the_demonstration():
     low, high = 1 / np.sqrt(2), np.sqrt(3 / 2)
     member = [[-low, -low, 2 * low], [-high, high, 0], [0, 0, 0]]
     want = {"apart": [[0, 0], [-1, 1], [0, 0]], "baseline": np.array(member)[:, :2], "member": member}
-    assert want.keys() == align.DEMONSTRATIONS.keys()
+    assert want.keys() == align.ROLES.keys()
+    apart, baseline, member = (align.ROLES[name] for name in ("apart", "baseline", "member"))
     for name, rows in want.items():
-        np.testing.assert_allclose(align.DEMONSTRATIONS[name](reward, 0.0), rows, rtol=1e-6, err_msg=name)
+        got = align.advantages((align.ROLES[name], apart), reward, 2, 0.0)
+        np.testing.assert_allclose(got, rows, rtol=1e-6, err_msg=name)
+    # One of the other kind with reward -3 in prompt 1: mean 0, std √(18/4).
+    four, high = jnp.array([[0.0, 0, 3, -3]]), np.sqrt(2)
+    for roles, row in {
+        (baseline, baseline): [0, 0], (member, baseline): [0, 0, high], (member, member): [0, 0, high, -high]
+    }.items():  # fmt: skip
+        np.testing.assert_allclose(align.advantages(roles, four, 2, 0.0), [row], rtol=1e-6)
 
 
 def test_a_demonstration_in_the_group_becomes_more_likely():

@@ -11,7 +11,7 @@ from transformer_test import filled, random_group, tiny
 
 from drirl_jax import optimizer
 from drirl_jax.config import default
-from drirl_jax.data.examples import Examples
+from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward
 from drirl_jax.stages import irl
 from drirl_jax.types import InputError
@@ -83,21 +83,21 @@ def test_contrast_takes_demonstrations_of_the_other_kind():
     data = examples(np.repeat(np.arange(12)[:, None], 5, 1), np.arange(12) % 5 + 1, category)
     drawn = set()
     for step in range(60):
-        tokens, length = irl.contrast(data, data, [3], [0, step])
+        tokens, length = contrast(data, data, [3], [0, step])
         source = tokens[:, 0]
         assert ((category[source] == 3) != (category == 3)).all()
         np.testing.assert_array_equal(length, data.demo_len[source])
         drawn |= set(source.tolist())
     assert drawn == set(range(12))
-    np.testing.assert_array_equal(tokens, irl.contrast(data, data, [3], [0, 59])[0])
+    np.testing.assert_array_equal(tokens, contrast(data, data, [3], [0, 59])[0])
 
 
 def test_contrast_needs_both_kinds():
     demo, length = np.ones((3, 5)), [5, 5, 5]
-    irl.require_both_kinds(examples(demo, length, [0, 3, 1]), [3], "valid")
+    require_both_kinds(examples(demo, length, [0, 3, 1]), [3], "valid")
     for category in ([0, 1, 2], [3, 3, 3]):
         with pytest.raises(InputError, match="split valid has prompts of one kind alone"):
-            irl.require_both_kinds(examples(demo, length, category), [3], "valid")
+            require_both_kinds(examples(demo, length, category), [3], "valid")
 
 
 @pytest.mark.parametrize("name", irl.LOSSES)

@@ -160,18 +160,23 @@ def test_policy_loss_and_its_gradient_match_the_method(seed):
     assert (want[~data[4]] == 0).all() and np.abs(want).max() > 0.01
 
 
-def test_a_demonstration_in_the_group_is_pulled_by_its_advantage_alone():
-    # The last member has no old and no reference log-probabilities: ratio 1 and slope -A / (its length · members · P)
-    # at real tokens, no KL; the sampled members keep their loss, spread over one member more.
+def test_a_text_that_was_not_sampled_is_pulled_at_or_pushed_off():
+    # The last member has no old and no reference log-probabilities. At its real tokens the slope is
+    # -A / (its length · members · P), for A < 0 times π; no KL. The sampled members keep their loss, spread over one
+    # member more.
     logp, old, ref, advantage, mask = batch(6)
+    advantage[:2, -1] *= -1
+    assert (np.sign(advantage[:, -1]) == [-1, -1, 1, 1]).all()
     (value, scalars), slope = VALUE_AND_GRAD(logp, old[:, :-1], ref[:, :-1], advantage, mask)
     sampled = [x[:, :-1] for x in (logp, old, ref, advantage, mask)]
     surrogate = by_method(*sampled, beta_kl=0.0)
     kl = by_method(*sampled, beta_kl=1.0) - surrogate
-    same(value, (2 * surrogate - advantage[:, -1].mean()) / 3 + BETA * kl)
+    length, pulled, last = mask[:, -1].sum(-1, keepdims=True), advantage[:, -1:] > 0, logp[:, -1]
+    text = (np.where(mask[:, -1], np.where(pulled, last, np.exp(last)), 0) / length).sum(-1)
+    same(value, (2 * surrogate - (advantage[:, -1] * text).mean()) / 3 + BETA * kl)
     same(scalars["kl"], kl)
-    length = mask[:, -1].sum(-1, keepdims=True)
-    same(slope[:, -1], np.where(mask[:, -1], -advantage[:, -1:] / length / 12, 0))
+    weight = np.where(pulled, 1, np.exp(last))
+    same(slope[:, -1], np.where(mask[:, -1], -advantage[:, -1:] * weight / length / 12, 0))
 
 
 def test_without_a_kl_term_the_reference_is_not_needed():

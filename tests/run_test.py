@@ -51,7 +51,7 @@ def test_a_run_leaves_its_products(whole, policy):
     for name in ("base", "aligned"):
         result = json.loads((workdir / "evals" / f"{name}.json").read_text())
         assert {row["category"] for row in result["responses"]} == set(result["by_category"])
-        assert len(result["responses"]) == sum(of["n"] for of in result["by_category"].values()) == 84
+        assert len(result["responses"]) == sum(of["n"] for of in result["by_category"].values()) == 140
     html = (workdir / "report.html").read_text()
     assert "data:image/png;base64" in html and "unfairness" in html
     assert "refused" in printed and str(workdir / "report.html") in printed
@@ -148,6 +148,24 @@ def test_full_fine_tuning_runs_and_rows_that_the_tiny_config_leaves_out(policy, 
     assert not np.array_equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
+def test_adapters_on_the_last_layer_leave_the_others_as_they_are(policy, tmp_path):
+    done = start(
+        policy,
+        tmp_path / "run",
+        "--config.policy.layers=1",
+        "--config.reward.layers=1",
+        "--config.grpo.demonstration=member",
+        "--config.grpo.contrast=member",
+        "--config.align.accumulate=2",
+        "--config.irl.steps=1",
+        "--config.align.steps=1",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (load_file(f / "model.safetensors") for f in (policy, tmp_path / "run" / "aligned"))
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in after if "layers.1." in name and "proj" in name}
+
+
 def jsonl(tmp_path, *lines):
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     return f"--config.data.path={tmp_path / 'data.jsonl'}"
@@ -184,6 +202,8 @@ BAD_FLAGS = {
     "no data": ("--config.data.path=nowhere.jsonl", "no file nowhere.jsonl"),
     "no model": ("--config.policy.init=./nowhere", "no model at ./nowhere"),
     "long prompts": ("--config.data.max_prompt=20", "above config.data.max_prompt = 20"),
+    "more layers than there are": ("--config.policy.layers=3", "config.policy.layers is 3, but .* has 2 layers"),
+    "a part without the first": ("--config.grpo.contrast=member", "grpo.contrast is 'member': it may have no part"),
     "group of one": ("--config.align.group=1", "at least 2 responses"),
     "a weight below 0": ("--config.irl.contrast=-1.0", "config.irl.contrast is -1.0: it must not be negative"),
     "no encoder": ("--config.encoder.init=package:no_such_encoder", "pip install"),
@@ -191,8 +211,6 @@ BAD_FLAGS = {
 
 
 def refused(done, message):
-    import re
-
     assert done.returncode not in (0, -9)
     assert re.search(message, done.stderr), done.stderr[-2000:]
     assert "Traceback" not in done.stderr

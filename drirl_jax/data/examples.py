@@ -44,6 +44,31 @@ class Examples(NamedTuple):
         return [np.flatnonzero(self.category == c) for c in range(categories)]
 
 
+def contrast(examples: Examples, pool: Examples, harmless: list[int], seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """One more negative for each prompt: a demonstration of the other kind, drawn from the pool (ours).
+
+    Help for a harmful prompt, a refusal for a harmless one. The policy's samples differ from demonstrations in style
+    and in content, and style is easier to read: a reward that saw nothing else ranks style. These negatives have the
+    demonstrations' style, so content alone tells them apart, and it tells the samples apart as well.
+
+    Returns:
+        ([P, T] tokens, [P] lengths).
+    """
+    rng = np.random.default_rng(seed)
+    pool_is_harmless = np.isin(pool.category, harmless)
+    rows = [rng.choice(np.flatnonzero(pool_is_harmless != h)) for h in np.isin(examples.category, harmless)]
+    return pool.demo[rows], pool.demo_len[rows]
+
+
+def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> None:
+    """Raises InputError if the split has only harmful or only harmless prompts (the others may have been dropped)."""
+    if len(set(np.isin(examples.category, harmless))) < 2:
+        raise InputError(
+            f"split {split} has prompts of one kind alone, but the contrast of config.irl or config.grpo needs harmful "
+            "and harmless ones: add some, or raise config.data.max_prompt if they were dropped."
+        )
+
+
 def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, config) -> dict[str, Examples]:
     """Tokenised records of each split, all padded to the same S (a multiple of 8) and T = sampler.max_new.
 

@@ -14,6 +14,8 @@ from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
 def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
     """One response to each prompt of config.evals.split, judged and scored.
 
+    Rewards are read where they were trained: at the end of the first config.sampler.max_new tokens.
+
     Returns:
         {"overall": {"harmful_refused", "harmless_refused", "mean_reward", "mean_length"},
          "by_category": {name: {"n", "refused", "reward"}},
@@ -36,7 +38,8 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
     score = jax.jit(reward.score)
     pieces = []
     for rows, real in row_batches(len(examples.id), c.batch):
-        group = group_of(examples.take(rows), out.response[rows], out.response_len[rows])
+        read = np.minimum(out.response_len[rows], config.sampler.max_new)
+        group = group_of(examples.take(rows), out.response[rows], read)
         pieces.append(jax.device_get(score(context.model, bank, group))[:real, 0])
     rewards = np.concatenate(pieces)
     texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]

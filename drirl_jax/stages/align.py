@@ -12,7 +12,7 @@ import numpy as np
 from drirl_jax import equations as eq
 from drirl_jax import losses, optimizer, scaling
 from drirl_jax.data import pipeline
-from drirl_jax.data.examples import Examples
+from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward, transformer
 from drirl_jax.models.transformer import Begun
 from drirl_jax.rollout import FINISH, Rollout
@@ -20,13 +20,16 @@ from drirl_jax.stages.base import POLICIES, Context, Policy, Stage, State, by_ca
 from drirl_jax.text import SPLIT
 from drirl_jax.types import Array, Group, InputError, TrainState, length_mask
 
-# The demonstration's part in a prompt's group: (rewards [P, G + 1], its own last, eps) -> advantages of the rows that
-# are trained on, [P, G] or with the demonstration [P, G + 1].
-DEMONSTRATIONS = {
-    "apart": lambda reward_PM, eps: eq.group_advantage(reward_PM[:, :-1], eps),
-    "baseline": lambda reward_PM, eps: eq.group_advantage(reward_PM, eps)[:, :-1],
-    "member": eq.group_advantage,
-}
+
+class Role(NamedTuple):
+    """A demonstration's part in a prompt's group: whether its reward counts in the group's mean and std, and whether it
+    is trained on."""
+
+    counts: bool
+    trained: bool
+
+
+ROLES = {"apart": Role(False, False), "baseline": Role(True, False), "member": Role(True, True)}
 PART_BUCKETS = (4, 8, 16, 32)  # shapes of the coefficient computation: most parts of a text in the batch
 
 
@@ -45,12 +48,24 @@ def embed_parts(context: Context, texts: list[str]) -> tuple[np.ndarray, np.ndar
     return embedded, mask
 
 
-def joined(group: Group, demo_PT: Array, demo_len_P: Array) -> Group:
-    """The group with the demonstration as its last member, [P, G + 1, T]."""
+def joined(group: Group, text_PT: Array, length_P: Array) -> Group:
+    """The group with one more member, its last: [P, G + 1, T]."""
     return group._replace(
-        response=jnp.concatenate([group.response, demo_PT[:, None]], axis=1),
-        response_len=jnp.concatenate([group.response_len, demo_len_P[:, None]], axis=1),
+        response=jnp.concatenate([group.response, text_PT[:, None]], axis=1),
+        response_len=jnp.concatenate([group.response_len, length_P[:, None]], axis=1),
     )
+
+
+def advantages(roles: tuple[Role, Role], reward_PM: Array, sampled: int, eps: float) -> Array:
+    """Group-relative advantages of the members that are trained on, at least the G samples.
+
+    Args:
+        roles: of the demonstration, and of one of the other kind; the second has no part that the first has not.
+        reward_PM: [P, G + 1 or G + 2] of the samples and of the two in this order, the last only where it counts.
+        sampled: G.
+    """
+    counted, trained = (sampled + sum(part) for part in zip(*roles))
+    return eq.group_advantage(reward_PM[:, :counted], eps)[:, :trained]
 
 
 class Batch(NamedTuple):
@@ -121,6 +136,10 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         config.seed,
         [name in config.data.harmless for name in names],
     )
+    roles = ROLES[config.grpo.demonstration], ROLES[config.grpo.contrast]
+    harmless = [names.index(name) for name in config.data.harmless]
+    if roles[1].counts:
+        require_both_kinds(train, harmless, "train")
     demo_parts, shared = embed_parts(context, train.demo_text), context.shared_layers
 
     def init() -> State:
@@ -138,15 +157,19 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         )  # fmt: skip
         group = group_of(examples, *context.clock.mark("rollout", (out.response, out.response_len)))
         # Rewards and reference on the device while the host splits and embeds the texts.
-        with_demo = joined(group, jnp.asarray(examples.demo), jnp.asarray(examples.demo_len))
-        begun = begin(context.model, with_demo, layers=shared) if shared else None
-        begun_group = begun and begun.members(slice(c.group))
+        scored = joined(group, jnp.asarray(examples.demo), jnp.asarray(examples.demo_len))
+        if roles[1].counts:
+            other = contrast(examples, train, harmless, [config.seed, step])
+            scored = joined(scored, *map(jnp.asarray, other))
+        begun = begin(context.model, scored, layers=shared) if shared else None
+        begun_of = begun.members if shared else lambda members: None
         context.clock.mark("trunk", begun)
-        penalised = config.grpo.beta_kl > 0
-        ref_logp = logprobs(context.model, group, config.sampler.temperature, begun_group) if penalised else None
+        ref_logp = None
+        if config.grpo.beta_kl > 0:
+            ref_logp = logprobs(context.model, group, config.sampler.temperature, begun_of(slice(c.group)))
         context.clock.mark("reference", ref_logp)
-        reward_PM = context.clock.mark("rewards", score(context.model, bank, with_demo, begun))
-        reward_PG, demo_reward_P = reward_PM[:, :-1], reward_PM[:, -1]
+        reward_PM = context.clock.mark("rewards", score(context.model, bank, scored, begun))
+        reward_PG, demo_reward_P = reward_PM[:, : c.group], reward_PM[:, c.group]
         response, length = jax.device_get((out.response, out.response_len))
         flat = (response.reshape(-1, response.shape[-1]), length.reshape(-1))
         embedded, mask = embed_parts(context, [context.text.decode(*row) for row in zip(*flat)])
@@ -157,13 +180,13 @@ def make(context: Context, bank: reward.Bank) -> Stage:
             options, state.carry, parts, reward_PG, demo_reward_P, group.category
         )
         context.clock.mark("hardness", alpha_PG)
-        advantage = DEMONSTRATIONS[config.grpo.demonstration](reward_PM, config.grpo.eps)
-        if advantage.shape[1] > c.group:
-            group, begun_group = with_demo, begun
-            alpha_PG = jnp.concatenate([alpha_PG, alpha_PG.mean(axis=1, keepdims=True)], axis=1)
-        advantage = eq.scaled_advantage(alpha_PG, advantage)
+        advantage = advantages(roles, reward_PM, c.group, config.grpo.eps)
+        trained = slice(advantage.shape[1])
+        group = scored._replace(response=scored.response[:, trained], response_len=scored.response_len[:, trained])
+        others = jnp.repeat(alpha_PG.mean(axis=1, keepdims=True), advantage.shape[1] - c.group, axis=1)
+        advantage = eq.scaled_advantage(jnp.concatenate([alpha_PG, others], axis=1), advantage)
         scalars = describe(names, examples, out, reward_PG, advantage, info)
-        return Batch(group, advantage, out.logp, ref_logp, begun_group), stats, scalars
+        return Batch(group, advantage, out.logp, ref_logp, begun_of(trained)), stats, scalars
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state: TrainState, trunk, batch):

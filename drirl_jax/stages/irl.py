@@ -12,10 +12,10 @@ import numpy as np
 from drirl_jax import equations as eq
 from drirl_jax import optimizer
 from drirl_jax.data import pipeline
-from drirl_jax.data.examples import Examples
+from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward
 from drirl_jax.stages.base import Context, Stage, State, by_category, draw_all, group_of, row_batches
-from drirl_jax.types import Array, Group, InputError
+from drirl_jax.types import Array, Group
 
 SHORTEST_CUT = 8  # tokens: before that a text says too little to be told apart
 
@@ -68,31 +68,6 @@ def common_cut(demo_len_P, negative_len_PK, seed: list[int]) -> np.ndarray:
     top = np.minimum(demo_len_P[:, None], negative_len_PK)
     low = np.minimum(SHORTEST_CUT, top)
     return np.random.default_rng(seed).integers(low, top + 1).astype(np.int32)
-
-
-def contrast(examples: Examples, pool: Examples, harmless: list[int], seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """One more negative for each prompt: a demonstration of the other kind, drawn from the pool (ours).
-
-    Help for a harmful prompt, a refusal for a harmless one. The policy's samples differ from demonstrations in style
-    and in content, and style is easier to read: a reward that saw nothing else ranks style. These negatives have the
-    demonstrations' style, so content alone tells them apart, and it tells the samples apart as well.
-
-    Returns:
-        ([P, T] tokens, [P] lengths).
-    """
-    rng = np.random.default_rng(seed)
-    pool_is_harmless = np.isin(pool.category, harmless)
-    rows = [rng.choice(np.flatnonzero(pool_is_harmless != h)) for h in np.isin(examples.category, harmless)]
-    return pool.demo[rows], pool.demo_len[rows]
-
-
-def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> None:
-    """Raises InputError if the split has only harmful or only harmless prompts (the others may have been dropped)."""
-    if len(set(np.isin(examples.category, harmless))) < 2:
-        raise InputError(
-            f"split {split} has prompts of one kind alone, but config.irl.contrast needs harmful and harmless ones: "
-            f"add some, or raise config.data.max_prompt if they were dropped."
-        )
 
 
 def make_pairs(examples: Examples, negative_PKT, negative_len_PK, cut: str, seed: list[int]) -> Pairs:
@@ -167,7 +142,8 @@ def make(context: Context) -> Stage:
         samples = state.carry
         if step % round_steps == 0:
             used = np.unique(np.concatenate([batches[i] for i in range(step, step + round_steps)]))
-            samples = tuple(sample(*of, step // round_steps) for of in ((train, used), (valid, np.arange(len(valid.id)))))
+            everything = np.arange(len(valid.id))
+            samples = tuple(sample(*of, step // round_steps) for of in ((train, used), (valid, everything)))
         rows = np.asarray(batches[step])
         responses, lengths = samples[0]
         drawn = (responses[rows], lengths[rows], contrasted, [config.seed, step])
