@@ -220,9 +220,9 @@ def validate(config: ConfigDict) -> None:
     two_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
     for key in ("policy.layers", "reward.layers", "irl.contrast", "grpo.beta_kl"):
         need(get(config, key) >= 0, f"config.{key} is {get(config, key)}: it must not be negative.")
+    contrasted = config.irl.contrast > 0 or align.ROLES[config.grpo.contrast].counts
     need(
-        two_kinds
-        or (config.irl.contrast, config.grpo.contrast, config.sampler.batch == "kinds") == (0, "apart", False),
+        two_kinds or not (contrasted or config.sampler.batch == "kinds"),
         "config.irl.contrast, grpo.contrast and sampler.batch='kinds' need harmful and harmless categories: see "
         "config.data.harmless.",
     )

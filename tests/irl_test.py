@@ -92,6 +92,13 @@ def test_contrast_takes_demonstrations_of_the_other_kind():
     np.testing.assert_array_equal(tokens, contrast(data, data, [3], [0, 59])[0])
 
 
+def test_a_round_samples_what_it_reads_and_enough_of_every_category():
+    # Of category 0 three rows are read, which is enough; of category 1 one, of category 2 none, and it has but one.
+    by_category = [np.arange(0, 5), np.arange(5, 9), np.array([9])]
+    got = irl.rows_to_sample(np.array([4, 2, 8, 0, 2]), by_category, minimum=2)
+    np.testing.assert_array_equal(got, [0, 2, 4, 5, 6, 8, 9])
+
+
 def test_contrast_needs_both_kinds():
     demo, length = np.ones((3, 5)), [5, 5, 5]
     require_both_kinds(examples(demo, length, [0, 3, 1]), [3], "valid")

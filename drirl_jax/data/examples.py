@@ -45,7 +45,7 @@ class Examples(NamedTuple):
 
 
 def contrast(examples: Examples, pool: Examples, harmless: list[int], seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """One more negative for each prompt: a demonstration of the other kind, drawn from the pool (ours).
+    """For each prompt a demonstration of the other kind, drawn from the pool: what it should not be answered (ours).
 
     Help for a harmful prompt, a refusal for a harmless one. The policy's samples differ from demonstrations in style
     and in content, and style is easier to read: a reward that saw nothing else ranks style. These negatives have the

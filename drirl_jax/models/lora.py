@@ -45,7 +45,7 @@ def init(
     rank: int,
     alpha: float,
     targets=TARGETS,
-    layers: int | None = None,
+    layers: int = 0,
     bank: int | None = None,
 ) -> Adapter:
     """A fresh adapter (or a bank of `bank` adapters): A ~ U(±√(3/in)), B = 0, so that ΔW = 0.
@@ -55,7 +55,7 @@ def init(
         rank: r >= 1.
         alpha: lora_alpha; ΔW is scaled by alpha / rank.
         targets: which weight matrices, a subset of TARGETS.
-        layers: how many of the last layers are adapted; None for all.
+        layers: how many of the last layers are adapted; 0 for all.
         bank: number of adapters C, or None for a single one without that axis.
     """
     adapter = {}

@@ -224,15 +224,15 @@ def apply(
     if adapter:
         adapted = jax.tree.leaves(adapter)[0].shape[0]
         begun = _through(model, group, begun, layers - adapted)
-    begun = _through(model, group, begun, layers, adapter or {}, route_P, remat)
+    begun = _through(model, group, begun, layers, adapter, route_P, remat)
     return tuple(rms_norm(x, model.norm[...], model.config.norm_eps) for x in (begun.prompt, begun.response))
 
 
 def _through(
-    model: Transformer, group: Group, begun: Begun, last: int, adapter: dict = {}, route_P=None, remat=True
+    model: Transformer, group: Group, begun: Begun, last: int, adapter=None, route_P=None, remat=True
 ) -> Begun:
     """The group behind the first `last` layers; the adapter's layers are those that it passes here."""
-    config = model.config
+    config, adapter = model.config, adapter or {}
     if not begun.layers <= last <= config.layers:
         raise ValueError(f"a group behind layer {begun.layers} cannot go on to layer {last} of {config.layers}")
     if begun.layers == last:

@@ -72,7 +72,7 @@ class Batch(NamedTuple):
     """What an update learns from.
 
     Attributes:
-        group: [P, M] responses: those that were sampled, and perhaps the demonstration.
+        group: [P, M] responses: those that were sampled, and the demonstrations that are trained on.
         advantage: [P, M] scaled advantages.
         old_logp, ref_logp: [P, G, T] of the sampled ones under the sampler and the reference (None without a KL term).
         begun: the group behind the trunk's layers that the policy leaves as they are; None if there are none.

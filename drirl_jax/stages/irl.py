@@ -70,6 +70,19 @@ def common_cut(demo_len_P, negative_len_PK, seed: list[int]) -> np.ndarray:
     return np.random.default_rng(seed).integers(low, top + 1).astype(np.int32)
 
 
+def rows_to_sample(read: np.ndarray, by_category: list[np.ndarray], minimum: int) -> np.ndarray:
+    """The rows that a round reads, and the first `minimum` of every category of which it reads fewer.
+
+    Each category needs some samples, or its rewards could not be standardised.
+
+    Args:
+        read: row numbers, perhaps repeated.
+        by_category: the row numbers of each category.
+    """
+    few = [rows[:minimum] for rows in by_category if np.isin(rows, read).sum() < minimum]
+    return np.unique(np.concatenate([read, *few]))
+
+
 def make_pairs(examples: Examples, negative_PKT, negative_len_PK, cut: str, seed: list[int]) -> Pairs:
     """The examples' demonstrations against these negatives; `cut` is config.irl.cut."""
     demo_end = np.broadcast_to(examples.demo_len[:, None], negative_len_PK.shape)
@@ -118,7 +131,7 @@ def make(context: Context) -> Stage:
         return np.zeros((*shape, config.sampler.max_new), np.int32), np.zeros(shape, np.int32)
 
     def sample(examples: Examples, rows, round_: int):
-        """Samples for these rows, the only ones that the round will read."""
+        """Samples for these rows, none for the others."""
         batch = max(1, config.evals.batch // c.samples)
         out = draw_all(
             context, context.model, examples.take(rows), context.key("irl_samples", round_), batch,
@@ -141,7 +154,8 @@ def make(context: Context) -> Stage:
     def collect(state: State, step: int):
         samples = state.carry
         if step % round_steps == 0:
-            used = np.unique(np.concatenate([batches[i] for i in range(step, step + round_steps)]))
+            read = np.concatenate([batches[i] for i in range(step, step + round_steps)])
+            used = rows_to_sample(read, train.rows_by_category(len(names)), config.data.minimum)
             everything = np.arange(len(valid.id))
             samples = tuple(sample(*of, step // round_steps) for of in ((train, used), (valid, everything)))
         rows = np.asarray(batches[step])
