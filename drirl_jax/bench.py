@@ -134,11 +134,14 @@ def peak_memory() -> int:
 
 
 def of_length(by_split: dict[str, Examples], length: int) -> dict[str, Examples]:
-    """The examples with every prompt repeated or cut to `length` tokens."""
+    """The examples with every prompt repeated or cut to `length` tokens, none of them shared."""
 
     def stretched(examples):
-        rows = [np.resize(row[:n], length) for row, n in zip(examples.prompt, examples.prompt_len)]
-        return examples._replace(prompt=np.stack(rows), prompt_len=np.full(len(rows), length, np.int32))
+        rows = [
+            np.resize([*examples.prefix, *row[:n]], length).astype(np.int32)
+            for row, n in zip(examples.prompt, examples.prompt_len)
+        ]
+        return examples._replace(prompt=np.stack(rows), prompt_len=np.full(len(rows), length, np.int32), prefix=())
 
     return {split: stretched(examples) for split, examples in by_split.items()}
 

@@ -67,7 +67,7 @@ class Slots(NamedTuple):
 
     Attributes:
         row: [A, B] int32, which row of the whole batch each is.
-        prompt_len, prompt_mask: [A] and [A, S].
+        prompt_len, prompt_mask: [A] and [A, R + S], the prefix counted in.
         prompt_cache: keys and values of the prompts, each [L, A, S, KV, hd].
         own_cache: those of the responses, each [L, A, B, T, KV, hd].
     """
@@ -96,7 +96,7 @@ def compacted(slots: Slots, done_N: Array, size: int) -> Slots:
     )
 
 
-@partial(jax.jit, static_argnames=("max_new", "temperature", "eos", "compact"))
+@partial(jax.jit, static_argnames=("max_new", "temperature", "eos", "prefix", "compact"))
 def sample(
     model: Transformer,
     prompt_PS: Array,
@@ -106,6 +106,7 @@ def sample(
     max_new: int,
     temperature: float,
     eos: tuple[int, ...],
+    prefix: tuple[int, ...] = (),
     compact: tuple[float, ...] = COMPACT,
 ) -> Rollout:
     """Samples a group of responses for every prompt.
@@ -117,12 +118,13 @@ def sample(
         max_new: T, the most tokens a response may have.
         temperature: of the softmax; 0 takes the most likely token (log-probabilities then at temperature 1).
         eos: ids that end a response.
+        prefix: ids that stand before every prompt: see `types.Group`.
         compact: falling shares of the batch's rows. When no more than that share of them goes on, decoding goes on
             with these rows alone, so that the others are not paid for. Each share is one more loop to compile.
     """
     P, G = key_PG.shape
     N, config, key_N = P * G, model.config, key_PG.reshape(-1)
-    hidden_PSD, prompt_cache = transformer.prefill(model, prompt_PS)
+    hidden_PSD, prompt_cache = transformer.prefill(model, prompt_PS, prefix)
     fused, unembed_VD = transformer.fuse(model), transformer.cast(model.unembed, config)
 
     def choose(hidden_CD, t, key_C):
@@ -169,8 +171,8 @@ def sample(
     kv_shape = (config.layers, P, G, max_new, config.kv_heads, config.head_dim)
     slots = Slots(
         jnp.arange(N).reshape(P, G),
-        prompt_len_P,
-        length_mask(prompt_len_P, prompt_PS.shape[1]),
+        len(prefix) + prompt_len_P,
+        length_mask(len(prefix) + prompt_len_P, len(prefix) + prompt_PS.shape[1]),
         prompt_cache,
         (jnp.zeros(kv_shape, hidden_PSD.dtype), jnp.zeros(kv_shape, hidden_PSD.dtype)),
     )

@@ -1,13 +1,15 @@
 """The one batch type, the train state and the letters used as suffixes of array names.
 
-P prompts, G responses of a prompt, S prompt tokens, T response tokens, K parts of a response, L parts of a
-demonstration, E embedding width, D model width, H heads, C categories, V vocabulary, N rows of a flat view.
+P prompts, G responses of a prompt, R tokens with which every prompt begins, S prompt tokens after those, T response
+tokens, K parts of a response, L parts of a demonstration, E embedding width, D model width, H heads, C categories,
+V vocabulary, N rows of a flat view.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +21,8 @@ class InputError(ValueError):
     """Something the user gave is wrong: one sentence that says what, where and what to do."""
 
 
-class Group(NamedTuple):
+@flax.struct.dataclass
+class Group:
     """A prompt and its group of responses: right-padded ids, masked by length and never by the pad id.
 
     The pad id may equal the end-of-sequence id, which is a token that the policy must learn to emit: a
@@ -31,6 +34,8 @@ class Group(NamedTuple):
         response: [P, G, T] int32 token ids.
         response_len: [P, G] int32, 1 <= response_len <= T.
         category: [P] int32 in [0, C).
+        prefix: R ids with which every prompt begins (a system turn), and which `prompt` leaves out: they pass through
+            the network once for all prompts.
     """
 
     prompt: Array
@@ -38,6 +43,7 @@ class Group(NamedTuple):
     response: Array
     response_len: Array
     category: Array
+    prefix: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 class TrainState(NamedTuple):

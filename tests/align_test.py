@@ -44,8 +44,8 @@ def test_padding_and_order_change_no_gradient():
     model, data = batch()
     want = gradient(model, data)
     group = data[0]
-    noisy = group._replace(response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 7))
-    wider = noisy._replace(response=jnp.pad(noisy.response, ((0, 0), (0, 0), (0, 3))))
+    noisy = group.replace(response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 7))
+    wider = noisy.replace(response=jnp.pad(noisy.response, ((0, 0), (0, 0), (0, 3))))
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 3))) for x in data[2:4]]
     close(gradient(model, (wider, data[1], *padded)), want)
     close(gradient(model, jax.tree.map(lambda x: x[::-1], data)), want)
@@ -56,7 +56,7 @@ def test_splitting_the_group_changes_no_gradient():
     group, *rest = data[:4]
 
     def half(s):
-        part = group._replace(response=group.response[:, s], response_len=group.response_len[:, s])
+        part = group.replace(response=group.response[:, s], response_len=group.response_len[:, s])
         return gradient(model, (part, *(x[:, s] for x in rest)))
 
     both = jax.tree.map(lambda a, b: (a + b) / 2, half(slice(0, 2)), half(slice(2, 4)))
@@ -128,7 +128,7 @@ def test_a_demonstration_in_the_group_becomes_more_likely():
     data = align.Batch(align.joined(group, demo, length), pull, old, ref)
     slope = jax.grad(lambda p: align.loss(model, policy, config, p, data)[0])(params)
     after = jax.tree.map(lambda p, g: p - 0.05 * g, params, slope)
-    alone = group._replace(response=demo[:, None], response_len=length[:, None])
+    alone = group.replace(response=demo[:, None], response_len=length[:, None])
 
     def likely(p):
         hidden = transformer.apply(model, alone, p)

@@ -341,6 +341,20 @@ def test_rows_by_category():
     assert [list(r) for r in some.rows_by_category(2)] == [[1, 3], [0, 2, 4]]
 
 
+def test_common_prefix_leaves_every_prompt_a_token():
+    assert examples.common_prefix([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3]]) == (1, 2)
+    assert examples.common_prefix([[1, 2, 3], [1, 2]]) == (1,)
+    assert examples.common_prefix([[1, 2, 3]] * 2) == (1, 2)
+    assert examples.common_prefix([[1, 2], [3, 2]]) == ()
+
+
+def test_taking_rows_keeps_the_prefix():
+    columns = {name: np.zeros(5, np.int32) for name in examples.Examples._fields}
+    some = examples.Examples(**columns | {"index": np.arange(5), "id": list("abcde"), "prefix": (7, 8)})
+    part = some.take([3, 1])
+    assert list(part.index) == [3, 1] and part.id == ["d", "b"] and part.prefix == (7, 8)
+
+
 def test_a_category_without_records_is_refused():
     with pytest.raises(InputError, match=r"categories number \[1\] of 3"):
         pipeline.balanced(sources(5, 0, 4), batch=3, seed=0)

@@ -72,9 +72,9 @@ def test_a_score_at_a_token_is_the_score_of_the_text_up_to_it():
     rewards = rewards.replace(adapter=filled(rewards.adapter, 1), head=head)
     everywhere = reward.token_scores(model, rewards, group)
     for t in range(1, group.response.shape[-1] + 1):
-        short = group._replace(response_len=jnp.full((3, 2), t))
+        short = group.replace(response_len=jnp.full((3, 2), t))
         np.testing.assert_allclose(reward.raw_score(model, rewards, short), everywhere[..., t - 1], atol=1e-6)
-        alone = short._replace(response=group.response[..., :t])
+        alone = short.replace(response=group.response[..., :t])
         np.testing.assert_allclose(reward.raw_score(model, rewards, alone), everywhere[..., t - 1], atol=1e-5)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformer_test import random_group, tiny
+from transformer_test import random_group, spelt_out, tiny
 
 from drirl_jax import rollout
 from drirl_jax.models import transformer
@@ -16,7 +16,7 @@ EOS = (3, 11)
 def draw(model, group, *, temperature=1.0, T=6, seed=0, G=3, index=None, **options):
     index = jnp.arange(group.prompt.shape[0]) if index is None else index
     keys = rollout.row_keys(jax.random.key(seed), index, G)
-    options = {"max_new": T, "temperature": temperature, "eos": EOS} | options
+    options = {"max_new": T, "temperature": temperature, "eos": EOS, "prefix": group.prefix} | options
     return rollout.sample(model, group.prompt, group.prompt_len, keys, **options)
 
 
@@ -34,6 +34,14 @@ def test_logprobs_equal_the_trainers(temperature):
     logp, _ = transformer.token_logprobs(model, transformer.apply(model, again), again, temperature or 1.0)
     mask = jnp.arange(6) < out.response_len[..., None]
     np.testing.assert_allclose(out.logp, jnp.where(mask, logp, 0), atol=1e-4)
+
+
+def test_a_prefix_passed_once_changes_no_sample():
+    model, group = sharpened(), random_group(P=3).replace(prefix=(5, 8, 13, 5))
+    once, whole = draw(model, group), draw(model, spelt_out(group))
+    for a, b in zip(once[:3], whole[:3]):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(once.logp, whole.logp, atol=1e-4)
 
 
 def test_logprobs_in_bfloat16_are_near_the_trainers():

@@ -85,9 +85,39 @@ def test_grouped_equals_one_row_at_a_time():
         np.testing.assert_allclose(response_hidden[p, g, : len(response)], response_alone[0, 0], atol=2e-5)
 
 
+def spelt_out(group):
+    """The same group with its prefix written into every prompt."""
+    prefix = jnp.broadcast_to(jnp.array(group.prefix, jnp.int32), (group.prompt.shape[0], len(group.prefix)))
+    prompt = jnp.concatenate([prefix, group.prompt], axis=1)
+    return group.replace(prompt=prompt, prompt_len=len(group.prefix) + group.prompt_len, prefix=())
+
+
+@pytest.mark.parametrize("kind", ["trunk", "adapter", "bank"])
+def test_a_prefix_passed_once_is_one_in_every_prompt(kind):
+    model, group = tiny(), random_group(P=3).replace(prefix=(5, 8, 13, 5))
+    bank = {"bank": 2} if kind == "bank" else {}
+    adapter = filled(lora.init(model, jax.random.key(1), rank=4, alpha=4, layers=2, **bank), 3)
+    adapter, route = {"trunk": {}, "adapter": adapter, "bank": adapter}[kind], group.category if bank else None
+
+    def total(trained, group, begun_layers=0):
+        begun = transformer.begin(trained[0], group, begun_layers)
+        hidden = transformer.apply(trained[0], group, trained[1], route, begun=begun)
+        logp, _ = transformer.token_logprobs(trained[0], hidden, group, 1.0)
+        return logp.sum(), hidden
+
+    once, whole = (
+        jax.value_and_grad(total, has_aux=True)((model, adapter), g, 1) for g in (group, spelt_out(group))
+    )
+    (_, (prompt, response)), slope = once
+    (_, (want_prompt, want_response)), want_slope = whole
+    np.testing.assert_allclose(prompt, want_prompt[:, 4:], atol=2e-5)
+    np.testing.assert_allclose(response, want_response, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), slope, want_slope)
+
+
 def test_padding_and_order_change_nothing():
     model, group = tiny(), random_group()
-    noisy = group._replace(
+    noisy = group.replace(
         prompt=jnp.where(jnp.arange(7) < group.prompt_len[:, None], group.prompt, 5),
         response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 6),
     )
@@ -179,7 +209,7 @@ def test_an_adapter_of_the_last_layers_is_one_of_all_with_zeros_below(layers):
         transformer.apply(lora.merge(model, adapter), group),
     ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
-    two = group._replace(response=group.response[:, :2], response_len=group.response_len[:, :2])
+    two = group.replace(response=group.response[:, :2], response_len=group.response_len[:, :2])
     _, got = transformer.apply(model, two, adapter, begun=begun.members(slice(2)))
     np.testing.assert_allclose(got, want[1][:, :2], atol=2e-5)
     with pytest.raises(ValueError, match="behind layer 3 cannot go on to layer"):

@@ -18,11 +18,12 @@ class Examples(NamedTuple):
     """N tokenised records, right-padded, the demonstration beside its prompt.
 
     Attributes:
-        prompt: [N, S] int32; prompt_len: [N] int32.
+        prompt: [N, S] int32; prompt_len: [N] int32; both without the prefix.
         demo: [N, T] int32; demo_len: [N] int32.
         category: [N] int32 index into config.data.categories.
         index: [N] int32, the record's number in the whole data set: what random numbers are keyed by.
         prompt_text, demo_text, id: lists of N strings.
+        prefix: the ids with which every prompt begins.
     """
 
     prompt: np.ndarray
@@ -34,10 +35,12 @@ class Examples(NamedTuple):
     prompt_text: Sequence[str]
     demo_text: Sequence[str]
     id: Sequence[str]
+    prefix: tuple[int, ...] = ()
 
     def take(self, rows) -> "Examples":
         """The records at these row numbers, in this order."""
-        return Examples(*(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in self))
+        *columns, prefix = self
+        return Examples(*(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in columns), prefix)
 
     def rows_by_category(self, categories: int) -> list[np.ndarray]:
         """The row numbers of each category, in order."""
@@ -70,7 +73,8 @@ def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> N
 
 
 def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, config) -> dict[str, Examples]:
-    """Tokenised records of each split, all padded to the same S (a multiple of 8) and T = sampler.max_new.
+    """Tokenised records of each split, their common beginning set apart, all padded to the same S (a multiple of 8) and T =
+    sampler.max_new.
 
     Raises:
         InputError: a prompt is longer than data.max_prompt and data.long_prompts is "error".
@@ -98,14 +102,22 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
         log.warning("dropped %d prompts longer than %d tokens", dropped, config.data.max_prompt)
     if cut:
         log.warning("cut %d of %d demonstrations to %d tokens", cut, number, config.sampler.max_new)
-    longest = max(len(row[0]) for split in rows.values() for row in split)
-    size = -(-longest // 8) * 8
-    return {split: _pad(of_split, size, config.sampler.max_new) for split, of_split in rows.items() if of_split}
+    prompts = [row[0] for split in rows.values() for row in split]
+    prefix = common_prefix(prompts)
+    size = -(-(max(map(len, prompts)) - len(prefix)) // 8) * 8
+    return {split: _pad(of_split, prefix, size, config.sampler.max_new) for split, of_split in rows.items() if of_split}
 
 
-def _pad(rows: list, prompt_size: int, response_size: int) -> Examples:
+def common_prefix(prompts: list[list[int]]) -> tuple[int, ...]:
+    """The ids with which all the prompts begin (a system turn, say), at least one id of each prompt left out."""
+    first, last = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    return tuple(first[: next((i for i in range(most) if first[i] != last[i]), most)])
+
+
+def _pad(rows: list, prefix: tuple[int, ...], prompt_size: int, response_size: int) -> Examples:
     prompt, demo, category, number, prompt_text, demo_text, ids = map(list, zip(*rows))
-    prompt, prompt_len = text.pad(prompt, prompt_size)
+    prompt, prompt_len = text.pad([ids[len(prefix) :] for ids in prompt], prompt_size)
     demo, demo_len = text.pad(demo, response_size)
     numbers = (np.asarray(x, np.int32) for x in (category, number))
-    return Examples(prompt, prompt_len, demo, demo_len, *numbers, prompt_text, demo_text, ids)
+    return Examples(prompt, prompt_len, demo, demo_len, *numbers, prompt_text, demo_text, ids, prefix)

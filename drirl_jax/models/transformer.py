@@ -70,13 +70,13 @@ class Block(Frozen):
         y_PNO = jnp.einsum("pni,oi->pno", x_PNI, getattr(self, name)[...])
         return y_PNO + adapter[name](x_PNI, route_P) if name in adapter else y_PNO
 
-    def qkv(self, config: Config, x_PND, position_PN, adapter, route_P):
+    def qkv(self, config: Config, x_PND, turns, adapter, route_P):
         """Rotated queries [P, N, H, hd] and keys, and values, [P, N, KV, hd]."""
         x = rms_norm(x_PND, self.attn_norm[...], config.norm_eps)
         q, k, v = (
             rearrange(self.linear(n, x, adapter, route_P), "p n (h d) -> p n h d", d=config.head_dim) for n in "qkv"
         )
-        return rope(q, position_PN, config.rope_theta), rope(k, position_PN, config.rope_theta), v
+        return rope(q, turns), rope(k, turns), v
 
     def finish(self, config: Config, x_PND, attended_PNHd, adapter, route_P):
         """Output projection and MLP, each added to the residual stream."""
@@ -120,12 +120,18 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)).astype(x.dtype) * weight.astype(x.dtype)
 
 
-def rope(x_PNHd: Array, position_PN: Array, theta: float) -> Array:
-    """Rotary positions, half-split as in Hugging Face's Llama: the pair (i, i + hd/2) turns by position·θ^(-2i/hd)."""
-    half = x_PNHd.shape[-1] // 2
-    frequency_d = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def rope_turns(config: Config, position_PN: Array) -> tuple[Array, Array]:
+    """(cos, sin), each [P, N, 1, hd/2], of the angles position·θ^(-2i/hd): the same in every layer, so computed once."""
+    half = config.head_dim // 2
+    frequency_d = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position_PN[..., None, None] * frequency_d
-    cos, sin = jnp.cos(angle).astype(x_PNHd.dtype), jnp.sin(angle).astype(x_PNHd.dtype)
+    return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
+
+
+def rope(x_PNHd: Array, turns: tuple[Array, Array]) -> Array:
+    """Rotary positions, half-split as in Hugging Face's Llama: the pair (i, i + hd/2) turns by its angle."""
+    cos, sin = turns
+    half = x_PNHd.shape[-1] // 2
     a, b = x_PNHd[..., :half], x_PNHd[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -135,13 +141,17 @@ def _grouped(q, kv_heads):
     return rearrange(q, "... (k r) d -> ... k r d", k=kv_heads) * q.shape[-1] ** -0.5
 
 
-def prompt_attention(q_PSHd, k_PSKd, v_PSKd) -> Array:
-    """Causal attention within the prompt, [P, S, H, hd]. Padding needs no mask: it stands behind every real query."""
-    q = _grouped(q_PSHd, k_PSKd.shape[-2])
-    score = product("pskrd,ptkd->pkrst", q, k_PSKd)
-    causal = jnp.tril(jnp.ones(score.shape[-2:], bool))
-    weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PSKd.dtype)
-    return rearrange(jnp.einsum("pkrst,ptkd->pskrd", weight, v_PSKd), "p s k r d -> p s (k r) d")
+def prompt_attention(q_PSHd, k_PUKd, v_PUKd) -> Array:
+    """Causal attention of the prompt's S tokens, the last of the U >= S whose keys are given, [P, S, H, hd].
+
+    Padding needs no mask: it stands behind every real query.
+    """
+    q = _grouped(q_PSHd, k_PUKd.shape[-2])
+    score = product("pskrd,pukd->pkrsu", q, k_PUKd)
+    S, U = score.shape[-2:]
+    causal = jnp.tril(jnp.ones((S, U), bool), U - S)
+    weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PUKd.dtype)
+    return rearrange(jnp.einsum("pkrsu,pukd->pskrd", weight, v_PUKd), "p s k r d -> p s (k r) d")
 
 
 def response_attention(q_PGQHd, prompt_k, prompt_v, prompt_mask_PS, own_k, own_v, own_mask_QU) -> Array:
@@ -177,10 +187,33 @@ def embed(model: Transformer, ids: Array) -> Array:
     return cast(model.embed[...][ids], model.config)
 
 
+def behind(before, k_PSKd, v_PSKd) -> tuple[Array, Array]:
+    """Keys and values of the prompts with those of the prefix before them, [P, R + S, KV, hd]; `before` holds the
+    latter once, once a prompt, or is None where there is no prefix."""
+    if before is None:
+        return k_PSKd, v_PSKd
+
+    def joined(first, rest):
+        return jnp.concatenate([jnp.broadcast_to(first, (rest.shape[0], *first.shape[1:])), rest], axis=1)
+
+    return joined(before[0], k_PSKd), joined(before[1], v_PSKd)
+
+
+def prompt_layer(config: Config, block: Block, x_PSD, turns, before, adapter, route_P):
+    """Prompts [P, S, D] through one layer, perhaps behind a prefix: their new states, and keys and values of both."""
+    q, k, v = block.qkv(config, x_PSD, turns, adapter, route_P)
+    k, v = behind(before, k, v)
+    return block.finish(config, x_PSD, prompt_attention(q, k, v), adapter, route_P), (k, v)
+
+
 @flax.struct.dataclass
 class Begun:
-    """A group on its way through the trunk: residual streams [P, S, D] and [P, G, T, D] behind the first `layers`."""
+    """A group on its way through the trunk: residual streams behind the first `layers`.
 
+    [P, R, D] of the prefix (the same for all P, which only carry it through micro-batches), [P, S, D] and [P, G, T, D].
+    """
+
+    prefix: Array
     prompt: Array
     response: Array
     layers: int = flax.struct.field(pytree_node=False)
@@ -192,7 +225,9 @@ class Begun:
 
 def begin(model: Transformer, group: Group, layers: int) -> Begun:
     """The group behind the trunk's first `layers`: once for all adapters that leave these layers as they are."""
-    return _through(model, group, Begun(embed(model, group.prompt), embed(model, group.response), 0), layers)
+    prefix_RD = embed(model, jnp.array(group.prefix, jnp.int32))
+    prefix_PRD = jnp.broadcast_to(prefix_RD, (group.prompt.shape[0], *prefix_RD.shape))
+    return _through(model, group, Begun(prefix_PRD, embed(model, group.prompt), embed(model, group.response), 0), layers)
 
 
 def apply(
@@ -237,11 +272,14 @@ def _through(
         raise ValueError(f"a group behind layer {begun.layers} cannot go on to layer {last} of {config.layers}")
     if begun.layers == last:
         return begun
-    (P, S), (_, G, T) = group.prompt.shape, group.response.shape
+    (P, S), (_, G, T), R = group.prompt.shape, group.response.shape, len(group.prefix)
     response_position = group.prompt_len[:, None] + jnp.tile(jnp.arange(T), G)
-    position_PN = jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), response_position], axis=1)
-    prompt_mask_PS = length_mask(group.prompt_len, S)
+    position_PN = R + jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), response_position], axis=1)
+    turns, prefix_turns = rope_turns(config, position_PN), rope_turns(config, jnp.arange(R)[None])
+    prompt_mask_PU = length_mask(R + group.prompt_len, R + S)
     causal_TT = jnp.tril(jnp.ones((T, T), bool))
+    # Without a bank all prompts share one adapter, so that one prefix serves them all.
+    prefix = begun.prefix if route_P is not None else begun.prefix[:1]
 
     def split(x):
         return x[:, :S], rearrange(x[:, S:], "p (g t) ... -> p g t ...", g=G)
@@ -249,34 +287,43 @@ def _through(
     def joined(x_s, x_t):
         return jnp.concatenate([x_s, rearrange(x_t, "p g t ... -> p (g t) ...")], axis=1)
 
-    def layer(x_PND, block_and_adapter):
+    def layer(carry, block_and_adapter):
+        prefix, x_PND = carry
         block, low = cast(block_and_adapter, config)
-        q, k, v = block.qkv(config, x_PND, position_PN, low, route_P)
+        before = None
+        if R:
+            prefix, before = prompt_layer(config, block, prefix, prefix_turns, None, low, route_P)
+        q, k, v = block.qkv(config, x_PND, turns, low, route_P)
         (q_s, q_t), (k_s, k_t), (v_s, v_t) = split(q), split(k), split(v)
+        k_s, v_s = behind(before, k_s, v_s)
         attended_s = prompt_attention(q_s, k_s, v_s)
-        attended_t = response_attention(q_t, k_s, v_s, prompt_mask_PS, k_t, v_t, causal_TT)
-        return block.finish(config, x_PND, joined(attended_s, attended_t), low, route_P), None
+        attended_t = response_attention(q_t, k_s, v_s, prompt_mask_PU, k_t, v_t, causal_TT)
+        return (prefix, block.finish(config, x_PND, joined(attended_s, attended_t), low, route_P)), None
 
     if remat:
         layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     blocks = model.blocks
     if (begun.layers, last) != (0, config.layers):
         blocks = jax.tree.map(lambda w: w[begun.layers : last], blocks)
-    x_PND, _ = jax.lax.scan(layer, joined(begun.prompt, begun.response), (blocks, adapter))
-    return Begun(*split(x_PND), layers=last)
+    (prefix, x_PND), _ = jax.lax.scan(layer, (prefix, joined(begun.prompt, begun.response)), (blocks, adapter))
+    return Begun(jnp.broadcast_to(prefix, begun.prefix.shape), *split(x_PND), layers=last)
 
 
-def prefill(model: Transformer, prompt_PS: Array):
-    """Hidden states [P, S, D] of the prompts and their keys and values, each [L, P, S, KV, hd]."""
-    config = model.config
-    position_PS = jnp.broadcast_to(jnp.arange(prompt_PS.shape[1]), prompt_PS.shape)
+def prefill(model: Transformer, prompt_PS: Array, prefix: tuple[int, ...] = ()):
+    """Hidden states [P, S, D] of the prompts, and keys and values of prefix and prompts, each [L, P, R + S, KV, hd]."""
+    config, R = model.config, len(prefix)
+    prefix_turns, turns = (rope_turns(config, n[None]) for n in (jnp.arange(R), R + jnp.arange(prompt_PS.shape[1])))
 
-    def layer(x_PSD, block):
-        block = cast(block, config)
-        q, k, v = block.qkv(config, x_PSD, position_PS, {}, None)
-        return block.finish(config, x_PSD, prompt_attention(q, k, v), {}, None), (k, v)
+    def layer(carry, block):
+        prefix_1RD, x_PSD = carry
+        block, before = cast(block, config), None
+        if R:
+            prefix_1RD, before = prompt_layer(config, block, prefix_1RD, prefix_turns, None, {}, None)
+        x_PSD, cache = prompt_layer(config, block, x_PSD, turns, before, {}, None)
+        return (prefix_1RD, x_PSD), cache
 
-    x_PSD, cache = jax.lax.scan(layer, embed(model, prompt_PS), model.blocks)
+    first = (embed(model, jnp.array([prefix], jnp.int32)), embed(model, prompt_PS))
+    (_, x_PSD), cache = jax.lax.scan(layer, first, model.blocks)
     return rms_norm(x_PSD, model.norm[...], config.norm_eps), cache
 
 
@@ -315,7 +362,7 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
         fused: `fuse(model)`, computed once before the loop.
         token_PG: [P, G] ids of response token t.
         t: scalar int32, its index in the response.
-        prompt_len_P, prompt_mask_PS: lengths and mask of the prompts.
+        prompt_len_P, prompt_mask_PS: lengths and mask of the prompts, the prefix included.
         prompt_cache: (k, v) of `prefill`.
         own_cache: (k, v), each [L, P, G, T, KV, hd], filled below t.
 
@@ -325,7 +372,7 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
     config = model.config
     P, G = token_PG.shape
     T = own_cache[0].shape[3]
-    position_PG = jnp.broadcast_to((prompt_len_P + t)[:, None], (P, G))
+    turns = rope_turns(config, jnp.broadcast_to((prompt_len_P + t)[:, None], (P, G)))
     own_mask_1T = (jnp.arange(T) <= t)[None]
     ends = (config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim)
 
@@ -337,7 +384,7 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
             rearrange(part, "p g (h d) -> p g h d", d=config.head_dim)
             for part in jnp.split(jnp.einsum("pgi,oi->pgo", normed, block.qkv), ends, axis=-1)
         )
-        q, k = rope(q, position_PG, config.rope_theta), rope(k, position_PG, config.rope_theta)
+        q, k = rope(q, turns), rope(k, turns)
         own_k = jax.lax.dynamic_update_slice(own_k, k[None, :, :, None], (i, 0, 0, t, 0, 0))
         own_v = jax.lax.dynamic_update_slice(own_v, v[None, :, :, None], (i, 0, 0, t, 0, 0))
         attended = response_attention(

@@ -50,7 +50,7 @@ def embed_parts(context: Context, texts: list[str]) -> tuple[np.ndarray, np.ndar
 
 def joined(group: Group, text_PT: Array, length_P: Array) -> Group:
     """The group with one more member, its last: [P, G + 1, T]."""
-    return group._replace(
+    return group.replace(
         response=jnp.concatenate([group.response, text_PT[:, None]], axis=1),
         response_len=jnp.concatenate([group.response_len, length_P[:, None]], axis=1),
     )
@@ -107,7 +107,7 @@ def loss(trunk, policy: Policy, config, params, batch: Batch):
     g, sampled = config.grpo, old_logp.shape[1]
 
     def read(members: slice, temperature: float):
-        part = group._replace(response=group.response[:, members], response_len=group.response_len[:, members])
+        part = group.replace(response=group.response[:, members], response_len=group.response_len[:, members])
         return transformer.token_logprobs(model, (prompt_hidden, response_hidden[:, members]), part, temperature)
 
     logp, entropy = read(slice(sampled), config.sampler.temperature)
@@ -182,7 +182,7 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         context.clock.mark("hardness", alpha_PG)
         advantage = advantages(roles, reward_PM, c.group, config.grpo.eps)
         trained = slice(advantage.shape[1])
-        group = scored._replace(response=scored.response[:, trained], response_len=scored.response_len[:, trained])
+        group = scored.replace(response=scored.response[:, trained], response_len=scored.response_len[:, trained])
         others = jnp.repeat(alpha_PG.mean(axis=1, keepdims=True), advantage.shape[1] - c.group, axis=1)
         advantage = eq.scaled_advantage(jnp.concatenate([alpha_PG, others], axis=1), advantage)
         scalars = describe(names, examples, out, reward_PG, advantage, info)

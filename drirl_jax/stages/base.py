@@ -107,7 +107,7 @@ POLICIES = {
 def group_of(examples: Examples, response, response_len) -> Group:
     """The examples' prompts with these responses, [P, G, T] and [P, G]."""
     arrays = (examples.prompt, examples.prompt_len, response, response_len, examples.category)
-    return Group(*(jnp.asarray(x) for x in arrays))
+    return Group(*(jnp.asarray(x) for x in arrays), prefix=examples.prefix)
 
 
 def draw(context: Context, model: Transformer, examples: Examples, key: Array, **options) -> rollout.Rollout:
@@ -115,7 +115,7 @@ def draw(context: Context, model: Transformer, examples: Examples, key: Array, *
     group = options.pop("group")
     keys = rollout.row_keys(key, jnp.asarray(examples.index), group)
     prompt, length = jnp.asarray(examples.prompt), jnp.asarray(examples.prompt_len)
-    return rollout.sample(model, prompt, length, keys, eos=context.text.eos_ids, **options)
+    return rollout.sample(model, prompt, length, keys, eos=context.text.eos_ids, prefix=examples.prefix, **options)
 
 
 def row_batches(total: int, size: int):
