@@ -105,9 +105,7 @@ def test_a_prefix_passed_once_is_one_in_every_prompt(kind):
         logp, _ = transformer.token_logprobs(trained[0], hidden, group, 1.0)
         return logp.sum(), hidden
 
-    once, whole = (
-        jax.value_and_grad(total, has_aux=True)((model, adapter), g, 1) for g in (group, spelt_out(group))
-    )
+    once, whole = (jax.value_and_grad(total, has_aux=True)((model, adapter), g, 1) for g in (group, spelt_out(group)))
     (_, (prompt, response)), slope = once
     (_, (want_prompt, want_response)), want_slope = whole
     np.testing.assert_allclose(prompt, want_prompt[:, 4:], atol=2e-5)

@@ -73,8 +73,8 @@ def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> N
 
 
 def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, config) -> dict[str, Examples]:
-    """Tokenised records of each split, their common beginning set apart, all padded to the same S (a multiple of 8) and T =
-    sampler.max_new.
+    """Tokenised records of each split, their common beginning set apart; padded to the same S (a multiple of 8) and T
+    = sampler.max_new.
 
     Raises:
         InputError: a prompt is longer than data.max_prompt and data.long_prompts is "error".

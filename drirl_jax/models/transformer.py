@@ -121,7 +121,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def rope_turns(config: Config, position_PN: Array) -> tuple[Array, Array]:
-    """(cos, sin), each [P, N, 1, hd/2], of the angles position·θ^(-2i/hd): the same in every layer, so computed once."""
+    """(cos, sin), each [P, N, 1, hd/2], of the angles position·θ^(-2i/hd): computed once for all layers."""
     half = config.head_dim // 2
     frequency_d = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position_PN[..., None, None] * frequency_d
@@ -227,7 +227,9 @@ def begin(model: Transformer, group: Group, layers: int) -> Begun:
     """The group behind the trunk's first `layers`: once for all adapters that leave these layers as they are."""
     prefix_RD = embed(model, jnp.array(group.prefix, jnp.int32))
     prefix_PRD = jnp.broadcast_to(prefix_RD, (group.prompt.shape[0], *prefix_RD.shape))
-    return _through(model, group, Begun(prefix_PRD, embed(model, group.prompt), embed(model, group.response), 0), layers)
+    return _through(
+        model, group, Begun(prefix_PRD, embed(model, group.prompt), embed(model, group.response), 0), layers
+    )
 
 
 def apply(
