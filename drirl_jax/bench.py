@@ -52,25 +52,26 @@ class Machine(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Shape of a step: prompts, their tokens, responses of each, their tokens."""
+    """Shape of a step: prompts, their own tokens, responses of each, their tokens; tokens of the shared prefix."""
 
     P: int
     S: int
     G: int
     T: int
+    R: int = 0
 
 
 def forward_flops(model: transformer.Config, shape: Shape, logits: bool = True) -> float:
-    """Operations of one forward pass with the prompt once per group; a response's last token need not be fed.
+    """Operations of one forward pass, the prefix once, the prompt once per group; a response's last token is not fed.
 
     2 · positions · weights + 2 D V · predicted tokens + 4 H hd · (query, key) pairs, over all layers.
     """
-    P, S, G, T = shape
+    P, S, G, T, R = shape
     attention = 2 * model.width * (model.heads + model.kv_heads) * model.head_dim
     weights = model.layers * (attention + 3 * model.width * model.ffn)
-    pairs = P * S * (S + 1) / 2 + P * G * sum(S + t + 1 for t in range(T - 1))
+    pairs = R * (R + 1) / 2 + P * S * (R + (S + 1) / 2) + P * G * sum(R + S + t + 1 for t in range(T - 1))
     predicted = P + P * G * (T - 1) if logits else 0
-    fed = P * S + P * G * (T - 1)
+    fed = R + P * S + P * G * (T - 1)
     return (
         2 * weights * fed
         + 2 * model.width * model.vocab * predicted
@@ -79,30 +80,40 @@ def forward_flops(model: transformer.Config, shape: Shape, logits: bool = True) 
 
 
 def floor(
-    model: transformer.Config, shape: Shape, machine: Machine, *, size: int, tuned: int, shared: int = 0
+    model: transformer.Config,
+    shape: Shape,
+    machine: Machine,
+    *,
+    size: int,
+    tuned: int,
+    shared: int = 0,
+    scored: int = 1,
+    trained: int = 0,
 ) -> dict[str, float]:
     """Least seconds of each phase: its operations at the measured rate, or its bytes where those take longer.
 
     Args:
         size, tuned: number of the model's parameters, and of those that are trained (float32).
         shared: first layers that policy, reference and rewards pass together, as phase "trunk".
+        scored, trained: demonstrations of a group that get a reward, and that the update learns from.
 
     Returns:
         phase -> seconds, for the phases that the model's own work bounds; hardness is not among them.
     """
-    P, S, G, T = shape
+    P, S, G, T, R = shape
     top, bottom = model._replace(layers=model.layers - shared), model._replace(layers=shared)
     forward = forward_flops(top, shape)
     cache_row = 8 * model.layers * model.kv_heads * model.head_dim
-    read = 4 * size * T + cache_row * P * G * sum(S + t + 1 for t in range(T - 1))
+    read = 4 * size * T + cache_row * P * G * sum(R + S + t + 1 for t in range(T - 1))
     # A frozen weight has no gradient of its own: forward, and the gradient of its input.
     passes = 3 if tuned == size else 2
     return {
         "rollout": max(forward_flops(model, shape) / machine.flops, read / machine.bandwidth),
-        "trunk": forward_flops(bottom, shape._replace(G=G + 1), logits=False) / machine.flops,
+        "trunk": forward_flops(bottom, shape._replace(G=G + scored), logits=False) / machine.flops,
         "reference": forward / machine.flops,
-        "rewards": forward_flops(top, shape._replace(G=G + 1), logits=False) / machine.flops,
-        "update": passes * forward / machine.flops + 7 * 4 * tuned / machine.bandwidth,
+        "rewards": forward_flops(top, shape._replace(G=G + scored), logits=False) / machine.flops,
+        "update": passes * forward_flops(top, shape._replace(G=G + trained)) / machine.flops
+        + 7 * 4 * tuned / machine.bandwidth,
     }
 
 
@@ -198,12 +209,17 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
         elif number >= 2:
             for phase in PHASES:
                 times[phase].append(clock.seconds.get(phase, 0.0))
-    used = Shape(
-        config.align.batch, context.examples["train"].prompt.shape[1], config.align.group, config.sampler.max_new
+    examples, roles = (
+        context.examples["train"],
+        [align.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")],
     )
+    S, R = examples.prompt.shape[1], len(examples.prefix)
+    used = Shape(config.align.batch, S, config.align.group, config.sampler.max_new, R)
+    demonstrations = {"scored": 1 + roles[1].counts, "trained": sum(role.trained for role in roles)}
     machine = measure_machine(context.model.config)
     size = sum(x.size for x in jax.tree.leaves(context.model))
-    bound = floor(context.model.config, used, machine, size=size, tuned=tuned, shared=context.shared_layers)
+    options = {"size": size, "tuned": tuned, "shared": context.shared_layers, **demonstrations}
+    bound = floor(context.model.config, used, machine, **options)
     seconds = {phase: statistics.median(values) for phase, values in times.items()}
     return {
         "seconds": seconds,

@@ -22,6 +22,9 @@ def test_forward_operations_by_hand():
     shape = bench.Shape(P=1, S=2, G=2, T=3)
     assert bench.forward_flops(model, shape) == 2 * 30 * 6 + 2 * 2 * 5 * 5 + 4 * 2 * 1 * 17
     assert bench.forward_flops(model, shape, logits=False) == 2 * 30 * 6 + 4 * 2 * 1 * 17
+    # Two prompts and a prefix of 2 tokens: 14 positions; pairs 1 + 2, a prompt 3 + 4, a response 5 and 6, twice each.
+    two = shape._replace(P=2, R=2)
+    assert bench.forward_flops(model, two, logits=False) == 2 * 30 * 14 + 4 * 2 * 1 * (3 + 2 * (7 + 2 * 11))
 
 
 def test_the_floor_takes_the_slower_of_operations_and_bytes():
@@ -32,6 +35,9 @@ def test_the_floor_takes_the_slower_of_operations_and_bytes():
     full = bench.floor(model, shape, quick, size=size, tuned=size)
     np.testing.assert_allclose([full["rollout"], full["reference"], full["update"]], [forward, forward, 3 * forward])
     np.testing.assert_allclose(bench.floor(model, shape, quick, size=size, tuned=4)["update"], 2 * forward)
+    # Two demonstrations more to learn from are two responses more.
+    more = bench.floor(model, shape, quick, size=size, tuned=size, trained=2)["update"]
+    np.testing.assert_allclose(more, 3 * bench.forward_flops(model, shape._replace(G=4)) / 1e3)
     # Weights for each of 3 tokens; keys and values of 1 x 1, 4 bytes each, of the 2 · 7 pairs; AdamW moves 7 floats.
     bound = bench.floor(model, shape, slow, size=size, tuned=size)
     np.testing.assert_allclose(bound["rollout"], (4 * 50 * 3 + 8 * 14) / 1e3)
@@ -45,7 +51,7 @@ def test_the_command(policy, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(file.read_text())
-    assert result["shape"] == {"P": 8, "S": 50, "G": 4, "T": 12}
+    assert result["shape"] == {"P": 8, "S": 50, "G": 4, "T": 12, "R": 0}
     for phase in (*bench.PHASES, "step"):
         assert result["seconds"][phase] > 0 and phase in done.stdout
 
