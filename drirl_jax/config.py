@@ -121,6 +121,9 @@ def default() -> ConfigDict:
     c.align.batch = 8  # P: prompts a step
     c.align.group = 8  # G: responses a prompt
     c.align.accumulate = 1  # micro-batches of prompts in one update
+    # By how much the share of harmless validation prompts that are refused may rise; the policy's change is scaled down
+    # until it holds (ours: evals/strength.py). 1: whatever it is
+    c.align.harmless_rise = 1.0
     c.align.optimizer = _optimizer(1e-3)
 
     c.evals = ConfigDict()
@@ -235,6 +238,12 @@ def validate(config: ConfigDict) -> None:
     need(
         len(set(config.data.categories)) == len(config.data.categories),
         "config.data.categories repeats a name.",
+    )
+    rise = config.align.harmless_rise
+    need(0 <= rise <= 1, f"config.align.harmless_rise is {rise}: it must lie in [0, 1].")
+    need(
+        rise == 1 or config.data.harmless,
+        f"config.align.harmless_rise is {rise}, but config.data.harmless names no category to measure it on.",
     )
     share = config.sampler.harmless_share
     need(0 < share < 1, f"config.sampler.harmless_share is {share}: it must lie in (0, 1).")

@@ -52,6 +52,9 @@ def test_a_run_leaves_its_products(whole, policy):
         result = json.loads((workdir / "evals" / f"{name}.json").read_text())
         assert {row["category"] for row in result["responses"]} == set(result["by_category"])
         assert len(result["responses"]) == sum(of["n"] for of in result["by_category"].values()) == 140
+    # A random model refuses nothing at any strength.
+    chosen = json.loads((workdir / "strength.json").read_text())
+    assert chosen == {"strength": 1.0, "harmless_refused": {"base": 0.0, "1.0": 0.0}}
     html = (workdir / "report.html").read_text()
     assert "data:image/png;base64" in html and "unfairness" in html
     assert "refused" in printed and str(workdir / "report.html") in printed
