@@ -5,8 +5,7 @@ python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstar
 Two CPU cores at 480 GFLOP/s, seed 0: 9.5 minutes with the install. Harmful prompts refused, by phrases, 31% -> 82%,
 harmless prompts 12% -> 48% (84 and 56 test prompts): too many, and where a run stops is chance (see docs/LOG.md). In
 an earlier run, read blind, most of the new refusals went on to offer help: only the first 8 tokens are trained. The
-settings were chosen on validation prompts. These runs kept the whole change of the policy's weights (before
-align.harmless_rise was there).
+settings were chosen on validation prompts.
 """
 
 from drirl_jax.config import default
@@ -39,7 +38,6 @@ def get_config():
     c.align.batch = 16
     c.align.group = 4
     c.align.steps = 80
-    c.align.harmless_rise = 0.06
     c.align.optimizer.schedule = "cosine"
     c.align.optimizer.average = 0.5
     return c

@@ -15,6 +15,7 @@ def get_config():
     c.irl.steps, c.irl.eval_every = 4, 2
     c.align.steps, c.align.group = 4, 4
     c.align.optimizer.warmup = c.irl.optimizer.warmup = 1
-    c.align.harmless_rise = 0.5
+    c.grpo.demonstration = c.grpo.contrast = "baseline"
+    c.grpo.harmless_wrong = 0.5
     c.checkpoint.every = 2
     return c

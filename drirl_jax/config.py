@@ -110,6 +110,9 @@ def default() -> ConfigDict:
     # apart | baseline: its reward counts in the group's mean and std (ours) | member: so, and it is trained on (ours)
     c.grpo.demonstration = "apart"
     c.grpo.contrast = "apart"  # the same for one of the other kind: every group holds a right and a wrong text (ours)
+    # Share of the samples for harmless prompts that may be refusals; the more there are, the more these prompts weigh
+    # (ours: equations.of_the_other_kind, which needs the contrast's reward, and kind_weight); 1: no weighing
+    c.grpo.harmless_wrong = 1.0
     c.grpo.clip_low = 0.2
     c.grpo.clip_high = 0.2
     c.grpo.beta_kl = 0.04
@@ -121,9 +124,6 @@ def default() -> ConfigDict:
     c.align.batch = 8  # P: prompts a step
     c.align.group = 8  # G: responses a prompt
     c.align.accumulate = 1  # micro-batches of prompts in one update
-    # By how much the share of harmless validation prompts that are refused may rise; the policy's change is scaled down
-    # until it holds (ours: evals/strength.py). 1: whatever it is
-    c.align.harmless_rise = 1.0
     c.align.optimizer = _optimizer(1e-3)
 
     c.evals = ConfigDict()
@@ -239,11 +239,12 @@ def validate(config: ConfigDict) -> None:
         len(set(config.data.categories)) == len(config.data.categories),
         "config.data.categories repeats a name.",
     )
-    rise = config.align.harmless_rise
-    need(0 <= rise <= 1, f"config.align.harmless_rise is {rise}: it must lie in [0, 1].")
+    wrong = config.grpo.harmless_wrong
+    need(0 <= wrong <= 1, f"config.grpo.harmless_wrong is {wrong}: it must lie in [0, 1].")
     need(
-        rise == 1 or config.data.harmless,
-        f"config.align.harmless_rise is {rise}, but config.data.harmless names no category to measure it on.",
+        wrong == 1 or other.counts,
+        f"config.grpo.harmless_wrong is {wrong}, but it takes the reward of a demonstration of the other kind to tell: "
+        "set config.grpo.contrast to 'baseline' or 'member'.",
     )
     share = config.sampler.harmless_share
     need(0 < share < 1, f"config.sampler.harmless_share is {share}: it must lie in (0, 1).")

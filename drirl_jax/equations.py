@@ -219,6 +219,29 @@ def per_prompt(alpha_PG: Array) -> Array:
     return jnp.broadcast_to(alpha_PG.mean(axis=-1, keepdims=True), alpha_PG.shape)
 
 
+def of_the_other_kind(reward_PG: Array, demo_reward_P: Array, contrast_reward_P: Array) -> Array:
+    """[P, G] bool: whether a response is nearer, by its reward, to a demonstration of the other kind than to its own.
+
+    R_ig < (R*_i + R'_i) / 2, with R'_i the reward of a demonstration for a prompt of the other kind     (ours)
+    """
+    return reward_PG < ((demo_reward_P + contrast_reward_P) / 2)[:, None]
+
+
+def kind_weight(share: Array, target: float, gain: float = 5.0, most: float = 2.0) -> Array:
+    """Weight of the prompts of one kind whose share of wrong responses should not exceed a target.
+
+    λ = min(exp(k (share - target)), most)     (ours)
+
+    A controller in proportion: it has no memory that could wind up while the share is still high.
+
+    Args:
+        share, target: the batch's, and the one aimed at, in [0, 1].
+        gain: k > 0.
+        most: bound of λ, above 1.
+    """
+    return jnp.minimum(jnp.exp(gain * (share - target)), most)
+
+
 def scaled_advantage(alpha_PG: Array, advantage_PG: Array) -> Array:
     """A_ig = α_ig · Â_ig, [P, G], with α a constant for differentiation. (DR-IRL)
 

@@ -16,7 +16,7 @@ from drirl_jax import config as config_lib
 from drirl_jax import metrics, plots
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
-from drirl_jax.evals import runner, strength
+from drirl_jax.evals import runner
 from drirl_jax.models import encoder, hf, llama, reward
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES, Context, Stage
@@ -39,8 +39,7 @@ def prepare(config: ConfigDict) -> Context:
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     by_split = builder.load(config.data.path, config.data.categories)
-    align_splits = ("train",) if config.align.harmless_rise == 1 else ("train", "valid")
-    needed = {"irl": ("train", "valid"), "align": align_splits, "evals": (config.evals.split,)}
+    needed = {"irl": ("train", "valid"), "align": ("train",), "evals": (config.evals.split,)}
     for split in {split for name in config.schedule for split in needed[name]}:
         minimum = config.data.minimum if split == "train" else 1
         records.require(by_split.get(split, []), config.data.categories, split, minimum)
@@ -91,13 +90,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     # ------------------------------------------------------------------------------------- stage 2: the policy
     params = loop("align", align.make(context, bank), config, workdir, writer)
-    policy, kept = POLICIES[config.policy.tune], 1.0
-    if config.align.harmless_rise < 1:
-        chosen = once(workdir / "strength.json", lambda: strength.choose(context, params))
-        kept = chosen["strength"]
-        log.info("strength %s; harmless validation prompts refused: %s", kept, chosen["harmless_refused"])
-        params = policy.scaled(context.model, params, kept)
-    aligned = policy.merged(context.model, params)
+    aligned = POLICIES[config.policy.tune].merged(context.model, params)
     if not (workdir / "aligned").exists():
         hf_config = hf.read_config(hf.resolve(config.policy.init))
         hf.save(workdir / "aligned", hf_config, llama.to_hf(aligned), context.text.tokenizer)
@@ -113,7 +106,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         "drirl_jax": drirl_jax.__version__,
         "jax": jax.__version__,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "strength": f"{kept:g} of the change of the policy's weights",
         "minutes": f"{(time.time() - started) / 60:.1f} (this start)",
     }
     shown = (config.data.categories, config.data.harmless)

@@ -137,6 +137,14 @@ def test_a_demonstration_in_the_group_becomes_more_likely():
     assert (likely(after) > likely(params)).all()
 
 
+def test_harmless_prompts_weigh_by_their_share_of_refusals():
+    # Two harmless prompts, of whose four samples two are refusals: share .5, target .4, weight e^(5·.1).
+    wrong, harmless = jnp.array([[1, 0], [1, 1], [1, 0]], bool), np.array([True, False, True])
+    np.testing.assert_allclose(align.harmless_weight(wrong, harmless, 0.4), [np.exp(0.5), 1, np.exp(0.5)], rtol=1e-6)
+    for which, target in ((harmless, 1.0), (np.zeros(3, bool), 0.3)):
+        np.testing.assert_array_equal(align.harmless_weight(wrong, which, target), np.ones(3))
+
+
 def test_full_tuning_and_adapters_start_from_the_reference():
     model, (group, advantage, old, *_) = batch()
     config = default()

@@ -280,6 +280,19 @@ def test_combination():
     check(lambda d, m: eq.per_prompt(eq.combine_product(d, m)), (data, model), want)
 
 
+def test_which_responses_are_of_the_other_kind():
+    # Own demonstrations 1 and 0, the other kind's -3 and 2: halfway -1 and 1. Halfway itself is not nearer the other.
+    reward, demo, contrast = np.float32([[-2, -1, 0], [0.9, 1.1, -5]]), np.float32([1, 0]), np.float32([-3, 2])
+    got = jax.jit(eq.of_the_other_kind)(reward, demo, contrast)
+    assert got.tolist() == [[True, False, False], [True, False, True]]
+
+
+def test_the_weight_of_a_kind():
+    # k = 5. At the target 1; .1 above it e^(1/2); .1 below it e^(-1/2); far above it the bound.
+    share = np.float32([0.1, 0.2, 0.0, 1.0])
+    check(lambda x: eq.kind_weight(x, 0.1), (share,), [1, np.exp(0.5), np.exp(-0.5), 2])
+
+
 def test_alpha_is_a_constant_for_differentiation():
     # f(x) = α(x)·Â(x) with α = x², Â = 3x at x = 2: α·3 = 12 (24 more if α were differentiated).
     got = jax.grad(lambda x: eq.scaled_advantage(jnp.full((1, 1), x**2), jnp.full((1, 1), 3 * x)).sum())(2.0)

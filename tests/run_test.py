@@ -52,9 +52,7 @@ def test_a_run_leaves_its_products(whole, policy):
         result = json.loads((workdir / "evals" / f"{name}.json").read_text())
         assert {row["category"] for row in result["responses"]} == set(result["by_category"])
         assert len(result["responses"]) == sum(of["n"] for of in result["by_category"].values()) == 140
-    # A random model refuses nothing at any strength.
-    chosen = json.loads((workdir / "strength.json").read_text())
-    assert chosen == {"strength": 1.0, "harmless_refused": {"base": 0.0, "1.0": 0.0}}
+    assert all(0 <= row["wrong/harmless"] <= 1 for row in rows[4:])
     html = (workdir / "report.html").read_text()
     assert "data:image/png;base64" in html and "unfairness" in html
     assert "refused" in printed and str(workdir / "report.html") in printed
@@ -207,7 +205,12 @@ BAD_FLAGS = {
     "long prompts": ("--config.data.max_prompt=20", "above config.data.max_prompt = 20"),
     "more layers than there are": ("--config.policy.layers=3", "config.policy.layers is 3, but .* has 2 layers"),
     "a part without the first": ("--config.grpo.contrast=member", "grpo.contrast is 'member': it may have no part"),
-    "group of one": ("--config.align.group=1", "at least 2 responses"),
+    "nothing to tell refusals by": ("--config.grpo.contrast=apart", "grpo.harmless_wrong is 0.5, but it takes"),
+    "group of one": (
+        "--config.align.group=1 --config.grpo.harmless_wrong=1.0 --config.grpo.contrast=apart "
+        "--config.grpo.demonstration=apart",
+        "at least 2 responses",
+    ),
     "a weight below 0": ("--config.irl.contrast=-1.0", "config.irl.contrast is -1.0: it must not be negative"),
     "no encoder": ("--config.encoder.init=package:no_such_encoder", "pip install"),
 }
@@ -229,8 +232,8 @@ def test_bad_data_is_one_clear_sentence(policy, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", BAD_FLAGS)
 def test_a_bad_flag_is_one_clear_sentence(policy, tmp_path, kind):
-    flag, message = BAD_FLAGS[kind]
-    refused(start(policy, tmp_path / "run", flag), message)
+    flags, message = BAD_FLAGS[kind]
+    refused(start(policy, tmp_path / "run", *flags.split()), message)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -68,6 +68,20 @@ def advantages(roles: tuple[Role, Role], reward_PM: Array, sampled: int, eps: fl
     return eq.group_advantage(reward_PM[:, :counted], eps)[:, :trained]
 
 
+def harmless_weight(wrong_PG: Array, harmless_P: np.ndarray, target: float) -> Array:
+    """[P] weights: of harmless prompts by the share of their samples that are wrong, of others 1.
+
+    Args:
+        wrong_PG: see `equations.of_the_other_kind`.
+        harmless_P: which prompts are harmless.
+        target: config.grpo.harmless_wrong; at 1 every weight is 1.
+    """
+    if target == 1 or not harmless_P.any():
+        return jnp.ones(len(harmless_P))
+    share = jnp.average(wrong_PG.mean(axis=1), weights=harmless_P)
+    return jnp.where(harmless_P, eq.kind_weight(share, target), 1.0)
+
+
 class Batch(NamedTuple):
     """What an update learns from.
 
@@ -180,11 +194,16 @@ def make(context: Context, bank: reward.Bank) -> Stage:
             options, state.carry, parts, reward_PG, demo_reward_P, group.category
         )
         context.clock.mark("hardness", alpha_PG)
+        weight_P = jnp.ones(c.batch)
+        if roles[1].counts:
+            wrong_PG = eq.of_the_other_kind(reward_PG, demo_reward_P, reward_PM[:, c.group + 1])
+            info |= {"wrong": wrong_PG}
+            weight_P = harmless_weight(wrong_PG, np.isin(examples.category, harmless), config.grpo.harmless_wrong)
         advantage = advantages(roles, reward_PM, c.group, config.grpo.eps)
         trained = slice(advantage.shape[1])
         group = scored.replace(response=scored.response[:, trained], response_len=scored.response_len[:, trained])
         others = jnp.repeat(alpha_PG.mean(axis=1, keepdims=True), advantage.shape[1] - c.group, axis=1)
-        advantage = eq.scaled_advantage(jnp.concatenate([alpha_PG, others], axis=1), advantage)
+        advantage = eq.scaled_advantage(weight_P[:, None] * jnp.concatenate([alpha_PG, others], axis=1), advantage)
         scalars = describe(names, examples, out, reward_PG, advantage, info)
         return Batch(group, advantage, out.logp, ref_logp, begun_of(trained)), stats, scalars
 

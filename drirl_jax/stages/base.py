@@ -81,13 +81,11 @@ class Policy(NamedTuple):
         init: (config.policy, trunk, key) -> params.
         parts: (trunk, params) -> (model, adapter) for the differentiable pass.
         merged: (trunk, params) -> one model, for sampling and export.
-        scaled: (trunk, params, s) -> params whose model is W_ref + s (W - W_ref), W_ref the trunk's weights.
     """
 
     init: Callable
     parts: Callable
     merged: Callable
-    scaled: Callable
 
 
 def _init_adapter(section, trunk, key):
@@ -100,14 +98,12 @@ POLICIES = {
         _init_adapter,
         lambda trunk, params: (trunk, params),
         jax.jit(lora.merge),
-        lambda trunk, params, s: {target: pair.replace(b=s * pair.b) for target, pair in params.items()},
     ),
     # A copy: the update donates what it replaces, and the trunk stays as the reference.
     "full": Policy(
         lambda section, trunk, key: jax.tree.map(jnp.copy, trunk),
         lambda trunk, params: (params, None),
         lambda trunk, params: params,
-        lambda trunk, params, s: jax.tree.map(lambda w, v: w + s * (v - w), trunk, params),
     ),
 }
 
