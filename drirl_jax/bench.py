@@ -26,6 +26,7 @@ from drirl_jax.data.examples import Examples
 from drirl_jax.metrics import Clock
 from drirl_jax.models import reward, transformer
 from drirl_jax.stages import align, irl
+from drirl_jax.stages.base import Context
 from drirl_jax.types import InputError
 
 STEPS = flags.DEFINE_integer("steps", 5, "Steps to time, after two that are not.", lower_bound=1)
@@ -38,10 +39,11 @@ SHAPES = {
     "S": "tokens to which every prompt is brought, repeated or cut",
     "G": "responses a prompt",
     "T": "most tokens of a response",
-    "C": "rewards in the bank",
+    "C": "categories, the records dealt out to them, and so rewards in the bank",
     "D": "width of the policy, which then has random weights",
 }
 PHASES = ("rollout", "trunk", "reference", "rewards", "hardness", "update")
+TIMED = (*PHASES, "step", "irl")  # "irl" is an update of the IRL stage, of no alignment step
 
 
 class Machine(NamedTuple):
@@ -117,6 +119,16 @@ def floor(
     }
 
 
+def irl_floor(model: transformer.Config, shape: Shape, machine: Machine, adapted: int) -> float:
+    """Least seconds of an update of the rewards: forward, and backward through the layers that have adapters.
+
+    Args:
+        shape: of the pairs, G = 1 + the negatives of each demonstration.
+    """
+    forward = forward_flops(model, shape, logits=False)
+    return (forward + forward_flops(model._replace(layers=adapted), shape, logits=False)) / machine.flops
+
+
 def fastest(function: Callable, *args, repeats: int = 7) -> float:
     """Seconds of the fastest of some calls, after one that compiles."""
     jax.block_until_ready(function(*args))
@@ -157,6 +169,40 @@ def of_length(by_split: dict[str, Examples], length: int) -> dict[str, Examples]
     return {split: stretched(examples) for split, examples in by_split.items()}
 
 
+def of_categories(context: Context, count: int) -> Context:
+    """The context with its records dealt out to `count` categories, the last of them harmless."""
+    config = context.config.copy_and_resolve_references()
+    config.data.categories = tuple(f"category_{i}" for i in range(count))
+    config.data.harmless = config.data.categories[-1:]
+    by_split = {
+        split: examples._replace(category=np.arange(len(examples.id), dtype=np.int32) % count)
+        for split, examples in context.examples.items()
+    }
+    return dataclasses.replace(context, config=config, examples=by_split)
+
+
+def time_irl(context: Context, steps: int) -> list[float]:
+    """Seconds of updates of the IRL stage, its demonstrations against each other; two more, the first, are not told."""
+    c, stage, examples = context.config.irl, irl.make(context), context.examples["train"]
+    batch = examples.take(np.arange(c.batch) % len(examples.id))
+    demo_PKT, demo_len_PK = (
+        np.stack([np.roll(x, k, axis=0) for k in range(1, 1 + negatives(c))], axis=1)
+        for x in (batch.demo, batch.demo_len)
+    )
+    pairs = irl.make_pairs(batch, demo_PKT, demo_len_PK, c.cut, [0])
+    state, seconds = train.committed(stage.init().train), []
+    for _ in range(2 + steps):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(stage.update(state, pairs))
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
+
+
+def negatives(section: ConfigDict) -> int:
+    """How many negatives a demonstration has in the IRL stage."""
+    return section.samples + (section.contrast > 0)
+
+
 def widened(model: transformer.Transformer, width: int) -> transformer.Transformer:
     """A random model of this width, its key heads and MLP in proportion; heads stay as wide and as many to a key head,
     and layers and vocabulary are the model's."""
@@ -168,15 +214,16 @@ def widened(model: transformer.Transformer, width: int) -> transformer.Transform
 
 
 def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> dict:
-    """Times the train loop's own collect and update of the align stage, with rewards that have learnt nothing.
+    """Times the train loop's own collect and update of the align stage, with rewards that have learnt nothing, and the
+    update of the IRL stage, with demonstrations for samples.
 
     Args:
-        config: of the run; its IRL stage is not run.
+        config: of the run.
         steps: to time, of each kind: those that wait after each phase, and whole ones.
         shape: letters of SHAPES and their values, instead of what the config says.
 
     Returns:
-        {"seconds": phase or "step" -> median, "all": the same -> list, "floor": phase -> seconds, "step_floor",
+        {"seconds": name in TIMED -> median, "all": the same -> list, "floor": phase -> seconds, "step_floor",
          "tokens": sampled tokens a step, "tokens_per_second": of the rollout, "peak_bytes", "machine", "shape",
          "device", "jax"}. "step" is timed without waiting between phases, so it may be less than their sum.
     """
@@ -189,11 +236,14 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
         context = dataclasses.replace(context, examples=of_length(context.examples, shape["S"]))
     if "D" in shape:
         context = dataclasses.replace(context, model=train.committed(widened(context.model, shape["D"])))
-    fresh = irl.init_rewards(context, shape.get("C"))
+    if "C" in shape:
+        context = of_categories(context, shape["C"])
+        config = context.config
+    fresh = irl.init_rewards(context)
     stage = align.make(context, reward.Bank(fresh, mean=fresh.bias, std=jnp.ones_like(fresh.bias)))
     state = stage.init()
     tuned = sum(x.size for x in jax.tree.leaves(state.train.params))
-    times: dict[str, list[float]] = {phase: [] for phase in (*PHASES, "step")}
+    times: dict[str, list[float]] = {name: [] for name in TIMED}
     tokens = []
     for number in range(2 + 2 * steps):
         # Two steps compile and warm up; then steps that wait after each phase, then whole steps.
@@ -209,6 +259,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
         elif number >= 2:
             for phase in PHASES:
                 times[phase].append(clock.seconds.get(phase, 0.0))
+    times["irl"] = time_irl(context, steps)
     examples, roles = (
         context.examples["train"],
         [align.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")],
@@ -220,11 +271,13 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     size = sum(x.size for x in jax.tree.leaves(context.model))
     options = {"size": size, "tuned": tuned, "shared": context.shared_layers, **demonstrations}
     bound = floor(context.model.config, used, machine, **options)
+    pairs_shape = used._replace(P=config.irl.batch, G=1 + negatives(config.irl))
+    adapted = config.reward.layers or context.model.config.layers
     seconds = {phase: statistics.median(values) for phase, values in times.items()}
     return {
         "seconds": seconds,
         "all": times,
-        "floor": bound,
+        "floor": bound | {"irl": irl_floor(context.model.config, pairs_shape, machine, adapted)},
         "step_floor": sum(bound.values()),
         "tokens": statistics.median(tokens),
         "tokens_per_second": statistics.median(tokens) / seconds["rollout"],
@@ -262,12 +315,11 @@ def exponent(values: list[int], seconds: list[float]) -> float:
 
 def growth(letter: str, results: dict[int, dict]) -> str:
     """A table of the phases' seconds at each value of a letter, and the exponent of each phase."""
-    phases = (*PHASES, "step")
-    lines = ["".join(f"{name:>11}" for name in (letter, *phases, "peak GiB"))]
+    lines = ["".join(f"{name:>11}" for name in (letter, *TIMED, "peak GiB"))]
     for value, result in results.items():
-        seconds = [result["seconds"][phase] for phase in phases]
+        seconds = [result["seconds"][name] for name in TIMED]
         lines.append(f"{value:11}" + "".join(f"{x:11.3f}" for x in (*seconds, result["peak_bytes"] / 2**30)))
-    fits = [exponent(list(results), [r["seconds"][phase] for r in results.values()]) for phase in phases]
+    fits = [exponent(list(results), [r["seconds"][phase] for r in results.values()]) for phase in TIMED]
     return "\n".join([*lines, f"{'exponent':>11}" + "".join(f"{k:11.2f}" for k in fits)])
 
 

@@ -51,10 +51,9 @@ def token(score_PGT: Array, pairs: Pairs, beta: float) -> Array:
 LOSSES = {"logistic": logistic, "token": token}
 
 
-def init_rewards(context: Context, categories: int | None = None) -> reward.Rewards:
-    """Fresh rewards of the kind that config.reward names, one for each category unless their number is given."""
-    c = context.config.reward
-    categories = categories or len(context.config.data.categories)
+def init_rewards(context: Context) -> reward.Rewards:
+    """Fresh rewards of the kind that config.reward names, one for each category."""
+    c, categories = context.config.reward, len(context.config.data.categories)
     key = context.key("rewards")
     options = {name: c[name] for name in ("rank", "alpha", "targets", "layers")}
     return reward.KINDS[c.kind](context.model, key, categories, **options)
