@@ -116,7 +116,7 @@ def default() -> ConfigDict:
     c.grpo.clip_low = 0.2
     c.grpo.clip_high = 0.2
     c.grpo.beta_kl = 0.04
-    c.grpo.reduce = "sequence"
+    c.grpo.reduce = "sequence"  # sequence | discounted (ours): earlier tokens weigh more
     c.grpo.eps = 1e-6
 
     c.align = ConfigDict()

@@ -60,7 +60,16 @@ def mean_by_sequence(value_PGT: Array, mask_PGT: Array) -> Array:
     return jnp.mean(jnp.sum(value_PGT * mask_PGT, -1) / jnp.maximum(mask_PGT.sum(-1), 1))
 
 
-REDUCE = {"sequence": mean_by_sequence}
+def mean_by_sequence_discounted(value_PGT: Array, mask_PGT: Array, discount: float = 0.7) -> Array:
+    """Mean over each response's tokens, token t with weight γ^t, then over responses. Scalar.     (ours)
+
+    Σ_t γ^t v_t / max(Σ_t γ^t, 1), sums over the real tokens: whether to refuse is decided in the first ones.
+    """
+    weight_PGT = mask_PGT * discount ** jnp.arange(mask_PGT.shape[-1])
+    return jnp.mean(jnp.sum(value_PGT * weight_PGT, -1) / jnp.maximum(weight_PGT.sum(-1), 1))
+
+
+REDUCE = {"sequence": mean_by_sequence, "discounted": mean_by_sequence_discounted}
 
 
 def policy_loss(

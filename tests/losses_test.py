@@ -240,3 +240,10 @@ def test_the_on_policy_gradient_is_the_policy_gradient(beta_kl):
         want[t] -= advantage[p, g] * (np.eye(6)[token[p, g, t]] - probability[t]) / mask[p, g].sum() / 12
     same(got, want, rtol=1e-4, atol=1e-6)
     assert np.abs(want).max() > 0.05
+
+
+def test_discounted_tokens():
+    # γ = .7. First response, two tokens: (2 + .7·4) / 1.7; second, one token: 6 / 1. Padding counts nowhere.
+    value, mask = np.float32([[[2, 4, 99], [6, 99, 99]]]), np.array([[[1, 1, 0], [1, 0, 0]]], bool)
+    got = losses.REDUCE["discounted"](value, mask)
+    np.testing.assert_allclose(got, (4.8 / 1.7 + 6) / 2, rtol=1e-6)
