@@ -260,10 +260,8 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
             for phase in PHASES:
                 times[phase].append(clock.seconds.get(phase, 0.0))
     times["irl"] = time_irl(context, steps)
-    examples, roles = (
-        context.examples["train"],
-        [align.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")],
-    )
+    examples = context.examples["train"]
+    roles = [align.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")]
     S, R = examples.prompt.shape[1], len(examples.prefix)
     used = Shape(config.align.batch, S, config.align.group, config.sampler.max_new, R)
     demonstrations = {"scored": 1 + roles[1].counts, "trained": sum(role.trained for role in roles)}

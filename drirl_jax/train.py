@@ -6,7 +6,6 @@ import json
 import logging
 import pathlib
 import time
-from typing import Callable
 
 import jax
 from ml_collections import ConfigDict
@@ -101,7 +100,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     results = {}
     for name, model in {"base": context.model, "aligned": aligned}.items():
         path = workdir / "evals" / f"{name}.json"
-        results[name] = once(path, lambda model=model: runner.evaluate(context, model, bank))
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(runner.evaluate(context, model, bank), indent=1, ensure_ascii=False))
+            temporary.replace(path)
+        results[name] = json.loads(path.read_text())
     facts = {
         "drirl_jax": drirl_jax.__version__,
         "jax": jax.__version__,
@@ -112,16 +116,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     report = plots.report(workdir, results["base"], results["aligned"], writer.read(), *shown, str(config), facts)
     print(plots.terminal_table(results["base"], results["aligned"], *shown))
     print(f"report: {report}\naligned model: {workdir / 'aligned'}")
-
-
-def once(path: pathlib.Path, compute: Callable[[], dict]) -> dict:
-    """What the JSON file holds; computed and written, whole or not at all, if there is none."""
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(compute(), indent=1, ensure_ascii=False))
-        temporary.replace(path)
-    return json.loads(path.read_text())
 
 
 def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, writer: metrics.MetricWriter) -> PyTree:

@@ -52,7 +52,8 @@ def test_a_run_leaves_its_products(whole, policy):
         result = json.loads((workdir / "evals" / f"{name}.json").read_text())
         assert {row["category"] for row in result["responses"]} == set(result["by_category"])
         assert len(result["responses"]) == sum(of["n"] for of in result["by_category"].values()) == 140
-    assert all(0 <= row["wrong/harmless"] <= 1 for row in rows[4:])
+    # Four samples a prompt: a share of them is a whole number of quarters of the prompts, not a mean reward.
+    assert all((row["wrong/insult"] * 4).is_integer() for row in rows[4:])
     html = (workdir / "report.html").read_text()
     assert "data:image/png;base64" in html and "unfairness" in html
     assert "refused" in printed and str(workdir / "report.html") in printed

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import numpy as np
 
-from drirl_jax.data.examples import Examples
 from drirl_jax.evals.judges import JUDGES
 from drirl_jax.models import reward
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.rollout import Rollout
 from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
-
-
-class Answers(NamedTuple):
-    """One response to each of N prompts: the rollout (numpy, G = 1), its N texts, and [N] bool, judged refusals."""
-
-    rollout: Rollout
-    texts: list[str]
-    refused: np.ndarray
-
-
-def answers(context: Context, model: Transformer, examples: Examples) -> Answers:
-    """The model's answers to all the examples by config.evals, judged."""
-    c = context.config.evals
-    options = {"group": 1, "max_new": c.max_new, "temperature": c.temperature}
-    out = draw_all(context, model, examples, context.key("evals"), c.batch, **options)
-    texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]
-    refused = [JUDGES[c.judge](*pair) for pair in zip(examples.prompt_text, texts)]
-    return Answers(out, texts, np.array(refused, bool))
 
 
 def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
@@ -47,7 +25,16 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
     config, c = context.config, context.config.evals
     names = config.data.categories
     examples = context.examples[c.split]
-    out, texts, refused = answers(context, model, examples)
+    out = draw_all(
+        context,
+        model,
+        examples,
+        context.key("evals"),
+        c.batch,
+        group=1,
+        max_new=c.max_new,
+        temperature=c.temperature,
+    )
     score = jax.jit(reward.score)
     pieces = []
     for rows, real in row_batches(len(examples.id), c.batch):
@@ -55,6 +42,8 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
         group = group_of(examples.take(rows), out.response[rows], read)
         pieces.append(jax.device_get(score(context.model, bank, group))[:real, 0])
     rewards = np.concatenate(pieces)
+    texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]
+    refused = np.array([JUDGES[c.judge](*pair) for pair in zip(examples.prompt_text, texts)], bool)
     harmless = np.isin(examples.category, [names.index(name) for name in config.data.harmless])
 
     def share(rows):

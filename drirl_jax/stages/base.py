@@ -94,11 +94,7 @@ def _init_adapter(section, trunk, key):
 
 
 POLICIES = {
-    "lora": Policy(
-        _init_adapter,
-        lambda trunk, params: (trunk, params),
-        jax.jit(lora.merge),
-    ),
+    "lora": Policy(_init_adapter, lambda trunk, params: (trunk, params), jax.jit(lora.merge)),
     # A copy: the update donates what it replaces, and the trunk stays as the reference.
     "full": Policy(
         lambda section, trunk, key: jax.tree.map(jnp.copy, trunk),
