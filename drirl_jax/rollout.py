@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
-from drirl_jax.models import transformer
+from drirl_jax.models import decoding, transformer
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.types import Array, length_mask
 
@@ -68,8 +69,8 @@ class Slots(NamedTuple):
     Attributes:
         row: [A, B] int32, which row of the whole batch each is.
         prompt_len, prompt_mask: [A] and [A, R + S], the prefix counted in.
-        prompt_cache: keys and values of the prompts, each [L, A, S, KV, hd].
-        own_cache: those of the responses, each [L, A, B, T, KV, hd].
+        prompt_cache: keys and values of the prompts, each [L, A, KV, R + S, hd].
+        own_cache: those of the responses, each [L, A, KV, B, T, hd].
     """
 
     row: Array
@@ -85,7 +86,7 @@ def compacted(slots: Slots, done_N: Array, size: int) -> Slots:
     keep_C = jnp.argsort(done_N[slots.row.reshape(-1)], stable=True)[:size]
 
     def gathered(cache):
-        return cache.reshape(cache.shape[0], -1, *cache.shape[3:])[:, keep_C, None]
+        return rearrange(cache, "l a k b t d -> l (a b) k 1 t d")[:, keep_C]
 
     return Slots(
         slots.row.reshape(-1)[keep_C, None],
@@ -124,8 +125,8 @@ def sample(
     """
     P, G = key_PG.shape
     N, config, key_N = P * G, model.config, key_PG.reshape(-1)
-    hidden_PSD, prompt_cache = transformer.prefill(model, prompt_PS, prefix)
-    fused, unembed_VD = transformer.fuse(model), transformer.cast(model.unembed, config)
+    hidden_PSD, prompt_cache = decoding.prefill(model, prompt_PS, prefix)
+    fused, unembed_VD = decoding.fuse(model), transformer.cast(model.unembed, config)
 
     def choose(hidden_CD, t, key_C):
         logit_CV = transformer.product("cd,vd->cv", hidden_CD, unembed_VD) / (temperature or 1.0)
@@ -156,7 +157,7 @@ def sample(
 
         def step(carry):
             t, rollout, done_N, own_cache = carry
-            hidden_ABD, own_cache = transformer.decode(
+            hidden_ABD, own_cache = decoding.decode(
                 model, fused, rollout.response[slots.row, t - 1], t - 1,
                 slots.prompt_len, slots.prompt_mask, slots.prompt_cache, own_cache,
             )  # fmt: skip
@@ -168,7 +169,7 @@ def sample(
         t, rollout, done_N, own_cache = jax.lax.while_loop(goes_on, step, (t, rollout, done_N, slots.own_cache))
         return slots._replace(own_cache=own_cache), t, rollout, done_N
 
-    kv_shape = (config.layers, P, G, max_new, config.kv_heads, config.head_dim)
+    kv_shape = (config.layers, P, config.kv_heads, G, max_new, config.head_dim)
     slots = Slots(
         jnp.arange(N).reshape(P, G),
         len(prefix) + prompt_len_P,

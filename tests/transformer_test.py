@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax.models import llama, lora, transformer
+from drirl_jax.models import decoding, llama, lora, transformer
 from drirl_jax.types import Group
 
 TINY = {
@@ -129,17 +129,17 @@ def test_padding_and_order_change_nothing():
     np.testing.assert_allclose(logp(flipped)[::-1], logp(group), atol=1e-6)
 
 
-def test_prefill_and_decode_match_apply():
+@pytest.mark.parametrize("filled", [64, 2])
+def test_prefill_and_decode_match_apply(monkeypatch, filled):
+    monkeypatch.setattr(decoding, "FILLED", filled)  # 2: the own cache of 5 is read up to 2, 4 or 5
     model, group = tiny(), random_group()
     _, want = transformer.apply(model, group)
     mask = jnp.arange(7) < group.prompt_len[:, None]
-    _, prompt_cache = transformer.prefill(model, group.prompt)
-    own = tuple(jnp.zeros((3, 2, 3, 5, 2, 8)) for _ in range(2))
+    _, prompt_cache = decoding.prefill(model, group.prompt)
+    own = tuple(jnp.zeros((3, 2, 2, 3, 5, 8)) for _ in range(2))
     for t in range(5):
         token = group.response[:, :, t]
-        got, own = transformer.decode(
-            model, transformer.fuse(model), token, t, group.prompt_len, mask, prompt_cache, own
-        )
+        got, own = decoding.decode(model, decoding.fuse(model), token, t, group.prompt_len, mask, prompt_cache, own)
         np.testing.assert_allclose(got, want[:, :, t], atol=2e-5)
 
 

@@ -1,4 +1,4 @@
-"""The decoder: grouped attention (the prompt passes once for its whole group), KV cache, chunked log-probabilities.
+"""The decoder: grouped attention (the prompt passes once for its whole group), chunked log-probabilities.
 
 Weight matrices are [out, in] as in torch, stacked over layers on a leading axis and scanned. Everything here
 is a pure function of a `Transformer`, which is a Flax NNX module used as an immutable pytree.
@@ -136,22 +136,28 @@ def rope(x_PNHd: Array, turns: tuple[Array, Array]) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def _grouped(q, kv_heads):
-    """Query heads [..., H, hd] as [..., KV, H/KV, hd], those that share a key head together, scaled by 1/√hd."""
-    return rearrange(q, "... (k r) d -> ... k r d", k=kv_heads) * q.shape[-1] ** -0.5
+def heads_first(x_NKd: Array) -> Array:
+    """Keys or values [..., N, KV, hd] as [..., KV, N, hd], the order in which the products with them copy nothing."""
+    return jnp.swapaxes(x_NKd, -2, -3)
 
 
-def prompt_attention(q_PSHd, k_PUKd, v_PUKd) -> Array:
+def own_heads_first(x_PGTKd: Array) -> Array:
+    """Keys or values of responses, [P, G, T, KV, hd], as [P, KV, G, T, hd]."""
+    return rearrange(x_PGTKd, "p g t k d -> p k g t d")
+
+
+def prompt_attention(q_PSHd, k_PKUd, v_PKUd) -> Array:
     """Causal attention of the prompt's S tokens, the last of the U >= S whose keys are given, [P, S, H, hd].
 
     Padding needs no mask: it stands behind every real query.
     """
-    q = _grouped(q_PSHd, k_PUKd.shape[-2])
-    score = product("pskrd,pukd->pkrsu", q, k_PUKd)
-    S, U = score.shape[-2:]
+    (P, S, H, hd), (_, K, U, _) = q_PSHd.shape, k_PKUd.shape
+    q_PKNd = rearrange(q_PSHd * hd**-0.5, "p s (k r) d -> p k (r s) d", k=K)
+    score = product("pknd,pkud->pknu", q_PKNd, k_PKUd).reshape(P, K, H // K, S, U)
     causal = jnp.tril(jnp.ones((S, U), bool), U - S)
-    weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PUKd.dtype)
-    return rearrange(jnp.einsum("pkrsu,pukd->pskrd", weight, v_PUKd), "p s k r d -> p s (k r) d")
+    weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PKUd.dtype)
+    mixed = jnp.einsum("pknu,pkud->pknd", weight.reshape(P, K, -1, U), v_PKUd)
+    return rearrange(mixed, "p k (r s) d -> p s (k r) d", s=S)
 
 
 def response_attention(q_PGQHd, prompt_k, prompt_v, prompt_mask_PS, own_k, own_v, own_mask_QU) -> Array:
@@ -159,27 +165,30 @@ def response_attention(q_PGQHd, prompt_k, prompt_v, prompt_mask_PS, own_k, own_v
 
     Args:
         q_PGQHd: [P, G, Q, H, hd] queries.
-        prompt_k, prompt_v: [P, S, KV, hd], held once for the group.
+        prompt_k, prompt_v: [P, KV, S, hd], held once for the group.
         prompt_mask_PS: [P, S] bool, True at real prompt tokens.
-        own_k, own_v: [P, G, U, KV, hd] of the response itself.
+        own_k, own_v: [P, KV, G, U, hd] of the response itself.
         own_mask_QU: [Q, U] bool, True where query q may see own key u; at least one a query.
 
     Returns:
         [P, G, Q, H, hd].
     """
-    q = _grouped(q_PGQHd, own_k.shape[-2])
-    to_prompt = product("pgqkrd,pskd->pgkrqs", q, prompt_k)
-    to_own = product("pgqkrd,pgukd->pgkrqu", q, own_k)
+    (P, G, Q, H, hd), K = q_PGQHd.shape, own_k.shape[1]
+    scores_shape = (P, K, G, H // K, Q, -1)
+    q = rearrange(q_PGQHd * hd**-0.5, "p g q (k r) d -> p k g (r q) d", k=K)
+    to_prompt = product("pknd,pksd->pkns", q.reshape(P, K, -1, hd), prompt_k).reshape(scores_shape)
+    to_own = product("pkgnd,pkgud->pkgnu", q, own_k).reshape(scores_shape)
     to_prompt = jnp.where(prompt_mask_PS[:, None, None, None, None, :], to_prompt, -jnp.inf)
     to_own = jnp.where(own_mask_QU, to_own, -jnp.inf)
     top = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
     top = jax.lax.stop_gradient(top)
     to_prompt, to_own = jnp.exp(to_prompt - top), jnp.exp(to_own - top)
-    total = to_prompt.sum(-1) + to_own.sum(-1)
-    mixed = jnp.einsum("pgkrqs,pskd->pgqkrd", to_prompt.astype(prompt_v.dtype), prompt_v)
-    mixed += jnp.einsum("pgkrqu,pgukd->pgqkrd", to_own.astype(own_v.dtype), own_v)
-    mixed /= rearrange(total, "p g k r q -> p g q k r 1").astype(mixed.dtype)
-    return rearrange(mixed, "p g q k r d -> p g q (k r) d")
+    total = (to_prompt.sum(-1) + to_own.sum(-1))[..., None].astype(own_v.dtype)
+    to_prompt = to_prompt.astype(prompt_v.dtype).reshape(P, K, -1, prompt_v.shape[2])
+    to_own = to_own.astype(own_v.dtype).reshape(P, K, G, -1, own_v.shape[3])
+    mixed = jnp.einsum("pkns,pksd->pknd", to_prompt, prompt_v).reshape(P, K, G, -1, hd)
+    mixed += jnp.einsum("pkgnu,pkgud->pkgnd", to_own, own_v)
+    return rearrange(mixed.reshape(P, K, G, -1, Q, hd) / total, "p k g r q d -> p g q (k r) d")
 
 
 def embed(model: Transformer, ids: Array) -> Array:
@@ -187,22 +196,22 @@ def embed(model: Transformer, ids: Array) -> Array:
     return cast(model.embed[...][ids], model.config)
 
 
-def behind(before, k_PSKd, v_PSKd) -> tuple[Array, Array]:
-    """Keys and values of the prompts with those of the prefix before them, [P, R + S, KV, hd]; `before` holds the
+def behind(before, k_PKSd, v_PKSd) -> tuple[Array, Array]:
+    """Keys and values of the prompts with those of the prefix before them, [P, KV, R + S, hd]; `before` holds the
     latter once, once a prompt, or is None where there is no prefix."""
     if before is None:
-        return k_PSKd, v_PSKd
+        return k_PKSd, v_PKSd
 
     def joined(first, rest):
-        return jnp.concatenate([jnp.broadcast_to(first, (rest.shape[0], *first.shape[1:])), rest], axis=1)
+        return jnp.concatenate([jnp.broadcast_to(first, (rest.shape[0], *first.shape[1:])), rest], axis=2)
 
-    return joined(before[0], k_PSKd), joined(before[1], v_PSKd)
+    return joined(before[0], k_PKSd), joined(before[1], v_PKSd)
 
 
 def prompt_layer(config: Config, block: Block, x_PSD, turns, before, adapter, route_P):
     """Prompts [P, S, D] through one layer, perhaps behind a prefix: their new states, and keys and values of both."""
     q, k, v = block.qkv(config, x_PSD, turns, adapter, route_P)
-    k, v = behind(before, k, v)
+    k, v = behind(before, heads_first(k), heads_first(v))
     return block.finish(config, x_PSD, prompt_attention(q, k, v), adapter, route_P), (k, v)
 
 
@@ -297,7 +306,8 @@ def _through(
             prefix, before = prompt_layer(config, block, prefix, prefix_turns, None, low, route_P)
         q, k, v = block.qkv(config, x_PND, turns, low, route_P)
         (q_s, q_t), (k_s, k_t), (v_s, v_t) = split(q), split(k), split(v)
-        k_s, v_s = behind(before, k_s, v_s)
+        k_s, v_s = behind(before, heads_first(k_s), heads_first(v_s))
+        k_t, v_t = own_heads_first(k_t), own_heads_first(v_t)
         attended_s = prompt_attention(q_s, k_s, v_s)
         attended_t = response_attention(q_t, k_s, v_s, prompt_mask_PU, k_t, v_t, causal_TT)
         return (prefix, block.finish(config, x_PND, joined(attended_s, attended_t), low, route_P)), None
@@ -309,99 +319,6 @@ def _through(
         blocks = jax.tree.map(lambda w: w[begun.layers : last], blocks)
     (prefix, x_PND), _ = jax.lax.scan(layer, (prefix, joined(begun.prompt, begun.response)), (blocks, adapter))
     return Begun(jnp.broadcast_to(prefix, begun.prefix.shape), *split(x_PND), layers=last)
-
-
-def prefill(model: Transformer, prompt_PS: Array, prefix: tuple[int, ...] = ()):
-    """Hidden states [P, S, D] of the prompts, and keys and values of prefix and prompts, each [L, P, R + S, KV, hd]."""
-    config, R = model.config, len(prefix)
-    prefix_turns, turns = (rope_turns(config, n[None]) for n in (jnp.arange(R), R + jnp.arange(prompt_PS.shape[1])))
-
-    def layer(carry, block):
-        prefix_1RD, x_PSD = carry
-        block, before = cast(block, config), None
-        if R:
-            prefix_1RD, before = prompt_layer(config, block, prefix_1RD, prefix_turns, None, {}, None)
-        x_PSD, cache = prompt_layer(config, block, x_PSD, turns, before, {}, None)
-        return (prefix_1RD, x_PSD), cache
-
-    first = (embed(model, jnp.array([prefix], jnp.int32)), embed(model, prompt_PS))
-    (_, x_PSD), cache = jax.lax.scan(layer, first, model.blocks)
-    return rms_norm(x_PSD, model.norm[...], config.norm_eps), cache
-
-
-class DecodeBlock(NamedTuple):
-    """A block's weights for decoding, stacked over layers: products that share their input are one matrix.
-
-    A few rows against small matrices leave a processor idle; fused, a decoding step takes two thirds of the time.
-    """
-
-    qkv: Array
-    o: Array
-    gate_up: Array
-    down: Array
-    attn_norm: Array
-    mlp_norm: Array
-
-
-def fuse(model: Transformer) -> DecodeBlock:
-    """The model's blocks with q, k, v joined and gate, up joined."""
-    blocks = cast(model.blocks, model.config)
-    w = {name: getattr(blocks, name)[...] for name in ("q", "k", "v", "o", "gate", "up", "down")}
-    return DecodeBlock(
-        qkv=jnp.concatenate([w["q"], w["k"], w["v"]], axis=1),
-        o=w["o"],
-        gate_up=jnp.concatenate([w["gate"], w["up"]], axis=1),
-        down=w["down"],
-        attn_norm=blocks.attn_norm[...],
-        mlp_norm=blocks.mlp_norm[...],
-    )
-
-
-def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache):
-    """One decoding step: response token t of every row passes through the network.
-
-    Args:
-        fused: `fuse(model)`, computed once before the loop.
-        token_PG: [P, G] ids of response token t.
-        t: scalar int32, its index in the response.
-        prompt_len_P, prompt_mask_PS: lengths and mask of the prompts, the prefix included.
-        prompt_cache: (k, v) of `prefill`.
-        own_cache: (k, v), each [L, P, G, T, KV, hd], filled below t.
-
-    Returns:
-        ([P, G, D] final hidden states, own_cache with entry t written).
-    """
-    config = model.config
-    P, G = token_PG.shape
-    T = own_cache[0].shape[3]
-    turns = rope_turns(config, jnp.broadcast_to((prompt_len_P + t)[:, None], (P, G)))
-    own_mask_1T = (jnp.arange(T) <= t)[None]
-    ends = (config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim)
-
-    def layer(carry, inputs):
-        x_PGD, own_k, own_v = carry
-        i, block, prompt_k, prompt_v = inputs
-        normed = rms_norm(x_PGD, block.attn_norm, config.norm_eps)
-        q, k, v = (
-            rearrange(part, "p g (h d) -> p g h d", d=config.head_dim)
-            for part in jnp.split(jnp.einsum("pgi,oi->pgo", normed, block.qkv), ends, axis=-1)
-        )
-        q, k = rope(q, turns), rope(k, turns)
-        own_k = jax.lax.dynamic_update_slice(own_k, k[None, :, :, None], (i, 0, 0, t, 0, 0))
-        own_v = jax.lax.dynamic_update_slice(own_v, v[None, :, :, None], (i, 0, 0, t, 0, 0))
-        attended = response_attention(
-            q[:, :, None], prompt_k, prompt_v, prompt_mask_PS, own_k[i], own_v[i], own_mask_1T
-        )
-        x_PGD += jnp.einsum("pgi,oi->pgo", rearrange(attended[:, :, 0], "p g h d -> p g (h d)"), block.o)
-        normed = rms_norm(x_PGD, block.mlp_norm, config.norm_eps)
-        gate, up = jnp.split(jnp.einsum("pgi,oi->pgo", normed, block.gate_up), 2, axis=-1)
-        x_PGD += jnp.einsum("pgi,oi->pgo", jax.nn.silu(gate) * up, block.down)
-        return (x_PGD, own_k, own_v), None
-
-    # The cache is carried, not scanned over, so that XLA updates it in place.
-    inputs = (jnp.arange(config.layers), fused, *prompt_cache)
-    (x_PGD, *own_cache), _ = jax.lax.scan(layer, (embed(model, token_PG), *own_cache), inputs)
-    return rms_norm(x_PGD, model.norm[...], config.norm_eps), tuple(own_cache)
 
 
 def last_real(x: Array, length: Array) -> Array:
