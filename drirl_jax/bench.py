@@ -5,8 +5,11 @@ python -m drirl_jax.bench --config configs/bench.py [--shape S=64] [--grow G=1,2
 
 from __future__ import annotations
 
+import concurrent.futures
+import copy
 import dataclasses
 import json
+import multiprocessing
 import pathlib
 import resource
 import statistics
@@ -38,7 +41,7 @@ SHAPES = {
     "P": "prompts a step",
     "S": "tokens to which every prompt is brought, repeated or cut",
     "G": "responses a prompt",
-    "T": "most tokens of a response",
+    "T": "tokens of a response",
     "C": "categories, the records dealt out to them, and so rewards in the bank",
     "D": "width of the policy, which then has random weights",
 }
@@ -215,7 +218,7 @@ def widened(model: transformer.Transformer, width: int) -> transformer.Transform
 
 def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> dict:
     """Times the train loop's own collect and update of the align stage, with rewards that have learnt nothing, and the
-    update of the IRL stage, with demonstrations for samples.
+    update of the IRL stage, with demonstrations for samples. Responses do not end before their last token.
 
     Args:
         config: of the run.
@@ -224,14 +227,17 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
 
     Returns:
         {"seconds": name in TIMED -> median, "all": the same -> list, "floor": phase -> seconds, "step_floor",
-         "tokens": sampled tokens a step, "tokens_per_second": of the rollout, "peak_bytes", "machine", "shape",
+         "tokens_per_second": of the rollout, "peak_bytes", "machine", "shape",
          "device", "jax"}. "step" is timed without waiting between phases, so it may be less than their sum.
     """
     clock, shape = Clock(), shape or {}
     keys = {"P": "align.batch", "G": "align.group", "T": "sampler.max_new"}
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({keys[letter]: value for letter, value in shape.items() if letter in keys})
-    context = dataclasses.replace(train.prepare(config), clock=clock)
+    context = train.prepare(config)
+    endless = copy.copy(context.text)
+    endless.eos_ids = (-1,)  # no token has this id, so that every response has T tokens, as the floor counts
+    context = dataclasses.replace(context, clock=clock, text=endless)
     if "S" in shape:
         context = dataclasses.replace(context, examples=of_length(context.examples, shape["S"]))
     if "D" in shape:
@@ -244,16 +250,14 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     state = stage.init()
     tuned = sum(x.size for x in jax.tree.leaves(state.train.params))
     times: dict[str, list[float]] = {name: [] for name in TIMED}
-    tokens = []
     for number in range(2 + 2 * steps):
         # Two steps compile and warm up; then steps that wait after each phase, then whole steps.
         clock.restart(wait=number < 2 + steps)
         start = time.perf_counter()
-        batch, carry, scalars = stage.collect(state, number)
+        batch, carry, _ = stage.collect(state, number)
         new, _ = stage.update(state.train, batch)
         clock.mark("update", jax.block_until_ready(new))
         state = state._replace(train=new, carry=carry)
-        tokens.append(scalars["length"] * config.align.batch * config.align.group)
         if number >= 2 + steps:
             times["step"].append(time.perf_counter() - start)
         elif number >= 2:
@@ -277,14 +281,20 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
         "all": times,
         "floor": bound | {"irl": irl_floor(context.model.config, pairs_shape, machine, adapted)},
         "step_floor": sum(bound.values()),
-        "tokens": statistics.median(tokens),
-        "tokens_per_second": statistics.median(tokens) / seconds["rollout"],
+        "tokens_per_second": used.P * used.G * used.T / seconds["rollout"],
         "peak_bytes": peak_memory(),
         "machine": machine._asdict(),
         "shape": used._asdict(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
+
+
+def run_apart(config: ConfigDict, steps: int, shape: dict[str, int]) -> dict:
+    """`run` in a process of its own, as the peak memory of a process never falls."""
+    fresh = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
+        return process.submit(run, config, steps, shape).result()
 
 
 def table(result: dict) -> str:
@@ -347,7 +357,7 @@ def main(argv: list[str]) -> None:
         if len(set(letters)) > 1 or len(set(values)) != len(values) or len(values) == 1:
             raise InputError(f"--grow is {','.join(GROW.value)}: give one letter and two or more values, as G=1,2,4.")
         if values:
-            result = {value: run(command.CONFIG.value, STEPS.value, shape | {letters[0]: value}) for value in values}
+            result = {v: run_apart(command.CONFIG.value, STEPS.value, shape | {letters[0]: v}) for v in values}
         else:
             result = run(command.CONFIG.value, STEPS.value, shape)
     except InputError as error:
