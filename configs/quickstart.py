@@ -33,6 +33,9 @@ def get_config():
     # The policy seldom samples a refusal at first, and once it refuses it seldom samples help: every group holds both.
     c.grpo.demonstration = c.grpo.contrast = "member"
     c.grpo.beta_kl = 0.03
+    # The first words decide, so they weigh most; and harmless prompts weigh more while many of their samples refuse.
+    c.grpo.reduce = "discounted"
+    c.grpo.harmless_wrong = 0.12
     c.sampler.batch = "kinds"
     c.sampler.harmless_share = 0.625
     c.align.batch = 16
