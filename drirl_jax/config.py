@@ -93,18 +93,21 @@ def default() -> ConfigDict:
     c.irl.optimizer = _optimizer(1e-3)
 
     c.scaling = ConfigDict()
-    c.scaling.split = "sentence"
-    c.scaling.similarity = "parts"
-    c.scaling.align = "response"
-    c.scaling.baseline = "ema"
-    c.scaling.orientation = "formula"
-    c.scaling.mask = "top"
+    c.scaling.split = "sentence"  # sentence | clause: the parts of a text
+    c.scaling.similarity = "parts"  # parts | response: whole texts | plain: whole texts, and α^D = δ
+    c.scaling.align = "response"  # mean over the parts of: response | demo | both
+    c.scaling.baseline = "ema"  # δ̄: ema | batch | group | dataset: the initial policy's, of one pass, fixed
+    c.scaling.orientation = "formula"  # formula | inverse: 1 / α^D
+    c.scaling.mask = "top"  # top: the share `drop` | threshold: all gaps with (ρ - ρ̄)² > `threshold`
     c.scaling.drop = 0.2
+    c.scaling.threshold = 1.0  # τ, in squared units of reward
+    c.scaling.drop_masked = False  # leave the masked responses out of the loss too
     c.scaling.decay = 0.9  # γ of both running means
-    c.scaling.ema_of = "all"
-    c.scaling.alpha_m = "sigma_of_mean"
-    c.scaling.combine = "product"
-    c.scaling.per = "prompt"
+    c.scaling.ema_of = "all"  # all | kept: the gaps that ρ̄ follows
+    c.scaling.alpha_m = "sigma_of_mean"  # sigma_of_mean | mean_of_sigma
+    c.scaling.combine = "product"  # product | sum | data | model | none: static GRPO
+    c.scaling.per = "prompt"  # prompt | response
+    c.scaling.clip = ()  # (lowest, highest) α; (): no bounds
 
     c.grpo = ConfigDict()
     # apart | baseline: its reward counts in the group's mean and std (ours) | member: so, and it is trained on (ours)
@@ -116,7 +119,8 @@ def default() -> ConfigDict:
     c.grpo.clip_low = 0.2
     c.grpo.clip_high = 0.2
     c.grpo.beta_kl = 0.04
-    c.grpo.reduce = "sequence"  # sequence | discounted (ours): earlier tokens weigh more
+    c.grpo.reduce = "sequence"  # sequence | token | constant | discounted (ours): earlier tokens weigh more
+    c.grpo.ratio = "token"  # token | sequence: one ratio to the sampling policy for the whole response (GSPO)
     c.grpo.eps = 1e-6
 
     c.align = ConfigDict()
@@ -170,6 +174,7 @@ TABLES = {
     "grpo.demonstration": align.ROLES,
     "grpo.contrast": align.ROLES,
     "grpo.reduce": losses.REDUCE,
+    "grpo.ratio": losses.RATIO,
     "evals.judge": judges.JUDGES,
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
@@ -252,6 +257,17 @@ def validate(config: ConfigDict) -> None:
     need(
         0 <= config.scaling.decay < 1,
         f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).",
+    )
+    need(config.scaling.threshold > 0, f"config.scaling.threshold is {config.scaling.threshold}: it must be above 0.")
+    clip = tuple(config.scaling.clip)
+    need(
+        not clip or (len(clip) == 2 and 0 < clip[0] < clip[1]),
+        f"config.scaling.clip is {clip}: give the lowest and the highest α, as (0.5, 2.0), or () for no bounds.",
+    )
+    need(
+        config.scaling.baseline != "group" or config.scaling.per == "response",
+        "config.scaling.baseline='group' compares a response with its own group, so that the mean over the group says "
+        "nothing: set config.scaling.per to 'response'.",
     )
     need(
         config.align.group > 1 or config.grpo.demonstration != "apart",

@@ -115,6 +115,21 @@ def align_response(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array)
     return jnp.mean(best_PGK, axis=-1, where=response_mask_PGK)
 
 
+def align_demo(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> Array:
+    """W = mean_ℓ max_k s_kℓ: how well each part of the demonstration is met by some part of the response.
+
+    Arguments and result as of `align_response`.
+    """
+    best_PGL = jnp.max(jnp.where(response_mask_PGK[..., None], s_PGKL, -jnp.inf), axis=-2)
+    return jnp.mean(best_PGL, axis=-1, where=demo_mask_PL[:, None, :])
+
+
+def align_both(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> Array:
+    """The mean of `align_response` and `align_demo`."""
+    masks = response_mask_PGK, demo_mask_PL
+    return (align_response(s_PGKL, *masks) + align_demo(s_PGKL, *masks)) / 2
+
+
 def data_hardness(delta: Array, baseline: Array) -> Array:
     """α^D = σ(δ) / σ(δ̄_c) with δ = 1 - W. (DR-IRL)
 
@@ -178,6 +193,24 @@ def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -
     return (rank_N >= dropped_of_M[same_NN.sum(axis=1)]).reshape(gap_PG.shape)
 
 
+def mask_threshold(gap_PG: Array, category_P: Array, baseline_C: Array, threshold: float) -> Array:
+    """Keep-mask of the gaps: (ρ - ρ̄_c)² <= τ. (DR-IRL, with a fixed τ)
+
+    Args:
+        gap_PG, category_P, baseline_C: as of `mask_top`.
+        threshold: τ > 0, in squared units of reward.
+
+    Returns:
+        [P, G] bool, True where the gap is kept; perhaps none of a category.
+    """
+    return (gap_PG - baseline_C[category_P][:, None]) ** 2 <= threshold
+
+
+def sigmoid_ratio(x: Array, baseline: Array) -> Array:
+    """σ(x) / σ(baseline), in logarithms: far below zero both sigmoids underflow, their ratio does not."""
+    return jnp.exp(jax.nn.log_sigmoid(x) - jax.nn.log_sigmoid(baseline))
+
+
 def model_responsiveness(kept_gap_C: Array, baseline_C: Array, present_C: Array) -> Array:
     """α^M_c = σ(ρ̃_c) / σ(ρ̄_c); 1 for a category that the batch does not hold. (DR-IRL)
 
@@ -189,9 +222,22 @@ def model_responsiveness(kept_gap_C: Array, baseline_C: Array, present_C: Array)
     Returns:
         [C] α^M > 0; above 1 where the policy lags behind the demonstrations more than it used to.
     """
-    # In logarithms: far below zero both sigmoids underflow, their ratio does not.
-    log_ratio_C = jax.nn.log_sigmoid(kept_gap_C) - jax.nn.log_sigmoid(baseline_C)
-    return jnp.where(present_C, jnp.exp(log_ratio_C), 1.0)
+    return jnp.where(present_C, sigmoid_ratio(kept_gap_C, baseline_C), 1.0)
+
+
+def mean_responsiveness(gap_PG: Array, keep_PG: Array, category_P: Array, baseline_C: Array) -> Array:
+    """α^M_c = mean_kept σ(ρ) / σ(ρ̄_c): the mean outside of the sigmoid; 1 for a category of which no gap is kept.
+
+    Args:
+        gap_PG, keep_PG: [P, G] gaps ρ, and which of them are kept.
+        category_P, baseline_C: as of `mask_top`.
+
+    Returns:
+        [C] α^M > 0.
+    """
+    ratio_PG = sigmoid_ratio(gap_PG, baseline_C[category_P][:, None])
+    mean_C, kept_C = category_mean(ratio_PG, category_P, baseline_C.shape[0], keep_PG)
+    return jnp.where(kept_C, mean_C, 1.0)
 
 
 def running_mean(mean_C: Array, seen_C: Array, batch_C: Array, present_C: Array, decay: float):
@@ -212,6 +258,11 @@ def running_mean(mean_C: Array, seen_C: Array, batch_C: Array, present_C: Array,
 def combine_product(alpha_d_PG: Array, alpha_m_P: Array) -> Array:
     """α_ig = α^D_ig · α^M_{c_i}, [P, G]. (DR-IRL)"""
     return alpha_d_PG * alpha_m_P[:, None]
+
+
+def combine_sum(alpha_d_PG: Array, alpha_m_P: Array) -> Array:
+    """α_ig = ½ (α^D_ig + α^M_{c_i}), [P, G]."""
+    return (alpha_d_PG + alpha_m_P[:, None]) / 2
 
 
 def per_prompt(alpha_PG: Array) -> Array:

@@ -6,7 +6,7 @@ Each option of config.scaling names a row of its table; a new rule is a function
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +14,69 @@ import jax.numpy as jnp
 from drirl_jax import equations as eq
 from drirl_jax.types import Array
 
+
+class Similarity(NamedTuple):
+    """What of a response is compared with the demonstration, and how α^D follows from δ.
+
+    Attributes:
+        whole: the texts are compared as wholes, not part by part.
+        ratio: α^D = σ(δ)/σ(δ̄), otherwise α^D = δ.
+    """
+
+    whole: bool
+    ratio: bool
+
+
+class Baseline(NamedTuple):
+    """δ̄ of each response.
+
+    Attributes:
+        of: (running mean [C], whether there is one [C], mean of the batch [C], δ [P, G], category [P]) -> broadcasts
+            to [P, G].
+        moves: whether the running mean follows the batches.
+    """
+
+    of: Callable[..., Array]
+    moves: bool = True
+
+
+def _responsiveness_of_mean(gap_PG, keep_PG, category_P, baseline_C):
+    kept_gap_C, kept_C = eq.category_mean(gap_PG, category_P, baseline_C.shape[0], keep_PG)
+    return eq.model_responsiveness(kept_gap_C, baseline_C, kept_C)
+
+
 TABLES = {
     # W from the cosines of parts
-    "align": {"response": eq.align_response},
-    # what is compared: the cosines s_kℓ of the parts of response and demonstration
-    "similarity": {"parts": eq.part_similarity},
-    # δ̄_c: (running mean, whether there is one, mean of the batch) -> baseline
-    "baseline": {"ema": lambda mean_C, seen_C, batch_C: jnp.where(seen_C, mean_C, batch_C)},
+    "align": {"response": eq.align_response, "demo": eq.align_demo, "both": eq.align_both},
+    "similarity": {
+        "parts": Similarity(whole=False, ratio=True),
+        "response": Similarity(whole=True, ratio=True),
+        "plain": Similarity(whole=True, ratio=False),
+    },
+    "baseline": {
+        "ema": Baseline(lambda mean_C, seen_C, now_C, _, c_P: jnp.where(seen_C, mean_C, now_C)[c_P][:, None]),
+        "batch": Baseline(lambda mean_C, seen_C, now_C, _, c_P: now_C[c_P][:, None]),
+        "group": Baseline(lambda mean_C, seen_C, now_C, delta_PG, _: delta_PG.mean(axis=1, keepdims=True)),
+        "dataset": Baseline(lambda mean_C, seen_C, now_C, _, c_P: mean_C[c_P][:, None], moves=False),
+    },
     # α^D as used, from the formula's
-    "orientation": {"formula": lambda alpha_d: alpha_d},
+    "orientation": {"formula": lambda alpha_d: alpha_d, "inverse": lambda alpha_d: 1 / alpha_d},
     # which gaps are kept for ρ̃_c
-    "mask": {"top": eq.mask_top},
-    # which gaps the running mean follows: (mean of all, mean of the kept)
-    "ema_of": {"all": lambda all_C, kept_C: all_C},
-    "alpha_m": {"sigma_of_mean": eq.model_responsiveness},
-    "combine": {"product": eq.combine_product},
-    "per": {"prompt": eq.per_prompt},
+    "mask": {
+        "top": lambda options, *gaps: eq.mask_top(*gaps, options.drop),
+        "threshold": lambda options, *gaps: eq.mask_threshold(*gaps, options.threshold),
+    },
+    # which gaps the running mean follows: all, or the kept
+    "ema_of": {"all": jnp.ones_like, "kept": lambda keep_PG: keep_PG},
+    "alpha_m": {"sigma_of_mean": _responsiveness_of_mean, "mean_of_sigma": eq.mean_responsiveness},
+    "combine": {
+        "product": eq.combine_product,
+        "sum": eq.combine_sum,
+        "data": lambda alpha_d_PG, alpha_m_P: alpha_d_PG,
+        "model": lambda alpha_d_PG, alpha_m_P: jnp.broadcast_to(alpha_m_P[:, None], alpha_d_PG.shape),
+        "none": lambda alpha_d_PG, alpha_m_P: jnp.ones_like(alpha_d_PG),
+    },
+    "per": {"prompt": eq.per_prompt, "response": lambda alpha_PG: alpha_PG},
 }
 
 
@@ -46,7 +93,9 @@ class Options(NamedTuple):
     combine: str = "product"
     per: str = "prompt"
     drop: float = 0.2
+    threshold: float = 1.0
     decay: float = 0.9
+    clip: tuple[float, ...] = ()
 
     @classmethod
     def from_config(cls, section) -> "Options":
@@ -80,6 +129,12 @@ class Parts(NamedTuple):
     demo_mask_PL: Any
 
 
+def distances(options: Options, parts: Parts) -> Array:
+    """[P, G] δ = 1 - W in [0, 2]: how far each response is from the demonstration."""
+    cosine_PGKL = eq.part_similarity(parts.response_PGKE, parts.demo_PLE)
+    return 1 - options.rule("align")(cosine_PGKL, parts.response_mask_PGK, parts.demo_mask_PL)
+
+
 @partial(jax.jit, static_argnames="options")
 def coefficients(
     options: Options, stats: Stats, parts: Parts, reward_PG: Array, demo_reward_P: Array, category_P: Array
@@ -87,25 +142,33 @@ def coefficients(
     """GRPO-S coefficients α_ig of a batch, and the statistics moved on by it (after their use, as the method says).
 
     Returns:
-        ([P, G] α, Stats, {"alpha_d" [P, G], "alpha_m" [P], "delta" [P, G], "gap" [P, G]}).
+        ([P, G] α, Stats, {"alpha_d" [P, G], "alpha_m" [P], "delta" [P, G], "gap" [P, G], "kept" [P, G]}); "kept" tells
+        which gaps were not masked.
     """
     categories = stats.seen.shape[0]
-    cosine_PGKL = options.rule("similarity")(parts.response_PGKE, parts.demo_PLE)
-    delta_PG = 1 - options.rule("align")(cosine_PGKL, parts.response_mask_PGK, parts.demo_mask_PL)
+    similarity, baseline = options.rule("similarity"), options.rule("baseline")
+    delta_PG = distances(options, parts)
     delta_C, present_C = eq.category_mean(delta_PG, category_P, categories)
-    delta_base_C = options.rule("baseline")(stats.delta, stats.seen, delta_C)
-    alpha_d_PG = options.rule("orientation")(eq.data_hardness(delta_PG, delta_base_C[category_P][:, None]))
+    alpha_d_PG = delta_PG
+    if similarity.ratio:
+        base_PG = baseline.of(stats.delta, stats.seen, delta_C, delta_PG, category_P)
+        alpha_d_PG = eq.data_hardness(delta_PG, base_PG)
+    alpha_d_PG = options.rule("orientation")(alpha_d_PG)
 
     gap_PG = eq.gap(demo_reward_P, reward_PG)
     gap_C, _ = eq.category_mean(gap_PG, category_P, categories)
     gap_base_C = jnp.where(stats.seen, stats.gap, gap_C)
-    keep_PG = options.rule("mask")(gap_PG, category_P, gap_base_C, options.drop)
-    kept_C, _ = eq.category_mean(gap_PG, category_P, categories, keep_PG)
-    alpha_m_P = options.rule("alpha_m")(kept_C, gap_base_C, present_C)[category_P]
+    keep_PG = options.rule("mask")(options, gap_PG, category_P, gap_base_C)
+    alpha_m_P = options.rule("alpha_m")(gap_PG, keep_PG, category_P, gap_base_C)[category_P]
 
     alpha_PG = options.rule("per")(options.rule("combine")(alpha_d_PG, alpha_m_P))
-    delta_mean_C, seen_C = eq.running_mean(stats.delta, stats.seen, delta_C, present_C, options.decay)
-    followed_C = options.rule("ema_of")(gap_C, kept_C)
-    gap_mean_C, _ = eq.running_mean(stats.gap, stats.seen, followed_C, present_C, options.decay)
-    info = {"alpha_d": alpha_d_PG, "alpha_m": alpha_m_P, "delta": delta_PG, "gap": gap_PG}
+    if options.clip:
+        alpha_PG = jnp.clip(alpha_PG, *options.clip)
+    followed_PG = options.rule("ema_of")(keep_PG)
+    followed_C, any_C = eq.category_mean(gap_PG, category_P, categories, followed_PG)
+    gap_mean_C, seen_C = eq.running_mean(stats.gap, stats.seen, followed_C, any_C, options.decay)
+    delta_mean_C = stats.delta
+    if baseline.moves:
+        delta_mean_C, _ = eq.running_mean(stats.delta, stats.seen, delta_C, present_C, options.decay)
+    info = {"alpha_d": alpha_d_PG, "alpha_m": alpha_m_P, "delta": delta_PG, "gap": gap_PG, "kept": keep_PG}
     return alpha_PG, Stats(delta_mean_C, gap_mean_C, seen_C), info

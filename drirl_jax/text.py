@@ -149,7 +149,26 @@ def split_sentences(text: str) -> list[str]:
     return sentences or ([text.strip()] if text.strip() else [])
 
 
-SPLIT: dict[str, Callable[[str], list[str]]] = {"sentence": split_sentences}
+# A comma or its like before a space, so that 1,000 and 10:30 stay whole; a Chinese one anywhere; a dash between spaces.
+_CLAUSE_END = re.compile(r"[,;:]\s+|[，；：]|\s+[-–—]+\s+|—+")
+
+
+def split_clauses(text: str) -> list[str]:
+    """The sentences of `split_sentences`, each split further behind commas, semicolons, colons and at dashes.
+
+    Pieces without a letter or digit are left out; a text that is not blank has at least one.
+    """
+    sentences = split_sentences(text)
+    pieces = [piece.strip() for sentence in sentences for piece in _CLAUSE_END.split(sentence)]
+    return [piece for piece in pieces if any(c.isalnum() for c in piece)] or sentences
+
+
+def whole_text(text: str) -> list[str]:
+    """The text as its only part; none where it is blank."""
+    return [text.strip()] if text.strip() else []
+
+
+SPLIT: dict[str, Callable[[str], list[str]]] = {"sentence": split_sentences, "clause": split_clauses}
 
 
 def _split_line(line: str) -> list[str]:

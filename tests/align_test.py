@@ -9,11 +9,17 @@ import pytest
 from transformer_test import filled, random_group, tiny
 
 from drirl_jax import equations as eq
-from drirl_jax import optimizer
+from drirl_jax import losses, optimizer
 from drirl_jax.config import default
 from drirl_jax.models import lora, transformer
 from drirl_jax.stages import align
 from drirl_jax.stages.base import POLICIES
+from drirl_jax.types import length_mask
+
+
+def weights(group, sampled, reduce="sequence"):
+    mask = length_mask(group.response_len, group.response.shape[-1])
+    return losses.token_weights(reduce, mask, sampled)
 
 
 def batch(P=4, G=4):
@@ -23,7 +29,7 @@ def batch(P=4, G=4):
     advantage = jnp.asarray(rng.normal(size=(P, G)), jnp.float32)
     logp, _ = transformer.token_logprobs(model, transformer.apply(model, group), group, 1.0)
     ref_logp = logp + 0.1 * jnp.asarray(rng.normal(size=logp.shape), jnp.float32)
-    return model, align.Batch(group, advantage, logp, ref_logp)
+    return model, align.Batch(group, advantage, logp, ref_logp, weights(group, G))
 
 
 @jax.jit
@@ -47,7 +53,7 @@ def test_padding_and_order_change_no_gradient():
     noisy = group.replace(response=jnp.where(jnp.arange(5) < group.response_len[..., None], group.response, 7))
     wider = noisy.replace(response=jnp.pad(noisy.response, ((0, 0), (0, 0), (0, 3))))
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 3))) for x in data[2:4]]
-    close(gradient(model, (wider, data[1], *padded)), want)
+    close(gradient(model, (wider, data[1], *padded, weights(wider, 4))), want)
     close(gradient(model, jax.tree.map(lambda x: x[::-1], data)), want)
 
 
@@ -57,7 +63,7 @@ def test_splitting_the_group_changes_no_gradient():
 
     def half(s):
         part = group.replace(response=group.response[:, s], response_len=group.response_len[:, s])
-        return gradient(model, (part, *(x[:, s] for x in rest)))
+        return gradient(model, (part, *(x[:, s] for x in rest), weights(part, 2)))
 
     both = jax.tree.map(lambda a, b: (a + b) / 2, half(slice(0, 2)), half(slice(2, 4)))
     close(both, gradient(model, data))
@@ -71,9 +77,11 @@ def test_layers_that_nobody_adapts_may_be_passed_beforehand():
         close(gradient(model, data._replace(begun=transformer.begin(model, data.group, layers)), params), want)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_gradient_accumulation_changes_no_update(parts):
+@pytest.mark.parametrize("parts, reduce", [(2, "sequence"), (4, "sequence"), (4, "token"), (2, "constant")])
+def test_gradient_accumulation_changes_no_update(parts, reduce):
+    # By token the micro-batches have unequal shares: their means would not average to the whole's.
     model, data = batch()
+    data = data._replace(weights=weights(data.group, 4, reduce))
     params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4), 5)
     transformation = optimizer.make(default().align.optimizer, 10)
     loss = partial(align.loss, model, POLICIES["lora"], default())
@@ -89,12 +97,12 @@ def test_gradient_accumulation_changes_no_update(parts):
 
 
 def test_the_coefficient_changes_the_gradient():
-    model, (group, _, old, ref, _) = batch()
+    model, (group, _, old, ref, each, _) = batch()
     rewards = jnp.asarray(np.random.default_rng(2).normal(size=(4, 4)), jnp.float32)
     alpha = jnp.broadcast_to(jnp.array([0.5, 1.0, 1.0, 2.0])[:, None], (4, 4))
-    static = gradient(model, (group, eq.group_advantage(rewards), old, ref))
-    scaled = gradient(model, (group, eq.scaled_advantage(alpha, eq.group_advantage(rewards)), old, ref))
-    cancelled = gradient(model, (group, eq.group_advantage(alpha * rewards), old, ref))
+    static = gradient(model, (group, eq.group_advantage(rewards), old, ref, each))
+    scaled = gradient(model, (group, eq.scaled_advantage(alpha, eq.group_advantage(rewards)), old, ref, each))
+    cancelled = gradient(model, (group, eq.group_advantage(alpha * rewards), old, ref, each))
     close(cancelled, static)
     assert max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(static), jax.tree.leaves(scaled))) > 1e-3
 
@@ -120,12 +128,13 @@ def test_the_part_of_the_demonstration():
 
 
 def test_a_demonstration_in_the_group_becomes_more_likely():
-    model, (group, advantage, old, ref, _) = batch()
+    model, (group, advantage, old, ref, *_) = batch()
     demo, length = jnp.full((4, 5), 3), jnp.array([5, 2, 3, 1])
     config, policy = default(), POLICIES["lora"]
     params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4), 5)
     pull = jnp.concatenate([jnp.zeros_like(advantage), jnp.ones((4, 1))], axis=1)
-    data = align.Batch(align.joined(group, demo, length), pull, old, ref)
+    members = align.joined(group, demo, length)
+    data = align.Batch(members, pull, old, ref, weights(members, 4))
     slope = jax.grad(lambda p: align.loss(model, policy, config, p, data)[0])(params)
     after = jax.tree.map(lambda p, g: p - 0.05 * g, params, slope)
     alone = group.replace(response=demo[:, None], response_len=length[:, None])
@@ -137,6 +146,15 @@ def test_a_demonstration_in_the_group_becomes_more_likely():
     assert (likely(after) > likely(params)).all()
 
 
+def test_a_masked_response_leaves_the_loss():
+    # Its length is 0: no gradient comes from it, and the others weigh as if it were not there.
+    model, (group, advantage, old, ref, *_) = batch(P=1, G=4)
+    without = group.replace(response_len=group.response_len.at[:, 3].set(0))
+    three = group.replace(response=group.response[:, :3], response_len=group.response_len[:, :3])
+    got = gradient(model, (without, advantage, old, ref, weights(without, 4)))
+    close(got, gradient(model, (three, advantage[:, :3], old[:, :3], ref[:, :3], weights(three, 3))))
+
+
 def test_harmless_prompts_weigh_by_their_share_of_refusals():
     # Two harmless prompts, of whose four samples two are refusals: share .5, target .4, weight e^(5·.1).
     wrong, harmless = jnp.array([[1, 0], [1, 1], [1, 0]], bool), np.array([True, False, True])
@@ -146,11 +164,11 @@ def test_harmless_prompts_weigh_by_their_share_of_refusals():
 
 
 def test_full_tuning_and_adapters_start_from_the_reference():
-    model, (group, advantage, old, *_) = batch()
+    model, (group, advantage, old, _, each, _) = batch()
     config = default()
     for name, policy in POLICIES.items():
         params = policy.init(config.policy, model, jax.random.key(0))
-        _, scalars = align.loss(model, policy, config, params, align.Batch(group, advantage, old, old))
+        _, scalars = align.loss(model, policy, config, params, align.Batch(group, advantage, old, old, each))
         np.testing.assert_allclose(scalars["kl"], 0, atol=1e-9, err_msg=name)
         jax.tree.map(np.testing.assert_array_equal, policy.merged(model, params), model)
 
@@ -166,7 +184,8 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(tune):
         policy, config = POLICIES[tune], default()
         params = jax.eval_shape(lambda m: policy.init(config.policy, m, jax.random.key(0)), model)
         value = jax.ShapeDtypeStruct((1, 4, T), jnp.float32)
-        data = align.Batch(group, jax.ShapeDtypeStruct((1, 4), jnp.float32), value, value)
+        advantage = jax.ShapeDtypeStruct((1, 4), jnp.float32)
+        data = align.Batch(group, advantage, value, value, losses.Weights(value, value))
 
         @jax.jit
         def slope(params, model, data):

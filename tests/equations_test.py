@@ -134,6 +134,16 @@ def test_align_response_by_hand():
     check(eq.align_response, (s, one, np.array([[True, False, False]])), [[0.2, -0.1]])
 
 
+def test_align_demo_and_both_by_hand():
+    # The same cosines. Maxima over the response of columns .3 and .9: mean .6; second: -.1 and -.4: -.25. Both: the
+    # means with .55 and -.3.
+    first, second = [[0.2, 0.1, 9], [0.3, 0.9, 9], [9, 9, 9]], [[-0.1, -0.4, 0], [-0.6, -0.5, 0], [0, 0, 0]]
+    s = np.float32([[first, second]])
+    mask, demo = np.array([[[True, True, False]] * 2]), np.array([[True, True, False]])
+    check(eq.align_demo, (s, mask, demo), [[0.6, -0.25]])
+    check(eq.align_both, (s, mask, demo), [[0.575, -0.275]])
+
+
 @pytest.mark.parametrize("seed, garbage", [(0, 0.0), (1, 1e6), (2, np.nan)])
 def test_hardness_of_padded_parts_matches_the_method(seed, garbage):
     rng = np.random.default_rng(seed)
@@ -238,6 +248,27 @@ def test_model_responsiveness_of_gaps_far_below_zero():
     check(eq.model_responsiveness, (kept, baseline, np.ones(2, bool)), np.exp([-1.0, 2.0]))
 
 
+def test_mask_threshold_by_hand():
+    # Squared distances from 1 and from 0: 0, 1, 4 and 1, 0, 9; τ = 1 keeps its own edge.
+    gap, category = np.float32([[1, 2, 3], [-1, 0, 3]]), np.array([1, 0])
+    check(lambda g: eq.mask_threshold(g, category, jnp.array([0.0, 1.0]), 1.0), (gap,), [[1, 1, 0], [1, 1, 0]])
+    check(lambda g: eq.mask_threshold(g, category, jnp.array([0.0, 1.0]), 1.0), (gap,),
+          mn.threshold_mask(gap, category, [0.0, 1.0], 1.0))  # fmt: skip
+
+
+def test_mean_responsiveness_by_hand():
+    # Kept of category 0: σ = ¾ and ¼, mean ½, over σ(ln 3) = ¾: 2/3; the masked 50 has no say. Category 1 keeps none,
+    # category 2 is absent: 1. Then σ = ¾, ¾, ½: mean 2/3, over ½.
+    gap = np.float32([[LN3, -LN3, 50], [7, 7, 7]])
+    keep, category = np.array([[True, True, False], [False] * 3]), np.array([0, 1])
+    baseline = np.float32([LN3, 0, 9])
+    check(lambda g, b: eq.mean_responsiveness(g, keep, category, b), (gap, baseline), [2 / 3, 1, 1])
+    gap, keep, category = np.float32([[LN3, LN3, 0]]), np.ones((1, 3), bool), np.array([0])
+    check(lambda g, b: eq.mean_responsiveness(g, keep, category, b), (gap, np.zeros(1, np.float32)), [4 / 3])
+    want = mn.model_alpha(gap, category, [0.0], keep, "mean_of_sigma")
+    check(lambda g, b: eq.mean_responsiveness(g, keep, category, b), (gap, np.zeros(1, np.float32)), want)
+
+
 def test_running_mean():
     # γ = .9: seen .9·1 + .1·2 = 1.1; first batch: 2; absent: kept; never seen: stays unseen.
     mean, seen = np.float32([1, 0, 5, 0]), np.array([True, False, True, False])
@@ -276,6 +307,7 @@ def test_combination():
     rng = np.random.default_rng(0)
     data, model = rng.random((4, 3)).astype(np.float32), rng.random(4).astype(np.float32)
     check(eq.combine_product, (data, model), mn.combined(data, model, "product", "response"))
+    check(eq.combine_sum, (data, model), mn.combined(data, model, "sum", "response"))
     want = mn.combined(data, model, "product", "prompt")
     check(lambda d, m: eq.per_prompt(eq.combine_product(d, m)), (data, model), want)
 

@@ -15,9 +15,10 @@ LOW, HIGH, BETA = 0.2, 0.3, 0.05
 K3 = jax.jit(losses.k3)
 
 
-def loss(logp, old, ref, advantage, mask, beta_kl=BETA):
+def loss(logp, old, ref, advantage, mask, beta_kl=BETA, reduce="sequence", ratio="token", weights=None):
+    weights = losses.token_weights(reduce, mask, old.shape[1]) if weights is None else weights
     return losses.policy_loss(
-        logp, old, ref, advantage, mask, clip_low=LOW, clip_high=HIGH, beta_kl=beta_kl, reduce="sequence"
+        logp, old, ref, advantage, mask, weights, clip_low=LOW, clip_high=HIGH, beta_kl=beta_kl, ratio=ratio
     )
 
 
@@ -33,10 +34,10 @@ def batch(seed=0, P=4, G=3, T=5):
     return *(x.astype(np.float32) for x in (logp, old, ref, rng.normal(size=(P, G)))), mask
 
 
-def by_method(logp, old, ref, advantage, mask, beta_kl=BETA):
+def by_method(logp, old, ref, advantage, mask, beta_kl=BETA, reduce="sequence", ratio="token"):
     rows = [x.reshape(-1, x.shape[-1]) for x in (logp, old, ref, mask)]
-    token = mn.surrogate(rows[0], rows[1], advantage.reshape(-1), rows[3], LOW, HIGH, "token")
-    return mn.reduced(token + beta_kl * mn.k3(rows[0], rows[2]), rows[3], "sequence")
+    token = mn.surrogate(rows[0], rows[1], advantage.reshape(-1), rows[3], LOW, HIGH, ratio)
+    return mn.reduced(token + beta_kl * mn.k3(rows[0], rows[2]), rows[3], reduce, mask.shape[-1])
 
 
 def same(got, want, rtol=1e-5, atol=1e-7):
@@ -55,21 +56,29 @@ def test_clipped_surrogate_by_hand():
     logp, advantage = (old + np.log(ratio)).astype(np.float32), np.float32([[2, -2]])
     want = [[[2.6, 1.0, 2.2, 2.0], [-3.0, -1.6, -2.2, -2.0]]]
     for run in (losses.clipped_surrogate, jax.jit(losses.clipped_surrogate)):
-        objective, got = run(logp, old, advantage, LOW, HIGH)
+        objective, outside = run(logp - old, advantage, LOW, HIGH)
         same(objective, np.array(want))
-        same(got, np.broadcast_to(ratio, (1, 2, 4)))
+        assert outside.tolist() == [[[True, True, False, False]] * 2]
     # d(w A)/dlogp = w A where the cut is not in force, 0 where it is; at w = 1 the whole A.
-    slope = jax.grad(lambda x: losses.clipped_surrogate(x, old, advantage, LOW, HIGH)[0].sum())(logp)
+    slope = jax.grad(lambda x: losses.clipped_surrogate(x - old, advantage, LOW, HIGH)[0].sum())(logp)
     same(slope, np.array([[[0.0, 1.0, 2.2, 2.0], [-3.0, 0.0, -2.2, -2.0]]]))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_clipped_surrogate_matches_the_method(seed):
-    logp, old, _, advantage, _ = batch(seed)
-    rows, real = (logp.reshape(12, 5), old.reshape(12, 5), advantage.reshape(12)), np.ones((12, 5), bool)
-    want = mn.surrogate(*rows, real, LOW, HIGH, "token")
-    for run in (losses.clipped_surrogate, jax.jit(losses.clipped_surrogate)):
-        same(run(logp, old, advantage, LOW, HIGH)[0], -want.reshape(4, 3, 5))
+@pytest.mark.parametrize("ratio", losses.RATIO)
+def test_clipped_surrogate_matches_the_method(ratio):
+    for seed in range(3):
+        logp, old, _, advantage, mask = batch(seed)
+        rows = logp.reshape(12, 5), old.reshape(12, 5), advantage.reshape(12), mask.reshape(12, 5)
+        want = mn.surrogate(*rows, LOW, HIGH, ratio)
+        log_ratio = losses.RATIO[ratio](logp - old, mask)
+        got = losses.clipped_surrogate(log_ratio, advantage, LOW, HIGH)[0]
+        same(np.where(mask, got, 0), -want.reshape(4, 3, 5))
+
+
+def test_sequence_ratio_by_hand():
+    # Two tokens of log ratios .2 and .4: .3 for both; one token: its own.
+    got = losses.RATIO["sequence"](np.float32([[[0.2, 0.4], [0.7, 9.0]]]), np.array([[[1, 1], [1, 0]]], bool))
+    same(got, np.array([[[0.3, 0.3], [0.7, 0.7]]]))
 
 
 # ---- k3 --------------------------------------------------------------------------------------------------
@@ -114,16 +123,24 @@ def test_k3_gradient_by_finite_differences():
 # ---- reduction -------------------------------------------------------------------------------------------
 
 
-def test_mean_by_sequence():
-    # Means 2 and 5, then 3.5 (over all tokens it would be 3). A response without tokens counts as 0: 7/3.
+def test_reductions_by_hand():
+    # Tokens 1, 3 and 5 in two responses, T = 3. By sequence: means 2 and 5, 3.5. By token: 9/3. By constant: (4/3 +
+    # 5/3) / 2. Discounted, γ = .7: (1 + .7·3)/1.7 and 5. A response without tokens changes nothing, nor does padding.
     value = np.float32([[[1, 3, 99], [5, -99, 99], [8, 8, 8]]])
     mask = np.array([[[True, True, False], [True, False, False], [False, False, False]]])
-    for run in (losses.mean_by_sequence, jax.jit(losses.mean_by_sequence)):
-        same(run(value[:, :2], mask[:, :2]), 3.5)
-        same(run(value, mask), 7 / 3)
-        logp, *_, mask_PGT = batch(3)
-        same(run(logp, mask_PGT), mn.reduced(logp.reshape(12, 5), mask_PGT.reshape(12, 5), "sequence"))
-    assert losses.REDUCE["sequence"] is losses.mean_by_sequence
+    want = {"sequence": 3.5, "token": 3.0, "constant": 1.5, "discounted": (3.1 / 1.7 + 5) / 2}
+    assert want.keys() == losses.REDUCE.keys()
+    for name, rule in losses.REDUCE.items():
+        for run in (rule, jax.jit(rule)):
+            same(losses.weighted(value[:, :2], run(mask[:, :2])), want[name])
+            same(losses.weighted(value, run(mask)), want[name])
+
+
+@pytest.mark.parametrize("reduce", ["sequence", "token", "constant"])
+def test_reductions_match_the_method(reduce):
+    logp, *_, mask = batch(3)
+    want = mn.reduced(logp.reshape(12, 5), mask.reshape(12, 5), reduce, 5)
+    same(losses.weighted(logp, losses.REDUCE[reduce](mask)), want)
 
 
 # ---- the whole loss --------------------------------------------------------------------------------------
@@ -144,18 +161,22 @@ def test_policy_loss_by_hand():
         same(scalars, {"kl": kl, "clipped": (0.5 + 1) / 2})
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_policy_loss_and_its_gradient_match_the_method(seed):
-    data = batch(seed)
-    (value, _), slope = VALUE_AND_GRAD(*data)
-    same(value, by_method(*data))
-    same(loss(*data)[0], by_method(*data))
+@pytest.mark.parametrize(
+    "seed, reduce, ratio", [(0, "sequence", "token"), (1, "token", "token"), (2, "constant", "sequence")]
+)
+def test_policy_loss_and_its_gradient_match_the_method(seed, reduce, ratio):
+    data, options = batch(seed), {"reduce": reduce, "ratio": ratio}
+    value_and_grad = jax.jit(jax.value_and_grad(partial(loss, **options), has_aux=True))
+    (value, _), slope = value_and_grad(*data)
+    same(value, by_method(*data, **options))
+    same(loss(*data, **options)[0], by_method(*data, **options))
     exact, h = data[0].astype(np.float64), 1e-6
     want = np.zeros_like(exact)
     for place in np.ndindex(exact.shape):
         step = np.zeros_like(exact)
         step[place] = h
-        want[place] = (by_method(exact + step, *data[1:]) - by_method(exact - step, *data[1:])) / (2 * h)
+        above, below = (by_method(exact + s, *data[1:], **options) for s in (step, -step))
+        want[place] = (above - below) / (2 * h)
     same(slope, want, rtol=1e-4, atol=1e-7)
     assert (want[~data[4]] == 0).all() and np.abs(want).max() > 0.01
 
@@ -211,11 +232,13 @@ def test_the_order_of_the_batch_changes_nothing():
     same((moved, moved_scalars, moved_slope), (value, scalars, slope[prompts][:, group]))
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
-def test_equal_micro_batches_average_to_the_whole(pieces):
+@pytest.mark.parametrize("pieces, reduce", [(2, "sequence"), (4, "sequence"), (2, "token"), (4, "constant")])
+def test_equal_micro_batches_average_to_the_whole(pieces, reduce):
     data = batch(4)
-    (value, scalars), slope = VALUE_AND_GRAD(*data)
-    parts = [VALUE_AND_GRAD(*part) for part in zip(*(np.split(x, pieces) for x in data))]
+    weights = losses.token_weights(reduce, data[4], 3)
+    value_and_grad = jax.value_and_grad(lambda *x: loss(*x[:5], weights=losses.Weights(*x[5:])), has_aux=True)
+    (value, scalars), slope = value_and_grad(*data, *weights)
+    parts = [value_and_grad(*part) for part in zip(*(np.split(np.asarray(x), pieces) for x in (*data, *weights)))]
     same(jax.tree.map(lambda *x: sum(x) / pieces, *(part[0] for part in parts)), (value, scalars))
     same(np.concatenate([part[1] for part in parts]) / pieces, slope)
 
@@ -240,10 +263,3 @@ def test_the_on_policy_gradient_is_the_policy_gradient(beta_kl):
         want[t] -= advantage[p, g] * (np.eye(6)[token[p, g, t]] - probability[t]) / mask[p, g].sum() / 12
     same(got, want, rtol=1e-4, atol=1e-6)
     assert np.abs(want).max() > 0.05
-
-
-def test_discounted_tokens():
-    # γ = .7. First response, two tokens: (2 + .7·4) / 1.7; second, one token: 6 / 1. Padding counts nowhere.
-    value, mask = np.float32([[[2, 4, 99], [6, 99, 99]]]), np.array([[[1, 1, 0], [1, 0, 0]]], bool)
-    got = losses.REDUCE["discounted"](value, mask)
-    np.testing.assert_allclose(got, (4.8 / 1.7 + 6) / 2, rtol=1e-6)

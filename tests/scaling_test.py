@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import method_numpy as mn
 import numpy as np
 import pytest
 
@@ -29,47 +30,94 @@ def batch(P=6, G=4, K=3, L=2, E=5, C=4, seed=0):
     )  # the last category is always absent
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-np.float64(x)))
-
-
-def by_hand(stats, parts, reward, demo, category, drop=0.2, decay=0.9):
-    """Section 3 of the method with loops; statistics are dicts category -> mean."""
-    P, G = reward.shape
+def by_method(options, stats, parts, reward, demo, category):
+    """Section 3 of the method in numpy; statistics are two dicts category -> mean, of δ and of ρ."""
+    (P, G), C = reward.shape, 4
     delta = np.zeros((P, G))
     for p in range(P):
         o = parts.demo_PLE[p][parts.demo_mask_PL[p]]
         for g in range(G):
             y = parts.response_PGKE[p, g][parts.response_mask_PGK[p, g]]
-            delta[p, g] = 1 - np.mean([max(float(k @ part) for part in o) for k in y])
+            delta[p, g] = 1 - mn.aligned_similarity(y, o, options.align)
+    delta_now = [mn.category_mean(delta, category, c) for c in range(C)]
+    baseline_C = {
+        "ema": [stats[0].get(c, delta_now[c]) for c in range(C)],
+        "batch": delta_now,
+        "group": None,
+        "dataset": [stats[0].get(c, 0.0) for c in range(C)],
+    }[options.baseline]
+    baseline = [[np.mean(delta[p])] * G if baseline_C is None else [baseline_C[category[p]]] * G for p in range(P)]
+    if options.similarity == "plain":
+        data = delta if options.orientation == "formula" else 1 / delta
+    else:
+        data = mn.data_alpha(delta, baseline, options.orientation)
     gap = demo[:, None] - reward
-    alpha, new = np.zeros((P, G)), {}
+    gap_now = [mn.category_mean(gap, category, c) for c in range(C)]
+    gap_base = [stats[1].get(c, 0.0 if gap_now[c] is None else gap_now[c]) for c in range(C)]
+    if options.mask == "top":
+        mask = mn.outlier_mask(gap, category, gap_base, options.drop)
+    else:
+        mask = mn.threshold_mask(gap, category, gap_base, options.threshold)
+    model = mn.model_alpha(gap, category, gap_base, mask, options.alpha_m)[category]
+    alpha = mn.combined(data, model, options.combine, options.per, options.clip or None)
+    followed = gap if options.ema_of == "all" else np.where(mask > 0, gap, np.nan)
+    new = [{}, {}]
     for c in set(category.tolist()):
-        rows = category == c
-        mean_delta, mean_gap = stats.get(c, (delta[rows].mean(), gap[rows].mean()))
-        gaps = sorted(gap[rows].reshape(-1), key=lambda x: (x - mean_gap) ** 2)
-        kept = np.mean(gaps[: len(gaps) - int(drop * len(gaps) + 1e-9)])
-        alpha_m = sigmoid(kept) / sigmoid(mean_gap)
-        alpha[rows] = (sigmoid(delta[rows]) / sigmoid(mean_delta) * alpha_m).mean(1, keepdims=True)
-        if c in stats:
-            new[c] = tuple(
-                decay * old + (1 - decay) * now for old, now in zip(stats[c], (delta[rows].mean(), gap[rows].mean()))
-            )
-        else:
-            new[c] = (delta[rows].mean(), gap[rows].mean())
-    return alpha, stats | new
+        values = followed[category == c]
+        seen = values[~np.isnan(values)]
+        new[1][c] = mn.running_mean(stats[1].get(c), seen.mean() if seen.size else None, options.decay)
+        new[0][c] = mn.running_mean(stats[0].get(c), delta_now[c], options.decay)
+    moved = stats[0] if options.baseline == "dataset" else stats[0] | new[0]
+    return alpha, mask, (moved, stats[1] | new[1])
 
 
-def test_three_batches_match_the_method_by_hand():
-    stats, numpy_stats = scaling.Stats.fresh(4), {}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"align": "demo", "baseline": "batch"},
+        {"align": "both", "orientation": "inverse"},
+        {"similarity": "response"},
+        {"similarity": "plain", "per": "response"},
+        {"baseline": "group", "per": "response"},
+        {"baseline": "dataset", "combine": "sum"},
+        {"mask": "threshold", "threshold": 2.0, "ema_of": "kept"},
+        {"alpha_m": "mean_of_sigma", "drop": 0.35, "ema_of": "kept", "decay": 0.6},
+        {"combine": "data", "per": "response", "clip": (0.97, 1.02)},
+        {"combine": "model"},
+        {"combine": "none"},
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()) or "default",
+)
+def test_three_batches_match_the_method(changes):
+    options = scaling.Options(**changes)
+    one_part = {"K": 1, "L": 1} if options.rule("similarity").whole else {}
+    stats, numpy_stats = scaling.Stats.fresh(4), ({}, {})
+    if options.baseline == "dataset":
+        calibrated = np.float32([0.9, 1.1, 1.0, 0.8])
+        stats, numpy_stats = stats._replace(delta=calibrated), (dict(enumerate(calibrated)), {})
     for seed in range(3):
-        data = batch(seed=seed)
-        alpha, stats, _ = scaling.coefficients(scaling.Options(), stats, *data)
-        want, numpy_stats = by_hand(numpy_stats, *data)
+        data = batch(seed=seed, **one_part)
+        alpha, stats, info = scaling.coefficients(options, stats, *data)
+        want, mask, numpy_stats = by_method(options, numpy_stats, *data)
         np.testing.assert_allclose(alpha, want, rtol=1e-5)
-        for c, (delta, gap) in numpy_stats.items():
-            np.testing.assert_allclose((stats.delta[c], stats.gap[c]), (delta, gap), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(info["kept"], mask)
+        for mean_C, means in zip((stats.delta, stats.gap), numpy_stats):
+            for c, mean in means.items():
+                np.testing.assert_allclose(mean_C[c], mean, rtol=1e-5, atol=1e-6)
     assert not stats.seen[3] and stats.gap[3] == 0
+    if changes:
+        assert np.abs(alpha - scaling.coefficients(scaling.Options(), stats, *data)[0]).max() > 1e-3
+
+
+def test_a_category_of_which_no_gap_is_kept_has_no_say():
+    # (ρ - ρ̄)² = 1 for both gaps, above τ: α^M = 1, and the running mean of the kept ones does not move.
+    parts = batch(P=1, G=2)[0]
+    options = scaling.Options(mask="threshold", threshold=0.5, ema_of="kept", combine="model")
+    alpha, stats, _ = scaling.coefficients(
+        options, scaling.Stats.fresh(1), parts, np.float32([[1, -1]]), np.float32([5]), np.array([0])
+    )
+    assert alpha.tolist() == [[1, 1]] and not stats.seen[0]
 
 
 def test_order_of_the_batch_and_padded_parts_change_nothing():
@@ -110,6 +158,23 @@ def test_options_name_rows_of_the_tables():
         with pytest.raises(InputError, match=f"config.scaling.{option} is 'no such rule': choose one of"):
             validate(config)
     assert scaling.Options.from_config(default().scaling) == scaling.Options()
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"baseline": "group"}, "config.scaling.baseline='group' compares a response with its own group"),
+        ({"clip": (2.0, 1.0)}, "config.scaling.clip is"),
+        ({"clip": (1.0,)}, "config.scaling.clip is"),
+        ({"threshold": 0.0}, "config.scaling.threshold is 0.0"),
+    ],
+)
+def test_bad_options_are_refused(changes, sentence):
+    config = default()
+    for key, value in changes.items():
+        config.scaling[key] = value
+    with pytest.raises(InputError, match=sentence):
+        validate(config)
 
 
 def test_coefficients_are_jitted_once_for_equal_shapes():

@@ -251,6 +251,25 @@ def test_split_sentences(name):
     assert text.SPLIT["sentence"](given) == expected
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("Sorry, I can't. Ask a doctor: they know; call 10:30, pay 1,000.",
+         ["Sorry", "I can't.", "Ask a doctor", "they know", "call 10:30", "pay 1,000."]),
+        ("It is risky – very — and well-known—truly.", ["It is risky", "very", "and well-known", "truly."]),
+        ("抱歉，我不能帮忙；请找医生：他们知道。", ["抱歉", "我不能帮忙", "请找医生", "他们知道。"]),
+        ("?!, ", ["?!,"]),
+        ("  ", []),
+    ],
+)  # fmt: skip
+def test_split_clauses(given, expected):
+    assert text.SPLIT["clause"](given) == expected
+
+
+def test_a_whole_text_is_one_part():
+    assert text.whole_text(" One. Two, three. ") == ["One. Two, three."] and text.whole_text(" \n") == []
+
+
 def test_split_sentences_keeps_every_word_and_is_never_empty():
     rng = np.random.default_rng(0)
     parts = [

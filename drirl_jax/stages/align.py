@@ -14,10 +14,10 @@ from drirl_jax import losses, optimizer, scaling
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward, transformer
-from drirl_jax.models.transformer import Begun
+from drirl_jax.models.transformer import Begun, Transformer
 from drirl_jax.rollout import FINISH, Rollout
-from drirl_jax.stages.base import POLICIES, Context, Policy, Stage, State, by_category, draw, group_of
-from drirl_jax.text import SPLIT
+from drirl_jax.stages.base import POLICIES, Context, Policy, Stage, State, by_category, draw, draw_all, group_of
+from drirl_jax.text import SPLIT, whole_text
 from drirl_jax.types import Array, Group, InputError, TrainState, length_mask
 
 
@@ -35,7 +35,9 @@ PART_BUCKETS = (4, 8, 16, 32)  # shapes of the coefficient computation: most par
 
 def embed_parts(context: Context, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Unit embeddings [N, K, E] of the texts' parts, padded to a bucket, and their mask [N, K]; see `scaling.Parts`."""
-    parts_N = [SPLIT[context.config.scaling.split](text) for text in texts]
+    c = context.config.scaling
+    split = whole_text if scaling.TABLES["similarity"][c.similarity].whole else SPLIT[c.split]
+    parts_N = [split(text) for text in texts]
     vectors = iter(context.embedder([part for parts in parts_N for part in parts]))
     most = max(len(parts) for parts in parts_N)
     size = next((bucket for bucket in PART_BUCKETS if bucket >= most), most)
@@ -46,6 +48,26 @@ def embed_parts(context: Context, texts: list[str]) -> tuple[np.ndarray, np.ndar
         for k in range(len(parts)):
             embedded[n, k] = next(vectors)
     return embedded, mask
+
+
+def embed_responses(context: Context, response_PGT: np.ndarray, length_PG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`embed_parts` of responses, [P, G, K, E] and [P, G, K]."""
+    P, G, T = response_PGT.shape
+    texts = [context.text.decode(*row) for row in zip(response_PGT.reshape(-1, T), length_PG.reshape(-1))]
+    embedded, mask = embed_parts(context, texts)
+    return embedded.reshape(P, G, *embedded.shape[1:]), mask.reshape(P, G, -1)
+
+
+def calibrate(context: Context, options: scaling.Options, model: Transformer, demo_parts) -> Array:
+    """[C] δ̄ of each category under this policy: one response to every training prompt. (as DAMA fixes its hardness)"""
+    config, train = context.config, context.examples["train"]
+    out = draw_all(
+        context, model, train, context.key("calibration"), config.evals.batch,
+        group=1, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
+    )  # fmt: skip
+    parts = scaling.Parts(*embed_responses(context, out.response, out.response_len), *demo_parts)
+    delta_PG = scaling.distances(options, parts)
+    return eq.category_mean(delta_PG, train.category, len(config.data.categories))[0]
 
 
 def joined(group: Group, text_PT: Array, length_P: Array) -> Group:
@@ -89,6 +111,7 @@ class Batch(NamedTuple):
         group: [P, M] responses: those that were sampled, and the demonstrations that are trained on.
         advantage: [P, M] scaled advantages.
         old_logp, ref_logp: [P, G, T] of the sampled ones under the sampler and the reference (None without a KL term).
+        weights: see `losses.token_weights`.
         begun: the group behind the trunk's layers that the policy leaves as they are; None if there are none.
     """
 
@@ -96,6 +119,7 @@ class Batch(NamedTuple):
     advantage: Array
     old_logp: Array
     ref_logp: Array | None
+    weights: losses.Weights
     begun: Begun | None = None
 
 
@@ -115,7 +139,7 @@ def loss(trunk, policy: Policy, config, params, batch: Batch):
 
     Members of the group beyond those that were sampled are demonstrations: see `losses.policy_loss`.
     """
-    group, advantage_PG, old_logp, ref_logp, begun = batch
+    group, advantage_PG, old_logp, ref_logp, weights, begun = batch
     model, adapter = policy.parts(trunk, params)
     prompt_hidden, response_hidden = transformer.apply(model, group, adapter, begun=begun)
     g, sampled = config.grpo, old_logp.shape[1]
@@ -129,10 +153,10 @@ def loss(trunk, policy: Policy, config, params, batch: Batch):
         logp = jnp.concatenate([logp, read(slice(sampled, None), 1.0)[0]], axis=1)
     mask = length_mask(group.response_len, group.response.shape[-1])
     value, scalars = losses.policy_loss(
-        logp, old_logp, ref_logp, advantage_PG, mask,
-        clip_low=g.clip_low, clip_high=g.clip_high, beta_kl=g.beta_kl, reduce=g.reduce,
+        logp, old_logp, ref_logp, advantage_PG, mask, weights,
+        clip_low=g.clip_low, clip_high=g.clip_high, beta_kl=g.beta_kl, ratio=g.ratio,
     )  # fmt: skip
-    return value, scalars | {"entropy": losses.REDUCE[g.reduce](entropy, mask[:, :sampled])}
+    return value, scalars | {"entropy": losses.weighted(entropy, weights.sampled)}
 
 
 def make(context: Context, bank: reward.Bank) -> Stage:
@@ -185,14 +209,12 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         reward_PM = context.clock.mark("rewards", score(context.model, bank, scored, begun))
         reward_PG, demo_reward_P = reward_PM[:, : c.group], reward_PM[:, c.group]
         response, length = jax.device_get((out.response, out.response_len))
-        flat = (response.reshape(-1, response.shape[-1]), length.reshape(-1))
-        embedded, mask = embed_parts(context, [context.text.decode(*row) for row in zip(*flat)])
-        split = (c.batch, c.group, mask.shape[-1])
-        parts = scaling.Parts(embedded.reshape(*split, -1), mask.reshape(split), *(x[rows] for x in demo_parts))
+        parts = scaling.Parts(*embed_responses(context, response, length), *(x[rows] for x in demo_parts))
         # Advantages, scaled.
-        alpha_PG, stats, info = scaling.coefficients(
-            options, state.carry, parts, reward_PG, demo_reward_P, group.category
-        )
+        stats = state.carry
+        if config.scaling.baseline == "dataset" and step == 0:
+            stats = stats._replace(delta=calibrate(context, options, model, demo_parts))
+        alpha_PG, stats, info = scaling.coefficients(options, stats, parts, reward_PG, demo_reward_P, group.category)
         context.clock.mark("hardness", alpha_PG)
         weight_P = jnp.ones(c.batch)
         if roles[1].counts:
@@ -201,11 +223,15 @@ def make(context: Context, bank: reward.Bank) -> Stage:
             weight_P = harmless_weight(wrong_PG, np.isin(examples.category, harmless), config.grpo.harmless_wrong)
         advantage = advantages(roles, reward_PM, c.group, config.grpo.eps)
         trained = slice(advantage.shape[1])
-        group = scored.replace(response=scored.response[:, trained], response_len=scored.response_len[:, trained])
+        length = scored.response_len[:, trained]
+        if config.scaling.drop_masked:
+            length = length.at[:, : c.group].set(jnp.where(info["kept"], length[:, : c.group], 0))
+        group = scored.replace(response=scored.response[:, trained], response_len=length)
+        weights = losses.token_weights(config.grpo.reduce, length_mask(length, response.shape[-1]), c.group)
         others = jnp.repeat(alpha_PG.mean(axis=1, keepdims=True), advantage.shape[1] - c.group, axis=1)
         advantage = eq.scaled_advantage(weight_P[:, None] * jnp.concatenate([alpha_PG, others], axis=1), advantage)
         scalars = describe(names, examples, out, reward_PG, advantage, info)
-        return Batch(group, advantage, out.logp, ref_logp, begun_of(trained)), stats, scalars
+        return Batch(group, advantage, out.logp, ref_logp, weights, begun_of(trained)), stats, scalars
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state: TrainState, trunk, batch):
@@ -232,11 +258,11 @@ def describe(names, examples: Examples, out: Rollout, reward_PG, advantage_PG, i
             f"{examples.id[p]}: the IRL stage diverged; lower config.irl.optimizer.learning_rate."
         )
     scalars = {}
-    for name, value in {"reward": reward_PG, "length": out.response_len, **info}.items():
+    zero_spread_P = np.ptp(reward_PG, axis=1) == 0
+    for name, value in {"reward": reward_PG, "length": out.response_len, "zero_spread": zero_spread_P, **info}.items():
         scalars |= by_category(value, examples.category, names, name)
     return scalars | {
         "reward_std": float(reward_PG.std(axis=1).mean()),
-        "zero_spread": float((np.ptp(reward_PG, axis=1) == 0).mean()),
         "advantage_abs": float(np.abs(advantage_PG).mean()),
         "stopped": float((out.finish == FINISH.index("stop")).mean()),
     }
