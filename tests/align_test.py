@@ -1,5 +1,6 @@
 """The policy update on a tiny model: what must change nothing, and what must change it."""
 
+import importlib
 from functools import partial
 
 import jax
@@ -9,10 +10,10 @@ import pytest
 from transformer_test import filled, random_group, tiny
 
 from drirl_jax import equations as eq
-from drirl_jax import losses, optimizer
+from drirl_jax import losses, optimizer, train
 from drirl_jax.config import default
-from drirl_jax.models import lora, transformer
-from drirl_jax.stages import align
+from drirl_jax.models import lora, reward, transformer
+from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES
 from drirl_jax.types import length_mask
 
@@ -195,3 +196,26 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(tune):
 
     short, long = (temporary(16_384, T) - temporary(128, T) for T in (64, 512))
     assert 0 < short and long < 1.1 * short
+
+
+def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy, tmp_path):
+    config = importlib.import_module("configs.tiny").get_config()
+    config.policy.init, config.compilation_cache = str(policy), str(tmp_path)
+    config.scaling.update(
+        {"split": "clause", "baseline": "dataset", "mask": "threshold", "threshold": 0.5, "drop_masked": True}
+    )
+    config.grpo.update({"reduce": "token", "ratio": "sequence"})
+    context = train.prepare(config)
+    fresh = irl.init_rewards(context)
+    head = jax.random.normal(jax.random.key(0), fresh.head.shape)  # else all rewards are equal, and no gap is masked
+    stage = align.make(context, reward.Bank(fresh.replace(head=head), mean=fresh.bias, std=jnp.ones_like(fresh.bias)))
+    state, deltas = stage.init(), []
+    for step in range(2):
+        batch, stats, scalars = stage.collect(state, step)
+        trained, told = stage.update(state.train, batch)
+        state = state._replace(train=trained, carry=stats)
+        deltas.append(stats.delta)
+    assert np.isfinite(told["loss"]) and 0 < scalars["kept"] < 1
+    assert (deltas[0] == deltas[1]).all() and (deltas[0] > 0).all() and (deltas[0] < 2).all()
+    left_out = np.asarray(batch.group.response_len) == 0
+    assert left_out.mean() == pytest.approx(1 - scalars["kept"]) and (batch.weights.members[left_out] == 0).all()
