@@ -78,8 +78,9 @@ def default() -> ConfigDict:
     c.reward.normalize = "zscore"
 
     c.irl = ConfigDict()
-    c.irl.loss = "logistic"
+    c.irl.loss = "logistic"  # logistic | token | linear
     c.irl.beta = 1.0
+    c.irl.penalty = 0.1  # λ of the linear loss
     c.irl.rounds = 1
     c.irl.samples = 2  # K: samples of the policy for each prompt and round
     # common | none: both texts of a pair are read up to one random common length (ours), in the logistic loss and the
@@ -179,7 +180,7 @@ TABLES = {
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
 POSITIVE = (
-    "policy.rank reward.rank data.minimum data.max_prompt sampler.max_new irl.beta irl.rounds irl.samples "
+    "policy.rank reward.rank data.minimum data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds irl.samples "
     "irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group "
     "align.accumulate evals.max_new evals.batch checkpoint.every checkpoint.keep sampler.temperature "
     "irl.optimizer.learning_rate align.optimizer.learning_rate"

@@ -35,6 +35,21 @@ def irl_logistic(demo_reward: Array, sample_reward: Array, beta: float) -> Array
     return -jax.nn.log_sigmoid((demo_reward - sample_reward) / beta)
 
 
+def irl_linear(demo_reward: Array, sample_reward: Array, beta: float, penalty: float) -> Array:
+    """Loss of one pair as the objective is written, which alone has no bound; so with a penalty on the rewards.
+
+    ℓ = -(r(x, y) - r(x, ỹ)) / β + λ (r(x, y)² + r(x, ỹ)²)     (ML-IRL, with λ)
+
+    Args:
+        demo_reward, sample_reward, beta: as of `irl_logistic`.
+        penalty: λ > 0.
+
+    Returns:
+        [...] loss; least where r(x, y) = -r(x, ỹ) = 1 / (2 β λ).
+    """
+    return (sample_reward - demo_reward) / beta + penalty * (demo_reward**2 + sample_reward**2)
+
+
 def irl_token(demo_reward_T: Array, sample_reward_T: Array, mask_T: Array, beta: float) -> Array:
     """Loss of one pair, token by token: the reward is read after every token, at the same place in both texts.
 

@@ -47,6 +47,15 @@ def test_irl_logistic():
     check(lambda y, s: eq.irl_logistic(y, s, 0.7), (y, s), want)
 
 
+def test_irl_linear():
+    # β = ½, λ = ¼: -(2 - 1)/½ + ¼ (4 + 1) = -¾. Least, -1/(2 β² λ) = -8, at ±1/(2 β λ) = ±4; flat there.
+    check(lambda y, s: eq.irl_linear(y, s, 0.5, 0.25), (np.float32([2, 4]), np.float32([1, -4])), [-0.75, -8])
+    slope = jax.grad(lambda y, s: eq.irl_linear(y, s, 0.5, 0.25), (0, 1))(4.0, -4.0)
+    np.testing.assert_allclose(slope, 0, atol=1e-6)
+    want = mn.irl_pair(0.3, -1.2, "linear", 0.7, 0.1)
+    check(lambda y, s: eq.irl_linear(y, s, 0.7, 0.1), (np.float32(0.3), np.float32(-1.2)), want)
+
+
 def test_irl_token():
     # Gaps 0, 2 ln 3, -2 ln 3 with β = 2 cost log 2, log 4/3 and log 4; the mask takes the mean of the first two, then
     # of the last alone, then of none.

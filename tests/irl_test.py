@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import method_numpy as mn
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from transformer_test import filled, random_group, tiny
 
 from drirl_jax import optimizer
@@ -15,6 +16,8 @@ from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward
 from drirl_jax.stages import irl
 from drirl_jax.types import InputError
+
+SECTION = ConfigDict({"beta": 0.7, "penalty": 0.3})
 
 
 def examples(demo, demo_len, category):
@@ -52,7 +55,7 @@ def test_losses_equal_the_method_written_out(cut):
     pairs = irl.make_pairs(data, negative, length, cut, [0, 0])
     score = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32) * 2
     for name, row in irl.LOSSES.items():
-        got = row(jnp.asarray(score), pairs, beta=0.7)
+        got = row(jnp.asarray(score), pairs, SECTION)
         for p in range(2):
             for k in range(2):
                 demo, other = score[p, 0], score[p, 1 + k]
@@ -61,7 +64,7 @@ def test_losses_equal_the_method_written_out(cut):
                     want = mn.irl_token(*tokens, demo / 0.7, other / 0.7)
                 else:
                     ends = int(pairs.demo_end[p, k]), int(pairs.negative_end[p, k])
-                    want = mn.irl_pair(demo[ends[0] - 1], other[ends[1] - 1], name, 0.7)
+                    want = mn.irl_pair(demo[ends[0] - 1], other[ends[1] - 1], name, 0.7, 0.3)
                 np.testing.assert_allclose(got[p, k], want, rtol=1e-5, err_msg=f"{name} {p} {k}")
 
 
@@ -116,12 +119,15 @@ def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category(name):
     rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
     transformation = optimizer.make(default().irl.optimizer, 100)
     train = optimizer.init(transformation, rewards)
-    stage_loss = partial(irl.loss, model, partial(irl.LOSSES[name], beta=1.0), jnp.ones(1))
+    section = ConfigDict({"beta": 1.0, "penalty": 0.5})
+    stage_loss = partial(irl.loss, model, partial(irl.LOSSES[name], section=section), jnp.ones(1))
     step = jax.jit(lambda t: optimizer.step(transformation, stage_loss, t, pairs, 1))
     _, first = step(train)
     for _ in range(100):
         train, scalars = step(train)
-    assert first["loss"] == pytest.approx(np.log(2)) and scalars["loss"] < 0.05 and scalars["pairs_right"] == 1
+    # Rewards of 0 at first. The linear loss has its least value, -1 / (2 β² λ), at r = ±1 / (2 β λ).
+    begin, end = (0, -1) if name == "linear" else (np.log(2), 0)
+    assert first["loss"] == pytest.approx(begin) and scalars["loss"] < end + 0.05 and scalars["pairs_right"] == 1
     # Category 3 had no pair: nothing of it moved.
     for matrix, pair in train.params.adapter.items():
         np.testing.assert_array_equal(pair.a[:, 3], rewards.adapter[matrix].a[:, 3])
@@ -133,7 +139,7 @@ def test_the_weights_of_the_negatives_average_their_losses():
     pairs = irl.make_pairs(data, negative, length, "none", [0, 0])
     rewards = reward.init_lora(model, jax.random.key(0), 2, rank=4, alpha=4, targets=("q",))
     rewards = rewards.replace(head=jax.random.normal(jax.random.key(1), rewards.head.shape))
-    row = partial(irl.logistic, beta=1.0)
+    row = partial(irl.logistic, section=default().irl)
     one, other, both = (irl.loss(model, row, jnp.array(w), rewards, pairs)[0] for w in ([1.0, 0], [0, 1.0], [1, 3.0]))
     assert abs(one - other) > 1e-3
     np.testing.assert_allclose(both, (one + 3 * other) / 4, rtol=1e-6)

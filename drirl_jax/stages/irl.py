@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from drirl_jax import equations as eq
 from drirl_jax import optimizer
@@ -35,20 +36,25 @@ class Pairs(NamedTuple):
     differ: Array
 
 
-def logistic(score_PGT: Array, pairs: Pairs, beta: float) -> Array:
+def logistic(score_PGT: Array, pairs: Pairs, section: ConfigDict) -> Array:
     """[P, K] `equations.irl_logistic` of the rewards at the ends of the texts."""
-    return eq.irl_logistic(*read(score_PGT, pairs), beta)
+    return eq.irl_logistic(*read(score_PGT, pairs), section.beta)
 
 
-def token(score_PGT: Array, pairs: Pairs, beta: float) -> Array:
+def linear(score_PGT: Array, pairs: Pairs, section: ConfigDict) -> Array:
+    """[P, K] `equations.irl_linear` of the rewards at the ends of the texts."""
+    return eq.irl_linear(*read(score_PGT, pairs), section.beta, section.penalty)
+
+
+def token(score_PGT: Array, pairs: Pairs, section: ConfigDict) -> Array:
     """[P, K] `equations.irl_token`, from the first token that differs to the end of the shorter text."""
     length_PG, t = pairs.group.response_len, jnp.arange(score_PGT.shape[-1])
     both_PK = jnp.minimum(length_PG[:, :1], length_PG[:, 1:])
     mask_PKT = (t >= pairs.differ[..., None]) & (t < both_PK[..., None])
-    return eq.irl_token(score_PGT[:, :1], score_PGT[:, 1:], mask_PKT, beta)
+    return eq.irl_token(score_PGT[:, :1], score_PGT[:, 1:], mask_PKT, section.beta)
 
 
-LOSSES = {"logistic": logistic, "token": token}
+LOSSES = {"logistic": logistic, "linear": linear, "token": token}
 
 
 def init_rewards(context: Context) -> reward.Rewards:
@@ -164,7 +170,7 @@ def make(context: Context) -> Stage:
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state, model, batch):
-        stage_loss = partial(loss, model, partial(LOSSES[c.loss], beta=c.beta), weight_K)
+        stage_loss = partial(loss, model, partial(LOSSES[c.loss], section=c), weight_K)
         return optimizer.step(transformation, stage_loss, train_state, batch, c.accumulate)
 
     def scores(rewards, examples: Examples, samples, contrasted: bool) -> dict[str, np.ndarray]:
