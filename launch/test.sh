@@ -5,4 +5,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh .venv-test ".[dev]"
-exec .venv-test/bin/python -m pytest -q "$@"
+# Two processes: most of the time goes to compiling, which takes one core.
+exec .venv-test/bin/python -m pytest -q -n 2 --dist loadfile "$@"
