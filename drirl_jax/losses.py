@@ -135,7 +135,7 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     beta_kl: float,
-    ratio: str = "token",
+    ratio: str,
 ) -> tuple[Array, dict[str, Array]]:
     """GRPO's loss: minus the clipped surrogate plus β_kl · k3, averaged over real tokens.
 

@@ -33,7 +33,7 @@ class Baseline(NamedTuple):
     Attributes:
         of: (running mean [C], whether there is one [C], mean of the batch [C], δ [P, G], category [P]) -> broadcasts
             to [P, G].
-        moves: whether the running mean follows the batches.
+        moves: whether the running mean follows the batches; one that does not is calibrated before the first.
     """
 
     of: Callable[..., Array]

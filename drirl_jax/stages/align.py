@@ -212,7 +212,7 @@ def make(context: Context, bank: reward.Bank) -> Stage:
         parts = scaling.Parts(*embed_responses(context, response, length), *(x[rows] for x in demo_parts))
         # Advantages, scaled.
         stats = state.carry
-        if config.scaling.baseline == "dataset" and step == 0:
+        if step == 0 and not options.rule("baseline").moves:
             stats = stats._replace(delta=calibrate(context, options, model, demo_parts))
         alpha_PG, stats, info = scaling.coefficients(options, stats, parts, reward_PG, demo_reward_P, group.category)
         context.clock.mark("hardness", alpha_PG)
