@@ -35,7 +35,7 @@ def get_config():
     c.grpo.beta_kl = 0.03
     # The first words decide, so they weigh most; and harmless prompts weigh more while many of their samples refuse.
     c.grpo.reduce = "discounted"
-    c.grpo.harmless_wrong = 0.12
+    c.grpo.harmless_wrong = 0.1
     c.sampler.batch = "kinds"
     c.sampler.harmless_share = 0.625
     c.align.batch = 16
