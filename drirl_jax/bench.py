@@ -28,7 +28,7 @@ from drirl_jax import train
 from drirl_jax.data.examples import Examples
 from drirl_jax.metrics import Clock
 from drirl_jax.models import reward, transformer
-from drirl_jax.stages import align, irl
+from drirl_jax.stages import align, irl, objectives
 from drirl_jax.stages.base import Context
 from drirl_jax.types import InputError
 
@@ -265,7 +265,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
                 times[phase].append(clock.seconds.get(phase, 0.0))
     times["irl"] = time_irl(context, steps)
     examples = context.examples["train"]
-    roles = [align.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")]
+    roles = [objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")]
     S, R = examples.prompt.shape[1], len(examples.prefix)
     used = Shape(config.align.batch, S, config.align.group, config.sampler.max_new, R)
     demonstrations = {"scored": 1 + roles[1].counts, "trained": sum(role.trained for role in roles)}

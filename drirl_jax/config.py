@@ -15,7 +15,7 @@ from drirl_jax import losses, optimizer, scaling, text
 from drirl_jax.data import pipeline
 from drirl_jax.evals import judges
 from drirl_jax.models import lora, reward
-from drirl_jax.stages import align, base, irl
+from drirl_jax.stages import base, irl, objectives
 from drirl_jax.types import InputError
 
 HARM_CATEGORIES = (
@@ -124,8 +124,24 @@ def default() -> ConfigDict:
     c.grpo.ratio = "token"  # token | sequence: one ratio to the sampling policy for the whole response (GSPO)
     c.grpo.eps = 1e-6
 
+    # Clip, KL, reduction and ratio of config.grpo hold for PPO-S too.
+    c.ppo = ConfigDict()
+    c.ppo.gamma = 1.0
+    c.ppo.lam = 0.95
+    c.ppo.whiten = True  # advantages to mean 0 and spread 1 over the batch, before they are scaled
+    c.ppo.value_weight = 0.1
+    c.ppo.value_clip = 0.2
+
+    c.dpo = ConfigDict()
+    c.dpo.beta = 0.1
+    c.dpo.pairs = "demonstration"  # demonstration: against every sample | self: the best sample against the worst
+    c.dpo.alpha_on = "beta"  # beta | loss: what α multiplies
+    c.dpo.online = False  # samples of the policy as it is; otherwise of the one that it started from
+
     c.align = ConfigDict()
+    c.align.objective = "grpo"  # grpo | ppo | dpo | sft: see stages/objectives.py
     c.align.steps = 50
+    c.align.updates = 1  # on the samples of a step
     c.align.batch = 8  # P: prompts a step
     c.align.group = 8  # G: responses a prompt
     c.align.accumulate = 1  # micro-batches of prompts in one update
@@ -171,9 +187,12 @@ TABLES = {
     "irl.optimizer.schedule": optimizer.SCHEDULES,
     "align.optimizer.name": optimizer.OPTIMIZERS,
     "align.optimizer.schedule": optimizer.SCHEDULES,
+    "align.objective": objectives.OBJECTIVES,
+    "dpo.pairs": objectives.PAIRS,
+    "dpo.alpha_on": losses.ALPHA_ON,
     "scaling.split": text.SPLIT,
-    "grpo.demonstration": align.ROLES,
-    "grpo.contrast": align.ROLES,
+    "grpo.demonstration": objectives.ROLES,
+    "grpo.contrast": objectives.ROLES,
     "grpo.reduce": losses.REDUCE,
     "grpo.ratio": losses.RATIO,
     "evals.judge": judges.JUDGES,
@@ -181,9 +200,9 @@ TABLES = {
 
 POSITIVE = (
     "policy.rank reward.rank data.minimum data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds irl.samples "
-    "irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group "
-    "align.accumulate evals.max_new evals.batch checkpoint.every checkpoint.keep sampler.temperature "
-    "irl.optimizer.learning_rate align.optimizer.learning_rate"
+    "irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group align.updates "
+    "align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch checkpoint.every checkpoint.keep "
+    "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
 
 
@@ -227,15 +246,15 @@ def validate(config: ConfigDict) -> None:
     unknown = set(config.data.harmless) - set(config.data.categories)
     need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
     two_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
-    for key in ("policy.layers", "reward.layers", "irl.contrast", "grpo.beta_kl"):
+    for key in ("policy.layers", "reward.layers", "irl.contrast", "grpo.beta_kl", "ppo.value_weight"):
         need(get(config, key) >= 0, f"config.{key} is {get(config, key)}: it must not be negative.")
-    contrasted = config.irl.contrast > 0 or align.ROLES[config.grpo.contrast].counts
+    contrasted = config.irl.contrast > 0 or objectives.ROLES[config.grpo.contrast].counts
     need(
         two_kinds or not (contrasted or config.sampler.batch == "kinds"),
         "config.irl.contrast, grpo.contrast and sampler.batch='kinds' need harmful and harmless categories: see "
         "config.data.harmless.",
     )
-    own, other = (align.ROLES[config.grpo[name]] for name in ("demonstration", "contrast"))
+    own, other = (objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast"))
     need(
         other <= own,
         f"config.grpo.contrast is {config.grpo.contrast!r}: it may have no part that config.grpo.demonstration "
@@ -270,11 +289,28 @@ def validate(config: ConfigDict) -> None:
         "config.scaling.baseline='group' compares a response with its own group, so that the mean over the group says "
         "nothing: set config.scaling.per to 'response'.",
     )
+    objective = config.align.objective
     need(
-        config.align.group > 1 or config.grpo.demonstration != "apart",
+        objective == "grpo" or config.grpo.demonstration == "apart",
+        f"config.grpo.demonstration is {config.grpo.demonstration!r}, but config.align.objective is {objective!r}, "
+        "which compares no group: set it to 'apart', and grpo.contrast too.",
+    )
+    need(
+        objectives.OBJECTIVES[objective].samples or config.scaling.combine == "none",
+        f"config.align.objective is {objective!r}, which has no samples whose hardness could scale it: set "
+        "config.scaling.combine to 'none'.",
+    )
+    need(
+        config.align.group > 1 or config.grpo.demonstration != "apart" or objective != "grpo",
         "config.align.group is 1: a group-relative advantage needs at least 2 responses, or the demonstration in the "
         "group (config.grpo.demonstration).",
     )
+    need(
+        config.align.group > 1 or objective != "dpo" or config.dpo.pairs != "self",
+        "config.align.group is 1: config.dpo.pairs='self' needs a best and a worst of at least 2 responses.",
+    )
+    for key in ("ppo.gamma", "ppo.lam"):
+        need(0 <= get(config, key) <= 1, f"config.{key} is {get(config, key)}: it must lie in [0, 1].")
     for key in ("irl", "align"):
         batch, parts = config[key].batch, config[key].accumulate
         need(batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide config.{key}.batch ({batch}).")

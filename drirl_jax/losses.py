@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from drirl_jax.types import Array
@@ -26,14 +27,13 @@ def clipped_surrogate(log_ratio: Array, advantage: Array, clip_low: float, clip_
 
     Args:
         log_ratio: [P, G, T] log ρ, with ρ = π / π_old under the policy and under the one that sampled.
-        advantage: [P, G] scaled advantages; a constant.
+        advantage: [P, G, 1 or T] scaled advantages; a constant.
         clip_low, clip_high: ε_low, ε_high in (0, 1) and (0, ∞).
 
     Returns:
         ([P, G, T] objective, [P, G, T] bool: ρ lies outside of the clip).
     """
     ratio = jnp.exp(log_ratio)
-    advantage = advantage[..., None]
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     return jnp.minimum(ratio * advantage, clipped * advantage), clipped != ratio
 
@@ -48,9 +48,8 @@ def off_policy_surrogate(logp: Array, advantage: Array) -> Array:
 
     Args:
         logp: [P, G, T] log-probabilities under the policy.
-        advantage: [P, G] scaled advantages; a constant.
+        advantage: [P, G, 1 or T] scaled advantages; a constant.
     """
-    advantage = advantage[..., None]
     return advantage * jnp.where(advantage > 0, logp, jnp.exp(logp))
 
 
@@ -128,7 +127,7 @@ def policy_loss(
     logp_PMT: Array,
     old_logp_PGT: Array,
     ref_logp_PGT: Array | None,
-    advantage_PM: Array,
+    advantage_PMT: Array,
     mask_PMT: Array,
     weights: Weights,
     *,
@@ -148,7 +147,7 @@ def policy_loss(
     Args:
         logp_PMT: [P, M, T] under the policy.
         old_logp_PGT, ref_logp_PGT: [P, G, T] under the sampler and the reference, the latter None if β_kl is 0.
-        advantage_PM: [P, M] scaled advantages.
+        advantage_PMT: [P, M, 1 or T] scaled advantages.
         mask_PMT: [P, M, T] bool, True at real response tokens.
         weights: see `token_weights`; of the whole batch, of which these may be some prompts.
         clip_low, clip_high, beta_kl: see `clipped_surrogate`; β_kl >= 0.
@@ -164,11 +163,94 @@ def policy_loss(
     logp_PMT = jnp.where(mask_PMT, logp_PMT, 0.0)
     logp_PGT, other_logp = logp_PMT[:, :sampled], logp_PMT[:, sampled:]
     log_ratio_PGT = RATIO[ratio](logp_PGT - jnp.where(mask_PGT, old_logp_PGT, 0.0), mask_PGT)
-    objective, outside = clipped_surrogate(log_ratio_PGT, advantage_PM[:, :sampled], clip_low, clip_high)
-    other = off_policy_surrogate(other_logp, advantage_PM[:, sampled:])
+    objective, outside = clipped_surrogate(log_ratio_PGT, advantage_PMT[:, :sampled], clip_low, clip_high)
+    other = off_policy_surrogate(other_logp, advantage_PMT[:, sampled:])
     scalars = {"clipped": weighted(outside, weights.sampled)}
     value = -weighted(jnp.concatenate([objective, other], axis=1), weights.members)
     if ref_logp_PGT is not None:
         scalars["kl"] = weighted(k3(logp_PGT, jnp.where(mask_PGT, ref_logp_PGT, 0.0)), weights.sampled)
         value += beta_kl * scalars["kl"]
     return value, scalars
+
+
+# ----------------------------------------------------------------------------------------------------------
+# PPO-S: a learned value of every beginning, instead of the group's mean
+# ----------------------------------------------------------------------------------------------------------
+
+
+def generalised_advantage(
+    reward_PG: Array, value_PGT: Array, mask_PGT: Array, gamma: float, lam: float
+) -> tuple[Array, Array]:
+    """Generalised advantage estimates where all of the reward comes with a response's last token.
+
+    A_t = Σ_k (γλ)^k δ_{t+k},  δ_t = r_t + γ V_{t+1} - V_t     (GAE, arXiv 1506.02438, eq. 16; V behind the end is 0)
+
+    Args:
+        reward_PG: [P, G] rewards of the responses.
+        value_PGT: [P, G, T] V_t, of what stands before token t.
+        mask_PGT: [P, G, T] bool, True at real tokens.
+        gamma, lam: γ and λ in [0, 1].
+
+    Returns:
+        ([P, G, T] advantages, [P, G, T] returns A + V), 0 at padding.
+    """
+    value_PGT = jnp.where(mask_PGT, value_PGT, 0.0)
+    after_PGT = jnp.pad(value_PGT[..., 1:], ((0, 0), (0, 0), (0, 1)))
+    last_PGT = mask_PGT & ~jnp.pad(mask_PGT[..., 1:], ((0, 0), (0, 0), (0, 1)))
+    delta_PGT = last_PGT * reward_PG[..., None] + gamma * after_PGT - value_PGT
+
+    def backwards(advantage_PG, delta_PG):
+        advantage_PG = delta_PG + gamma * lam * advantage_PG
+        return advantage_PG, advantage_PG
+
+    # At padding δ is 0, so that each response's sum begins with its last token.
+    _, advantage = jax.lax.scan(backwards, jnp.zeros_like(reward_PG), jnp.moveaxis(delta_PGT, -1, 0), reverse=True)
+    advantage_PGT = jnp.moveaxis(advantage, 0, -1) * mask_PGT
+    return advantage_PGT, advantage_PGT + value_PGT
+
+
+def whitened(advantage_PGT: Array, mask_PGT: Array, eps: float = 1e-6) -> Array:
+    """(A - mean) / (std + ε) over all real tokens of the batch, population std; 0 at padding."""
+    mean = jnp.mean(advantage_PGT, where=mask_PGT)
+    std = jnp.sqrt(jnp.mean((advantage_PGT - mean) ** 2, where=mask_PGT))
+    return mask_PGT * (advantage_PGT - mean) / (std + eps)
+
+
+def value_loss(value: Array, old_value: Array, returns: Array, clip: float) -> Array:
+    """Loss of each token's value, clipped around the value at the time of sampling.
+
+    ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)     (the released code of PPO, arXiv 1707.06347)
+
+    Args:
+        value, old_value, returns: [...] V, V_old and R.
+        clip: ε > 0, in units of reward.
+    """
+    clipped = jnp.clip(value, old_value - clip, old_value + clip)
+    return 0.5 * jnp.maximum((value - returns) ** 2, (clipped - returns) ** 2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# DPO-S
+# ----------------------------------------------------------------------------------------------------------
+
+
+# Where α scales DPO: (margin, α, β) -> loss.
+ALPHA_ON = {
+    "beta": lambda margin, alpha, beta: -jax.nn.log_sigmoid(alpha * beta * margin),
+    "loss": lambda margin, alpha, beta: -alpha * jax.nn.log_sigmoid(beta * margin),
+}
+
+
+def preference(margin: Array, alpha: Array, beta: float, alpha_on: str) -> Array:
+    """Loss of a pair of a chosen and a rejected response.
+
+    ℓ = -log σ(αβ m) ('beta') or -α log σ(β m) ('loss'),  m = log π/π_ref (chosen) - log π/π_ref (rejected)
+    (DPO, arXiv 2305.18290, eq. 7; α on β as in DAMA, arXiv 2502.01943)
+
+    Args:
+        margin: [...] m, of whole responses, in nats.
+        alpha: [...] α > 0, a constant for differentiation.
+        beta: β > 0.
+        alpha_on: a row of ALPHA_ON.
+    """
+    return ALPHA_ON[alpha_on](margin, jax.lax.stop_gradient(alpha), beta)

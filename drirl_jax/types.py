@@ -45,6 +45,24 @@ class Group:
     category: Array
     prefix: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
+    def members(self, chosen: slice) -> "Group":
+        """The same prompts with some of their responses."""
+        return self.replace(response=self.response[:, chosen], response_len=self.response_len[:, chosen])
+
+    def take(self, index_PM: Array) -> "Group":
+        """The same prompts with responses chosen for each, [P, M]."""
+        return self.replace(
+            response=jnp.take_along_axis(self.response, index_PM[..., None], axis=1),
+            response_len=jnp.take_along_axis(self.response_len, index_PM, axis=1),
+        )
+
+    def joined(self, text_PT: Array, length_P: Array) -> "Group":
+        """The group with one more member, its last: [P, G + 1, T]."""
+        return self.replace(
+            response=jnp.concatenate([self.response, text_PT[:, None]], axis=1),
+            response_len=jnp.concatenate([self.response_len, length_P[:, None]], axis=1),
+        )
+
 
 class TrainState(NamedTuple):
     """What an update replaces: the trained parameters, the optimiser's state and the number of updates."""

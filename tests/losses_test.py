@@ -18,7 +18,7 @@ K3 = jax.jit(losses.k3)
 def loss(logp, old, ref, advantage, mask, beta_kl=BETA, reduce="sequence", ratio="token", weights=None):
     weights = losses.token_weights(reduce, mask, old.shape[1]) if weights is None else weights
     return losses.policy_loss(
-        logp, old, ref, advantage, mask, weights, clip_low=LOW, clip_high=HIGH, beta_kl=beta_kl, ratio=ratio
+        logp, old, ref, advantage[..., None], mask, weights, clip_low=LOW, clip_high=HIGH, beta_kl=beta_kl, ratio=ratio
     )
 
 
@@ -53,7 +53,7 @@ def test_clipped_surrogate_by_hand():
     # 1 and 1.6); 2.2; 2. For A = -2: -3 (smaller than -2.6); .5 is cut to .8 -> -1.6; -2.2; -2.
     ratio = np.array([1.5, 0.5, 1.1, 1.0])
     old = np.full((1, 2, 4), -3.0, np.float32)
-    logp, advantage = (old + np.log(ratio)).astype(np.float32), np.float32([[2, -2]])
+    logp, advantage = (old + np.log(ratio)).astype(np.float32), np.float32([[[2], [-2]]])
     want = [[[2.6, 1.0, 2.2, 2.0], [-3.0, -1.6, -2.2, -2.0]]]
     for run in (losses.clipped_surrogate, jax.jit(losses.clipped_surrogate)):
         objective, outside = run(logp - old, advantage, LOW, HIGH)
@@ -71,7 +71,7 @@ def test_clipped_surrogate_matches_the_method(ratio):
         rows = logp.reshape(12, 5), old.reshape(12, 5), advantage.reshape(12), mask.reshape(12, 5)
         want = mn.surrogate(*rows, LOW, HIGH, ratio)
         log_ratio = losses.RATIO[ratio](logp - old, mask)
-        got = losses.clipped_surrogate(log_ratio, advantage, LOW, HIGH)[0]
+        got = losses.clipped_surrogate(log_ratio, advantage[..., None], LOW, HIGH)[0]
         same(np.where(mask, got, 0), -want.reshape(4, 3, 5))
 
 
@@ -263,3 +263,64 @@ def test_the_on_policy_gradient_is_the_policy_gradient(beta_kl):
         want[t] -= advantage[p, g] * (np.eye(6)[token[p, g, t]] - probability[t]) / mask[p, g].sum() / 12
     same(got, want, rtol=1e-4, atol=1e-6)
     assert np.abs(want).max() > 0.05
+
+
+# ---- PPO -------------------------------------------------------------------------------------------------
+
+
+def test_generalised_advantages_by_hand():
+    # γ = λ = ½, reward 4, values 1, 2 and a real length of 2: δ = (0 + ½·2 - 1, 4 + 0 - 2) = (0, 2), so A = (0 + ¼·2,
+    # 2), returns (1½, 4). The third token is padding, whatever its value.
+    args = np.float32([[4]]), np.float32([[[1, 2, 99]]]), np.array([[[True, True, False]]])
+    for run in (losses.generalised_advantage, jax.jit(losses.generalised_advantage)):
+        advantage, returns = run(*args, 0.5, 0.5)
+        same(advantage, np.array([[[0.5, 2, 0]]]))
+        same(returns, np.array([[[1.5, 4, 0]]]))
+    # λ = γ = 1: the reward less the value, whatever comes between.
+    same(losses.generalised_advantage(*args, 1.0, 1.0)[0], np.array([[[3.0, 2, 0]]]))
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0)])
+def test_generalised_advantages_match_the_method(gamma, lam):
+    value, _, _, reward, mask = batch(3)
+    got = losses.generalised_advantage(reward, value, mask, gamma, lam)
+    for p, g in np.ndindex(reward.shape):
+        length = mask[p, g].sum()
+        want = mn.gae(reward[p, g], value[p, g], length, gamma, lam)
+        for mine, theirs in zip(got, want):
+            same(mine[p, g], np.pad(theirs, (0, mask.shape[-1] - length)), rtol=1e-4, atol=1e-5)
+
+
+def test_whitened_advantages_have_mean_0_and_spread_1_over_real_tokens():
+    value, _, _, _, mask = batch(4)
+    got = np.asarray(losses.whitened(value, mask))
+    assert got[mask].mean() == pytest.approx(0, abs=1e-6) and got[mask].std() == pytest.approx(1, abs=1e-5)
+    assert (got[~mask] == 0).all()
+    order = np.argsort(value[mask])
+    assert (np.diff(got[mask][order]) >= 0).all()
+
+
+def test_value_loss_matches_the_method():
+    # By hand: V = 3, V_old = 1, ε = ½, R = 2: clipped to 1½, so max(1, ¼)/2 = ½. R = 3: max(0, 2¼)/2 = 1.125.
+    value, old, returns = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    got = losses.value_loss(value, old, returns, 0.3)
+    same(got, np.array([mn.value_loss(*row, 0.3) for row in zip(value, old, returns)]), rtol=1e-5, atol=1e-6)
+    same(losses.value_loss(np.float32([3, 3]), np.float32([1, 1]), np.float32([2, 3]), 0.5), np.array([0.5, 1.125]))
+
+
+# ---- DPO -------------------------------------------------------------------------------------------------
+
+
+def test_preference_matches_the_method():
+    # α = 1 is DPO itself, in either place; α on β is another β, α on the loss another weight.
+    logp = np.random.default_rng(1).normal(-20, 3, size=(20, 4))
+    margin = ((logp[:, 0] - logp[:, 1]) - (logp[:, 2] - logp[:, 3])).astype(np.float32)
+    plain, doubled = (np.array([mn.dpo(*row, beta) for row in logp]) for beta in (0.1, 0.2))
+    one, two = np.ones(20, np.float32), np.full(20, 2, np.float32)
+    for place in losses.ALPHA_ON:
+        same(losses.preference(margin, one, 0.1, place), plain, rtol=1e-4, atol=1e-6)
+    same(losses.preference(margin, two, 0.1, "beta"), doubled, rtol=1e-4, atol=1e-6)
+    same(losses.preference(margin, two, 0.1, "loss"), 2 * plain, rtol=1e-4, atol=1e-6)
+    # α is a constant: no gradient through it.
+    slope = jax.grad(lambda a: losses.preference(margin, a, 0.1, "beta").sum())(one)
+    same(slope, np.zeros(20))

@@ -189,3 +189,22 @@ def reduced(value_NT, mask_NT, how: str, length: int | None = None) -> float:
         return sum(sum(row) / max(len(row), 1) for row in rows) / len(rows)
     count = sum(len(row) for row in rows) if how == "token" else len(rows) * length
     return sum(sum(row) for row in rows) / count
+
+
+def gae(reward: float, value_T, length: int, gamma: float, lam: float):
+    """Advantages and returns of one response: A_t = sum over k of (γλ)^k δ_{t+k}; the reward at the last token."""
+    value = [float(v) for v in value_T[:length]] + [0.0]
+    delta = [(reward if t == length - 1 else 0.0) + gamma * value[t + 1] - value[t] for t in range(length)]
+    advantage = [sum((gamma * lam) ** k * delta[t + k] for k in range(length - t)) for t in range(length)]
+    return np.array(advantage), np.array(advantage) + np.array(value[:-1])
+
+
+def value_loss(value: float, old: float, returns: float, clip: float) -> float:
+    """½ max((V - R)², (V_clipped - R)²), V_clipped at most ε from the old value."""
+    clipped = min(max(value, old - clip), old + clip)
+    return 0.5 * max((value - returns) ** 2, (clipped - returns) ** 2)
+
+
+def dpo(chosen: float, ref_chosen: float, rejected: float, ref_rejected: float, beta: float) -> float:
+    """-log σ(β (log π/π_ref of the chosen - log π/π_ref of the rejected)) of whole-response log-probabilities."""
+    return float(-np.log(sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))))

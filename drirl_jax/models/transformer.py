@@ -238,6 +238,10 @@ class Begun:
         """The same for some of each prompt's responses."""
         return self.replace(response=self.response[:, chosen])
 
+    def take(self, index_PM: Array) -> "Begun":
+        """The same for responses chosen for each prompt, [P, M]."""
+        return self.replace(response=jnp.take_along_axis(self.response, index_PM[..., None, None], axis=1))
+
 
 def begin(model: Transformer, group: Group, layers: int) -> Begun:
     """The group behind the trunk's first `layers`: once for all adapters that leave these layers as they are."""
@@ -333,16 +337,26 @@ def last_real(x: Array, length: Array) -> Array:
     return jnp.take_along_axis(x, (length - 1)[..., None, None], axis=-2)[..., 0, :]
 
 
+def predictors(hidden, group: Group) -> Array:
+    """[P, G, T, D] the states that predict each response token: the last prompt token's, then response token t - 1's.
+
+    Args:
+        hidden: the pair that `apply` returns.
+        group: the same group.
+    """
+    prompt_PSD, response_PGTD = hidden
+    first_PD = last_real(prompt_PSD, group.prompt_len)
+    first = jnp.broadcast_to(first_PD[:, None, None], response_PGTD[:, :, :1].shape)
+    return jnp.concatenate([first, response_PGTD[:, :, :-1]], axis=2)
+
+
 def token_logprobs(
     model: Transformer, hidden, group: Group, temperature: float, chunk: int = 256
 ) -> tuple[Array, Array]:
     """Log-probability of each response token, and the entropy of its distribution, under softmax(h Eᵀ / temperature).
 
-    The state that predicts response token 0 is the last prompt token's; that of token t is response token t-1's.
-
     Args:
-        hidden: the pair that `apply` returns.
-        group: the same group.
+        hidden, group: as of `predictors`.
         temperature: > 0, the sampler's.
         chunk: positions at a time; nothing of size T x V is kept.
 
@@ -350,11 +364,8 @@ def token_logprobs(
         ([P, G, T] log-probabilities, [P, G, T] entropies without gradient), nats, float32; padding holds finite,
         meaningless values.
     """
-    prompt_PSD, response_PGTD = hidden
-    first_PD = last_real(prompt_PSD, group.prompt_len)
-    P, G, T, D = response_PGTD.shape
-    first = jnp.broadcast_to(first_PD[:, None, None], (P, G, 1, D))
-    predictor_ND = jnp.concatenate([first, response_PGTD[:, :, :-1]], axis=2).reshape(-1, D)
+    P, G, T = group.response.shape
+    predictor_ND = predictors(hidden, group).reshape(P * G * T, -1)
     unembed_VD = cast(model.unembed, model.config)
     logp_N, entropy_N = logprobs(unembed_VD, predictor_ND, group.response.reshape(-1), temperature, chunk)
     return logp_N.reshape(P, G, T), entropy_N.reshape(P, G, T)

@@ -1,0 +1,412 @@
+"""What the alignment stage may optimise: GRPO-S, PPO-S, DPO-S and supervised training, rows of one table (OBJECTIVES).
+
+Each makes its own batch of a scored group, and has its own loss. With config.scaling.combine='none' all coefficients α
+are 1, and each is its own static baseline.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drirl_jax import equations as eq
+from drirl_jax import losses
+from drirl_jax.models import transformer
+from drirl_jax.models.transformer import Begun, Transformer
+from drirl_jax.stages.base import Context, Policy
+from drirl_jax.types import Array, Group, PyTree, length_mask
+
+
+class ValueHead(NamedTuple):
+    """V_t = w · h_t + b of the final hidden state that predicts token t: weight [D], bias []."""
+
+    weight: Array
+    bias: Array
+
+    def __call__(self, hidden, group: Group) -> Array:
+        """[P, G, T] float32 values; `hidden` is the pair that `transformer.apply` returns."""
+        return transformer.predictors(hidden, group).astype(jnp.float32) @ self.weight + self.bias
+
+
+class Params(NamedTuple):
+    """What the stage trains: the policy's parameters (see `base.POLICIES`), and PPO's value head."""
+
+    policy: PyTree
+    value: ValueHead | None = None
+
+
+class Scored(NamedTuple):
+    """What a step collects before an objective makes its batch of it.
+
+    Attributes:
+        group: [P, M] the G samples, the demonstration, and perhaps a demonstration of the other kind, in this order; of
+            an objective that samples nothing the demonstration alone, and the rest is None.
+        old_logp: [P, G, T] of the samples under the sampler.
+        reward: [P, M].
+        alpha: [P, G] coefficients.
+        kept: [P, G] bool: the samples that the loss keeps.
+        begun: the group behind the trunk's layers that neither policy nor rewards change; None if there are none.
+        harmless: [P] bool, numpy: which prompts should be answered.
+    """
+
+    group: Group
+    old_logp: Any = None
+    reward: Any = None
+    alpha: Any = None
+    kept: Any = None
+    begun: Begun | None = None
+    harmless: Any = None
+
+    @property
+    def sampled(self) -> int:
+        """G."""
+        return self.old_logp.shape[1]
+
+    @property
+    def demonstration(self) -> Array:
+        """[P] rewards R* of the demonstrations."""
+        return self.reward[:, self.sampled]
+
+    def begun_of(self, members: slice) -> Begun | None:
+        return None if self.begun is None else self.begun.members(members)
+
+
+class Objective(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        samples: whether it learns from the policy's samples, which are then scored; otherwise from demonstrations.
+        batch: (context, model to sample from, Params, Scored) -> (the update's batch, arrays [P, ...] to log by
+            category).
+        loss: (trunk, policy, config, Params, batch) -> (scalar, dict of scalars), a mean over the batch's prompts.
+        value: whether it trains a value head.
+        offline: (config) -> whether its samples are the reference's at every step.
+    """
+
+    samples: bool
+    batch: Callable
+    loss: Callable
+    value: bool = False
+    offline: Callable = lambda config: False
+
+
+def init(objective: Objective, policy_params: PyTree, model: Transformer) -> Params:
+    """Parameters to start from; all values are 0 at first."""
+    head = ValueHead(jnp.zeros(model.config.width), jnp.zeros(())) if objective.value else None
+    return Params(policy_params, head)
+
+
+@partial(jax.jit, static_argnames="temperature")
+def logprobs(model, group: Group, temperature: float, begun: Begun | None = None) -> Array:
+    """[P, G, T] log-probabilities of the group under the model, here the reference."""
+    hidden = transformer.apply(model, group, begun=begun)
+    return transformer.token_logprobs(model, hidden, group, temperature)[0]
+
+
+@jax.jit
+def values(model, head: ValueHead, group: Group) -> Array:
+    """[P, G, T] values under the model."""
+    return head(transformer.apply(model, group), group)
+
+
+def reference(context: Context, scored: Scored) -> Array | None:
+    """[P, G, T] of the samples, at the sampler's temperature; None where no KL term needs them."""
+    if context.config.grpo.beta_kl == 0:
+        return None
+    sampled = slice(scored.sampled)
+    args = scored.group.members(sampled), context.config.sampler.temperature, scored.begun_of(sampled)
+    return context.clock.mark("reference", logprobs(context.model, *args))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# GRPO-S
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Role(NamedTuple):
+    """A demonstration's part in a prompt's group: whether its reward counts in the group's mean and std, and whether it
+    is trained on."""
+
+    counts: bool
+    trained: bool
+
+
+ROLES = {"apart": Role(False, False), "baseline": Role(True, False), "member": Role(True, True)}
+
+
+def advantages(roles: tuple[Role, Role], reward_PM: Array, sampled: int, eps: float) -> Array:
+    """Group-relative advantages of the members that are trained on, at least the G samples.
+
+    Args:
+        roles: of the demonstration, and of one of the other kind; the second has no part that the first has not.
+        reward_PM: [P, G + 1 or G + 2] of the samples and of the two in this order, the last only where it counts.
+        sampled: G.
+    """
+    counted, trained = (sampled + sum(part) for part in zip(*roles))
+    return eq.group_advantage(reward_PM[:, :counted], eps)[:, :trained]
+
+
+def harmless_weight(wrong_PG: Array, harmless_P: np.ndarray, target: float) -> Array:
+    """[P] weights: of harmless prompts by the share of their samples that are wrong, of others 1.
+
+    Args:
+        wrong_PG: see `equations.of_the_other_kind`.
+        harmless_P: which prompts are harmless.
+        target: config.grpo.harmless_wrong; at 1 every weight is 1.
+    """
+    if target == 1 or not harmless_P.any():
+        return jnp.ones(len(harmless_P))
+    share = jnp.average(wrong_PG.mean(axis=1), weights=harmless_P)
+    return jnp.where(harmless_P, eq.kind_weight(share, target), 1.0)
+
+
+class Batch(NamedTuple):
+    """What an update of GRPO-S or PPO-S learns from.
+
+    Attributes:
+        group: [P, M] responses: those that were sampled, and the demonstrations that are trained on.
+        advantage: [P, M, 1 or T] scaled advantages.
+        old_logp, ref_logp: [P, G, T] of the sampled ones under the sampler and the reference (None without a KL term).
+        weights: see `losses.token_weights`.
+        begun: the group behind the trunk's layers that the policy leaves as they are; None if there are none.
+        old_value, returns: [P, G, T], of PPO-S alone.
+    """
+
+    group: Group
+    advantage: Array
+    old_logp: Array
+    ref_logp: Array | None
+    weights: losses.Weights
+    begun: Begun | None = None
+    old_value: Array | None = None
+    returns: Array | None = None
+
+
+def kept_group(scored: Scored, members: slice) -> Group:
+    """These members, those of which nothing is to be learnt with length 0."""
+    group = scored.group.members(members)
+    sampled = slice(scored.sampled)
+    length = jnp.where(scored.kept, group.response_len[:, sampled], 0)
+    return group.replace(response_len=group.response_len.at[:, sampled].set(length))
+
+
+def grpo_batch(context: Context, model: Transformer, params: Params, scored: Scored):
+    """Group-relative advantages, scaled after their normalisation."""
+    c, sampled, info = context.config.grpo, scored.sampled, {}
+    roles = ROLES[c.demonstration], ROLES[c.contrast]
+    weight_P = jnp.ones(len(scored.reward))
+    if roles[1].counts:
+        wrong_PG = eq.of_the_other_kind(scored.reward[:, :sampled], scored.demonstration, scored.reward[:, sampled + 1])
+        weight_P = harmless_weight(wrong_PG, scored.harmless, c.harmless_wrong)
+        info = {"wrong": wrong_PG}
+    advantage_PM = advantages(roles, scored.reward, sampled, c.eps)
+    members = slice(advantage_PM.shape[1])
+    others = jnp.repeat(scored.alpha.mean(axis=1, keepdims=True), advantage_PM.shape[1] - sampled, axis=1)
+    alpha_PM = weight_P[:, None] * jnp.concatenate([scored.alpha, others], axis=1)
+    group = kept_group(scored, members)
+    mask = length_mask(group.response_len, group.response.shape[-1])
+    batch = Batch(
+        group=group,
+        advantage=eq.scaled_advantage(alpha_PM, advantage_PM)[..., None],
+        old_logp=scored.old_logp,
+        ref_logp=reference(context, scored),
+        weights=losses.token_weights(c.reduce, mask, sampled),
+        begun=scored.begun_of(members),
+    )
+    return batch, info
+
+
+def grpo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
+    """GRPO's loss of a micro-batch.
+
+    Members of the group beyond those that were sampled are demonstrations: see `losses.policy_loss`.
+    """
+    model, adapter = policy.parts(trunk, params.policy)
+    hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
+    return _surrogate(model, config, hidden, batch)
+
+
+def _surrogate(model, config, hidden, batch: Batch):
+    """`losses.policy_loss` of the group's hidden states, and its scalars."""
+    group, g, sampled = batch.group, config.grpo, batch.old_logp.shape[1]
+    prompt_hidden, response_hidden = hidden
+
+    def read(members: slice, temperature: float):
+        part = prompt_hidden, response_hidden[:, members]
+        return transformer.token_logprobs(model, part, group.members(members), temperature)
+
+    logp, entropy = read(slice(sampled), config.sampler.temperature)
+    if group.response.shape[1] > sampled:  # what nobody sampled has the model's own temperature
+        logp = jnp.concatenate([logp, read(slice(sampled, None), 1.0)[0]], axis=1)
+    mask = length_mask(group.response_len, group.response.shape[-1])
+    value, scalars = losses.policy_loss(
+        logp, batch.old_logp, batch.ref_logp, batch.advantage, mask, batch.weights,
+        clip_low=g.clip_low, clip_high=g.clip_high, beta_kl=g.beta_kl, ratio=g.ratio,
+    )  # fmt: skip
+    scalars |= {"entropy": losses.weighted(entropy, batch.weights.sampled)}
+    return value, scalars | {"advantage_abs": jnp.abs(batch.advantage).mean()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# PPO-S
+# ----------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def token_advantages(reward_PG, value_PGT, mask_PGT, gamma: float, lam: float, whiten: bool) -> tuple[Array, Array]:
+    """`losses.generalised_advantage`, perhaps `losses.whitened`, and the returns."""
+    advantage, returns = losses.generalised_advantage(reward_PG, value_PGT, mask_PGT, gamma, lam)
+    return losses.whitened(advantage, mask_PGT) if whiten else advantage, returns
+
+
+def ppo_batch(context: Context, model: Transformer, params: Params, scored: Scored):
+    """Generalised advantages of each token, whitened over the batch, then scaled."""
+    c, sampled = context.config.ppo, scored.sampled
+    group = kept_group(scored, slice(sampled))
+    mask = length_mask(group.response_len, group.response.shape[-1])
+    old_value = context.clock.mark("values", values(model, params.value, group))
+    advantage, returns = token_advantages(scored.reward[:, :sampled], old_value, mask, c.gamma, c.lam, c.whiten)
+    batch = Batch(
+        group=group,
+        advantage=eq.scaled_advantage(scored.alpha[..., None], advantage),
+        old_logp=scored.old_logp,
+        ref_logp=reference(context, scored),
+        weights=losses.token_weights(context.config.grpo.reduce, mask, sampled),
+        begun=scored.begun_of(slice(sampled)),
+        old_value=old_value,
+        returns=returns,
+    )
+    return batch, {}
+
+
+def ppo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
+    """The clipped surrogate and the KL term of GRPO with PPO's advantages, and the value's loss.
+
+    The value head reads the policy's own states, and its gradient passes through them.
+    """
+    model, adapter = policy.parts(trunk, params.policy)
+    hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
+    surrogate, scalars = _surrogate(model, config, hidden, batch)
+    value = params.value(hidden, batch.group)
+    per_token = losses.value_loss(value, batch.old_value, batch.returns, config.ppo.value_clip)
+    value_loss = losses.weighted(per_token, batch.weights.sampled)
+    scalars |= {"value_loss": value_loss, "value": losses.weighted(value, batch.weights.sampled)}
+    return surrogate + config.ppo.value_weight * value_loss, scalars
+
+
+# ----------------------------------------------------------------------------------------------------------
+# DPO-S
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Preferences(NamedTuple):
+    """A chosen response to each prompt and K rejected ones.
+
+    Attributes:
+        group: [P, 1 + K] responses, the chosen one first.
+        ref_logp: [P, 1 + K] log-probabilities of the whole responses under the reference.
+        alpha: [P, K] coefficients.
+        weight: [P, K] of the pairs; 0 where a pair says nothing.
+        begun: see `Batch`.
+    """
+
+    group: Group
+    ref_logp: Array
+    alpha: Array
+    weight: Array
+    begun: Begun | None = None
+
+
+def demonstration_pairs(scored: Scored) -> tuple[Array, Array]:
+    """The demonstration against every sample: members [P, 1 + G], and weights [P, G] of the pairs."""
+    sampled = scored.sampled
+    return jnp.broadcast_to(jnp.array([sampled, *range(sampled)]), (len(scored.reward), 1 + sampled)), scored.kept
+
+
+def self_pairs(scored: Scored) -> tuple[Array, Array]:
+    """The sample with the highest reward against the one with the lowest, of those that are kept."""
+    reward_PG = scored.reward[:, : scored.sampled]
+    best_P = jnp.argmax(jnp.where(scored.kept, reward_PG, -jnp.inf), axis=1)
+    worst_P = jnp.argmin(jnp.where(scored.kept, reward_PG, jnp.inf), axis=1)
+    pair_P2 = jnp.stack([best_P, worst_P], axis=1)
+    best_and_worst_P2 = jnp.take_along_axis(reward_PG, pair_P2, axis=1)
+    return pair_P2, best_and_worst_P2[:, :1] > best_and_worst_P2[:, 1:]
+
+
+# (Scored) -> ([P, 1 + K] members, the chosen first; [P, K] weights)
+PAIRS = {"demonstration": demonstration_pairs, "self": self_pairs}
+
+
+def whole_logprobs(model, hidden, group: Group) -> Array:
+    """[P, M] log-probabilities of whole responses, at the model's own temperature."""
+    logp, _ = transformer.token_logprobs(model, hidden, group, 1.0)
+    return jnp.sum(logp, axis=-1, where=length_mask(group.response_len, group.response.shape[-1]))
+
+
+@jax.jit
+def _reference_of_whole(model, group: Group, begun: Begun | None) -> Array:
+    return whole_logprobs(model, transformer.apply(model, group, begun=begun), group)
+
+
+def dpo_batch(context: Context, model: Transformer, params: Params, scored: Scored):
+    """Pairs, with the coefficient of the rejected sample."""
+    index_PM, weight_PK = PAIRS[context.config.dpo.pairs](scored)
+    group = scored.group.take(index_PM)
+    begun = None if scored.begun is None else scored.begun.take(index_PM)
+    ref_logp = context.clock.mark("reference", _reference_of_whole(context.model, group, begun))
+    alpha_PK = jnp.take_along_axis(scored.alpha, index_PM[:, 1:], axis=1)
+    return Preferences(group, ref_logp, alpha_PK, weight_PK.astype(jnp.float32), begun), {"pairs": weight_PK}
+
+
+def dpo_loss(trunk, policy: Policy, config, params: Params, batch: Preferences):
+    """`losses.preference`, its mean over each prompt's pairs that say something, then over prompts."""
+    model, adapter = policy.parts(trunk, params.policy)
+    hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
+    score_PM = whole_logprobs(model, hidden, batch.group) - batch.ref_logp
+    margin_PK = score_PM[:, :1] - score_PM[:, 1:]
+    value_PK = losses.preference(margin_PK, batch.alpha, config.dpo.beta, config.dpo.alpha_on)
+    weight_PK = batch.weight / jnp.maximum(batch.weight.sum(axis=1, keepdims=True), 1)
+    scalars = {
+        "margin": jnp.sum(margin_PK * weight_PK, axis=1).mean(),
+        "pairs_right": jnp.sum((margin_PK > 0) * weight_PK, axis=1).mean(),
+        "chosen": score_PM[:, 0].mean(),
+    }
+    return jnp.sum(value_PK * weight_PK, axis=1).mean(), scalars
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Supervised training
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Demonstrations(NamedTuple):
+    """Demonstrations [P, 1] and the weights of their tokens [P, 1, T]."""
+
+    group: Group
+    weight: Array
+
+
+def sft_batch(context: Context, model: Transformer, params: Params, scored: Scored):
+    """The demonstrations alone."""
+    mask = length_mask(scored.group.response_len, scored.group.response.shape[-1])
+    return Demonstrations(scored.group, losses.REDUCE[context.config.grpo.reduce](mask)), {}
+
+
+def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstrations):
+    """-log π of the demonstrations' tokens, at the model's own temperature."""
+    model, adapter = policy.parts(trunk, params.policy)
+    hidden = transformer.apply(model, batch.group, adapter)
+    logp, entropy = transformer.token_logprobs(model, hidden, batch.group, 1.0)
+    return -losses.weighted(logp, batch.weight), {"entropy": losses.weighted(entropy, batch.weight)}
+
+
+OBJECTIVES = {
+    "grpo": Objective(True, grpo_batch, grpo_loss),
+    "ppo": Objective(True, ppo_batch, ppo_loss, value=True),
+    "dpo": Objective(True, dpo_batch, dpo_loss, offline=lambda config: not config.dpo.online),
+    "sft": Objective(False, sft_batch, sft_loss),
+}
