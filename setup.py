@@ -22,6 +22,7 @@ setup(
         "flax>=0.12.8",
         "gguf>=0.19",
         "grain>=0.2.18",
+        "httpx",
         "huggingface_hub",
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",

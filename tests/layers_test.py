@@ -15,6 +15,7 @@ LAYERS = [
         "drirl_jax.losses",
         "drirl_jax.optimizer",
         "drirl_jax.checkpoint",
+        "drirl_jax.endpoint",
         "drirl_jax.plots",
     ],
     ["drirl_jax.metrics"],

@@ -1,0 +1,148 @@
+"""Replies of a language model behind an OpenAI-compatible endpoint: many at once, tried again where it may help, kept.
+
+The key is read from the environment and stands in no file, no log and no message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import pathlib
+import time
+from typing import NamedTuple, Sequence
+
+import httpx
+from ml_collections import ConfigDict
+
+from drirl_jax.types import InputError
+
+# A server that is busy, restarting or limits the rate; other errors stay errors however often one asks.
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+LONGEST_WAIT = 60.0  # seconds
+
+Chat = Sequence[dict[str, str]]  # turns {"role", "content"}
+
+
+class Reply(NamedTuple):
+    """What the model said.
+
+    Attributes:
+        text: of the reply.
+        tokens: of the reply, as the server counts them; -1 if it does not say.
+        finish: "stop", "length" or another word of the server's.
+        seconds: from the request to the reply, the last try alone.
+    """
+
+    text: str
+    tokens: int
+    finish: str
+    seconds: float
+
+
+class Endpoint:
+    """A model that answers chats at `url`/chat/completions.
+
+    Args:
+        section: url (such as http://localhost:8000/v1), model, key_env (an environment variable with the key, sent if
+            it is set), concurrency, timeout (seconds), retries (tries after the first) and backoff (seconds before the
+            first of them; doubled for each).
+        memory: a JSONL file in which every reply is kept: the same request is not sent again, also by a later process.
+
+    Raises:
+        InputError: url or model is missing.
+    """
+
+    def __init__(self, section: ConfigDict, memory: pathlib.Path | None = None):
+        if not section.url.startswith(("http://", "https://")) or not section.model:
+            raise InputError(
+                f"an endpoint needs a url that begins with http:// or https:// and a model, not {section.url!r} and "
+                f"{section.model!r}: set them in the config."
+            )
+        self.section, self.memory = section, memory
+        self.key = os.environ.get(section.key_env, "") if section.key_env else ""
+        self.known = _remembered(memory)
+
+    def __call__(self, chats: Sequence[Chat], *, max_tokens: int, temperature: float, seed: int = 0) -> list[Reply]:
+        """One reply to each chat, in their order.
+
+        Raises:
+            InputError: the server refuses a request, does not answer in the tries that it has, or answers something
+                else.
+        """
+        common = {"model": self.section.model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        try:
+            return asyncio.run(self._all([common | {"messages": list(chat)} for chat in chats]))
+        except ExceptionGroup as several:  # of a task group; the first is as good as all
+            raise several.exceptions[0] from None
+
+    async def _all(self, requests: list[dict]) -> list[Reply]:
+        names = [hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest() for request in requests]
+        missing = {name: request for name, request in zip(names, requests) if name not in self.known}
+        at_once = asyncio.Semaphore(self.section.concurrency)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        async with httpx.AsyncClient(headers=headers, timeout=self.section.timeout) as client:
+
+            async def one(name: str, request: dict) -> None:
+                async with at_once:
+                    self._keep(name, await self._ask(client, request))
+
+            async with asyncio.TaskGroup() as group:  # the first error ends the others
+                for name, request in missing.items():
+                    group.create_task(one(name, request))
+        return [self.known[name] for name in names]
+
+    async def _ask(self, client: httpx.AsyncClient, request: dict) -> Reply:
+        url, why = f"{self.section.url.rstrip('/')}/chat/completions", ""
+        for attempt in range(1 + self.section.retries):
+            start = time.perf_counter()
+            wait = min(self.section.backoff * 2**attempt, LONGEST_WAIT)
+            try:
+                answer = await client.post(url, json=request)
+            except httpx.TransportError as error:
+                why = f"{type(error).__name__} {error}".strip()
+            else:
+                if answer.is_success:
+                    return self._parsed(answer, time.perf_counter() - start)
+                why = self._hidden(f"status {answer.status_code}: {answer.text[:200]}")
+                if answer.status_code not in PASSING:
+                    raise InputError(f"{url} refuses the request ({why}): check the url, the model and the key.")
+                if answer.headers.get("retry-after", "").isdigit():
+                    wait = min(float(answer.headers["retry-after"]), LONGEST_WAIT)
+            if attempt < self.section.retries:
+                await asyncio.sleep(wait)
+        raise InputError(f"{url} did not answer in {1 + self.section.retries} tries (at last {why}): is it running?")
+
+    def _parsed(self, answer: httpx.Response, seconds: float) -> Reply:
+        try:
+            body = answer.json()
+            choice = body["choices"][0]
+            tokens = (body.get("usage") or {}).get("completion_tokens", -1)
+            return Reply(choice["message"]["content"] or "", tokens, choice.get("finish_reason") or "", seconds)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            text = self._hidden(answer.text[:200])
+            raise InputError(f"{answer.url} answers what is no chat completion ({error!r} in {text}).") from error
+
+    def _hidden(self, text: str) -> str:
+        """The text without the key, which some servers repeat."""
+        return text.replace(self.key, "***") if self.key else text
+
+    def _keep(self, name: str, reply: Reply) -> None:
+        self.known[name] = reply
+        if self.memory:
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            with self.memory.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"request": name} | reply._asdict(), ensure_ascii=False) + "\n")
+
+
+def _remembered(memory: pathlib.Path | None) -> dict[str, Reply]:
+    """The replies in the file; a last line that a killed process left unfinished is cut off."""
+    if memory is None or not memory.exists():
+        return {}
+    whole = memory.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if kept != whole:
+        os.truncate(memory, len(kept))
+    rows = [json.loads(line) for line in kept.decode("utf-8").splitlines()]
+    return {row.pop("request"): Reply(**row) for row in rows}
