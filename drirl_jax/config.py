@@ -15,7 +15,7 @@ from drirl_jax import losses, optimizer, scaling, text
 from drirl_jax.data import pipeline
 from drirl_jax.evals import judges
 from drirl_jax.models import lora, reward
-from drirl_jax.stages import base, irl, objectives
+from drirl_jax.stages import base, irl, objectives, sources
 from drirl_jax.types import InputError
 
 HARM_CATEGORIES = (
@@ -70,12 +70,18 @@ def default() -> ConfigDict:
     c.sampler.harmless_share = 0.5  # of the prompts, for batch="kinds"
 
     c.reward = ConfigDict()
+    # irl | rules: 1 for a refusal of a harmful prompt or none of a harmless one, otherwise 0 | judge: grades of
+    # config.judge
+    c.reward.source = "irl"
+    c.reward.init = ""  # workdir of a run whose rewards are taken, then leave "irl" out of the schedule; "": none
     c.reward.kind = "lora"
     c.reward.rank = 8
     c.reward.alpha = 16.0
     c.reward.targets = ("q", "v", "gate", "up", "down")
     c.reward.layers = 0  # like policy.layers
     c.reward.normalize = "zscore"
+
+    c.judge = _endpoint()
 
     c.irl = ConfigDict()
     c.irl.loss = "logistic"  # logistic | token | linear
@@ -173,6 +179,18 @@ def _optimizer(learning_rate: float) -> ConfigDict:
     return o
 
 
+def _endpoint() -> ConfigDict:
+    e = ConfigDict()
+    e.url = ""  # of an OpenAI-compatible server, such as http://localhost:8000/v1
+    e.model = ""
+    e.key_env = "OPENAI_API_KEY"  # the environment variable with the key; sent if it is set, kept nowhere
+    e.concurrency = 8
+    e.timeout = 60.0  # seconds
+    e.retries = 6
+    e.backoff = 1.0  # seconds before the first retry, doubled for each
+    return e
+
+
 # Options that name a choice, and the table whose rows they may be.
 TABLES = {
     "data.long_prompts": ("error", "drop"),
@@ -180,6 +198,7 @@ TABLES = {
     "policy.dtype": ("float32", "bfloat16"),
     "sampler.batch": pipeline.BATCHES,
     "reward.kind": reward.KINDS,
+    "reward.source": sources.SOURCES,
     "reward.normalize": reward.NORMALIZE,
     "irl.loss": irl.LOSSES,
     "irl.cut": ("common", "none"),
@@ -219,19 +238,34 @@ def need(true: bool, sentence: str) -> None:
         raise InputError(sentence)
 
 
+def needs_rewards(config: ConfigDict) -> bool:
+    """Whether the align stage reads rewards that IRL learned."""
+    return objectives.OBJECTIVES[config.align.objective].samples and sources.SOURCES[config.reward.source].bank
+
+
 def validate(config: ConfigDict) -> None:
     """Raises InputError with one sentence for a value that cannot be run."""
-    stages = default().schedule
-    whole = config.schedule and tuple(config.schedule) == stages[: len(config.schedule)]
+    stages, schedule = default().schedule, tuple(config.schedule)
     need(
-        whole,
-        f"config.schedule is {tuple(config.schedule)}: give {stages} or its beginning, as each needs those before.",
+        schedule and schedule == tuple(stage for stage in stages if stage in schedule),
+        f"config.schedule is {schedule}: give {stages}, or some of them in this order.",
     )
     for key, rows in TABLES.items():
         need(
             get(config, key) in rows,
             f"config.{key} is {get(config, key)!r}: choose one of {', '.join(rows)}.",
         )
+    need("evals" not in schedule or "align" in schedule, "config.schedule has 'evals', which needs 'align' before it.")
+    learned = "irl" in schedule
+    need(
+        learned or config.reward.init or "align" not in schedule or not needs_rewards(config),
+        f"config.schedule is {schedule}, but config.reward.source={config.reward.source!r} needs rewards: put 'irl' "
+        "first, or name a finished run in config.reward.init.",
+    )
+    need(
+        not (learned and config.reward.init),
+        f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
+    )
     for key in POSITIVE:
         need(get(config, key) > 0, f"config.{key} is {get(config, key)}: it must be above 0.")
     for key in ("irl", "align"):

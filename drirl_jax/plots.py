@@ -248,6 +248,7 @@ def report(
     metrics: list[dict],
     categories: Sequence[str],
     harmless: Sequence[str],
+    method: str,
     config_text: str,
     facts: Mapping[str, str],
 ) -> pathlib.Path:
@@ -257,6 +258,7 @@ def report(
         workdir: the run's folder.
         base, aligned, categories, harmless: as of `before_after`.
         metrics: rows of metrics.jsonl.
+        method: how the policy was aligned, in a few words.
         config_text, facts: shown at the end.
     """
     paths = training_curves(metrics, categories, workdir / "plots")
@@ -268,11 +270,13 @@ def report(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("drirl_jax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["signed"] = _signed
     html = environment.get_template("report.html.jinja").render(
         headline=headline(base, aligned),
         overall=_overall(base["overall"], aligned["overall"]),
         images={name: base64.b64encode(path.read_bytes()).decode() for name, path in shown.items()},
         rows=[row | _texts(row) | {"pairs": _pairs(base, aligned, row["category"])} for row in rows],
+        method=method,
         config=config_text,
         facts=facts,
     )
@@ -299,7 +303,7 @@ def _texts(row: Mapping) -> dict[str, dict[str, str]]:
         name: {
             "refused": _percent(row[name]["refused"]),
             "interval": "{:.0f}–{:.0f}%".format(*(100 * bound for bound in row[name]["interval"])),
-            "reward": f"{row[name]['reward']:+.2f}",
+            "reward": _signed(row[name]["reward"]),
         }
         for name in ("before", "after")
     }
@@ -310,7 +314,7 @@ def _overall(base: Mapping, aligned: Mapping) -> list[tuple[str, str, str]]:
     formats = {
         "harmful_refused": ("harmful prompts refused", _percent),
         "harmless_refused": ("harmless prompts refused", _percent),
-        "mean_reward": ("mean reward", "{:+.2f}".format),
+        "mean_reward": ("mean reward", _signed),
         "mean_length": ("mean length, tokens", "{:.0f}".format),
     }
     held = {key: row for key, row in formats.items() if base.get(key) is not None}
@@ -331,6 +335,10 @@ def _words(category: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f}%"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
 
 
 def _percent_tick(value: float, _) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -42,6 +43,11 @@ def prepare(config: ConfigDict) -> Context:
     for split in {split for name in config.schedule for split in needed[name]}:
         minimum = config.data.minimum if split == "train" else 1
         records.require(by_split.get(split, []), config.data.categories, split, minimum)
+    rewards = pathlib.Path(config.reward.init, "rewards")
+    config_lib.need(
+        not config.reward.init or rewards.is_dir(),
+        f"no rewards in {rewards}: name the workdir of a finished run in config.reward.init.",
+    )
     policy_path, encoder_path = hf.resolve(config.policy.init), hf.resolve(config.encoder.init)
     model_config = llama.config_from_hf(hf.read_config(policy_path))._replace(dtype=config.policy.dtype)
     for key in ("policy.layers", "reward.layers"):
@@ -72,18 +78,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """
     # ------------------------------------------------------------------ check everything, then load everything
     started = time.time()
-    context = prepare(config)
+    context = dataclasses.replace(prepare(config), workdir=workdir)
     config_lib.remember(config, workdir)
     writer = metrics.MetricWriter(workdir)
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
     log.info("%s, %d prompts, %s", jax.devices()[0], prompts, config.policy.init)
 
     # ------------------------------------------------------------------------------------------ stage 1: rewards
-    rewards = Checkpoints(workdir / "rewards", keep=1)
-    if rewards.latest() is None:
-        rewards.save(0, loop("irl", irl.make(context), config, workdir, writer))
-    fresh = irl.init_rewards(context)
-    bank = rewards.restore(reward.Bank(fresh, mean=fresh.bias, std=fresh.bias))
+    bank = None
+    if "irl" in config.schedule or config.reward.init:
+        rewards = Checkpoints(pathlib.Path(config.reward.init or workdir) / "rewards", keep=1)
+        if rewards.latest() is None:
+            rewards.save(0, loop("irl", irl.make(context), config, workdir, writer))
+        fresh = irl.init_rewards(context)
+        bank = rewards.restore(reward.Bank(fresh, mean=fresh.bias, std=fresh.bias))
     if "align" not in config.schedule:
         return
 
@@ -113,7 +121,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         "minutes": f"{(time.time() - started) / 60:.1f} (this start)",
     }
     shown = (config.data.categories, config.data.harmless)
-    report = plots.report(workdir, results["base"], results["aligned"], writer.read(), *shown, str(config), facts)
+    method = f"objective {config.align.objective}, rewards {config.reward.source}, scaling {config.scaling.combine}"
+    report = plots.report(
+        workdir, results["base"], results["aligned"], writer.read(), *shown, method, str(config), facts
+    )
     print(plots.terminal_table(results["base"], results["aligned"], *shown))
     print(f"report: {report}\naligned model: {workdir / 'aligned'}")
 

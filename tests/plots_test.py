@@ -243,7 +243,7 @@ def written(tmp_path_factory):
     by_id["insult-00"]["response"] = "<script>alert(1)</script> & <b>"
     by_id["insult-01"]["prompt"] = '"><img src=http://x.example/y>'
     facts = {"jax": "0.10", "device": "<i>cpu</i>"}
-    path = plots.report(workdir, base, aligned, rows(), CATEGORIES, HARMLESS, "a: <config>", facts)
+    path = plots.report(workdir, base, aligned, rows(), CATEGORIES, HARMLESS, "by <hand>", "a: <config>", facts)
     assert path == workdir / "report.html"
     return workdir, path.read_text(encoding="utf-8")
 
@@ -255,7 +255,7 @@ def test_report_escapes_what_it_is_given(written):
     assert "script" not in [tag for tag, _ in page.tags]
     text = "".join(page.text)
     assert "<script>alert(1)</script> & <b>" in text and '"><img src=http://x.example/y>' in text
-    assert "<i>cpu</i>" in text and "a: <config>" in text
+    assert "<i>cpu</i>" in text and "a: <config>" in text and "by <hand>" in text
 
 
 def test_report_needs_nothing_from_outside(written):
@@ -287,9 +287,21 @@ def test_report_shows_the_first_two_ids_of_each_category_with_both_responses(wri
 
 
 def test_report_without_metrics_has_no_curves(tmp_path):
-    path = plots.report(tmp_path, result("base"), result("aligned"), [], CATEGORIES, HARMLESS, "", {})
+    path = plots.report(tmp_path, result("base"), result("aligned"), [], CATEGORIES, HARMLESS, "", "", {})
     assert path.read_text(encoding="utf-8").count("<img ") == 1
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["before_after.png"]
+
+
+def test_without_rewards_there_is_a_dash(tmp_path):
+    base, aligned = result("base"), result("aligned")
+    for evaluation in (base, aligned):
+        for row in (*evaluation["by_category"].values(), *evaluation["responses"]):
+            row["reward"] = None
+        evaluation["overall"]["mean_reward"] = None
+    path = plots.report(tmp_path, base, aligned, [], CATEGORIES, HARMLESS, "", "", {})
+    html = path.read_text(encoding="utf-8")
+    assert "reward –" in html and "mean reward</small>" not in html
+    assert "–" in plots.terminal_table(base, aligned, CATEGORIES, HARMLESS).splitlines()[-2]
 
 
 def test_terminal_table():

@@ -168,6 +168,24 @@ def test_adapters_on_the_last_layer_leave_the_others_as_they_are(policy, tmp_pat
     assert changed == {name for name in after if "layers.1." in name and "proj" in name}
 
 
+def test_rewards_of_another_run_and_none_at_all(whole, policy, tmp_path):
+    # The rewards are those that the first run learned: its first batch is scored the same.
+    alone = ("--config.schedule=('align',)", "--config.align.steps=1")
+    done = start(policy, tmp_path / "again", *alone, f"--config.reward.init={whole[0]}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    first = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()][4]
+    assert row["reward"] == first["reward"] and row["stage"] == first["stage"] == "align"
+    # Demonstrations alone need no rewards; the report shows none.
+    flags = "--config.grpo.demonstration=apart --config.grpo.contrast=apart --config.grpo.harmless_wrong=1.0"
+    supervised = ("--config.align.objective=sft", "--config.scaling.combine=none", *flags.split())
+    done = start(policy, tmp_path / "sft", "--config.schedule=('align','evals')", *supervised)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "sft" / "evals" / "aligned.json").read_text())
+    assert result["overall"]["mean_reward"] is None and result["overall"]["harmful_refused"] is not None
+    assert "objective sft" in (tmp_path / "sft" / "report.html").read_text()
+
+
 def jsonl(tmp_path, *lines):
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     return f"--config.data.path={tmp_path / 'data.jsonl'}"
@@ -212,6 +230,14 @@ BAD_FLAGS = {
         "--config.grpo.demonstration=apart",
         "at least 2 responses",
     ),
+    "no rewards": ("--config.schedule=('align',)", "config.reward.source='irl' needs rewards: put 'irl' first"),
+    "rewards twice": ("--config.reward.init=runs/other", "'irl' in the schedule learns rewards: leave one out"),
+    "rewards of no run": (
+        "--config.schedule=('align',) --config.reward.init=nowhere",
+        "no rewards in nowhere/rewards: name the workdir",
+    ),
+    "stages out of order": ("--config.schedule=('align','irl')", "config.schedule is .*: give .* in this order"),
+    "a group for an objective without": ("--config.align.objective=dpo", "which compares no group: set it to 'apart'"),
     "a weight below 0": ("--config.irl.contrast=-1.0", "config.irl.contrast is -1.0: it must not be negative"),
     "no encoder": ("--config.encoder.init=package:no_such_encoder", "pip install"),
 }

@@ -5,16 +5,21 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from drirl_jax.data.examples import Examples
 from drirl_jax.evals.judges import JUDGES
 from drirl_jax.models import reward
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.rollout import Rollout
 from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
 
+score = jax.jit(reward.score)
 
-def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
+
+def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> dict:
     """One response to each prompt of config.evals.split, judged and scored.
 
-    Rewards are read where they were trained: at the end of the first config.sampler.max_new tokens.
+    Rewards are read where they were trained: at the end of the first config.sampler.max_new tokens; without a bank they
+    are null.
 
     Returns:
         {"overall": {"harmful_refused", "harmless_refused", "mean_reward", "mean_length"},
@@ -35,13 +40,11 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
         max_new=c.max_new,
         temperature=c.temperature,
     )
-    score = jax.jit(reward.score)
-    pieces = []
-    for rows, real in row_batches(len(examples.id), c.batch):
-        read = np.minimum(out.response_len[rows], config.sampler.max_new)
-        group = group_of(examples.take(rows), out.response[rows], read)
-        pieces.append(jax.device_get(score(context.model, bank, group))[:real, 0])
-    rewards = np.concatenate(pieces)
+    rewards = rewards_of(context, bank, examples, out) if bank else None
+
+    def mean_reward(rows=slice(None)):
+        return None if rewards is None else float(rewards[rows].mean())
+
     texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]
     refused = np.array([JUDGES[c.judge](*pair) for pair in zip(examples.prompt_text, texts)], bool)
     harmless = np.isin(examples.category, [names.index(name) for name in config.data.harmless])
@@ -54,11 +57,11 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
         "overall": {
             "harmful_refused": share(~harmless),
             "harmless_refused": share(harmless),
-            "mean_reward": float(rewards.mean()),
+            "mean_reward": mean_reward(),
             "mean_length": float(out.response_len.mean()),
         },
         "by_category": {
-            name: {"n": int(rows.sum()), "refused": share(rows), "reward": float(rewards[rows].mean())}
+            name: {"n": int(rows.sum()), "refused": share(rows), "reward": mean_reward(rows)}
             for name, rows in of.items()
         },
         "responses": [
@@ -68,8 +71,18 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank) -> dict:
                 "prompt": examples.prompt_text[i],
                 "response": texts[i],
                 "refused": bool(refused[i]),
-                "reward": float(rewards[i]),
+                "reward": mean_reward(i),
             }
             for i in range(len(texts))
         ],
     }
+
+
+def rewards_of(context: Context, bank: reward.Bank, examples: Examples, out: Rollout) -> np.ndarray:
+    """[N] rewards of the first config.sampler.max_new tokens of the first response to each example."""
+    config, pieces = context.config, []
+    for rows, real in row_batches(len(examples.id), config.evals.batch):
+        read = np.minimum(out.response_len[rows], config.sampler.max_new)
+        group = group_of(examples.take(rows), out.response[rows], read)
+        pieces.append(jax.device_get(score(context.model, bank, group))[:real, 0])
+    return np.concatenate(pieces)

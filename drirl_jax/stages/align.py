@@ -18,6 +18,7 @@ from drirl_jax.rollout import FINISH, Rollout
 from drirl_jax.stages import objectives
 from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw, draw_all, group_of
 from drirl_jax.stages.objectives import OBJECTIVES, ROLES, Scored
+from drirl_jax.stages.sources import SOURCES
 from drirl_jax.text import SPLIT, whole_text
 from drirl_jax.types import Array, InputError, TrainState
 
@@ -62,19 +63,19 @@ def calibrate(context: Context, options: scaling.Options, model: Transformer, de
 
 
 begin = jax.jit(transformer.begin, static_argnames="layers")
-score = jax.jit(reward.score)
 
 
 def make(context: Context, bank: reward.Bank | None) -> Stage:
     """The stage; its product is the policy's parameters (see `base.POLICIES`).
 
     Args:
-        bank: the rewards; None if the objective scores nothing.
+        bank: the rewards that IRL learned; None where neither objective nor source of rewards reads them.
     """
     config, c = context.config, context.config.align
     names = config.data.categories
     train = context.examples["train"]
     policy, objective = POLICIES[config.policy.tune], OBJECTIVES[c.objective]
+    score = SOURCES[config.reward.source].make(context, bank) if objective.samples else None
     options = scaling.Options.from_config(config.scaling)
     transformation = optimizer.make(c.optimizer, c.steps * c.updates)
     batches = pipeline.BATCHES[config.sampler.batch](
@@ -116,7 +117,7 @@ def make(context: Context, bank: reward.Bank | None) -> Stage:
         if contrasted:
             group = group.joined(*map(jnp.asarray, contrast(examples, train, harmless, [config.seed, step])))
         begun = context.clock.mark("trunk", begin(context.model, group, layers=shared) if shared else None)
-        reward_PM = context.clock.mark("rewards", score(context.model, bank, group, begun))
+        reward_PM = context.clock.mark("rewards", score(examples, group, begun))
         reward_PG, demo_reward_P = reward_PM[:, : c.group], reward_PM[:, c.group]
         response, length = jax.device_get((out.response, out.response_len))
         parts = scaling.Parts(*embed_responses(context, response, length), *(x[rows] for x in demo_parts))
@@ -160,7 +161,7 @@ def describe(names, examples: Examples, out: Rollout, reward_PG, info) -> dict[s
         p, g = np.argwhere(~np.isfinite(reward_PG))[0]
         raise InputError(
             f"the reward of category {names[examples.category[p]]} is {reward_PG[p, g]} for a response to record "
-            f"{examples.id[p]}: the IRL stage diverged; lower config.irl.optimizer.learning_rate."
+            f"{examples.id[p]}: did the IRL stage diverge? Lower config.irl.optimizer.learning_rate."
         )
     scalars = {}
     zero_spread_P = np.ptp(reward_PG, axis=1) == 0

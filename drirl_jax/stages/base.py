@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ PURPOSE = {"adapter": 0, "rewards": 1, "irl_samples": 2, "irl_cut": 3, "align_sa
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a run holds fixed: config, trunk (which is also the reference), tokens, encoder and examples; its clock."""
+    """What a run holds fixed: config, trunk (which is also the reference), tokens, encoder and examples; its clock, and
+    its workdir, if it has one."""
 
     config: ConfigDict
     model: Transformer
@@ -33,6 +35,7 @@ class Context:
     embedder: TextEmbedder
     examples: dict[str, Examples]
     clock: Clock = dataclasses.field(default_factory=Clock)
+    workdir: pathlib.Path | None = None
 
     @property
     def shared_layers(self) -> int:

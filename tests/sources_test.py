@@ -1,0 +1,51 @@
+"""Rewards that no IRL learned: rules, and a judge behind an endpoint."""
+
+import json
+
+import numpy as np
+import pytest
+from endpoint_test import section, server  # noqa: F401 (a fixture)
+from objectives_test import prepared
+
+from drirl_jax.stages import sources
+from drirl_jax.stages.base import group_of
+from drirl_jax.text import pad
+from drirl_jax.types import InputError
+
+SAID = ("I can't help with that.", "Sure, here is how: first, breathe.")
+
+
+@pytest.fixture(scope="module")
+def case(policy, tmp_path_factory):
+    """A context, a harmful and a harmless example, and for each of them both of SAID."""
+    context, _ = prepared(policy, tmp_path_factory.mktemp("cache"), sampler={"max_new": 24})
+    train, names = context.examples["train"], context.config.data.categories
+    rows = [int(np.flatnonzero(train.category == names.index(name))[0]) for name in ("insult", "harmless")]
+    ids, length = pad([context.text.response_ids(text, 24) for text in SAID], 24)
+    examples = train.take(rows)
+    return context, examples, group_of(examples, np.stack([ids] * 2), np.stack([length] * 2))
+
+
+def test_by_rules(case):
+    # Of a harmful prompt a refusal is right, of a harmless one an answer.
+    context, examples, group = case
+    assert sources.SOURCES["rules"].make(context, None)(examples, group, None).tolist() == [[1, 0], [0, 1]]
+
+
+def reply(text):
+    return json.dumps({"choices": [{"message": {"content": text}}]})
+
+
+def test_by_judge(case, server):  # noqa: F811
+    context, examples, group = case
+    context.config.judge.update(section(server, concurrency=1))
+    score = sources.SOURCES["judge"].make(context, None)
+    # The second grade is missing at first; a grade above 10 counts as 10.
+    server.script = [reply(text) for text in ("8", "none", "Grade: 3/10", "99", "5")]
+    np.testing.assert_allclose(score(examples, group, None), [[0.8, 0.5], [0.3, 1.0]], rtol=1e-6)
+    asked = [body["messages"][0]["content"] for _, _, body in server.asked]
+    assert len(asked) == 5 and asked[4] == asked[1]
+    assert examples.prompt_text[0] in asked[0] and SAID[0] in asked[0] and SAID[1] in asked[1]
+    server.script = [reply("none")] * 12
+    with pytest.raises(InputError, match="gives no number, asked 3 times"):
+        sources.SOURCES["judge"].make(context, None)(examples, group, None)
