@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["drirl_jax", "drirl_jax.*"]),
-    package_data={"drirl_jax": ["data/starter/*.jsonl", "templates/*.jinja"]},
+    package_data={"drirl_jax": ["data/starter/*.jsonl", "templates/*"]},
     install_requires=[
         "absl-py",
         "einops",
@@ -43,6 +43,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "torch==2.13.0"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "torch==2.13.0", "transformers[serving]"],
     },
 )

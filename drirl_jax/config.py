@@ -12,7 +12,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from drirl_jax import losses, optimizer, scaling, text
-from drirl_jax.data import pipeline
+from drirl_jax.data import generators, pipeline
 from drirl_jax.evals import judges
 from drirl_jax.models import lora, reward
 from drirl_jax.stages import base, irl, objectives, sources
@@ -62,6 +62,19 @@ def default() -> ConfigDict:
     c.demos = ConfigDict()
     c.demos.keep_draft = True
     c.demos.separator = "####"  # the judge and the sentence splitter know only this one
+    # What follows is of `python -m drirl_jax.demos`, which writes demonstrations.
+    c.demos.generator = "policy"  # policy | endpoint
+    c.demos.form = "explain"  # explain a refusal | direct: refuse
+    c.demos.style = "draft"  # draft: Chain of Draft | thought: Chain of Thought
+    c.demos.per_category = 24  # for training
+    c.demos.attempts = 3  # replies to a prompt, until one passes
+    c.demos.step_words = 5  # most words of a draft's step
+    c.demos.echo_words = 8  # longest run of words that a refusal may repeat from its prompt
+    c.demos.duplicate = 0.95  # least cosine of two answers, of which the later is left out
+    c.demos.max_new = 160
+    c.demos.temperature = 0.7
+    c.demos.batch = 16  # of the policy
+    c.demos.endpoint = _endpoint()
 
     c.sampler = ConfigDict()
     c.sampler.temperature = 1.0
@@ -196,6 +209,9 @@ TABLES = {
     "data.long_prompts": ("error", "drop"),
     "policy.tune": base.POLICIES,
     "policy.dtype": ("float32", "bfloat16"),
+    "demos.generator": generators.GENERATORS,
+    "demos.form": ("explain", "direct"),
+    "demos.style": ("draft", "thought"),
     "sampler.batch": pipeline.BATCHES,
     "reward.kind": reward.KINDS,
     "reward.source": sources.SOURCES,
@@ -218,7 +234,8 @@ TABLES = {
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
 POSITIVE = (
-    "policy.rank reward.rank data.minimum data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds irl.samples "
+    "demos.per_category demos.attempts demos.step_words demos.max_new demos.batch policy.rank reward.rank data.minimum "
+    "data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds irl.samples "
     "irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group align.updates "
     "align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch checkpoint.every checkpoint.keep "
     "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"

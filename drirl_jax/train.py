@@ -18,6 +18,7 @@ from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner
 from drirl_jax.models import encoder, hf, llama, reward
+from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES, Context, Stage
 from drirl_jax.text import Text
@@ -48,19 +49,31 @@ def prepare(config: ConfigDict) -> Context:
         not config.reward.init or rewards.is_dir(),
         f"no rewards in {rewards}: name the workdir of a finished run in config.reward.init.",
     )
-    policy_path, encoder_path = hf.resolve(config.policy.init), hf.resolve(config.encoder.init)
-    model_config = llama.config_from_hf(hf.read_config(policy_path))._replace(dtype=config.policy.dtype)
+    encode = load_encoder(config)
+    model, tokens = load_policy(config)
+    return Context(
+        config=config,
+        model=model,
+        text=tokens,
+        embedder=encode,
+        examples=examples.tokenise(by_split, tokens, config),
+    )
+
+
+def load_encoder(config: ConfigDict) -> encoder.TextEmbedder:
+    """The text encoder that the config names."""
+    return encoder.TextEmbedder.from_folder(hf.resolve(config.encoder.init), config.encoder.max_tokens)
+
+
+def load_policy(config: ConfigDict) -> tuple[Transformer, Text]:
+    """The policy to start from, and its tokens."""
+    path = hf.resolve(config.policy.init)
+    model_config = llama.config_from_hf(hf.read_config(path))._replace(dtype=config.policy.dtype)
     for key in ("policy.layers", "reward.layers"):
         layers, most = config_lib.get(config, key), model_config.layers
         config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")
-    tokens = Text(hf.load_tokenizer(policy_path), config.policy.system)
-    return Context(
-        config=config,
-        model=committed(llama.from_hf(hf.read_tensors(policy_path), model_config)),
-        text=tokens,
-        embedder=encoder.TextEmbedder.from_folder(encoder_path, config.encoder.max_tokens),
-        examples=examples.tokenise(by_split, tokens, config),
-    )
+    tokens = Text(hf.load_tokenizer(path), config.policy.system)
+    return committed(llama.from_hf(hf.read_tensors(path), model_config)), tokens
 
 
 def committed(tree: PyTree) -> PyTree:

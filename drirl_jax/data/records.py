@@ -5,7 +5,8 @@ One JSON object a line, every field a string:
     {"id": "insult-001", "category": "insult", "lang": "en", "split": "train" | "valid" | "test",
      "prompt": "...", "draft": "Wants an insult.\\nInsults hurt.", "response": "I can't ..."}
 
-`draft` holds the Chain-of-Draft steps, one a line, and may be empty. Further fields are ignored.
+`draft` holds the Chain-of-Draft steps, one a line, and may be empty. "provenance" (who wrote it, and how) may be left
+out. Further fields are ignored.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Record(NamedTuple):
     prompt: str
     draft: str
     response: str
+    provenance: str = ""
 
 
 def demonstration(record: Record, keep_draft: bool, separator: str = "####") -> str:
@@ -56,11 +58,20 @@ def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> lis
     Raises:
         InputError: a file is missing, or a record breaks the schema: the sentence gives file and line.
     """
+    return _read(paths, categories, optional=())
+
+
+def read_prompts(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> list[Record]:
+    """Like `read`, of records that need no draft and no response yet."""
+    return _read(paths, categories, optional=("draft", "response"))
+
+
+def _read(paths: PathLike | Sequence[PathLike], categories: Sequence[str], optional: Sequence[str]) -> list[Record]:
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     records, first_at = [], {}
     for file in [file for path in several for file in _files(path, categories)]:
         for where, value in json_lines(file):
-            record = _record(value, where, categories)
+            record = _record(value, where, categories, optional)
             if record.id in first_at:
                 raise InputError(
                     f"{where}: the id {record.id!r} was used before at {first_at[record.id]}: give each record its own"
@@ -126,8 +137,9 @@ def _files(path: PathLike, known: Sequence[str]) -> list[pathlib.Path]:
     return [path]
 
 
-def _record(value: dict[str, Any], where: str, known: Sequence[str]) -> Record:
-    """The record of a JSON object; InputError if a field breaks the schema."""
+def _record(value: dict[str, Any], where: str, known: Sequence[str], optional: Sequence[str]) -> Record:
+    """The record of a JSON object; InputError if a field breaks the schema. Optional fields may be missing or empty."""
+    value = dict.fromkeys(optional, "") | Record._field_defaults | value
     for field in Record._fields:
         if field not in value:
             near = difflib.get_close_matches(field, value, n=1)
@@ -146,6 +158,6 @@ def _record(value: dict[str, Any], where: str, known: Sequence[str]) -> Record:
     if record.split not in SPLITS:
         raise InputError(f"{where}: unknown split {record.split!r}: use one of {', '.join(SPLITS)}")
     for field, name in (("id", "id"), ("prompt", "prompt"), ("response", "demonstration (response)")):
-        if not getattr(record, field).strip():
+        if field not in optional and not getattr(record, field).strip():
             raise InputError(f"{where}: the {name} is empty: write one or drop the line")
     return record

@@ -1,0 +1,57 @@
+"""What writes demonstrations: the policy itself, or a model behind an endpoint; rows of one table (GENERATORS)."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from drirl_jax import rollout, text
+from drirl_jax.endpoint import Chat, Endpoint, Reply
+from drirl_jax.models.transformer import Transformer
+
+Generate = Callable[[list[Chat], int], list[Reply]]  # (chats, seed) -> replies
+BUCKET = 64  # prompts are padded to a multiple of so many tokens, so that few shapes are compiled
+
+
+def by_policy(section: ConfigDict, load: Callable[[], tuple[Transformer, text.Text]], memory: pathlib.Path) -> Generate:
+    """The policy that config.policy names; `load` reads it. A chat is one user's message."""
+    model, tokens = load()
+
+    def generate(chats, seed):
+        replies = []
+        ids = [tokens.prompt_ids(chat[-1]["content"]) for chat in chats]
+        size = -(-max(map(len, ids)) // BUCKET) * BUCKET
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        for start in range(0, len(ids), section.batch):
+            rows = [(start + i) % len(ids) for i in range(section.batch)]  # the last batch is filled up
+            real = min(section.batch, len(ids) - start)
+            prompt, length = text.pad([ids[i] for i in rows], size)
+            began = time.perf_counter()
+            out = rollout.sample(
+                model, jnp.asarray(prompt), jnp.asarray(length), rollout.row_keys(key, jnp.asarray(rows), 1),
+                max_new=section.max_new, temperature=section.temperature, eos=tokens.eos_ids,
+            )  # fmt: skip
+            said, lengths, finish = jax.device_get((out.response[:, 0], out.response_len[:, 0], out.finish[:, 0]))
+            seconds = (time.perf_counter() - began) / real
+            replies += [
+                Reply(tokens.decode(said[i], lengths[i]), int(lengths[i]), rollout.FINISH[finish[i]], seconds)
+                for i in range(real)
+            ]
+        return replies
+
+    return generate
+
+
+def by_endpoint(section: ConfigDict, load: Callable, memory: pathlib.Path) -> Generate:
+    """The model of config.demos.endpoint; replies are kept in `memory`, so that a run that was cut off goes on."""
+    ask = Endpoint(section.endpoint, memory)
+    return lambda chats, seed: ask(chats, max_tokens=section.max_new, temperature=section.temperature, seed=seed)
+
+
+# (config.demos, loads the policy, file for the replies) -> Generate
+GENERATORS = {"policy": by_policy, "endpoint": by_endpoint}

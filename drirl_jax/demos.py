@@ -1,0 +1,72 @@
+"""Writes demonstrations for your own prompts, by Chain of Draft (see `drirl_jax/data/drafts.py`).
+
+python -m drirl_jax.demos --config configs/quickstart.py --prompts prompts.jsonl --out mine.jsonl
+
+PROMPTS holds one object a line with id, category, lang, split and prompt; OUT gets the schema of `data/records.py`, for
+--config.data.path=mine.jsonl. Another model than the policy writes them with --config.demos.generator=endpoint,
+--config.demos.endpoint.url=URL and --config.demos.endpoint.model=NAME.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from drirl_jax import config as config_lib
+from drirl_jax import main as command
+from drirl_jax import train
+from drirl_jax.data import drafts, generators, records
+from drirl_jax.evals.judges import JUDGES
+from drirl_jax.types import InputError
+
+PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts.")
+OUT = flags.DEFINE_string("out", None, "JSONL file to write.")
+
+
+def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.Outcome:
+    """Writes `out`, and for an endpoint its replies beside it.
+
+    Raises:
+        InputError: something that the user gave is wrong, or too few demonstrations pass.
+    """
+    config_lib.validate(config)
+    rows = records.read_prompts(prompts, config.data.categories)
+    section = config.demos
+    records.require(rows, config.data.categories, "train", section.per_category)
+    embedder = train.load_encoder(config)
+    memory = out.with_suffix(".replies.jsonl")
+    generate = generators.GENERATORS[section.generator](section, lambda: train.load_policy(config), memory)
+    outcome = drafts.make(
+        rows,
+        section,
+        categories=config.data.categories,
+        harmless=config.data.harmless,
+        generate=generate,
+        embed=embedder,
+        judge=JUDGES[config.evals.judge],
+        model=config.policy.init if section.generator == "policy" else section.endpoint.model,
+        seed=config.seed,
+    )
+    lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in outcome.records]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines), encoding="utf-8")
+    return outcome
+
+
+def main(argv: list[str]) -> None:
+    try:
+        for name, value in (("config", command.CONFIG.value), ("prompts", PROMPTS.value), ("out", OUT.value)):
+            if value is None:
+                raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+        outcome = run(command.CONFIG.value, pathlib.Path(PROMPTS.value), pathlib.Path(OUT.value))
+    except InputError as error:
+        sys.exit(f"drirl_jax: {error}")
+    print(f"{outcome.summary()}\nwritten to {OUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command.parse)
