@@ -87,12 +87,16 @@ def default() -> ConfigDict:
     # config.judge
     c.reward.source = "irl"
     c.reward.init = ""  # workdir of a run whose rewards are taken, then leave "irl" out of the schedule; "": none
-    c.reward.kind = "lora"
+    # category: of the prompt's label | linear: all, by `weights` | router: all, by the prompt's likeness to each one's
+    c.reward.route = "category"
+    c.reward.weights = ()  # one a category; (): equal
+    c.reward.router_temperature = 0.05
+    c.reward.kind = "lora"  # lora: an adapter and a head a category | head: a head alone | full: a model of its own
     c.reward.rank = 8
     c.reward.alpha = 16.0
     c.reward.targets = ("q", "v", "gate", "up", "down")
     c.reward.layers = 0  # like policy.layers
-    c.reward.normalize = "zscore"
+    c.reward.normalize = "zscore"  # zscore | none
 
     c.judge = _endpoint()
 
@@ -215,6 +219,7 @@ TABLES = {
     "sampler.batch": pipeline.BATCHES,
     "reward.kind": reward.KINDS,
     "reward.source": sources.SOURCES,
+    "reward.route": sources.ROUTES,
     "reward.normalize": reward.NORMALIZE,
     "irl.loss": irl.LOSSES,
     "irl.cut": ("common", "none"),
@@ -235,7 +240,7 @@ TABLES = {
 
 POSITIVE = (
     "demos.per_category demos.attempts demos.step_words demos.max_new demos.batch policy.rank reward.rank data.minimum "
-    "data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds irl.samples "
+    "reward.router_temperature data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds irl.samples "
     "irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group align.updates "
     "align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch checkpoint.every checkpoint.keep "
     "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
@@ -282,6 +287,12 @@ def validate(config: ConfigDict) -> None:
     need(
         not (learned and config.reward.init),
         f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
+    )
+    weights = len(config.reward.weights)
+    need(
+        weights in (0, len(config.data.categories)),
+        f"config.reward.weights has {weights} numbers: give one for each of the {len(config.data.categories)} "
+        "categories, or () for equal ones.",
     )
     for key in POSITIVE:
         need(get(config, key) > 0, f"config.{key} is {get(config, key)}: it must be above 0.")
@@ -388,6 +399,26 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
     temporary.replace(path)
+
+
+def recall(workdir: pathlib.Path) -> ConfigDict:
+    """The config that `remember` wrote. Raises InputError if there is none, or one that this version does not know."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"no config.json in {workdir}: name the workdir of a run.")
+    config = default()
+    try:
+        config.update(_tuples(json.loads(path.read_text())))
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is of another version of drirl_jax ({error}).") from error
+    return config
+
+
+def _tuples(tree):
+    """JSON has lists where a config has tuples."""
+    if isinstance(tree, dict):
+        return {name: _tuples(sub) for name, sub in tree.items()}
+    return tuple(tree) if isinstance(tree, list) else tree
 
 
 def _flat(tree, prefix=""):

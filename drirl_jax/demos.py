@@ -34,7 +34,7 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
         InputError: something that the user gave is wrong, or too few demonstrations pass.
     """
     config_lib.validate(config)
-    rows = records.read_prompts(prompts, config.data.categories)
+    rows = records.read(prompts, config.data.categories, optional=("draft", "response"))
     section = config.demos
     records.require(rows, config.data.categories, "train", section.per_category)
     embedder = train.load_encoder(config)

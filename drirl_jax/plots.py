@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import pathlib
 from typing import Mapping, NamedTuple, Sequence
 
@@ -175,6 +176,33 @@ def training_curves(metrics: list[dict], categories: Sequence[str], folder: path
     return paths
 
 
+def reliability(curves: Mapping[str, list[dict]], path: pathlib.Path) -> pathlib.Path:
+    """Draws how often rewards rank held-out pairs right against how sure they are; returns the path.
+
+    Args:
+        curves: by category, and "all": bins {"n", "confidence", "right"} in [0, 1].
+        path: the PNG to write.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+        axes = figure.subplots()
+        axes.plot((0.5, 1), (0.5, 1), color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)), label="as sure as it is right")
+        for i, (name, bins) in enumerate(curves.items()):
+            look = (
+                {"color": INK, "linewidth": 2.2}
+                if name == "all"
+                else {"color": COLOURS[i % len(COLOURS)], "alpha": 0.6}
+            )
+            label = MEAN if name == "all" else _words(name)
+            axes.plot([b["confidence"] for b in bins], [b["right"] for b in bins], marker="o", label=label, **look)
+        axes.set(xlabel="how sure the reward is of a pair", ylabel="pairs ranked right", title="Held-out pairs")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(_percent_tick)
+        _legend(figure, loc="outside right center")
+        figure.savefig(path)
+    return path
+
+
 def _lines(metrics: list[dict], curve: Curve, categories: Sequence[str]) -> dict[str, tuple]:
     """{category or MEAN: (steps, values)} that the metrics hold; what was not finite is NaN: a break."""
     keys = {category: f"{curve.metric}/{category}" for category in categories} | {MEAN: curve.metric}
@@ -255,7 +283,7 @@ def report(
     """Writes plots/*.png and report.html, one file with its pictures inside; returns the report's path.
 
     Args:
-        workdir: the run's folder.
+        workdir: the run's folder; with reliability.json in it the rewards' calibration is shown too.
         base, aligned, categories, harmless: as of `before_after`.
         metrics: rows of metrics.jsonl.
         method: how the policy was aligned, in a few words.
@@ -264,7 +292,9 @@ def report(
     paths = training_curves(metrics, categories, workdir / "plots")
     paths["before_after"] = workdir / "plots" / "before_after.png"
     before_after(base, aligned, categories, harmless, paths["before_after"])
-    shown = {name: paths[name] for name in ("before_after", "curves") if name in paths}
+    if (curves := workdir / "reliability.json").exists():
+        paths["reliability"] = reliability(json.loads(curves.read_text()), workdir / "plots" / "reliability.png")
+    shown = {name: paths[name] for name in ("before_after", "curves", "reliability") if name in paths}
     rows = _rows(base, aligned, categories, harmless)
     # Responses are untrusted text: everything is escaped.
     environment = jinja2.Environment(

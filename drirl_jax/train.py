@@ -41,14 +41,13 @@ def prepare(config: ConfigDict) -> Context:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     by_split = builder.load(config.data.path, config.data.categories)
     needed = {"irl": ("train", "valid"), "align": ("train",), "evals": (config.evals.split,)}
+    if config.reward.route == "router":
+        needed["align"] = ("train", "valid")
     for split in {split for name in config.schedule for split in needed[name]}:
         minimum = config.data.minimum if split == "train" else 1
         records.require(by_split.get(split, []), config.data.categories, split, minimum)
-    rewards = pathlib.Path(config.reward.init, "rewards")
-    config_lib.need(
-        not config.reward.init or rewards.is_dir(),
-        f"no rewards in {rewards}: name the workdir of a finished run in config.reward.init.",
-    )
+    if config.reward.init:
+        need_rewards(pathlib.Path(config.reward.init))
     encode = load_encoder(config)
     model, tokens = load_policy(config)
     return Context(
@@ -76,6 +75,19 @@ def load_policy(config: ConfigDict) -> tuple[Transformer, Text]:
     return committed(llama.from_hf(hf.read_tensors(path), model_config)), tokens
 
 
+def need_rewards(workdir: pathlib.Path) -> None:
+    """Raises InputError unless a run has left its rewards in this workdir."""
+    folder = workdir / "rewards"
+    config_lib.need(folder.is_dir(), f"no rewards in {folder}: name the workdir of a run whose IRL stage has ended.")
+
+
+def rewards(context: Context, workdir: pathlib.Path) -> reward.Bank:
+    """The rewards that a run has left in this workdir, of the kind and categories of the context's config."""
+    need_rewards(workdir)
+    fresh = irl.init_rewards(context)
+    return Checkpoints(workdir / "rewards", keep=1).restore(reward.Bank(fresh, mean=fresh.bias, std=fresh.bias))
+
+
 def committed(tree: PyTree) -> PyTree:
     """The tree with its jax arrays bound to the device, as the results of jitted functions are: else each function
     would be compiled twice, for the first step's free arrays and for all others."""
@@ -99,12 +111,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     # ------------------------------------------------------------------------------------------ stage 1: rewards
     bank = None
+    if "irl" in config.schedule:
+        kept = Checkpoints(workdir / "rewards", keep=1)
+        if kept.latest() is None:
+            kept.save(0, loop("irl", irl.make(context), config, workdir, writer))
     if "irl" in config.schedule or config.reward.init:
-        rewards = Checkpoints(pathlib.Path(config.reward.init or workdir) / "rewards", keep=1)
-        if rewards.latest() is None:
-            rewards.save(0, loop("irl", irl.make(context), config, workdir, writer))
-        fresh = irl.init_rewards(context)
-        bank = rewards.restore(reward.Bank(fresh, mean=fresh.bias, std=fresh.bias))
+        bank = rewards(context, pathlib.Path(config.reward.init or workdir))
     if "align" not in config.schedule:
         return
 

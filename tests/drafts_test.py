@@ -241,13 +241,9 @@ def test_a_real_server_with_a_real_model(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve = [str(pathlib.Path(sys.executable).parent / "transformers"), "serve", str(folder), "--port", str(port)]
+    alone = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # threads that wait busily for one another
     with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            serve,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
+        process = subprocess.Popen(serve, stdout=log, stderr=subprocess.STDOUT, env=alone)
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(120):
@@ -259,8 +255,9 @@ def test_a_real_server_with_a_real_model(tmp_path):
         write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
         flags = [
             "--config.demos.generator=endpoint", f"--config.demos.endpoint.url={url}/v1",
-            f"--config.demos.endpoint.model={folder}", "--config.demos.endpoint.concurrency=2",
-            "--config.demos.endpoint.timeout=300.0", "--config.demos.per_category=2", "--config.demos.attempts=1", "--config.demos.max_new=60",
+            f"--config.demos.endpoint.model={folder}", "--config.demos.endpoint.timeout=300.0",
+            "--config.demos.endpoint.concurrency=2", "--config.demos.per_category=2", "--config.demos.attempts=1",
+            "--config.demos.max_new=60",
         ]  # fmt: skip
         done = command(tmp_path, folder, *flags)
     finally:

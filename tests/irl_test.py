@@ -13,7 +13,7 @@ from transformer_test import filled, random_group, tiny
 from drirl_jax import optimizer
 from drirl_jax.config import default
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
-from drirl_jax.models import reward
+from drirl_jax.models import reward, transformer
 from drirl_jax.stages import irl
 from drirl_jax.types import InputError
 
@@ -110,14 +110,50 @@ def test_contrast_needs_both_kinds():
             require_both_kinds(examples(demo, length, category), [3], "valid")
 
 
+def test_a_head_alone_reads_the_trunk_and_whole_models_are_each_its_own():
+    model, group = tiny(), random_group(P=4, G=2)
+    group = group.replace(category=jnp.array([0, 1, 1, 2]))
+    head = jax.random.normal(jax.random.key(2), (3, 32))
+    alone = reward.init_head(model, jax.random.key(0), 3).replace(head=head)
+    hidden = transformer.apply(model, group)[1]
+    for p in range(4):
+        got = reward.token_scores(model, alone, group)[p]
+        np.testing.assert_allclose(got, hidden[p] @ head[group.category[p]], atol=1e-5)
+    # Whole models start from the trunk; another one for category 1 changes its prompts alone.
+    full = reward.init_full(model, jax.random.key(0), 3).replace(head=head)
+    base = reward.token_scores(model, alone, group)
+    np.testing.assert_allclose(reward.token_scores(model, full, group), base, atol=1e-5)
+    other = tiny(seed=1)
+    mixed = full.replace(models=jax.tree.map(lambda all_C, new: all_C.at[1].set(new), full.models, other))
+    got = reward.token_scores(model, mixed, group)
+    want = jnp.where((group.category == 1)[:, None, None], reward.token_scores(other, alone, group), base)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_all_categories_at_once_are_each_of_them():
+    model, group = tiny(), random_group(P=3, G=2)
+    rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
+    rewards = rewards.replace(
+        adapter=filled(rewards.adapter, 1), head=jax.random.normal(jax.random.key(2), rewards.head.shape)
+    )
+    bank = reward.Bank(rewards, mean=jnp.arange(4.0), std=jnp.arange(1.0, 5.0))
+    got = reward.score_by_all(model, bank, group)
+    for c in range(4):
+        one = reward.score(model, bank, group.replace(category=jnp.full(3, c)))
+        np.testing.assert_allclose(got[..., c], one, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", reward.KINDS)
 @pytest.mark.parametrize("name", irl.LOSSES)
-def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category(name):
+def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category(name, kind):
     model, rng = tiny(), np.random.default_rng(2)
     tokens = rng.integers(1, 60, (4, 2, 5), dtype=np.int32)
     data = examples(tokens[:, 0], [5, 3, 4, 5], [0, 1, 2, 2])
     pairs = irl.make_pairs(data, tokens[:, 1:], np.int32([[4], [5], [5], [3]]), "none", [0, 0])
-    rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
-    transformation = optimizer.make(default().irl.optimizer, 100)
+    rewards = reward.KINDS[kind](model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
+    c = default().irl.optimizer
+    c.learning_rate = 0.05 if kind == "head" else 1e-3
+    transformation = optimizer.make(c, 100)
     train = optimizer.init(transformation, rewards)
     section = ConfigDict({"beta": 1.0, "penalty": 0.5})
     stage_loss = partial(irl.loss, model, partial(irl.LOSSES[name], section=section), jnp.ones(1))
@@ -129,9 +165,12 @@ def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category(name):
     begin, end = (0, -1) if name == "linear" else (np.log(2), 0)
     assert first["loss"] == pytest.approx(begin) and scalars["loss"] < end + 0.05 and scalars["pairs_right"] == 1
     # Category 3 had no pair: nothing of it moved.
+    assert not train.params.head[3].any()
     for matrix, pair in train.params.adapter.items():
         np.testing.assert_array_equal(pair.a[:, 3], rewards.adapter[matrix].a[:, 3])
         assert not pair.b[:, 3].any()
+    if kind == "full":
+        jax.tree.map(lambda w, own: np.testing.assert_array_equal(w, own[3]), model, train.params.models)
 
 
 def test_the_weights_of_the_negatives_average_their_losses():
@@ -162,3 +201,12 @@ def test_common_cut_gives_both_texts_of_a_pair_one_length():
     assert (cuts <= top).all() and (cuts >= np.minimum(irl.SHORTEST_CUT, top)).all()
     assert (cuts.max(0) == top).all() and (cuts.min(0) == np.minimum(8, top)).all()
     np.testing.assert_array_equal(irl.common_cut(demo, sample, [0, 7]), cuts[7])
+
+
+def test_reliability_by_hand():
+    # β = 1. Gaps of ±ln 3: confidence ¾, two of three right; a gap of ln 19: confidence .95, right. So of ten bins of
+    # [½, 1] two are held, and the error is (3 |⅔ - ¾| + |1 - .95|) / 4 = .075.
+    bins = irl.reliability(np.log([3, 1 / 3, 3, 19]), 1.0)
+    assert [b["n"] for b in bins] == [3, 1]
+    np.testing.assert_allclose([[b["confidence"], b["right"]] for b in bins], [[0.75, 2 / 3], [0.95, 1]])
+    assert irl.calibration_error(bins) == pytest.approx(0.075)

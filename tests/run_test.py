@@ -186,6 +186,37 @@ def test_rewards_of_another_run_and_none_at_all(whole, policy, tmp_path):
     assert "objective sft" in (tmp_path / "sft" / "report.html").read_text()
 
 
+def score(*flags):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "drirl_jax.score", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def test_rewards_at_inference(whole, tmp_path):
+    workdir, (given, out) = whole[0], (tmp_path / name for name in ("given.jsonl", "out.jsonl"))
+    evaluated = json.loads((workdir / "evals" / "base.json").read_text())["responses"][:3]
+    fields = {"lang": "en", "split": "test"}
+    rows = [{k: r[k] for k in ("id", "category", "prompt", "response")} | fields for r in evaluated]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row | {"response": ""}) + "\n" for row in rows))
+    done = score(f"--workdir={workdir}", f"--responses={given}", f"--out={out}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    # Text of a random model need not come back as the same tokens, so the rewards need not be the evaluation's.
+    assert [row["id"] for row in found] == [row["id"] for row in rows] and np.isfinite(
+        [r["reward"] for r in found]
+    ).all()
+    done = score(f"--workdir={workdir}", f"--prompts={prompts}", "--best_of=4", f"--out={out}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    best = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(row["lowest"] <= row["mean"] <= row["reward"] and row["response"] for row in best)
+    assert any(row["lowest"] < row["reward"] for row in best)
+    refused(score(f"--workdir={tmp_path}", f"--responses={given}", f"--out={out}"), "no config.json in")
+    refused(score(f"--workdir={workdir}", f"--out={out}"), "give --responses to score, or --prompts")
+
+
 def jsonl(tmp_path, *lines):
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     return f"--config.data.path={tmp_path / 'data.jsonl'}"
@@ -234,7 +265,7 @@ BAD_FLAGS = {
     "rewards twice": ("--config.reward.init=runs/other", "'irl' in the schedule learns rewards: leave one out"),
     "rewards of no run": (
         "--config.schedule=('align',) --config.reward.init=nowhere",
-        "no rewards in nowhere/rewards: name the workdir",
+        "no rewards in nowhere/rewards: name the workdir of a run",
     ),
     "stages out of order": ("--config.schedule=('align','irl')", "config.schedule is .*: give .* in this order"),
     "a group for an objective without": ("--config.align.objective=dpo", "which compares no group: set it to 'apart'"),

@@ -2,11 +2,14 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from endpoint_test import section, server  # noqa: F401 (a fixture)
 from objectives_test import prepared
 
+from drirl_jax.models import reward
 from drirl_jax.stages import sources
 from drirl_jax.stages.base import group_of
 from drirl_jax.text import pad
@@ -30,6 +33,36 @@ def test_by_rules(case):
     # Of a harmful prompt a refusal is right, of a harmless one an answer.
     context, examples, group = case
     assert sources.SOURCES["rules"].make(context, None)(examples, group, None).tolist() == [[1, 0], [0, 1]]
+
+
+def test_routes(case, caplog):
+    # Evenly, by given weights, and by likeness: of the held-out prompts 55% find their own category among eight.
+    context, examples, group = case
+    categories = len(context.config.data.categories)
+    head = jax.random.normal(jax.random.key(1), (categories, context.model.config.width))
+    fresh = reward.init_head(context.model, jax.random.key(0), categories)
+    bank = reward.Bank(fresh.replace(head=head), mean=fresh.bias, std=jnp.ones(categories))
+    each = reward.score_by_all(context.model, bank, group)
+
+    def by(route, weights=()):
+        context.config.reward.route, context.config.reward.weights = route, weights
+        return sources.SOURCES["irl"].make(context, bank)(examples, group, None)
+
+    own = np.stack([each[p, :, c] for p, c in enumerate(examples.category)])
+    np.testing.assert_allclose(by("category"), own, atol=1e-5)
+    np.testing.assert_allclose(by("linear"), each.mean(-1), atol=1e-5)
+    np.testing.assert_allclose(by("linear", (2.0,) + (0.0,) * (categories - 1)), 2 * each[..., 0], atol=1e-5)
+    weights = sources.router(context)
+    valid = context.examples["valid"]
+    found = weights(valid.prompt_text)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+    accuracy = (found.argmax(axis=1) == valid.category).mean()
+    assert accuracy > 3 / 8  # three times what chance would find
+    with caplog.at_level("INFO"):
+        np.testing.assert_allclose(
+            by("router"), np.einsum("pmc,pc->pm", each, weights(examples.prompt_text)), atol=1e-5
+        )
+    assert f"{100 * accuracy:.0f}% of {len(valid.id)}" in caplog.text
 
 
 def reply(text):

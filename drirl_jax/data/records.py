@@ -47,26 +47,18 @@ def demonstration(record: Record, keep_draft: bool, separator: str = "####") -> 
     return record.response
 
 
-def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> list[Record]:
+def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str], optional: Sequence[str] = ()) -> list[Record]:
     """Reads and checks demonstrations, in the order of the paths and of their lines.
 
     Args:
         paths: "starter" for the packaged files of `categories`; or a file; or a folder, of which every *.jsonl
             is read; or several of these.
         categories: the categories in use; a record's category is one of them.
+        optional: fields that may be missing or empty, as ("draft", "response") of prompts alone.
 
     Raises:
         InputError: a file is missing, or a record breaks the schema: the sentence gives file and line.
     """
-    return _read(paths, categories, optional=())
-
-
-def read_prompts(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> list[Record]:
-    """Like `read`, of records that need no draft and no response yet."""
-    return _read(paths, categories, optional=("draft", "response"))
-
-
-def _read(paths: PathLike | Sequence[PathLike], categories: Sequence[str], optional: Sequence[str]) -> list[Record]:
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     records, first_at = [], {}
     for file in [file for path in several for file in _files(path, categories)]:

@@ -18,11 +18,13 @@ from drirl_jax.types import Array, Group
 
 @flax.struct.dataclass
 class Rewards:
-    """What IRL trains: a bank of adapters, and a scalar head for each category (head [C, D], bias [C])."""
+    """What IRL trains: a scalar head for each category (head [C, D], bias [C]), and by kind a bank of adapters on the
+    trunk, nothing more (an empty adapter), or models of their own, stacked on a leading axis C."""
 
     adapter: lora.Adapter
     head: Array
     bias: Array
+    models: Transformer | None = None
 
 
 @flax.struct.dataclass
@@ -36,21 +38,44 @@ class Bank:
 
 def init_lora(model: Transformer, key: Array, categories: int, **options) -> Rewards:
     """An adapter and a head for each category; every reward is 0 at first. For the options see `lora.init`."""
-    adapter = lora.init(model, key, bank=categories, **options)
-    return Rewards(adapter, jnp.zeros((categories, model.config.width)), jnp.zeros(categories))
+    return init_head(model, key, categories).replace(adapter=lora.init(model, key, bank=categories, **options))
 
 
-KINDS = {"lora": init_lora}
+def init_head(model: Transformer, key: Array, categories: int, **options) -> Rewards:
+    """A head for each category on the trunk as it is."""
+    return Rewards({}, jnp.zeros((categories, model.config.width)), jnp.zeros(categories))
+
+
+def init_full(model: Transformer, key: Array, categories: int, **options) -> Rewards:
+    """A whole model and a head for each category, which starts from the trunk: the paper's form, C times as costly."""
+    stacked = jax.tree.map(lambda w: jnp.repeat(w[None], categories, axis=0), model)
+    return init_head(model, key, categories).replace(models=stacked)
+
+
+KINDS = {"lora": init_lora, "head": init_head, "full": init_full}
 
 
 def token_scores(model: Transformer, rewards: Rewards, group: Group, begun: Begun | None = None) -> Array:
     """[P, G, T] float32 raw rewards of every beginning of the responses: at t, of the tokens up to and with t.
 
-    For `begun` see `transformer.apply`.
+    For `begun` see `transformer.apply`; models of their own begin anew.
     """
-    _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, group.category, begun=begun)
-    head_PD, bias_P = rewards.head[group.category], rewards.bias[group.category]
-    return jnp.einsum("pgtd,pd->pgt", hidden_PGTD.astype(jnp.float32), head_PD) + bias_P[:, None, None]
+
+    def scored(hidden_PGTD, head_PD, bias_P):
+        return jnp.einsum("pgtd,pd->pgt", hidden_PGTD.astype(jnp.float32), head_PD) + bias_P[:, None, None]
+
+    c, P = group.category, group.prompt.shape[0]
+    if rewards.models is None:
+        _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, c, begun=begun)
+        return scored(hidden_PGTD, rewards.head[c], rewards.bias[c])
+
+    def by_one(of_category):
+        own, head_D, bias = of_category
+        hidden_PGTD = transformer.apply(own, group)[1]
+        return scored(hidden_PGTD, jnp.broadcast_to(head_D, (P, *head_D.shape)), jnp.broadcast_to(bias, (P,)))
+
+    score_CPGT = jax.lax.map(by_one, (rewards.models, rewards.head, rewards.bias))
+    return jnp.take_along_axis(score_CPGT, c[None, :, None, None], axis=0)[0]
 
 
 def read(score_PGT: Array, length_PG: Array) -> Array:
@@ -78,5 +103,19 @@ def standardised(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
     return Bank(rewards, mean_C, jnp.maximum(jnp.sqrt(square_C), 1e-6))
 
 
+def as_they_are(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
+    """The bank whose rewards are the raw ones."""
+    return Bank(rewards, jnp.zeros_like(rewards.bias), jnp.ones_like(rewards.bias))
+
+
 # How raw rewards become comparable between categories: (rewards, [N] raw, [N] category) -> Bank.
-NORMALIZE = {"zscore": standardised}
+NORMALIZE = {"zscore": standardised, "none": as_they_are}
+
+
+def score_by_all(model: Transformer, bank: Bank, group: Group, begun: Begun | None = None) -> Array:
+    """[P, G, C] standardised rewards of every category, whatever the prompts' own."""
+
+    def by_one(c):
+        return score(model, bank, group.replace(category=jnp.full_like(group.category, c)), begun)
+
+    return jnp.moveaxis(jax.lax.map(by_one, jnp.arange(bank.mean.size)), 0, -1)

@@ -21,7 +21,7 @@ from drirl_jax.text import Text
 from drirl_jax.types import Array, Group, PyTree, TrainState
 
 # Each use of random numbers has its own stream: key = fold_in(run key, purpose), then step, prompt and response index.
-PURPOSE = {"adapter": 0, "rewards": 1, "irl_samples": 2, "irl_cut": 3, "align_samples": 4, "evals": 5, "calibration": 6}
+PURPOSE = dict(adapter=0, rewards=1, irl_samples=2, irl_cut=3, align_samples=4, evals=5, calibration=6, best_of=7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,12 @@ class Context:
 
     @property
     def shared_layers(self) -> int:
-        """How many of the trunk's first layers neither the policy nor the rewards change: passed once for all."""
+        """How many of the trunk's first layers neither the policy nor rewards on it change: passed once for all."""
         layers, c = self.model.config.layers, self.config
-        adapted = (c.policy.layers if c.policy.tune == "lora" else layers, c.reward.layers)
-        return layers - max(n or layers for n in adapted)
+        changed = [(c.policy.layers or layers) if c.policy.tune == "lora" else layers]
+        if c.reward.kind == "lora":
+            changed.append(c.reward.layers or layers)
+        return layers - max(changed)
 
     def key(self, purpose: str, step: int = 0) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), PURPOSE[purpose]), step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import NamedTuple
 
@@ -199,9 +200,19 @@ def make(context: Context) -> Stage:
         }
         if contrasted:
             shown["accuracy_contrast"] = whole_NK[:, K:] > 0
-        out = {"length_correlation": correlation(s["whole"][:, 1 : 1 + K], state.carry[1][1])}
+        out = {}
         for name, values in shown.items():
             out |= by_category(values, valid.category, names, name)
+        # Calibration, and whether the reward reads length: over all prompts, and of each category.
+        rows_of = {"all": np.ones(len(valid.id), bool)}
+        rows_of |= {names[i]: valid.category == i for i in np.unique(valid.category)}
+        curves = {name: reliability(gap_NK[rows, :K].reshape(-1), c.beta) for name, rows in rows_of.items()}
+        for name, rows in rows_of.items():
+            suffix = "" if name == "all" else f"/{name}"
+            out[f"ece{suffix}"] = calibration_error(curves[name])
+            out[f"length_correlation{suffix}"] = correlation(s["whole"][rows, 1 : 1 + K], state.carry[1][1][rows])
+        if context.workdir and step == c.steps:
+            (context.workdir / "reliability.json").write_text(json.dumps(curves, indent=1) + "\n")
         return out
 
     def finish(state: State) -> reward.Bank:
@@ -223,6 +234,28 @@ def make(context: Context) -> Stage:
         finish=finish,
         show=("loss", "pairs_right", "accuracy"),
     )
+
+
+def reliability(gap_N: np.ndarray, beta: float, bins: int = 10) -> list[dict[str, float]]:
+    """How often the reward ranks a pair right where it says that it is so sure, by bins of equal width.
+
+    A gap says which of two texts is the demonstration, with confidence σ(|gap|/β) in [½, 1]; it is right where gap > 0.
+
+    Returns:
+        for each bin that is not empty {"n", "confidence", "right"}, means of the pairs in it.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(gap_N) / beta))
+    bin_N = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    return [
+        {"n": int(rows.sum()), "confidence": float(confidence[rows].mean()), "right": float((gap_N[rows] > 0).mean())}
+        for rows in (bin_N == b for b in range(bins))
+        if rows.any()
+    ]
+
+
+def calibration_error(bins: list[dict[str, float]]) -> float:
+    """ECE = Σ_b (n_b / N) |right_b - confidence_b|     (expected calibration error, arXiv 1706.04599)"""
+    return sum(b["n"] * abs(b["right"] - b["confidence"]) for b in bins) / sum(b["n"] for b in bins)
 
 
 def correlation(reward_NK: np.ndarray, length_NK: np.ndarray) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from drirl_jax.data.examples import Examples
 from drirl_jax.endpoint import Endpoint
@@ -16,7 +18,8 @@ from drirl_jax.models.transformer import Begun
 from drirl_jax.stages.base import Context
 from drirl_jax.types import Array, Group, InputError
 
-_score = jax.jit(reward.score)
+log = logging.getLogger(__name__)
+_score, _score_by_all = jax.jit(reward.score), jax.jit(reward.score_by_all)
 
 
 # (examples, group [P, M], begun) -> [P, M] rewards of the group's responses
@@ -41,9 +44,50 @@ def texts(context: Context, group: Group) -> list[list[str]]:
     return [[context.text.decode(*row) for row in zip(*of_prompt)] for of_prompt in zip(response, length)]
 
 
+def router(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
+    """Prompts -> [P, C] weights, softmax over categories of cos(Φ(q), μ_c) / config.reward.router_temperature (ours).
+
+    μ_c is the unit mean of the embeddings of the category's training prompts. Its accuracy on held-out prompts is
+    logged.
+    """
+    train, valid = context.examples["train"], context.examples["valid"]
+    names = context.config.data.categories
+    embedded = context.embedder(train.prompt_text)
+    centroid_CE = np.stack([embedded[rows].mean(axis=0) for rows in train.rows_by_category(len(names))])
+    centroid_CE /= np.linalg.norm(centroid_CE, axis=1, keepdims=True)
+
+    def weights(prompts):
+        logit_PC = context.embedder(prompts) @ centroid_CE.T / context.config.reward.router_temperature
+        return np.asarray(jax.nn.softmax(logit_PC, axis=-1))
+
+    right = weights(valid.prompt_text).argmax(axis=1) == valid.category
+    log.info("the router finds the category of %.0f%% of %d held-out prompts", 100 * right.mean(), right.size)
+    return weights
+
+
+def evenly(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
+    """Prompts -> [P, C] the weights of config.reward.weights, or equal ones where it is empty."""
+    count = len(context.config.data.categories)
+    weight_C = np.asarray(tuple(context.config.reward.weights) or (1 / count,) * count, np.float32)
+    return lambda prompts: np.tile(weight_C, (len(prompts), 1))
+
+
+# Which categories' rewards count for a prompt: its own label's alone, or all of them, weighted.
+ROUTES: dict[str, Callable | None] = {"category": None, "linear": evenly, "router": router}
+
+
 def by_bank(context: Context, bank: reward.Bank) -> Score:
-    """Each prompt's category reward: see `models/reward.py`."""
-    return lambda examples, group, begun: _score(context.model, bank, group, begun)
+    """The rewards that IRL learned (see `models/reward.py`), by config.reward.route."""
+    route = ROUTES[context.config.reward.route]
+    if route is None:
+        return lambda examples, group, begun: _score(context.model, bank, group, begun)
+    weights = route(context)
+
+    def score(examples, group, begun):
+        by_category = _score_by_all(context.model, bank, group, begun)
+        return jnp.einsum("pmc,pc->pm", by_category, weights(examples.prompt_text))
+
+    return score
 
 
 def by_rules(context: Context, bank) -> Score:

@@ -1,0 +1,121 @@
+"""The rewards of a finished run at inference: scores of responses, or the best of n that a policy samples.
+
+python -m drirl_jax.score --workdir runs/quickstart --responses mine.jsonl --out scored.jsonl
+python -m drirl_jax.score --workdir runs/quickstart --prompts prompts.jsonl --best_of 8 --out best.jsonl
+
+Both files hold one object a line with id, category, lang, split and prompt; that of responses also has response. OUT
+gets these fields, response and reward; of the best of n also the mean and the lowest reward of the n. The policy that
+samples is the aligned one, or with --base the one that the run started from. A run's config comes from its workdir:
+responses are sampled at its sampler.temperature, up to its evals.max_new tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from drirl_jax import config as config_lib
+from drirl_jax import main as command
+from drirl_jax import train
+from drirl_jax.data import examples, records
+from drirl_jax.data.records import Record
+from drirl_jax.models import hf, llama, reward
+from drirl_jax.models.transformer import Transformer
+from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
+from drirl_jax.types import InputError
+
+RESPONSES = flags.DEFINE_string("responses", None, "JSONL file of prompts with responses to score.")
+PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts, of whose responses the best is taken.")
+BEST_OF = flags.DEFINE_integer("best_of", 8, "Responses sampled for each prompt.", lower_bound=1)
+BASE = flags.DEFINE_boolean("base", False, "Sample from the policy that the run started from.")
+OUT = flags.DEFINE_string("out", None, "JSONL file to write.")
+
+_score = jax.jit(reward.score)
+
+
+def load(workdir: pathlib.Path, rows: list[Record]) -> tuple[Context, reward.Bank]:
+    """The run's context, its examples these records as split "given", and its rewards.
+
+    Raises:
+        InputError: the workdir holds no run with rewards, or a prompt is too long.
+    """
+    config = config_lib.recall(workdir)
+    context = train.prepare(config)
+    given = examples.tokenise({"given": rows}, context.text, config)
+    if len(given["given"].id) < len(rows):
+        raise InputError("some prompts are longer than the run's data.max_prompt: shorten them.")
+    return dataclasses.replace(context, examples=given), train.rewards(context, workdir)
+
+
+def policy(context: Context, workdir: pathlib.Path, base: bool) -> Transformer:
+    """The aligned policy of the run, or the one that it started from."""
+    if base:
+        return context.model
+    folder = workdir / "aligned"
+    if not folder.is_dir():
+        raise InputError(f"no aligned model in {folder}: let the run end, or take --base.")
+    return train.committed(llama.from_hf(hf.read_tensors(folder), context.model.config))
+
+
+def scores(context: Context, bank: reward.Bank, response, response_len) -> np.ndarray:
+    """[N, G] rewards of responses [N, G, T] to the given prompts, read at most at the run's sampler.max_new tokens."""
+    given, config, pieces = context.examples["given"], context.config, []
+    read = np.minimum(response_len, config.sampler.max_new)
+    for rows, real in row_batches(len(given.id), min(config.evals.batch, len(given.id))):
+        group = group_of(given.take(rows), response[rows], read[rows])
+        pieces.append(np.asarray(_score(context.model, bank, group))[:real])
+    return np.concatenate(pieces)
+
+
+def of_responses(workdir: pathlib.Path, path: pathlib.Path) -> list[dict]:
+    """The records of the file with "reward"."""
+    rows = records.read(path, config_lib.recall(workdir).data.categories, optional=("draft",))
+    context, bank = load(workdir, rows)
+    given = context.examples["given"]
+    found = scores(context, bank, given.demo[:, None], given.demo_len[:, None])[:, 0]
+    return [row._asdict() | {"reward": float(value)} for row, value in zip(rows, found)]
+
+
+def best_of(workdir: pathlib.Path, path: pathlib.Path, n: int, base: bool) -> list[dict]:
+    """The records of the file with the response of the highest reward among n, "reward", "mean" and "lowest"."""
+    rows = records.read(path, config_lib.recall(workdir).data.categories, optional=("draft", "response"))
+    context, bank = load(workdir, rows)
+    given, config = context.examples["given"], context.config
+    out = draw_all(
+        context, policy(context, workdir, base), given, context.key("best_of"), min(config.evals.batch, len(rows)),
+        group=n, max_new=config.evals.max_new, temperature=config.sampler.temperature,
+    )  # fmt: skip
+    found = scores(context, bank, out.response, out.response_len)
+    best = found.argmax(axis=1)
+    texts = [context.text.decode(out.response[i, g], out.response_len[i, g]) for i, g in enumerate(best)]
+    told = ({"reward": float(of.max()), "mean": float(of.mean()), "lowest": float(of.min())} for of in found)
+    return [row._asdict() | {"response": text} | numbers for row, text, numbers in zip(rows, texts, told)]
+
+
+def main(argv: list[str]) -> None:
+    try:
+        for name, value in (("workdir", command.WORKDIR.value), ("out", OUT.value)):
+            if value is None:
+                raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+        if (RESPONSES.value is None) == (PROMPTS.value is None):
+            raise InputError("give --responses to score, or --prompts of whose responses the best is to be taken.")
+        workdir, out = pathlib.Path(command.WORKDIR.value), pathlib.Path(OUT.value)
+        if RESPONSES.value is not None:
+            rows = of_responses(workdir, pathlib.Path(RESPONSES.value))
+        else:
+            rows = best_of(workdir, pathlib.Path(PROMPTS.value), BEST_OF.value, BASE.value)
+    except InputError as error:
+        sys.exit(f"drirl_jax: {error}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{len(rows)} rows, mean reward {np.mean([row['reward'] for row in rows]):+.3f}, written to {out}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command.parse)
