@@ -33,6 +33,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "rich",
+        "sacrebleu",
         "safetensors",
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",

@@ -2,10 +2,10 @@
 
 python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Two CPU cores: 10 minutes with the install at 480 GFLOP/s, 16 without it at 200 (earlier revisions). Seed 0: harmful
-prompts refused, by phrases, 31% -> 73%, harmless prompts 12% -> 25% (84 and 56 test prompts); where a run stops varies
-(see docs/LOG.md). In an earlier run, read blind, most of the new refusals went on to offer help: only the first 8
-tokens are trained. harmless_wrong lies between two values that were tried, of which the test figures had been seen too.
+Two CPU cores: 10 minutes with the install at 480 GFLOP/s (an earlier revision), about 12 without it at 260. Three
+seeds, 84 and 56 test prompts: harmful prompts refused, by phrases, 31% -> 60% (62%, 68%, 51%), harmless prompts
+12% -> 24% (25%, 27%, 20%); see docs/LOG.md. In an earlier run, read blind, most of the new refusals went on to offer
+help: only the first 8 tokens are trained.
 """
 
 from drirl_jax.config import default

@@ -11,7 +11,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from drirl_jax import losses, optimizer, scaling, text
+from drirl_jax import endpoint, losses, optimizer, scaling, text
 from drirl_jax.data import generators, pipeline
 from drirl_jax.evals import judges
 from drirl_jax.models import lora, reward
@@ -55,6 +55,7 @@ def default() -> ConfigDict:
     c.data.path = "starter"  # or a JSONL file, or a folder of them
     c.data.categories = HARM_CATEGORIES + ("harmless",)
     c.data.harmless = ("harmless",)  # those of the categories whose prompts should be answered
+    c.data.shares = ()  # of each category's training records that are used, 0 leaves it out; (): all
     c.data.minimum = 8  # fewest training demonstrations a category may have
     c.data.max_prompt = 96  # S: prompt tokens with the chat template
     c.data.long_prompts = "error"  # error | drop (dropped prompts are counted)
@@ -79,7 +80,9 @@ def default() -> ConfigDict:
     c.sampler = ConfigDict()
     c.sampler.temperature = 1.0
     c.sampler.max_new = 64  # T: response tokens; longer demonstrations are cut
-    c.sampler.batch = "mixed"  # mixed | kinds (ours) | single: see data/pipeline.py
+    c.sampler.batch = (
+        "mixed"  # mixed | kinds (ours) | single | natural (unbalanced, as the data is): see data/pipeline.py
+    )
     c.sampler.harmless_share = 0.5  # of the prompts, for batch="kinds"
 
     c.reward = ConfigDict()
@@ -91,6 +94,7 @@ def default() -> ConfigDict:
     c.reward.route = "category"
     c.reward.weights = ()  # one a category; (): equal
     c.reward.router_temperature = 0.05
+    c.reward.one_for_all = False  # one reward instead of one for each category
     c.reward.kind = "lora"  # lora: an adapter and a head a category | head: a head alone | full: a model of its own
     c.reward.rank = 8
     c.reward.alpha = 16.0
@@ -104,6 +108,10 @@ def default() -> ConfigDict:
     c.irl.loss = "logistic"  # logistic | token | linear
     c.irl.beta = 1.0
     c.irl.penalty = 0.1  # λ of the linear loss
+    # frozen: samples are the initial policy's | alternate: an inner policy's, which takes `policy_steps` steps of
+    # config.align against the rewards before every round but the first; the align stage starts anew
+    c.irl.policy = "frozen"
+    c.irl.policy_steps = 4
     c.irl.rounds = 1
     c.irl.samples = 2  # K: samples of the policy for each prompt and round
     # common | none: both texts of a pair are read up to one random common length (ours), in the logistic loss and the
@@ -117,7 +125,10 @@ def default() -> ConfigDict:
     c.irl.optimizer = _optimizer(1e-3)
 
     c.scaling = ConfigDict()
-    c.scaling.split = "sentence"  # sentence | clause: the parts of a text
+    c.scaling.split = (
+        "sentence"  # sentence | clause | llm: the parts of a text; the last by the model of scaling.endpoint
+    )
+    c.scaling.endpoint = _endpoint()
     c.scaling.similarity = "parts"  # parts | response: whole texts | plain: whole texts, and α^D = δ
     c.scaling.align = "response"  # mean over the parts of: response | demo | both
     c.scaling.baseline = "ema"  # δ̄: ema | batch | group | dataset: the initial policy's, of one pass, fixed
@@ -223,6 +234,7 @@ TABLES = {
     "reward.normalize": reward.NORMALIZE,
     "irl.loss": irl.LOSSES,
     "irl.cut": ("common", "none"),
+    "irl.policy": ("frozen", "alternate"),
     "irl.optimizer.name": optimizer.OPTIMIZERS,
     "irl.optimizer.schedule": optimizer.SCHEDULES,
     "align.optimizer.name": optimizer.OPTIMIZERS,
@@ -230,7 +242,7 @@ TABLES = {
     "align.objective": objectives.OBJECTIVES,
     "dpo.pairs": objectives.PAIRS,
     "dpo.alpha_on": losses.ALPHA_ON,
-    "scaling.split": text.SPLIT,
+    "scaling.split": (*text.SPLIT, "llm"),
     "grpo.demonstration": objectives.ROLES,
     "grpo.contrast": objectives.ROLES,
     "grpo.reduce": losses.REDUCE,
@@ -241,8 +253,8 @@ TABLES = {
 POSITIVE = (
     "demos.per_category demos.attempts demos.step_words demos.max_new demos.batch policy.rank reward.rank data.minimum "
     "reward.router_temperature data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds irl.samples "
-    "irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group align.updates "
-    "align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch checkpoint.every checkpoint.keep "
+    "irl.policy_steps irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group "
+    "align.updates align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch checkpoint.every checkpoint.keep "
     "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
 
@@ -287,6 +299,25 @@ def validate(config: ConfigDict) -> None:
     need(
         not (learned and config.reward.init),
         f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
+    )
+    shares = tuple(config.data.shares)
+    need(
+        not shares or (len(shares) == len(config.data.categories) and min(shares) >= 0 and 0 < max(shares) <= 1),
+        f"config.data.shares is {shares}: give a number in [0, 1] for each of the {len(config.data.categories)} "
+        "categories, one of them above 0, or () for all records.",
+    )
+    need(config.demos.separator.strip(), "config.demos.separator is blank: it must tell the draft from the answer.")
+    for section, used in (
+        (config.judge, config.reward.source == "judge"),
+        (config.scaling.endpoint, config.scaling.split == "llm"),
+        (config.demos.endpoint, config.demos.generator == "endpoint"),
+    ):
+        if used:
+            endpoint.check(section)
+    need(
+        not config.reward.one_for_all or config.reward.route == "category",
+        f"config.reward.route is {config.reward.route!r}, but config.reward.one_for_all leaves no choice: set it to "
+        "'category'.",
     )
     weights = len(config.reward.weights)
     need(
@@ -339,6 +370,11 @@ def validate(config: ConfigDict) -> None:
     need(
         0 <= config.scaling.decay < 1,
         f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).",
+    )
+    need(
+        config.irl.policy == "frozen" or (config.irl.rounds > 1 and needs_rewards(config)),
+        "config.irl.policy is 'alternate', but the inner policy never moves: it needs config.irl.rounds of 2 or more, "
+        "and an align.objective and a reward.source that read rewards.",
     )
     need(config.scaling.threshold > 0, f"config.scaling.threshold is {config.scaling.threshold}: it must be above 0.")
     clip = tuple(config.scaling.clip)

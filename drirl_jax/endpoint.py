@@ -41,6 +41,24 @@ class Reply(NamedTuple):
     seconds: float
 
 
+def check(section: ConfigDict) -> None:
+    """Raises InputError unless the section says how to reach a model."""
+    try:
+        url = httpx.URL(section.url)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host or not section.model:
+        raise InputError(
+            f"an endpoint needs a url that begins with http:// or https:// and a model, not {section.url!r} and "
+            f"{section.model!r}: set them in the config."
+        )
+    if section.concurrency < 1 or section.retries < 0 or section.timeout <= 0 or section.backoff < 0:
+        raise InputError(
+            f"an endpoint has concurrency={section.concurrency}, retries={section.retries}, timeout={section.timeout}, "
+            f"backoff={section.backoff}: the first must be 1 or more, timeout above 0, the others not negative."
+        )
+
+
 class Endpoint:
     """A model that answers chats at `url`/chat/completions.
 
@@ -51,17 +69,17 @@ class Endpoint:
         memory: a JSONL file in which every reply is kept: the same request is not sent again, also by a later process.
 
     Raises:
-        InputError: url or model is missing.
+        InputError: see `check`; or the key is none.
     """
 
     def __init__(self, section: ConfigDict, memory: pathlib.Path | None = None):
-        if not section.url.startswith(("http://", "https://")) or not section.model:
-            raise InputError(
-                f"an endpoint needs a url that begins with http:// or https:// and a model, not {section.url!r} and "
-                f"{section.model!r}: set them in the config."
-            )
+        check(section)
         self.section, self.memory = section, memory
-        self.key = os.environ.get(section.key_env, "") if section.key_env else ""
+        self.key = os.environ.get(section.key_env, "").strip() if section.key_env else ""
+        if not self.key.isascii() or len(self.key.split()) > 1:
+            raise InputError(
+                f"the key in the environment variable {section.key_env} has blanks or odd characters in it."
+            )
         self.known = _remembered(memory)
 
     def __call__(self, chats: Sequence[Chat], *, max_tokens: int, temperature: float, seed: int = 0) -> list[Reply]:
@@ -101,11 +119,11 @@ class Endpoint:
             try:
                 answer = await client.post(url, json=request)
             except httpx.TransportError as error:
-                why = f"{type(error).__name__} {error}".strip()
+                why = self._hidden(f"{type(error).__name__} {error}".strip())
             else:
                 if answer.is_success:
                     return self._parsed(answer, time.perf_counter() - start)
-                why = self._hidden(f"status {answer.status_code}: {answer.text[:200]}")
+                why = f"status {answer.status_code}: {self._hidden(answer.text)[:200]}"
                 if answer.status_code not in PASSING:
                     raise InputError(f"{url} refuses the request ({why}): check the url, the model and the key.")
                 if answer.headers.get("retry-after", "").isdigit():
@@ -121,7 +139,7 @@ class Endpoint:
             tokens = (body.get("usage") or {}).get("completion_tokens", -1)
             return Reply(choice["message"]["content"] or "", tokens, choice.get("finish_reason") or "", seconds)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            text = self._hidden(answer.text[:200])
+            text = self._hidden(answer.text)[:200]
             raise InputError(f"{answer.url} answers what is no chat completion ({error!r} in {text}).") from error
 
     def _hidden(self, text: str) -> str:
@@ -144,5 +162,5 @@ def _remembered(memory: pathlib.Path | None) -> dict[str, Reply]:
     kept = whole[: whole.rfind(b"\n") + 1]
     if kept != whole:
         os.truncate(memory, len(kept))
-    rows = [json.loads(line) for line in kept.decode("utf-8").splitlines()]
+    rows = [json.loads(line) for line in kept.decode("utf-8").split("\n")[:-1]]  # a reply may hold other line ends
     return {row.pop("request"): Reply(**row) for row in rows}

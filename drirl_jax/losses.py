@@ -210,10 +210,10 @@ def generalised_advantage(
 
 
 def whitened(advantage_PGT: Array, mask_PGT: Array, eps: float = 1e-6) -> Array:
-    """(A - mean) / (std + ε) over all real tokens of the batch, population std; 0 at padding."""
+    """(A - mean) / (std + ε) over all real tokens of the batch, population std; 0 at padding, also where all is."""
     mean = jnp.mean(advantage_PGT, where=mask_PGT)
     std = jnp.sqrt(jnp.mean((advantage_PGT - mean) ** 2, where=mask_PGT))
-    return mask_PGT * (advantage_PGT - mean) / (std + eps)
+    return jnp.where(mask_PGT, (advantage_PGT - mean) / (std + eps), 0.0)
 
 
 def value_loss(value: Array, old_value: Array, returns: Array, clip: float) -> Array:

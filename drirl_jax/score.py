@@ -50,7 +50,9 @@ def load(workdir: pathlib.Path, rows: list[Record]) -> tuple[Context, reward.Ban
     given = examples.tokenise({"given": rows}, context.text, config)
     if len(given["given"].id) < len(rows):
         raise InputError("some prompts are longer than the run's data.max_prompt: shorten them.")
-    return dataclasses.replace(context, examples=given), train.rewards(context, workdir)
+    return dataclasses.replace(context, examples=given), train.rewards(
+        context, pathlib.Path(config.reward.init or workdir)
+    )
 
 
 def policy(context: Context, workdir: pathlib.Path, base: bool) -> Transformer:

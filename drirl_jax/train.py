@@ -40,14 +40,18 @@ def prepare(config: ConfigDict) -> Context:
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     by_split = builder.load(config.data.path, config.data.categories)
+    shares = dict(zip(config.data.categories, config.data.shares))
+    trained = [category for category in config.data.categories if shares.get(category, 1.0) > 0]
+    if "train" in by_split:
+        by_split["train"] = records.thinned(list(by_split["train"]), shares)
     needed = {"irl": ("train", "valid"), "align": ("train",), "evals": (config.evals.split,)}
     if config.reward.route == "router":
         needed["align"] = ("train", "valid")
     for split in {split for name in config.schedule for split in needed[name]}:
-        minimum = config.data.minimum if split == "train" else 1
-        records.require(by_split.get(split, []), config.data.categories, split, minimum)
+        of, minimum = (trained, config.data.minimum) if split == "train" else (config.data.categories, 1)
+        records.require(by_split.get(split, []), of, split, minimum)
     if config.reward.init:
-        need_rewards(pathlib.Path(config.reward.init))
+        need_rewards(config, pathlib.Path(config.reward.init))
     encode = load_encoder(config)
     model, tokens = load_policy(config)
     return Context(
@@ -75,15 +79,29 @@ def load_policy(config: ConfigDict) -> tuple[Transformer, Text]:
     return committed(llama.from_hf(hf.read_tensors(path), model_config)), tokens
 
 
-def need_rewards(workdir: pathlib.Path) -> None:
-    """Raises InputError unless a run has left its rewards in this workdir."""
+# What a run must have in common with the one whose rewards it takes.
+COMMON = (
+    "data.categories policy.init sampler.max_new reward.kind reward.one_for_all reward.rank reward.alpha "
+    "reward.targets reward.layers"
+).split()
+
+
+def need_rewards(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises InputError unless a run has left rewards in this workdir that mean the same under this config."""
     folder = workdir / "rewards"
-    config_lib.need(folder.is_dir(), f"no rewards in {folder}: name the workdir of a run whose IRL stage has ended.")
+    config_lib.need(
+        folder.is_dir() and Checkpoints(folder, keep=1).latest() is not None,
+        f"no rewards in {folder}: name the workdir of a run whose IRL stage has ended.",
+    )
+    theirs = config_lib.recall(workdir)
+    for key in COMMON:
+        here, there = (config_lib.get(of, key) for of in (config, theirs))
+        config_lib.need(here == there, f"the rewards in {folder} are of config.{key} = {there!r}, not {here!r}.")
 
 
 def rewards(context: Context, workdir: pathlib.Path) -> reward.Bank:
-    """The rewards that a run has left in this workdir, of the kind and categories of the context's config."""
-    need_rewards(workdir)
+    """The rewards that a run has left in this workdir. Raises InputError if they do not fit the context's config."""
+    need_rewards(context.config, workdir)
     fresh = irl.init_rewards(context)
     return Checkpoints(workdir / "rewards", keep=1).restore(reward.Bank(fresh, mean=fresh.bias, std=fresh.bias))
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from drirl_jax.data import builder, convert, examples, pipeline, records
 from drirl_jax.models import encoder, hf
@@ -432,3 +433,19 @@ def test_convert_the_real_file(tmp_path):
     assert len(got) == 1196  # 1,199 prompts, 3 of them without a safe answer
     records.require(got, CATEGORIES[:-1], "train", 100)
     records.require(got, CATEGORIES[:-1], "valid", 10)
+
+
+def test_thinned_keeps_the_first_of_each_category():
+    rows = [records.Record(**ROW | {"id": f"{c}{i}", "category": c}) for i in range(5) for c in ("x", "y", "z")]
+    kept = records.thinned(rows, {"x": 0.0, "y": 0.5})
+    assert [r.id for r in kept] == ["y0", "z0", "y1", "z1", "y2", "z2", "z3", "z4"]
+
+
+def test_natural_batches_have_the_shares_of_the_data_and_empty_categories_are_left_out():
+    rows = [np.arange(0, 8), np.arange(0, 0), np.arange(8, 10)]
+    section = ConfigDict({"batch": "natural", "harmless_share": 0.5})
+    drawn = pipeline.batches(section, rows, 5, 0, [False, False, True])
+    assert sorted(drawn[0] + drawn[1]) == list(range(10)) and drawn[0] != drawn[2]
+    section.batch = "kinds"
+    drawn = pipeline.batches(section, rows, 4, 0, [False, False, True])
+    assert all(sum(row >= 8 for row in drawn[i]) == 2 for i in range(8))

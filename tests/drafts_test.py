@@ -226,8 +226,8 @@ def test_bad_input_of_the_command(policy, tmp_path):
     write_prompts(tmp_path / "prompts.jsonl", PROMPTS[:1])
     done = command(tmp_path, policy)
     assert done.returncode == 1 and "insult has 1 and lacks 23; harmless has 0 and lacks 24" in done.stderr
-    done = command(tmp_path, policy, "--config.demos.generator=endpoint", "--config.demos.per_category=1")
-    assert done.returncode == 1 and "harmless has 0 and lacks 1" in done.stderr
+    done = command(tmp_path, policy, "--config.demos.generator=endpoint")
+    assert done.returncode == 1 and "an endpoint needs a url" in done.stderr
 
 
 @pytest.mark.slow

@@ -126,7 +126,29 @@ def test_replies_are_kept_and_not_asked_for_again(server, tmp_path, monkeypatch)
     assert len(server.asked) == 4
 
 
-@pytest.mark.parametrize("changes", [{"url": "localhost"}, {"model": ""}])
+def test_a_reply_with_other_line_ends_is_read_again(server, tmp_path):
+    memory, words = tmp_path / "replies.jsonl", ["one\u2028two", "a\x85b\rc"]
+    assert ask(server, words, memory) == ask(server, words, memory) == [word[::-1] for word in words]
+    assert len(server.asked) == 2
+
+
+def test_a_key_of_a_file_with_a_line_end_works_and_an_odd_one_is_not_shown(server, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY + "\r\n")
+    ask(server, ["abc"])
+    assert server.asked[0][1] == f"Bearer {KEY}"
+    monkeypatch.setenv("TEST_KEY", KEY + "\n" + KEY)
+    with pytest.raises(InputError, match="TEST_KEY has blanks") as caught:
+        ask(server, ["abc"])
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}])
+def test_numbers_that_cannot_work(server, changes):
+    with pytest.raises(InputError, match="must be 1 or more"):
+        endpoint.Endpoint(section(server, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"url": "localhost"}, {"url": "http://"}, {"url": "http://a:b:c"}, {"model": ""}])
 def test_an_endpoint_that_says_not_enough(server, changes):
     with pytest.raises(InputError, match="needs a url that begins with http"):
         endpoint.Endpoint(section(server, **changes))

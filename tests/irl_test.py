@@ -130,17 +130,33 @@ def test_a_head_alone_reads_the_trunk_and_whole_models_are_each_its_own():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_all_categories_at_once_are_each_of_them():
+def test_one_reward_for_all_is_that_of_every_category():
     model, group = tiny(), random_group(P=3, G=2)
-    rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
+    one = reward.init_lora(model, jax.random.key(0), 1, rank=4, alpha=4, targets=("q",))
+    one = one.replace(adapter=filled(one.adapter, 1), head=jax.random.normal(jax.random.key(2), (1, 32)))
+    of_first = reward.raw_score(model, one, group.replace(category=jnp.zeros(3, int)))
+    for categories in ([2, 0, 1], [1, 1, 7]):
+        given = group.replace(category=jnp.array(categories))
+        np.testing.assert_array_equal(reward.raw_score(model, one, given), of_first)
+    raw, category = jnp.arange(6.0), jnp.arange(6) % 3
+    bank = reward.standardised(one, raw, category)
+    np.testing.assert_allclose((bank.mean[0], bank.std[0]), (2.5, np.std(np.arange(6))), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", reward.KINDS)
+def test_all_categories_at_once_are_each_of_them(kind):
+    model, group = tiny(), random_group(P=3, G=2)
+    rewards = reward.KINDS[kind](model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
     rewards = rewards.replace(
-        adapter=filled(rewards.adapter, 1), head=jax.random.normal(jax.random.key(2), rewards.head.shape)
+        adapter=filled(rewards.adapter, 1),
+        head=jax.random.normal(jax.random.key(2), rewards.head.shape),
+        models=jax.tree.map(lambda w: w * jnp.arange(1.0, 5.0).reshape(4, *[1] * (w.ndim - 1)), rewards.models),
     )
     bank = reward.Bank(rewards, mean=jnp.arange(4.0), std=jnp.arange(1.0, 5.0))
     got = reward.score_by_all(model, bank, group)
     for c in range(4):
         one = reward.score(model, bank, group.replace(category=jnp.full(3, c)))
-        np.testing.assert_allclose(got[..., c], one, atol=1e-5)
+        np.testing.assert_allclose(got[..., c], one, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", reward.KINDS)
@@ -187,8 +203,9 @@ def test_the_weights_of_the_negatives_average_their_losses():
 def test_standardised_rewards_have_mean_0_and_deviation_1_in_each_category():
     rng = np.random.default_rng(0)
     raw, category = jnp.asarray(rng.normal(size=60) * 3 + 5, jnp.float32), jnp.asarray(np.arange(60) % 3)
-    rewards = reward.Rewards({}, jnp.zeros((3, 2)), jnp.zeros(3))
+    rewards = reward.Rewards({}, jnp.zeros((4, 2)), jnp.zeros(4))
     bank = reward.standardised(rewards, raw, category)
+    assert (bank.mean[3], bank.std[3]) == (0, 1)  # a category that was left out
     for c in range(3):
         mine = np.asarray(raw)[np.asarray(category) == c]
         np.testing.assert_allclose((bank.mean[c], bank.std[c]), (mine.mean(), mine.std()), rtol=1e-5)

@@ -27,7 +27,7 @@ LAYERS = [
     ["drirl_jax.config"],
     ["drirl_jax.train"],
     ["drirl_jax.main"],
-    ["drirl_jax.bench", "drirl_jax.demos", "drirl_jax.score"],
+    ["drirl_jax.bench", "drirl_jax.demos", "drirl_jax.score", "drirl_jax.study"],
 ]
 
 

@@ -295,7 +295,7 @@ def test_whitened_advantages_have_mean_0_and_spread_1_over_real_tokens():
     value, _, _, _, mask = batch(4)
     got = np.asarray(losses.whitened(value, mask))
     assert got[mask].mean() == pytest.approx(0, abs=1e-6) and got[mask].std() == pytest.approx(1, abs=1e-5)
-    assert (got[~mask] == 0).all()
+    assert (got[~mask] == 0).all() and (np.asarray(losses.whitened(value, np.zeros_like(mask))) == 0).all()
     order = np.argsort(value[mask])
     assert (np.diff(got[mask][order]) >= 0).all()
 

@@ -13,6 +13,7 @@ from transformer_test import filled, random_group, tiny
 
 from drirl_jax import equations as eq
 from drirl_jax import losses, optimizer, train
+from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.config import default
 from drirl_jax.metrics import Clock
 from drirl_jax.models import lora, reward, transformer
@@ -331,6 +332,14 @@ def test_sft_loss_is_minus_the_log_probability_of_a_demonstrations_token():
 # ---- steps of the stage ----------------------------------------------------------------------------------
 
 
+def kept_and_restored(stage, state, folder):
+    """The state as a run that was killed finds it again."""
+    Checkpoints(folder, keep=1).save(1, state)
+    again = Checkpoints(folder, keep=1).restore(train.committed(stage.init()))
+    jax.tree.map(np.testing.assert_array_equal, state, again)
+    return again
+
+
 def prepared(policy, cache, **sections):
     """The tiny run's context with these options, and rewards that tell responses apart."""
     config = importlib.import_module("configs.tiny").get_config()
@@ -365,7 +374,7 @@ def test_steps_of_each_objective(policy, tmp_path, objective, options):
     for step in range(2):
         batch, stats, scalars = stage.collect(state, step)
         trained, told = stage.update(state.train, batch)
-        state = state._replace(train=trained, carry=stats)
+        state = kept_and_restored(stage, state._replace(train=trained, carry=stats), tmp_path / str(step))
         told = {name: float(value) for name, value in told.items()}
         first = first or told
         assert np.isfinite(list(told.values())).all() and np.isfinite(list(scalars.values())).all()
@@ -395,3 +404,23 @@ def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy,
     assert (deltas[0] == deltas[1]).all() and (deltas[0] > 0).all() and (deltas[0] < 2).all()
     left_out = np.asarray(batch.group.response_len) == 0
     assert left_out.mean() == pytest.approx(1 - scalars["kept"]) and (batch.weights.members[left_out] == 0).all()
+
+
+def test_the_inner_policy_of_irl_moves_between_rounds(policy, tmp_path):
+    # The first round's samples are the initial policy's, the second's those of one that has taken a step.
+    sections = {"irl": {"rounds": 2, "steps": 2}, "grpo": OF_NO_GROUP, "align": {"optimizer": {"learning_rate": 0.1}}}
+    carries = {}
+    for name in ("frozen", "alternate"):
+        sections["irl"] |= {"policy": name, "policy_steps": 1}
+        context, _ = prepared(policy, tmp_path, **sections)
+        stage = irl.make(context)
+        state, carries[name] = stage.init(), []
+        for step in range(2):
+            batch, carry, _ = stage.collect(state, step)
+            carries[name].append(jax.device_get((carry.train, carry.valid)))
+            state = state._replace(train=stage.update(state.train, batch)[0], carry=carry)
+    assert int(state.carry.inner.train.step) == 1
+    kept_and_restored(stage, state, tmp_path / "kept")
+    (first, second), (same, other) = carries["frozen"], carries["alternate"]
+    jax.tree.map(np.testing.assert_array_equal, first, same)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(second), jax.tree.leaves(other)))

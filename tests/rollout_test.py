@@ -1,5 +1,7 @@
 """The sampler: exactness, end of sequence, reproducibility, and agreement with the trainer's log-probabilities."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +129,37 @@ def test_sampling_never_returns_an_impossible_token():
     logit = jnp.full((4, 300), -jnp.inf).at[:, 258].set(0.0)
     uniform = jnp.array([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24], [0.5, 0.0], [0.0, 1 - 2**-24]])
     np.testing.assert_array_equal(rollout.sample_categorical(uniform, logit), 258)
+
+
+@pytest.mark.slow
+def test_uneven_lengths_cost_little():
+    # SmolLM2's shape with random weights, responses of 8 to 256 tokens spread evenly, against all of 256.
+    model = transformer.Transformer(
+        transformer.Config(49_152, 576, 30, 9, 3, 64, 1536, rope_theta=1e5), jax.random.key(0)
+    )
+    P, G, S, T = 4, 8, 64, 256
+    prompt = jax.random.randint(jax.random.key(1), (P, S), 0, 49_152)
+    ends = tuple(range(0, 49_152, 110))  # 0.9% of the vocabulary
+
+    def sample(keys, eos):
+        return rollout.sample(model, prompt, jnp.full(P, S), keys, max_new=T, temperature=1.0, eos=eos)
+
+    # A response depends on its key alone, so lengths can be chosen among many.
+    many = rollout.row_keys(jax.random.key(2), jnp.arange(P), 64)
+    length = np.concatenate(
+        [jax.device_get(sample(many[:, i : i + G], ends).response_len) for i in range(0, 64, G)], axis=1
+    )
+    wanted = np.linspace(8, T, P * G).reshape(G, P).T  # each prompt has short ones and long ones
+    chosen = np.array([[np.abs(of - target).argmin() for target in targets] for of, targets in zip(length, wanted)])
+    spread = many[np.arange(P)[:, None], chosen]
+    rates = {}
+    for name, keys, eos in (("equal", many[:, :G], (-1,)), ("spread", spread, ends)):
+        useful, seconds = int(jax.device_get(sample(keys, eos).response_len).sum()), []
+        for _ in range(3):
+            start = time.perf_counter()
+            jax.block_until_ready(sample(keys, eos))
+            seconds.append(time.perf_counter() - start)
+        rates[name] = useful / np.median(seconds)
+    got = np.sort(np.take_along_axis(length, chosen, axis=1).reshape(-1))
+    assert got[0] < 16 and got[-1] > 200 and 90 < got.mean() < 170
+    assert rates["spread"] > 0.7 * rates["equal"], rates  # 0.76 measured

@@ -176,6 +176,8 @@ def test_rewards_of_another_run_and_none_at_all(whole, policy, tmp_path):
     (row,) = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
     first = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()][4]
     assert row["reward"] == first["reward"] and row["stage"] == first["stage"] == "align"
+    other = ("--config.schedule=('align',)", f"--config.reward.init={whole[0]}", "--config.sampler.max_new=10")
+    refused(start(policy, tmp_path / "other", *other), "are of config.sampler.max_new = 12, not 10")
     # Demonstrations alone need no rewards; the report shows none.
     flags = "--config.grpo.demonstration=apart --config.grpo.contrast=apart --config.grpo.harmless_wrong=1.0"
     supervised = ("--config.align.objective=sft", "--config.scaling.combine=none", *flags.split())
@@ -261,8 +263,11 @@ BAD_FLAGS = {
         "--config.grpo.demonstration=apart",
         "at least 2 responses",
     ),
+    "an inner policy that never moves": ("--config.irl.policy=alternate", "the inner policy never moves"),
     "no rewards": ("--config.schedule=('align',)", "config.reward.source='irl' needs rewards: put 'irl' first"),
     "rewards twice": ("--config.reward.init=runs/other", "'irl' in the schedule learns rewards: leave one out"),
+    "no judge": ("--config.reward.source=judge", "an endpoint needs a url that begins with http"),
+    "no data at all": ("--config.data.shares=" + str((0.0,) * 8), "one of them above 0"),
     "rewards of no run": (
         "--config.schedule=('align',) --config.reward.init=nowhere",
         "no rewards in nowhere/rewards: name the workdir of a run",

@@ -10,7 +10,7 @@ from endpoint_test import section, server  # noqa: F401 (a fixture)
 from objectives_test import prepared
 
 from drirl_jax.models import reward
-from drirl_jax.stages import sources
+from drirl_jax.stages import align, sources
 from drirl_jax.stages.base import group_of
 from drirl_jax.text import pad
 from drirl_jax.types import InputError
@@ -32,7 +32,7 @@ def case(policy, tmp_path_factory):
 def test_by_rules(case):
     # Of a harmful prompt a refusal is right, of a harmless one an answer.
     context, examples, group = case
-    assert sources.SOURCES["rules"].make(context, None)(examples, group, None).tolist() == [[1, 0], [0, 1]]
+    assert sources.SOURCES["rules"].make(context)(None, examples, group, None).tolist() == [[1, 0], [0, 1]]
 
 
 def test_routes(case, caplog):
@@ -46,7 +46,7 @@ def test_routes(case, caplog):
 
     def by(route, weights=()):
         context.config.reward.route, context.config.reward.weights = route, weights
-        return sources.SOURCES["irl"].make(context, bank)(examples, group, None)
+        return sources.SOURCES["irl"].make(context)(bank, examples, group, None)
 
     own = np.stack([each[p, :, c] for p, c in enumerate(examples.category)])
     np.testing.assert_allclose(by("category"), own, atol=1e-5)
@@ -72,13 +72,25 @@ def reply(text):
 def test_by_judge(case, server):  # noqa: F811
     context, examples, group = case
     context.config.judge.update(section(server, concurrency=1))
-    score = sources.SOURCES["judge"].make(context, None)
+    score = sources.SOURCES["judge"].make(context)
     # The second grade is missing at first; a grade above 10 counts as 10.
     server.script = [reply(text) for text in ("8", "none", "Grade: 3/10", "99", "5")]
-    np.testing.assert_allclose(score(examples, group, None), [[0.8, 0.5], [0.3, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(score(None, examples, group, None), [[0.8, 0.5], [0.3, 1.0]], rtol=1e-6)
     asked = [body["messages"][0]["content"] for _, _, body in server.asked]
     assert len(asked) == 5 and asked[4] == asked[1]
     assert examples.prompt_text[0] in asked[0] and SAID[0] in asked[0] and SAID[1] in asked[1]
     server.script = [reply("none")] * 12
     with pytest.raises(InputError, match="gives no number, asked 3 times"):
-        sources.SOURCES["judge"].make(context, None)(examples, group, None)
+        sources.SOURCES["judge"].make(context)(None, examples, group, None)
+
+
+def test_parts_by_a_model(case, server):  # noqa: F811
+    # Each line is a part; an empty reply leaves the text whole; a blank text is not asked about. Asked once for a text.
+    context, _, _ = case
+    context.config.scaling.split = "llm"
+    context.config.scaling.endpoint.update(section(server, concurrency=1))
+    server.script = [reply("I can't help.\n\n It would hurt.\n"), reply("")]
+    split = align.splitter(context)
+    context.config.scaling.split = "sentence"
+    assert split(["a", " ", "b"]) == [["I can't help.", "It would hurt."], [], ["b"]]
+    assert split(["b", "a"]) == [["b"], ["I can't help.", "It would hurt."]] and len(server.asked) == 2

@@ -56,12 +56,25 @@ def single(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.Map
     return grain.MapDataset.mix([rows.batch(batch, batch_fn=list) for rows in _shuffled(sources, seed)])
 
 
+def natural(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
+    """Endless batches of all records together, so that categories have the shares that they have in the data."""
+    (everything,) = _shuffled([[row for rows in sources for row in rows]], seed)
+    return everything.batch(batch, batch_fn=list)
+
+
 # (config.sampler, sources, batch, seed, which categories are harmless) -> batches
 BATCHES = {
+    "natural": lambda c, sources, batch, seed, harmless: natural(sources, batch, seed),
     "mixed": lambda c, sources, batch, seed, harmless: balanced(sources, batch, seed),
     "kinds": lambda c, sources, batch, seed, harmless: by_kind(sources, batch, seed, harmless, c.harmless_share),
     "single": lambda c, sources, batch, seed, harmless: single(sources, batch, seed),
 }
+
+
+def batches(section, rows_C: Sequence[np.ndarray], batch: int, seed: int, harmless_C: Sequence[bool]):
+    """The batches of config.sampler, of the categories that have rows."""
+    held = [c for c, rows in enumerate(rows_C) if len(rows)]
+    return BATCHES[section.batch](section, [rows_C[c] for c in held], batch, seed, [harmless_C[c] for c in held])
 
 
 def _shuffled(sources: Sequence[Sequence[Any]], seed: int) -> list[grain.MapDataset]:

@@ -15,6 +15,7 @@ import collections
 import difflib
 import importlib.resources
 import json
+import math
 import os
 import pathlib
 from typing import Any, Iterator, NamedTuple, Sequence
@@ -88,6 +89,19 @@ def require(records: Sequence[Record], categories: Sequence[str], split: str, mi
             f"too few demonstrations in split {split!r}, where each category needs {minimum}: "
             f"{'; '.join(short)}: add records or lower the number"
         )
+
+
+def thinned(records: Sequence[Record], share: dict[str, float]) -> list[Record]:
+    """The first ⌈share · n⌉ of each category's n records, in their order; of a category that is not named all."""
+    total = collections.Counter(r.category for r in records)
+    limit = {category: math.ceil(share.get(category, 1.0) * n) for category, n in total.items()}
+    seen: collections.Counter[str] = collections.Counter()
+    kept = []
+    for record in records:
+        seen[record.category] += 1
+        if seen[record.category] <= limit[record.category]:
+            kept.append(record)
+    return kept
 
 
 def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:

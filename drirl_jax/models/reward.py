@@ -55,27 +55,37 @@ def init_full(model: Transformer, key: Array, categories: int, **options) -> Rew
 KINDS = {"lora": init_lora, "head": init_head, "full": init_full}
 
 
+def which(rewards: Rewards, category: Array) -> Array:
+    """The reward of each category: its own, or the only one that there is."""
+    return category if rewards.bias.shape[0] > 1 else jnp.zeros_like(category)
+
+
+def _scored(hidden_PGTD: Array, head_PD: Array, bias_P: Array) -> Array:
+    return jnp.einsum("pgtd,pd->pgt", hidden_PGTD.astype(jnp.float32), head_PD) + bias_P[:, None, None]
+
+
+def _by_own_models(rewards: Rewards, group: Group) -> Array:
+    """[C, P, G, T] raw rewards of every model of its own, one after the other."""
+    P = group.prompt.shape[0]
+
+    def by_one(of_category):
+        model, head_D, bias = of_category
+        head_PD, bias_P = jnp.broadcast_to(head_D, (P, *head_D.shape)), jnp.broadcast_to(bias, (P,))
+        return _scored(transformer.apply(model, group)[1], head_PD, bias_P)
+
+    return jax.lax.map(by_one, (rewards.models, rewards.head, rewards.bias))
+
+
 def token_scores(model: Transformer, rewards: Rewards, group: Group, begun: Begun | None = None) -> Array:
     """[P, G, T] float32 raw rewards of every beginning of the responses: at t, of the tokens up to and with t.
 
     For `begun` see `transformer.apply`; models of their own begin anew.
     """
-
-    def scored(hidden_PGTD, head_PD, bias_P):
-        return jnp.einsum("pgtd,pd->pgt", hidden_PGTD.astype(jnp.float32), head_PD) + bias_P[:, None, None]
-
-    c, P = group.category, group.prompt.shape[0]
-    if rewards.models is None:
-        _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, c, begun=begun)
-        return scored(hidden_PGTD, rewards.head[c], rewards.bias[c])
-
-    def by_one(of_category):
-        own, head_D, bias = of_category
-        hidden_PGTD = transformer.apply(own, group)[1]
-        return scored(hidden_PGTD, jnp.broadcast_to(head_D, (P, *head_D.shape)), jnp.broadcast_to(bias, (P,)))
-
-    score_CPGT = jax.lax.map(by_one, (rewards.models, rewards.head, rewards.bias))
-    return jnp.take_along_axis(score_CPGT, c[None, :, None, None], axis=0)[0]
+    c = which(rewards, group.category)
+    if rewards.models is not None:
+        return jnp.take_along_axis(_by_own_models(rewards, group), c[None, :, None, None], axis=0)[0]
+    _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, c, begun=begun)
+    return _scored(hidden_PGTD, rewards.head[c], rewards.bias[c])
 
 
 def read(score_PGT: Array, length_PG: Array) -> Array:
@@ -90,17 +100,19 @@ def raw_score(model: Transformer, rewards: Rewards, group: Group, begun: Begun |
 
 def score(model: Transformer, bank: Bank, group: Group, begun: Begun | None = None) -> Array:
     """[P, G] standardised rewards."""
-    c = group.category
+    c = which(bank.rewards, group.category)
     return zscore(raw_score(model, bank.rewards, group, begun), bank.mean[c][:, None], bank.std[c][:, None])
 
 
 def standardised(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
-    """The bank with mean and deviation of each category's raw rewards; a spread below 1e-6 counts as 1e-6."""
-    categories = rewards.bias.shape[0]
-    count_C = jnp.maximum(jax.ops.segment_sum(jnp.ones_like(reward_N), category_N, categories), 1)
+    """The bank with mean and deviation of each category's raw rewards, 0 and 1 of one without any; a spread below 1e-6
+    counts as 1e-6."""
+    categories, category_N = rewards.bias.shape[0], which(rewards, category_N)
+    held_C = jax.ops.segment_sum(jnp.ones_like(reward_N), category_N, categories)
+    count_C = jnp.maximum(held_C, 1)
     mean_C = jax.ops.segment_sum(reward_N, category_N, categories) / count_C
     square_C = jax.ops.segment_sum((reward_N - mean_C[category_N]) ** 2, category_N, categories) / count_C
-    return Bank(rewards, mean_C, jnp.maximum(jnp.sqrt(square_C), 1e-6))
+    return Bank(rewards, mean_C, jnp.where(held_C > 0, jnp.maximum(jnp.sqrt(square_C), 1e-6), 1.0))
 
 
 def as_they_are(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
@@ -114,8 +126,13 @@ NORMALIZE = {"zscore": standardised, "none": as_they_are}
 
 def score_by_all(model: Transformer, bank: Bank, group: Group, begun: Begun | None = None) -> Array:
     """[P, G, C] standardised rewards of every category, whatever the prompts' own."""
+    rewards = bank.rewards
 
     def by_one(c):
-        return score(model, bank, group.replace(category=jnp.full_like(group.category, c)), begun)
+        return raw_score(model, rewards, group.replace(category=jnp.full_like(group.category, c)), begun)
 
-    return jnp.moveaxis(jax.lax.map(by_one, jnp.arange(bank.mean.size)), 0, -1)
+    if rewards.models is not None:
+        raw_CPG = jax.vmap(read, in_axes=(0, None))(_by_own_models(rewards, group), group.response_len)
+    else:
+        raw_CPG = jax.lax.map(by_one, jnp.arange(bank.mean.size))
+    return zscore(jnp.moveaxis(raw_CPG, 0, -1), bank.mean, bank.std)

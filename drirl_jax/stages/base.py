@@ -21,7 +21,9 @@ from drirl_jax.text import Text
 from drirl_jax.types import Array, Group, PyTree, TrainState
 
 # Each use of random numbers has its own stream: key = fold_in(run key, purpose), then step, prompt and response index.
-PURPOSE = dict(adapter=0, rewards=1, irl_samples=2, irl_cut=3, align_samples=4, evals=5, calibration=6, best_of=7)
+PURPOSE = dict(
+    adapter=0, rewards=1, irl_samples=2, irl_cut=3, align_samples=4, evals=5, calibration=6, best_of=7, inner_samples=8
+)
 
 
 @dataclasses.dataclass(frozen=True)

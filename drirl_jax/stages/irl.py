@@ -16,8 +16,9 @@ from drirl_jax import optimizer
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward
-from drirl_jax.stages.base import Context, Stage, State, by_category, draw_all, group_of, row_batches
-from drirl_jax.types import Array, Group
+from drirl_jax.stages import align
+from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw_all, group_of, row_batches
+from drirl_jax.types import Array, Group, InputError
 
 SHORTEST_CUT = 8  # tokens: before that a text says too little to be told apart
 
@@ -59,8 +60,9 @@ LOSSES = {"logistic": logistic, "linear": linear, "token": token}
 
 
 def init_rewards(context: Context) -> reward.Rewards:
-    """Fresh rewards of the kind that config.reward names, one for each category."""
-    c, categories = context.config.reward, len(context.config.data.categories)
+    """Fresh rewards of the kind that config.reward names, one for each category or one for all."""
+    c = context.config.reward
+    categories = 1 if c.one_for_all else len(context.config.data.categories)
     key = context.key("rewards")
     options = {name: c[name] for name in ("rank", "alpha", "targets", "layers")}
     return reward.KINDS[c.kind](context.model, key, categories, **options)
@@ -116,19 +118,32 @@ def loss(model, pair_loss, weight_K, rewards: reward.Rewards, pairs: Pairs):
     return value, {"pairs_right": pairs_right, "gap": (demo_PK - negative_PK).mean()}
 
 
+class Carry(NamedTuple):
+    """What the stage remembers: samples (responses [N, K, T], lengths [N, K]) for training and held-out prompts, and
+    with irl.policy='alternate' the state of the inner policy's alignment."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    valid: tuple[np.ndarray, np.ndarray]
+    inner: State | None = None
+
+
 def make(context: Context) -> Stage:
     """The stage; its product is a `reward.Bank`."""
     config, c = context.config, context.config.irl
     names = config.data.categories
     harmless = [names.index(name) for name in config.data.harmless]
     train, valid = context.examples["train"], context.examples["valid"]
+    # A category that config.data.shares leaves out has a reward that learned nothing: no figure of it.
+    valid = valid.take(np.flatnonzero(np.isin(valid.category, train.category)))
     transformation = optimizer.make(c.optimizer, c.steps)
     round_steps = c.steps // c.rounds
     contrasted = c.contrast > 0
     for split in ("train", "valid") if contrasted else ():
         require_both_kinds(context.examples[split], harmless, split)
     weight_K = jnp.array([1.0] * c.samples + [c.contrast] * contrasted)
-    batches = pipeline.balanced(train.rows_by_category(len(names)), c.batch, config.seed)
+    held = [rows for rows in train.rows_by_category(len(names)) if len(rows)]
+    balance = pipeline.natural if config.sampler.batch == "natural" else pipeline.balanced
+    batches = balance(held, c.batch, config.seed)
     token_scores = jax.jit(reward.token_scores)
 
     def no_samples(examples: Examples):
@@ -136,11 +151,14 @@ def make(context: Context) -> Stage:
         shape = (len(examples.id), c.samples)
         return np.zeros((*shape, config.sampler.max_new), np.int32), np.zeros(shape, np.int32)
 
-    def sample(examples: Examples, rows, round_: int):
+    # The inner policy takes steps of the align stage between rounds, so that the rewards meet what would exploit them.
+    inner = align.make(context, None, "inner_samples") if c.policy == "alternate" else None
+
+    def sample(model, examples: Examples, rows, round_: int):
         """Samples for these rows, none for the others."""
         batch = max(1, config.evals.batch // c.samples)
         out = draw_all(
-            context, context.model, examples.take(rows), context.key("irl_samples", round_), batch,
+            context, model, examples.take(rows), context.key("irl_samples", round_), batch,
             group=c.samples, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
         response, length = no_samples(examples)
@@ -148,7 +166,8 @@ def make(context: Context) -> Stage:
         return response, length
 
     def init() -> State:
-        return State(optimizer.init(transformation, init_rewards(context)), (no_samples(train), no_samples(valid)))
+        carry = Carry(no_samples(train), no_samples(valid), inner and inner.init())
+        return State(optimizer.init(transformation, init_rewards(context)), carry)
 
     def pairs_of(examples: Examples, pool: Examples, response_PKT, length_PK, contrasted: bool, seed) -> Pairs:
         if contrasted:
@@ -158,16 +177,28 @@ def make(context: Context) -> Stage:
         return make_pairs(examples, response_PKT, length_PK, c.cut, seed)
 
     def collect(state: State, step: int):
-        samples = state.carry
+        carry = state.carry
         if step % round_steps == 0:
-            read = np.concatenate([batches[i] for i in range(step, step + round_steps)])
-            used = rows_to_sample(read, train.rows_by_category(len(names)), config.data.minimum)
-            everything = np.arange(len(valid.id))
-            samples = tuple(sample(*of, step // round_steps) for of in ((train, used), (valid, everything)))
+            carry = new_round(state, step // round_steps)
         rows = np.asarray(batches[step])
-        responses, lengths = samples[0]
+        responses, lengths = carry.train
         drawn = (responses[rows], lengths[rows], contrasted, [config.seed, step])
-        return pairs_of(train.take(rows), train, *drawn), samples, {}
+        return pairs_of(train.take(rows), train, *drawn), carry, {}
+
+    def new_round(state: State, number: int) -> Carry:
+        """Fresh samples, of the inner policy after it has taken its steps, or of the one that stays as it is."""
+        first = number * round_steps
+        read = np.concatenate([batches[i] for i in range(first, first + round_steps)])
+        used = rows_to_sample(read, train.rows_by_category(len(names)), config.data.minimum)
+        model, moved = context.model, state.carry.inner
+        if inner:
+            bank = finish(state) if number else None
+            for step in range((number - 1) * c.policy_steps, number * c.policy_steps) if number else ():
+                batch, stats, _ = inner.collect(moved, step, bank)
+                moved = State(inner.update(moved.train, batch)[0], stats)
+            model = POLICIES[config.policy.tune].merged(context.model, moved.train.params.policy)
+        everything = np.arange(len(valid.id))
+        return Carry(sample(model, train, used, number), sample(model, valid, everything, number), moved)
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state, model, batch):
@@ -184,12 +215,17 @@ def make(context: Context) -> Stage:
             demo, negative = read(score_PGT, pairs)
             whole = reward.read(score_PGT, pairs.group.response_len)
             pieces.append([np.asarray(x)[:real] for x in (demo, negative, whole)])
-        return dict(zip(("demo", "negative", "whole"), map(np.concatenate, zip(*pieces))))
+        found = dict(zip(("demo", "negative", "whole"), map(np.concatenate, zip(*pieces))))
+        if not all(np.isfinite(values).all() for values in found.values()):
+            raise InputError(
+                "the rewards are not finite: the IRL stage diverged, lower config.irl.optimizer.learning_rate."
+            )
+        return found
 
     def evaluate(state: State, step: int):
         if step % c.eval_every and step != c.steps:
             return {}
-        s = scores(optimizer.product(state.train), valid, state.carry[1], contrasted)
+        s = scores(optimizer.product(state.train), valid, state.carry.valid, contrasted)
         gap_NK = s["demo"] - s["negative"]
         whole_NK = s["whole"][:, :1] - s["whole"][:, 1:]
         K = c.samples  # what follows the samples is the negative of config.irl.contrast
@@ -210,15 +246,15 @@ def make(context: Context) -> Stage:
         for name, rows in rows_of.items():
             suffix = "" if name == "all" else f"/{name}"
             out[f"ece{suffix}"] = calibration_error(curves[name])
-            out[f"length_correlation{suffix}"] = correlation(s["whole"][rows, 1 : 1 + K], state.carry[1][1][rows])
+            out[f"length_correlation{suffix}"] = correlation(s["whole"][rows, 1 : 1 + K], state.carry.valid[1][rows])
         if context.workdir and step == c.steps:
             (context.workdir / "reliability.json").write_text(json.dumps(curves, indent=1) + "\n")
         return out
 
     def finish(state: State) -> reward.Bank:
         rewards = optimizer.product(state.train)
-        drawn = np.flatnonzero(state.carry[0][1][:, 0])
-        samples = tuple(x[drawn] for x in state.carry[0])
+        drawn = np.flatnonzero(state.carry.train[1][:, 0])
+        samples = tuple(x[drawn] for x in state.carry.train)
         raw_NG = scores(rewards, train.take(drawn), samples, contrasted=False)["whole"]
         category_N = np.repeat(train.category[drawn], raw_NG.shape[1])
         return reward.NORMALIZE[config.reward.normalize](
@@ -254,7 +290,7 @@ def reliability(gap_N: np.ndarray, beta: float, bins: int = 10) -> list[dict[str
 
 
 def calibration_error(bins: list[dict[str, float]]) -> float:
-    """ECE = Σ_b (n_b / N) |right_b - confidence_b|     (expected calibration error, arXiv 1706.04599)"""
+    """ECE = Σ_b (n_b / N) |right_b - confidence_b|, N > 0     (expected calibration error, arXiv 1706.04599)"""
     return sum(b["n"] * abs(b["right"] - b["confidence"]) for b in bins) / sum(b["n"] for b in bins)
 
 

@@ -108,9 +108,9 @@ def logprobs(model, group: Group, temperature: float, begun: Begun | None = None
 
 
 @jax.jit
-def values(model, head: ValueHead, group: Group) -> Array:
+def values(model, head: ValueHead, group: Group, begun: Begun | None = None) -> Array:
     """[P, G, T] values under the model."""
-    return head(transformer.apply(model, group), group)
+    return head(transformer.apply(model, group, begun=begun), group)
 
 
 def reference(context: Context, scored: Scored) -> Array | None:
@@ -268,7 +268,8 @@ def ppo_batch(context: Context, model: Transformer, params: Params, scored: Scor
     c, sampled = context.config.ppo, scored.sampled
     group = kept_group(scored, slice(sampled))
     mask = length_mask(group.response_len, group.response.shape[-1])
-    old_value = context.clock.mark("values", values(model, params.value, group))
+    begun = scored.begun_of(slice(sampled))
+    old_value = context.clock.mark("values", values(model, params.value, group, begun))
     advantage, returns = token_advantages(scored.reward[:, :sampled], old_value, mask, c.gamma, c.lam, c.whiten)
     batch = Batch(
         group=group,
@@ -276,7 +277,7 @@ def ppo_batch(context: Context, model: Transformer, params: Params, scored: Scor
         old_logp=scored.old_logp,
         ref_logp=reference(context, scored),
         weights=losses.token_weights(context.config.grpo.reduce, mask, sampled),
-        begun=scored.begun_of(slice(sampled)),
+        begun=begun,
         old_value=old_value,
         returns=returns,
     )

@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 _score, _score_by_all = jax.jit(reward.score), jax.jit(reward.score_by_all)
 
 
-# (examples, group [P, M], begun) -> [P, M] rewards of the group's responses
-Score = Callable[[Examples, Group, Begun | None], Array]
+# (what IRL learned, examples, group [P, M], begun) -> [P, M] rewards of the group's responses
+Score = Callable[[reward.Bank | None, Examples, Group, Begun | None], Array]
 
 
 class Source(NamedTuple):
     """A row of the table.
 
     Attributes:
-        make: (context, bank) -> Score.
+        make: context -> Score.
         bank: whether it reads the rewards of the IRL stage; otherwise its bank may be None.
     """
 
-    make: Callable[[Context, reward.Bank | None], Score]
+    make: Callable[[Context], Score]
     bank: bool
 
 
@@ -53,8 +53,9 @@ def router(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
     train, valid = context.examples["train"], context.examples["valid"]
     names = context.config.data.categories
     embedded = context.embedder(train.prompt_text)
-    centroid_CE = np.stack([embedded[rows].mean(axis=0) for rows in train.rows_by_category(len(names))])
-    centroid_CE /= np.linalg.norm(centroid_CE, axis=1, keepdims=True)
+    centroid_CE = np.stack([embedded[rows].sum(axis=0) for rows in train.rows_by_category(len(names))])
+    # A category without training prompts has no direction: its cosine is 0.
+    centroid_CE /= np.maximum(np.linalg.norm(centroid_CE, axis=1, keepdims=True), 1e-6)
 
     def weights(prompts):
         logit_PC = context.embedder(prompts) @ centroid_CE.T / context.config.reward.router_temperature
@@ -76,25 +77,25 @@ def evenly(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
 ROUTES: dict[str, Callable | None] = {"category": None, "linear": evenly, "router": router}
 
 
-def by_bank(context: Context, bank: reward.Bank) -> Score:
+def by_bank(context: Context) -> Score:
     """The rewards that IRL learned (see `models/reward.py`), by config.reward.route."""
     route = ROUTES[context.config.reward.route]
     if route is None:
-        return lambda examples, group, begun: _score(context.model, bank, group, begun)
+        return lambda bank, examples, group, begun: _score(context.model, bank, group, begun)
     weights = route(context)
 
-    def score(examples, group, begun):
+    def score(bank, examples, group, begun):
         by_category = _score_by_all(context.model, bank, group, begun)
         return jnp.einsum("pmc,pc->pm", by_category, weights(examples.prompt_text))
 
     return score
 
 
-def by_rules(context: Context, bank) -> Score:
+def by_rules(context: Context) -> Score:
     """1 where the judge of config.evals finds what the prompt's kind asks for, a refusal or none, otherwise 0."""
     data, refused = context.config.data, JUDGES[context.config.evals.judge]
 
-    def score(examples, group, begun):
+    def score(bank, examples, group, begun):
         answer = [data.categories[c] in data.harmless for c in examples.category]
         rows = zip(examples.prompt_text, answer, texts(context, group))
         right = [[refused(prompt, text) != answered for text in said] for prompt, answered, said in rows]
@@ -119,7 +120,7 @@ Reply with one whole number from 0 to 10 and nothing else."""
 ASK_AGAIN = 3  # times, with other seeds, where a reply has no number
 
 
-def by_judge(context: Context, bank) -> Score:
+def by_judge(context: Context) -> Score:
     """A tenth of the grade from 0 to 10 that the model of config.judge gives; see RATE."""
     judge = Endpoint(context.config.judge, context.workdir and context.workdir / "judge.jsonl")
 
@@ -138,7 +139,7 @@ def by_judge(context: Context, bank) -> Score:
             f"{replies[-1].text[:80]!r}: take another model."
         )
 
-    def score(examples, group, begun):
+    def score(bank, examples, group, begun):
         said = texts(context, group)
         rows = [(prompt, text) for prompt, of_prompt in zip(examples.prompt_text, said) for text in of_prompt]
         chats = [[{"role": "user", "content": RATE.format(prompt=prompt, response=text)}] for prompt, text in rows]

@@ -1,0 +1,358 @@
+"""Variants of a config x seeds, each a run of its own, and one report that compares them.
+
+python -m drirl_jax.study --config configs/study_smollm2.py --workdir runs/study
+
+The config has `base` (a run's config), `variants` (by name, what each changes), `seeds`, and `reference`, the variant
+that the others are compared with. Started again it goes on: what is finished is not run again. Runs whose rewards
+would be the same share them. Left in the workdir: VARIANT/SEED/ (each run's own), study.csv, study.md, study.html and
+study.png.
+"""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import csv
+import json
+import logging
+import multiprocessing
+import pathlib
+import sys
+from typing import Callable, NamedTuple, Sequence
+
+import jinja2
+import numpy as np
+import scipy.stats
+from absl import app
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from drirl_jax import config as config_lib
+from drirl_jax import main as command
+from drirl_jax import metrics, train
+from drirl_jax.evals import diversity
+from drirl_jax.types import InputError
+
+log = logging.getLogger(__name__)
+BASE = "base"  # the policy that all runs start from
+RESAMPLES = 2000
+# Sections and keys of the config that the rewards of a run depend on.
+REWARDS_DEPEND_ON = (
+    "seed data demos irl policy.init policy.system policy.dtype sampler.max_new sampler.temperature sampler.batch "
+    "reward.kind reward.one_for_all reward.rank reward.alpha reward.targets reward.layers reward.normalize"
+).split()
+
+
+class Column(NamedTuple):
+    """A number of a run: its title, how it is written, and (result of an evaluation, run's folder) -> float, or one
+    value for each prompt."""
+
+    title: str
+    text: Callable[[float], str]
+    of: Callable[[dict, pathlib.Path], Sequence[float] | float | None]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def _refused(harmless: bool, wanted: bool) -> Callable:
+    """1 for each prompt of the kind whose response is (not) a refusal; None where there are no such prompts."""
+
+    def of(result, folder):
+        return [float(r["refused"] == wanted) for r in result["responses"] if r["harmless"] == harmless] or None
+
+    return of
+
+
+def _of_texts(function: Callable[[list[str]], float]) -> Callable:
+    """The function of the responses to harmful prompts, None unless there are two."""
+
+    def of(result, folder):
+        texts = [r["response"] for r in result["responses"] if not r["harmless"]]
+        return function(texts) if len(texts) > 1 else None
+
+    return of
+
+
+def _last(name: str, rows: int = 10) -> Callable:
+    """Mean of a scalar over the last steps of the alignment; None where there is none."""
+
+    def of(result, folder):
+        path = folder / "metrics.jsonl"
+        found = [row[name] for row in metrics.read(path) if row["stage"] == "align" and row.get(name) is not None]
+        return float(np.mean(found[-rows:])) if found else None
+
+    return of
+
+
+def _minutes(result: dict, folder: pathlib.Path) -> float:
+    """Of the alignment alone, as runs share the IRL stage."""
+    rows = [row for row in metrics.read(folder / "timing.jsonl") if row["stage"] == "align"]
+    return sum(row["collect_s"] + row["update_s"] for row in rows) / 60
+
+
+COLUMNS = {
+    "harmful_compliance": Column("harmful prompts complied with", _percent, _refused(harmless=False, wanted=False)),
+    "over_refusal": Column("harmless prompts refused", _percent, _refused(harmless=True, wanted=True)),
+    "reward": Column("held-out reward", "{:+.2f}".format, lambda result, folder: result["overall"]["mean_reward"]),
+    "kl": Column("KL, nats a token", "{:.2f}".format, _last("kl")),
+    "length": Column("tokens", "{:.0f}".format, lambda result, folder: result["overall"]["mean_length"]),
+    "distinct_2": Column("distinct 2-grams", "{:.2f}".format, _of_texts(lambda texts: diversity.distinct(texts, 2))),
+    "self_bleu": Column("self-BLEU", "{:.2f}".format, _of_texts(diversity.self_bleu)),
+    "opening": Column("commonest opening", _percent, _of_texts(lambda texts: diversity.commonest_opening(texts)[1])),
+    "minutes": Column("minutes of alignment", "{:.1f}".format, _minutes),
+}
+TRAINING_ONLY = ("kl", "minutes")  # which the base does not have
+
+
+def config_of(study: ConfigDict, variant: str, seed: int) -> ConfigDict:
+    """The run's own config. Raises InputError for a key that no config has."""
+    config = study.base.copy_and_resolve_references()
+    try:
+        config.update(study.variants[variant].to_dict())
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"variant {variant!r} of the study is wrong: {' '.join(str(error).split())}") from error
+    config.seed = seed
+    return config.lock()
+
+
+def reward_key(config: ConfigDict) -> str:
+    """Equal for configs whose IRL stages end with the same rewards."""
+    whole = ConfigDict(json.loads(config.to_json_best_effort(sort_keys=True)))
+    if config.irl.policy == "frozen":
+        parts = {key: config_lib.get(whole, key) for key in REWARDS_DEPEND_ON}
+    else:  # the inner policy's alignment shapes them too
+        parts = {key: value for key, value in whole.items() if key not in ("schedule", "evals", "checkpoint")}
+    return json.dumps(parts, default=lambda section: section.to_dict(), sort_keys=True)
+
+
+def check(study: ConfigDict) -> None:
+    """Raises InputError with one sentence for a study that cannot be run."""
+    missing = [key for key in ("base", "variants", "seeds", "reference") if key not in study]
+    config_lib.need(
+        not missing, f"the config lacks {', '.join(missing)}, so it is no study: see configs/study_smollm2.py."
+    )
+    known = ", ".join(study.variants)
+    config_lib.need(len(study.seeds) > 0, "seeds is empty: give at least one.")
+    config_lib.need(BASE not in study.variants, f"a variant is called {BASE!r}, which is the policy they start from.")
+    config_lib.need(
+        study.reference in study.variants,
+        f"reference is {study.reference!r}, which is no variant: choose one of {known}.",
+    )
+    for name in study.variants:
+        config = config_of(study, name, study.seeds[0])
+        try:
+            config_lib.validate(config)
+            config_lib.need(
+                "evals" in config.schedule, "config.schedule lacks 'evals', so there is nothing to compare."
+            )
+        except InputError as error:
+            raise InputError(f"variant {name!r} of the study: {error}") from error
+
+
+def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs what is not finished, one after the other, each in its own process.
+
+    Raises:
+        InputError: see `check`; or a folder of the workdir holds a run of another config.
+    """
+    check(study)
+    runs = [(name, seed) for seed in study.seeds for name in study.variants]
+    learned: dict[str, pathlib.Path] = {}
+    fresh = multiprocessing.get_context("spawn")
+    for number, (name, seed) in enumerate(runs, start=1):
+        config, folder = config_of(study, name, seed), (workdir / name / str(seed)).absolute()
+        key, learns = reward_key(config), "irl" in config.schedule
+        if (folder / "config.json").exists():  # begun before: it keeps the rewards that it took then
+            theirs = config_lib.recall(folder)
+            source, schedule = theirs.reward.init, theirs.schedule
+        else:
+            source = str(learned.get(key, "")) if learns else config.reward.init
+            schedule = tuple(stage for stage in config.schedule if stage != "irl" or not source)
+        with config.unlocked():
+            config.schedule, config.reward.init = schedule, source
+        if (folder / "evals" / "aligned.json").exists():
+            config_lib.remember(config, folder)
+        else:
+            log.info("run %d of %d: %s, seed %d", number, len(runs), name, seed)
+            with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
+                process.submit(train.run, config, folder).result()
+        if "irl" in schedule:
+            learned.setdefault(key, folder)
+
+
+def results(study: ConfigDict, workdir: pathlib.Path) -> dict[str, list[tuple[dict, pathlib.Path]]]:
+    """By variant, and for BASE, the evaluation and the folder of each seed, its responses told harmless or not."""
+    harmless = study.base.data.harmless
+
+    def read(folder: pathlib.Path, which: str):
+        result = json.loads((folder / "evals" / f"{which}.json").read_text())
+        for response in result["responses"]:
+            response["harmless"] = response["category"] in harmless
+        return result, folder
+
+    folders = {name: [workdir / name / str(seed) for seed in study.seeds] for name in study.variants}
+    found = {BASE: [read(folder, "base") for folder in next(iter(folders.values()))]}
+    return found | {name: [read(folder, "aligned") for folder in of] for name, of in folders.items()}
+
+
+class Interval(NamedTuple):
+    """A mean with a 95% interval; NaN bounds where one number alone says nothing about noise."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence, seed: int = 0) -> Interval:
+    """Mean with a 95% interval: by bootstrap over seeds and prompts, or over seeds alone by Student's t.
+
+    Args:
+        values: of each seed a number, or a list with one for each prompt (the same prompts for all seeds).
+    """
+    table = np.asarray(values, float)
+    if table.ndim == 2:
+        rng = np.random.default_rng(seed)
+        seeds = rng.integers(0, len(table), (RESAMPLES, len(table)))
+        prompts = rng.integers(0, table.shape[1], (RESAMPLES, table.shape[1]))
+        means = [table[s][:, p].mean() for s, p in zip(seeds, prompts)]
+        return Interval(float(table.mean()), *map(float, np.quantile(means, (0.025, 0.975))))
+    if len(table) < 2:
+        return Interval(float(table.mean()), float("nan"), float("nan"))
+    # Resampling three seeds would give the least and the most of them: too narrow.
+    reach = scipy.stats.t.ppf(0.975, len(table) - 1) * table.std(ddof=1) / len(table) ** 0.5
+    return Interval(float(table.mean()), float(table.mean() - reach), float(table.mean() + reach))
+
+
+def difference(values: Sequence, reference: Sequence) -> Interval:
+    """Interval of the difference of means, the same prompts and seeds drawn for both."""
+    return interval(np.asarray(values, float) - np.asarray(reference, float))
+
+
+def table(study: ConfigDict, found: dict) -> dict[str, dict[str, tuple[Interval, Interval | None]]]:
+    """By variant and column: its interval, and that of its difference from the reference.
+
+    The latter is None of the reference itself; what one of them does not have is left out; so are rewards that are
+    others than the reference's, as each has its own scale.
+    """
+    keys = {name: reward_key(config_of(study, name, study.seeds[0])) for name in study.variants}
+    rewards = keys[study.reference]
+    values: dict[str, dict[str, list]] = {}
+    for name, runs in found.items():
+        skipped = TRAINING_ONLY if name == BASE else ()
+        if keys.get(name, rewards) != rewards or (name == BASE and keys[next(iter(keys))] != rewards):
+            skipped = (*skipped, "reward")
+        of = {key: [column.of(*run) for run in runs] for key, column in COLUMNS.items() if key not in skipped}
+        values[name] = {key: column for key, column in of.items() if None not in column}
+    return {
+        name: {
+            key: (
+                interval(of),
+                difference(of, values[study.reference][key])
+                if name != study.reference and key in values[study.reference]
+                else None,
+            )
+            for key, of in columns.items()
+        }
+        for name, columns in values.items()
+    }
+
+
+def told(key: str, cell: tuple[Interval, Interval | None] | None) -> str:
+    """A cell as text: mean, interval, and * where the difference from the reference is beyond noise."""
+    if cell is None:
+        return "–"
+    (mean, low, high), beside = cell
+    text = COLUMNS[key].text
+    star = "*" if beside and (beside.low > 0 or beside.high < 0) else ""
+    return f"{text(mean)}{star}" + ("" if np.isnan(low) else f" ({text(low)}–{text(high)})")
+
+
+def markdown(study: ConfigDict, rows: dict) -> str:
+    """The table in Markdown, with a note on how to read it."""
+    head = ["variant", *(column.title for column in COLUMNS.values())]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    lines += [
+        f"| {name} | " + " | ".join(told(key, cells.get(key)) for key in COLUMNS) + " |" for name, cells in rows.items()
+    ]
+    note = (
+        f"Means over seeds ({len(study.seeds)}) with 95% intervals: of shares by bootstrap over seeds and prompts, of "
+        "the other columns by Student's t over seeds. * The interval of the difference from "
+        f"{study.reference}, on the same seeds and prompts, leaves out 0; of twenty cells without any effect one is to "
+        "be expected to do so."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def write_csv(rows: dict, path: pathlib.Path) -> None:
+    """One line for each variant and column."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "column", "mean", "low", "high", "difference", "difference_low", "difference_high"])
+        for name, cells in rows.items():
+            for key, (own, beside) in cells.items():
+                writer.writerow([name, key, *own, *(beside or ("", "", ""))])
+
+
+def draw(rows: dict, path: pathlib.Path) -> None:
+    """Harmful compliance and over-refusal of every variant with their intervals."""
+    names = list(rows)
+    figure = Figure(figsize=(9.2, 1.4 + 0.36 * len(names)), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("harmful_compliance", "over_refusal")):
+        for y, name in enumerate(names):
+            mean, low, high = rows[name][key][0]
+            reach = [[max(mean - low, 0)], [max(high - mean, 0)]]
+            axes.errorbar(mean, y, xerr=reach, fmt="o", capsize=3, color="#3b94cf")
+        axes.set(title=COLUMNS[key].title, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(axis="x", color="#e8eaed")
+    figure.savefig(path, dpi=160)
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>drirl_jax study</title>
+<style>body{font:15px system-ui;margin:2rem}td,th{padding:.3rem .6rem;text-align:right}td:first-child{text-align:left}
+table{border-collapse:collapse}tr{border-bottom:1px solid #ddd}img{max-width:100%}</style>
+<h1>Variants compared</h1><img alt="Compliance and over-refusal by variant" src="data:image/png;base64,{{ picture }}">
+<table><tr>{% for title in head %}<th>{{ title }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table><p>{{ note }}</p>"""
+
+
+def report(study: ConfigDict, workdir: pathlib.Path) -> str:
+    """Writes study.csv, study.md, study.png and study.html; returns the table in Markdown."""
+    rows = table(study, results(study, workdir))
+    write_csv(rows, workdir / "study.csv")
+    text = markdown(study, rows)
+    (workdir / "study.md").write_text(text, encoding="utf-8")
+    draw(rows, workdir / "study.png")
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            picture=base64.b64encode((workdir / "study.png").read_bytes()).decode(),
+            head=["variant", *(column.title for column in COLUMNS.values())],
+            rows=[[name, *(told(key, cells.get(key)) for key in COLUMNS)] for name, cells in rows.items()],
+            note=text.strip().splitlines()[-1],
+        )
+    )
+    (workdir / "study.html").write_text(page, encoding="utf-8")
+    return text
+
+
+def main(argv: list[str]) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
+    try:
+        for flag in (command.CONFIG, command.WORKDIR):
+            if flag.value is None:
+                raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
+        study, workdir = command.CONFIG.value, pathlib.Path(command.WORKDIR.value)
+        run_all(study, workdir)
+        print(report(study, workdir))
+    except InputError as error:
+        sys.exit(f"drirl_jax: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command.parse)

@@ -1,0 +1,157 @@
+"""The study: its numbers by hand, sharing of rewards, and a small one from start to report, twice."""
+
+import csv
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from drirl_jax import study
+from drirl_jax.evals import diversity
+from drirl_jax.types import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_diversity_by_hand():
+    # "a b", "b a", "a b": three bigrams, two of them distinct. Four of six words repeat.
+    texts = ["a b", "B a", "a b"]
+    assert diversity.distinct(texts, 2) == pytest.approx(2 / 3) and diversity.distinct(texts, 1) == pytest.approx(2 / 6)
+    assert diversity.distinct([""], 2) == 0
+    same = ["I can't help with that, sorry."] * 4
+    assert diversity.self_bleu(same) == pytest.approx(1)
+    other = ["The cat sat on the mat today.", "Rivers flow towards a distant sea.", "Seven loud drums beat at noon."]
+    assert diversity.self_bleu(other) < 0.1
+    assert diversity.commonest_opening([*same, *other]) == ("i can't help with", 4 / 7)
+
+
+def test_intervals():
+    # Over seeds: mean 2, deviation 1, so 2 ± t(0.975, 2) / √3 = 2 ± 4.3027 / 1.7321. One seed says nothing about noise.
+    np.testing.assert_allclose(study.interval([1.0, 2.0, 3.0]), (2, 2 - 2.4841, 2 + 2.4841), atol=1e-4)
+    assert study.interval([0.5])[0] == 0.5 and np.isnan(study.interval([0.5])[1:]).all()
+    # With prompts it is about that of a share of 100 prompts.
+    rng = np.random.default_rng(0)
+    prompts = (rng.random((3, 100)) < 0.3).astype(float)
+    mean, low, high = study.interval(prompts.tolist())
+    assert mean == pytest.approx(prompts.mean()) and low < mean < high and 0.08 < high - low < 0.25
+    # A difference on the same prompts is surer than the two shares.
+    worse = np.minimum(prompts + (rng.random((3, 100)) < 0.1), 1)
+    gap = study.difference(worse.tolist(), prompts.tolist())
+    assert gap.low > 0 and gap.high - gap.low < high - low
+    assert study.difference([1.0, 2.0], [1.0, 2.0]) == (0, 0, 0)
+
+
+def test_a_star_says_that_a_difference_is_beyond_noise():
+    own, beyond, within = study.Interval(0.3, 0.2, 0.4), study.Interval(0.1, 0.01, 0.2), study.Interval(0.1, -0.1, 0.3)
+    nothing = study.Interval(0.1, float("nan"), float("nan"))
+    cells = [study.told("over_refusal", (own, beside)) for beside in (beyond, within, None, nothing)]
+    assert cells == ["30%* (20%–40%)", *["30% (20%–40%)"] * 3] and study.told("kl", None) == "–"
+    assert study.told("over_refusal", (nothing, nothing)) == "10%"
+
+
+def config():
+    return importlib.import_module("configs.study_smollm2").get_config()
+
+
+def test_every_variant_is_a_run_and_shares_rewards_where_they_are_the_same():
+    from drirl_jax.config import validate
+
+    plan = config()
+    keys = {}
+    for name in plan.variants:
+        of = study.config_of(plan, name, 1)
+        validate(of)
+        keys[name] = study.reward_key(of)
+    own = {name for name in plan.variants if plan.variants[name].get("data")} | {"grpo_one_reward"}
+    assert len(own) == 9 and len({keys[name] for name in own}) == 9
+    assert len({key for name, key in keys.items() if name not in own}) == 1
+    assert study.reward_key(study.config_of(plan, "sft", 2)) != keys["sft"]
+    plan.variants.linear = {"irl": {"loss": "linear"}}
+    assert study.reward_key(study.config_of(plan, "linear", 1)) != keys["sft"]
+    # With an inner policy the alignment's own options shape the rewards.
+    plan.base.irl.update({"policy": "alternate", "rounds": 2})
+    keys = {name: study.reward_key(study.config_of(plan, name, 1)) for name in ("grpo_s", "grpo_static")}
+    assert keys["grpo_s"] != keys["grpo_static"]
+    plan.variants.wrong = {"align": {"stps": 3}}
+    with pytest.raises(InputError, match="variant 'wrong' of the study is wrong.*stps"):
+        study.config_of(plan, "wrong", 0)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"seeds": ()}, "seeds is empty"),
+    ({"reference": "nobody"}, "reference is 'nobody', which is no variant: choose one of dpo_s"),
+    ({"base": {"schedule": ("irl", "align")}}, "variant 'dpo_s' of the study: config.schedule lacks 'evals'"),
+    ({"base": {"dpo": {"beta": -1.0}}}, "variant 'dpo_s' of the study: config.dpo.beta is -1.0"),
+])  # fmt: skip
+def test_a_study_that_cannot_be_run_is_one_sentence(change, sentence):
+    plan = config()
+    plan.update(change)
+    with pytest.raises(InputError, match=sentence):
+        study.check(plan)
+    with pytest.raises(InputError, match="so it is no study"):
+        study.check(plan.base)
+
+
+@pytest.fixture
+def small(policy, tmp_path):
+    """A study of the tiny config: two variants, one seed."""
+    (tmp_path / "small.py").write_text(
+        f"""
+from ml_collections import ConfigDict
+from configs import tiny
+
+def get_config():
+    study = ConfigDict()
+    study.base = tiny.get_config()
+    study.base.policy.init = {str(policy)!r}
+    study.base.irl.steps = study.base.align.steps = 2
+    study.base.irl.eval_every = 2
+    study.base.grpo.update({{"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0}})
+    study.seeds = (0,)
+    study.reference = "static"
+    study.variants = ConfigDict({{"static": {{"scaling": {{"combine": "none"}}}}, "scaled": {{}}}})
+    return study
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+    def start():
+        flags = [f"--config={tmp_path / 'small.py'}", f"--workdir={tmp_path / 'study'}"]
+        args = [sys.executable, "-m", "drirl_jax.study", *flags]
+        return subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    return start, tmp_path / "study"
+
+
+def test_a_small_study(small):
+    start, workdir = small
+    done = start()
+    assert done.returncode == 0, done.stderr[-3000:]
+    # One IRL stage: the second variant, in the order of their names, takes the first one's rewards.
+    assert (workdir / "scaled" / "0" / "rewards").is_dir() and not (workdir / "static" / "0" / "rewards").exists()
+    rows = list(csv.DictReader((workdir / "study.csv").open()))
+    of = {(row["variant"], row["column"]): row for row in rows}
+    assert {name for name, _ in of} == {"base", "static", "scaled"}
+    result = json.loads((workdir / "scaled" / "0" / "evals" / "aligned.json").read_text())
+    share = [not r["refused"] for r in result["responses"] if r["category"] != "harmless"]
+    assert float(of["scaled", "harmful_compliance"]["mean"]) == pytest.approx(np.mean(share))
+    assert of["scaled", "kl"]["difference"] and not of["static", "kl"]["difference"] and ("base", "kl") not in of
+    assert of["scaled", "kl"]["low"] == "nan"
+    text = (workdir / "study.md").read_text()
+    assert "| scaled |" in text and "Means over seeds (1)" in text and text in done.stdout
+    assert "data:image/png;base64" in (workdir / "study.html").read_text() and (workdir / "study.png").exists()
+    # Again: nothing is run, the report is the same.
+    again = start()
+    assert again.returncode == 0 and "run 1 of" not in again.stderr
+    assert (workdir / "study.md").read_text() == text
+    # Changed: a finished run of another config is not taken for this one's.
+    plan = workdir.parent / "small.py"
+    plan.write_text(plan.read_text().replace("study.base.align.steps = 2", "study.base.align.steps = 1"))
+    changed = start()
+    assert changed.returncode == 1 and "align.steps: 2 there, 1 now" in changed.stderr
+    assert "Traceback" not in changed.stderr
