@@ -267,7 +267,7 @@ BAD_FLAGS = {
     "no rewards": ("--config.schedule=('align',)", "config.reward.source='irl' needs rewards: put 'irl' first"),
     "rewards twice": ("--config.reward.init=runs/other", "'irl' in the schedule learns rewards: leave one out"),
     "no judge": ("--config.reward.source=judge", "an endpoint needs a url that begins with http"),
-    "no data at all": ("--config.data.shares=" + str((0.0,) * 8), "one of them above 0"),
+    "no data at all": ("--config.data.shares=(" + ",".join(["0.0"] * 8) + ")", "one of them above 0"),
     "rewards of no run": (
         "--config.schedule=('align',) --config.reward.init=nowhere",
         "no rewards in nowhere/rewards: name the workdir of a run",
