@@ -1,6 +1,5 @@
 """What the policy learns from, on a tiny model: against numpy, what must change nothing, and what must change it."""
 
-import importlib
 import types
 from functools import partial
 
@@ -12,12 +11,10 @@ import pytest
 from transformer_test import filled, random_group, tiny
 
 from drirl_jax import equations as eq
-from drirl_jax import losses, optimizer, train
-from drirl_jax.checkpoint import Checkpoints
+from drirl_jax import losses, optimizer
 from drirl_jax.config import default
 from drirl_jax.metrics import Clock
-from drirl_jax.models import lora, reward, transformer
-from drirl_jax.stages import align, irl
+from drirl_jax.models import lora, transformer
 from drirl_jax.stages import objectives as obj
 from drirl_jax.stages.base import POLICIES
 from drirl_jax.types import length_mask
@@ -327,100 +324,3 @@ def test_sft_loss_is_minus_the_log_probability_of_a_demonstrations_token():
     fresh = lora.init(model, jax.random.key(3), rank=4, alpha=4)
     value, _ = obj.sft_loss(model, POLICIES["lora"], context.config, obj.Params(fresh), batch)
     np.testing.assert_allclose(value, -np.mean(whole_logp(model, group) / group.response_len), rtol=1e-4)
-
-
-# ---- steps of the stage ----------------------------------------------------------------------------------
-
-
-def kept_and_restored(stage, state, folder):
-    """The state as a run that was killed finds it again."""
-    Checkpoints(folder, keep=1).save(1, state)
-    again = Checkpoints(folder, keep=1).restore(train.committed(stage.init()))
-    jax.tree.map(np.testing.assert_array_equal, state, again)
-    return again
-
-
-def prepared(policy, cache, **sections):
-    """The tiny run's context with these options, and rewards that tell responses apart."""
-    config = importlib.import_module("configs.tiny").get_config()
-    config.policy.init, config.compilation_cache = str(policy), str(cache)
-    for section, options in sections.items():
-        config[section].update(options)
-    context = train.prepare(config)
-    fresh = irl.init_rewards(context)
-    head = jax.random.normal(jax.random.key(0), fresh.head.shape)
-    return context, reward.Bank(fresh.replace(head=head), mean=fresh.bias, std=jnp.ones_like(fresh.bias))
-
-
-OF_NO_GROUP = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0}
-
-
-@pytest.mark.parametrize(
-    "objective, options",
-    [
-        ("ppo", {}),
-        ("dpo", {"dpo": {"pairs": "demonstration"}}),
-        ("dpo", {"dpo": {"pairs": "self", "online": True}}),
-        ("sft", {"scaling": {"combine": "none"}}),
-    ],
-    ids=["ppo", "dpo", "dpo_self_online", "sft"],
-)
-def test_steps_of_each_objective(policy, tmp_path, objective, options):
-    sections = {"align": {"objective": objective, "updates": 2}, "grpo": OF_NO_GROUP} | options
-    context, bank = prepared(policy, tmp_path, **sections)
-    stage = align.make(context, bank)
-    state, first = stage.init(), None
-    start = jax.tree.map(np.asarray, state.train.params)
-    for step in range(2):
-        batch, stats, scalars = stage.collect(state, step)
-        trained, told = stage.update(state.train, batch)
-        state = kept_and_restored(stage, state._replace(train=trained, carry=stats), tmp_path / str(step))
-        told = {name: float(value) for name, value in told.items()}
-        first = first or told
-        assert np.isfinite(list(told.values())).all() and np.isfinite(list(scalars.values())).all()
-    assert int(state.train.step) == 4  # two steps of two updates
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start.policy, stage.finish(state))
-    assert max(jax.tree.leaves(moved)) > 0
-    if objective == "ppo":
-        assert np.abs(state.train.params.value.weight).max() > 0
-        assert {"kl", "entropy", "value_loss"} < told.keys() and "alpha_d" in scalars
-    if objective == "dpo":
-        assert 0 <= told["pairs_right"] <= 1 and 0 < scalars["pairs"] <= 1
-    if objective == "sft":
-        assert told["loss"] < first["loss"] and not scalars
-
-
-def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy, tmp_path):
-    scaled = {"split": "clause", "baseline": "dataset", "mask": "threshold", "threshold": 0.5, "drop_masked": True}
-    context, bank = prepared(policy, tmp_path, scaling=scaled, grpo={"reduce": "token", "ratio": "sequence"})
-    stage = align.make(context, bank)
-    state, deltas = stage.init(), []
-    for step in range(2):
-        batch, stats, scalars = stage.collect(state, step)
-        trained, told = stage.update(state.train, batch)
-        state = state._replace(train=trained, carry=stats)
-        deltas.append(stats.delta)
-    assert np.isfinite(told["loss"]) and 0 < scalars["kept"] < 1
-    assert (deltas[0] == deltas[1]).all() and (deltas[0] > 0).all() and (deltas[0] < 2).all()
-    left_out = np.asarray(batch.group.response_len) == 0
-    assert left_out.mean() == pytest.approx(1 - scalars["kept"]) and (batch.weights.members[left_out] == 0).all()
-
-
-def test_the_inner_policy_of_irl_moves_between_rounds(policy, tmp_path):
-    # The first round's samples are the initial policy's, the second's those of one that has taken a step.
-    sections = {"irl": {"rounds": 2, "steps": 2}, "grpo": OF_NO_GROUP, "align": {"optimizer": {"learning_rate": 0.1}}}
-    carries = {}
-    for name in ("frozen", "alternate"):
-        sections["irl"] |= {"policy": name, "policy_steps": 1}
-        context, _ = prepared(policy, tmp_path, **sections)
-        stage = irl.make(context)
-        state, carries[name] = stage.init(), []
-        for step in range(2):
-            batch, carry, _ = stage.collect(state, step)
-            carries[name].append(jax.device_get((carry.train, carry.valid)))
-            state = state._replace(train=stage.update(state.train, batch)[0], carry=carry)
-    assert int(state.carry.inner.train.step) == 1
-    kept_and_restored(stage, state, tmp_path / "kept")
-    (first, second), (same, other) = carries["frozen"], carries["alternate"]
-    jax.tree.map(np.testing.assert_array_equal, first, same)
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(second), jax.tree.leaves(other)))

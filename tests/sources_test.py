@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from align_test import prepared
 from endpoint_test import section, server  # noqa: F401 (a fixture)
-from objectives_test import prepared
 
 from drirl_jax.models import reward
 from drirl_jax.stages import align, sources
