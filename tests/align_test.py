@@ -46,9 +46,9 @@ OF_NO_GROUP = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 
     ],
     ids=["ppo", "dpo", "dpo_self_online", "sft"],
 )
-def test_steps_of_each_objective(policy, tmp_path, objective, options):
+def test_steps_of_each_objective(policy, cache, tmp_path, objective, options):
     sections = {"align": {"objective": objective, "updates": 2}, "grpo": OF_NO_GROUP} | options
-    context, bank = prepared(policy, tmp_path, **sections)
+    context, bank = prepared(policy, cache, **sections)
     stage = align.make(context, bank)
     state, first = stage.init(), None
     start = jax.tree.map(np.asarray, state.train.params)
@@ -71,9 +71,9 @@ def test_steps_of_each_objective(policy, tmp_path, objective, options):
         assert told["loss"] < first["loss"] and not scalars
 
 
-def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy, tmp_path):
+def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy, cache):
     scaled = {"split": "clause", "baseline": "dataset", "mask": "threshold", "threshold": 0.5, "drop_masked": True}
-    context, bank = prepared(policy, tmp_path, scaling=scaled, grpo={"reduce": "token", "ratio": "sequence"})
+    context, bank = prepared(policy, cache, scaling=scaled, grpo={"reduce": "token", "ratio": "sequence"})
     stage = align.make(context, bank)
     state, deltas = stage.init(), []
     for step in range(2):
@@ -87,13 +87,13 @@ def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy,
     assert left_out.mean() == pytest.approx(1 - scalars["kept"]) and (batch.weights.members[left_out] == 0).all()
 
 
-def test_the_inner_policy_of_irl_moves_between_rounds(policy, tmp_path):
+def test_the_inner_policy_of_irl_moves_between_rounds(policy, cache, tmp_path):
     # The first round's samples are the initial policy's, the second's those of one that has taken a step.
     sections = {"irl": {"rounds": 2, "steps": 2}, "grpo": OF_NO_GROUP, "align": {"optimizer": {"learning_rate": 0.1}}}
     carries = {}
     for name in ("frozen", "alternate"):
         sections["irl"] |= {"policy": name, "policy_steps": 1}
-        context, _ = prepared(policy, tmp_path, **sections)
+        context, _ = prepared(policy, cache, **sections)
         stage = irl.make(context)
         state, carries[name] = stage.init(), []
         for step in range(2):

@@ -24,3 +24,9 @@ def policy(tmp_path_factory):
     model = Transformer(llama.config_from_hf(config), jax.random.key(0))
     hf.save(folder, config, llama.to_hf(model), hf.load_tokenizer(path))
     return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A compilation cache that tests in one process share."""
+    return tmp_path_factory.mktemp("cache")

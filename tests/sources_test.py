@@ -19,9 +19,9 @@ SAID = ("I can't help with that.", "Sure, here is how: first, breathe.")
 
 
 @pytest.fixture(scope="module")
-def case(policy, tmp_path_factory):
+def case(policy, cache):
     """A context, a harmful and a harmless example, and for each of them both of SAID."""
-    context, _ = prepared(policy, tmp_path_factory.mktemp("cache"), sampler={"max_new": 24})
+    context, _ = prepared(policy, cache, sampler={"max_new": 24})
     train, names = context.examples["train"], context.config.data.categories
     rows = [int(np.flatnonzero(train.category == names.index(name))[0]) for name in ("insult", "harmless")]
     ids, length = pad([context.text.response_ids(text, 24) for text in SAID], 24)
