@@ -16,7 +16,6 @@ import json
 import pathlib
 import sys
 
-import jax
 import numpy as np
 from absl import app, flags
 
@@ -25,9 +24,10 @@ from drirl_jax import main as command
 from drirl_jax import train
 from drirl_jax.data import examples, records
 from drirl_jax.data.records import Record
+from drirl_jax.evals import runner
 from drirl_jax.models import hf, llama, reward
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
+from drirl_jax.stages.base import Context, draw_all
 from drirl_jax.types import InputError
 
 RESPONSES = flags.DEFINE_string("responses", None, "JSONL file of prompts with responses to score.")
@@ -35,8 +35,6 @@ PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts, of whose 
 BEST_OF = flags.DEFINE_integer("best_of", 8, "Responses sampled for each prompt.", lower_bound=1)
 BASE = flags.DEFINE_boolean("base", False, "Sample from the policy that the run started from.")
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.")
-
-_score = jax.jit(reward.score)
 
 
 def load(workdir: pathlib.Path, rows: list[Record]) -> tuple[Context, reward.Bank]:
@@ -65,22 +63,12 @@ def policy(context: Context, workdir: pathlib.Path, base: bool) -> Transformer:
     return train.committed(llama.from_hf(hf.read_tensors(folder), context.model.config))
 
 
-def scores(context: Context, bank: reward.Bank, response, response_len) -> np.ndarray:
-    """[N, G] rewards of responses [N, G, T] to the given prompts, read at most at the run's sampler.max_new tokens."""
-    given, config, pieces = context.examples["given"], context.config, []
-    read = np.minimum(response_len, config.sampler.max_new)
-    for rows, real in row_batches(len(given.id), min(config.evals.batch, len(given.id))):
-        group = group_of(given.take(rows), response[rows], read[rows])
-        pieces.append(np.asarray(_score(context.model, bank, group))[:real])
-    return np.concatenate(pieces)
-
-
 def of_responses(workdir: pathlib.Path, path: pathlib.Path) -> list[dict]:
     """The records of the file with "reward"."""
     rows = records.read(path, config_lib.recall(workdir).data.categories, optional=("draft",))
     context, bank = load(workdir, rows)
     given = context.examples["given"]
-    found = scores(context, bank, given.demo[:, None], given.demo_len[:, None])[:, 0]
+    found = runner.rewards_of(context, bank, given, given.demo[:, None], given.demo_len[:, None])[:, 0]
     return [row._asdict() | {"reward": float(value)} for row, value in zip(rows, found)]
 
 
@@ -93,7 +81,7 @@ def best_of(workdir: pathlib.Path, path: pathlib.Path, n: int, base: bool) -> li
         context, policy(context, workdir, base), given, context.key("best_of"), min(config.evals.batch, len(rows)),
         group=n, max_new=config.evals.max_new, temperature=config.sampler.temperature,
     )  # fmt: skip
-    found = scores(context, bank, out.response, out.response_len)
+    found = runner.rewards_of(context, bank, given, out.response, out.response_len)
     best = found.argmax(axis=1)
     texts = [context.text.decode(out.response[i, g], out.response_len[i, g]) for i, g in enumerate(best)]
     told = ({"reward": float(of.max()), "mean": float(of.mean()), "lowest": float(of.min())} for of in found)

@@ -9,7 +9,6 @@ from drirl_jax.data.examples import Examples
 from drirl_jax.evals.judges import JUDGES
 from drirl_jax.models import reward
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.rollout import Rollout
 from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
 
 score = jax.jit(reward.score)
@@ -40,7 +39,7 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
         max_new=c.max_new,
         temperature=c.temperature,
     )
-    rewards = rewards_of(context, bank, examples, out) if bank else None
+    rewards = rewards_of(context, bank, examples, out.response, out.response_len)[:, 0] if bank else None
 
     def mean_reward(rows=slice(None)):
         return None if rewards is None else float(rewards[rows].mean())
@@ -78,11 +77,11 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
     }
 
 
-def rewards_of(context: Context, bank: reward.Bank, examples: Examples, out: Rollout) -> np.ndarray:
-    """[N] rewards of the first config.sampler.max_new tokens of the first response to each example."""
+def rewards_of(context: Context, bank: reward.Bank, examples: Examples, response, response_len) -> np.ndarray:
+    """[N, G] rewards of responses [N, G, T] to the examples, read at most at config.sampler.max_new tokens."""
     config, pieces = context.config, []
+    read = np.minimum(response_len, config.sampler.max_new)
     for rows, real in row_batches(len(examples.id), config.evals.batch):
-        read = np.minimum(out.response_len[rows], config.sampler.max_new)
-        group = group_of(examples.take(rows), out.response[rows], read)
-        pieces.append(jax.device_get(score(context.model, bank, group))[:real, 0])
+        group = group_of(examples.take(rows), response[rows], read[rows])
+        pieces.append(jax.device_get(score(context.model, bank, group))[:real])
     return np.concatenate(pieces)
