@@ -1,6 +1,7 @@
 """A real GGUF file: its config, tensors and above all its tokenizer; and what tokenizers are refused."""
 
 import importlib.util
+import os
 
 import gguf
 import numpy as np
@@ -102,12 +103,15 @@ def test_the_chat_template_renders_chatml_with_the_default_system_turn(smollm):
     assert smollm.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == expected
 
 
-def test_a_reader_does_as_well_as_a_path(tmp_path):
+def test_a_file_is_read_once_until_it_changes(tmp_path):
     path = tiny_gguf(tmp_path / "tiny.gguf")
-    for source in (path, gguf.GGUFReader(path)):
-        tokenizer = tokenizers.from_gguf(source)
-        assert tokenizer("ab11<|user|>").input_ids == [3, 4, 4, 5]
-        assert (tokenizer.eos_token_id, tokenizer.pad_token, tokenizer.chat_template) == (0, None, None)
+    tokenizer = tokenizers.from_gguf(path)
+    assert tokenizer("ab11<|user|>").input_ids == [3, 4, 4, 5]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token, tokenizer.chat_template) == (0, None, None)
+    first = tokenizers.open_gguf(path)
+    assert tokenizers.open_gguf(path) is first
+    os.utime(path, ns=(1, 1))
+    assert tokenizers.open_gguf(path) is not first
 
 
 @pytest.mark.parametrize(

@@ -220,26 +220,25 @@ def _in_package(name: str) -> pathlib.Path:
     return found[0]
 
 
-def _open_llama(path: pathlib.Path) -> tuple[gguf.GGUFReader, dict]:
-    """The reader and the metadata by key."""
-    reader = tokenizers.open_gguf(path)
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    if meta.get("general.architecture") != "llama":
+def _open_llama(path: pathlib.Path) -> tokenizers.Gguf:
+    file = tokenizers.open_gguf(path)
+    architecture = file.meta.get("general.architecture")
+    if architecture != "llama":
         raise InputError(
-            f"{path} holds the architecture {meta.get('general.architecture')!r}, and only 'llama' is read "
-            "from GGUF: use the model's Hugging Face folder."
+            f"{path} holds the architecture {architecture!r}, and only 'llama' is read from GGUF: use the model's "
+            "Hugging Face folder."
         )
-    return reader, meta
+    return file
 
 
 def _gguf_config(path: pathlib.Path) -> dict:
-    reader, meta = _open_llama(path)
+    _, meta, stored = _open_llama(path)
     if meta.get("llama.rope.scaling.type", "none") != "none":
         raise InputError(
             f"{path} scales RoPE ({meta['llama.rope.scaling.type']}), which is not read from GGUF: use the "
             "model's Hugging Face folder."
         )
-    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}  # the innermost axis first
+    shapes = {tensor.name: tensor.shape for tensor in stored}  # the innermost axis first
     heads = meta["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -265,7 +264,7 @@ def _gguf_config(path: pathlib.Path) -> dict:
 
 
 def _gguf_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    reader, meta = _open_llama(path)
+    _, meta, stored = _open_llama(path)
     heads = meta["llama.attention.head_count"]
     kv_heads = meta.get("llama.attention.head_count_kv", heads)
     rotated = {"attn_q.weight": heads, "attn_k.weight": kv_heads}
@@ -273,7 +272,7 @@ def _gguf_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     for i in range(meta["llama.block_count"]):
         names |= {f"blk.{i}.{key}": f"model.layers.{i}.{name}" for key, name in GGUF_LAYER_TENSORS.items()}
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in stored:
         if tensor.name not in names:
             raise InputError(
                 f"{path} has the tensor {tensor.name}, which no plain Llama model has: use the model's "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
+from typing import Any, NamedTuple, Sequence
 
 import gguf
 import tokenizers
@@ -24,34 +26,47 @@ PRE_TOKENIZERS = {
 ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
-def open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
-    """The file, mapped into memory. Raises InputError where it is no whole GGUF file."""
+class Gguf(NamedTuple):
+    """What a GGUF file holds: metadata by key, and its tensors, mapped into memory."""
+
+    path: pathlib.Path
+    meta: dict[str, Any]
+    tensors: Sequence[gguf.ReaderTensor]
+
+
+def open_gguf(path: pathlib.Path) -> Gguf:
+    """The file's contents. Raises InputError where it is no whole GGUF file."""
     try:
-        return gguf.GGUFReader(path)
+        stat = path.stat()
+        return _parsed(path, stat.st_size, stat.st_mtime_ns)
     except (ValueError, IndexError, FileNotFoundError) as error:
         raise InputError(f"{path} is not a readable GGUF file ({error}): download it again.") from error
 
 
-def from_gguf(source: gguf.GGUFReader | pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer that a GGUF file carries, with its chat template.
+@functools.lru_cache(maxsize=1)
+def _parsed(path: pathlib.Path, size: int, changed: int) -> Gguf:
+    """Kept until the file changes or another is opened: config, tokenizer and weights are read one after the other, and
+    the words of a vocabulary take the reader seconds."""
+    reader = gguf.GGUFReader(path)
+    return Gguf(path, {key: field.contents() for key, field in reader.fields.items()}, reader.tensors)
 
-    Args:
-        source: the file, or a reader of it.
+
+def from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer that a GGUF file carries, with its chat template.
 
     Raises:
         InputError: it is not a byte-level BPE tokenizer with a known way of cutting text.
     """
-    reader = source if isinstance(source, gguf.GGUFReader) else open_gguf(source)
-    meta = {key: field.contents() for key, field in reader.fields.items()}
+    meta = open_gguf(path).meta
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise InputError(
-            f"{reader.data.filename} has a tokenizer of the model {kind!r}, and only 'gpt2' (byte-level BPE) "
+            f"{path} has a tokenizer of the model {kind!r}, and only 'gpt2' (byte-level BPE) "
             "is read from GGUF: use the model's Hugging Face folder."
         )
     if pre not in PRE_TOKENIZERS:
         raise InputError(
-            f"{reader.data.filename} has a tokenizer that cuts text by the rule {pre!r}, and from GGUF only "
+            f"{path} has a tokenizer that cuts text by the rule {pre!r}, and from GGUF only "
             f"{', '.join(PRE_TOKENIZERS)} is known: use the model's Hugging Face folder."
         )
     tokens = meta["tokenizer.ggml.tokens"]
