@@ -12,7 +12,10 @@ import time
 
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from safetensors.numpy import load_file
+
+from drirl_jax import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -286,17 +289,28 @@ def refused(done, message):
     assert len(done.stderr.strip().splitlines()[-1]) < 900
 
 
+def refused_here(message, *args):
+    """Like `refused`, of the command in this process, which has the imports behind it."""
+    argv = command(*args)[2:]
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", argv)  # where config_flags looks for --config.name=value
+        main.main(main.parse(argv))
+    said = stop.value.code
+    assert isinstance(said, str) and re.search(message, said), said
+    assert len(said.splitlines()) == 1 and len(said) < 900
+
+
 @pytest.mark.parametrize("kind", BAD_DATA)
 def test_bad_data_is_one_clear_sentence(policy, tmp_path, kind):
     line, message = BAD_DATA[kind]
-    refused(start(policy, tmp_path / "run", jsonl(tmp_path, line)), message)
+    refused_here(message, policy, tmp_path / "run", jsonl(tmp_path, line))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("kind", BAD_FLAGS)
 def test_a_bad_flag_is_one_clear_sentence(policy, tmp_path, kind):
     flags, message = BAD_FLAGS[kind]
-    refused(start(policy, tmp_path / "run", *flags.split()), message)
+    refused_here(message, policy, tmp_path / "run", *flags.split())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
