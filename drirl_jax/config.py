@@ -175,7 +175,8 @@ def default() -> ConfigDict:
     c.align = ConfigDict()
     c.align.objective = "grpo"  # grpo | ppo | dpo | sft: see stages/objectives.py
     c.align.steps = 50
-    c.align.updates = 1  # on the samples of a step
+    c.align.epochs = 1  # passes over the samples of a step
+    c.align.minibatches = 1  # updates in a pass, each on its share of the prompts
     c.align.batch = 8  # P: prompts a step
     c.align.group = 8  # G: responses a prompt
     c.align.accumulate = 1  # micro-batches of prompts in one update
@@ -251,11 +252,11 @@ TABLES = {
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
 POSITIVE = (
-    "demos.per_category demos.attempts demos.step_words demos.max_new demos.batch policy.rank reward.rank data.minimum "
-    "reward.router_temperature data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds irl.samples "
-    "irl.policy_steps irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch align.group "
-    "align.updates align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch checkpoint.every checkpoint.keep "
-    "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
+    "demos.per_category demos.attempts demos.step_words demos.max_new demos.batch policy.rank reward.rank "
+    "data.minimum reward.router_temperature data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds "
+    "irl.samples irl.policy_steps irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch "
+    "align.group align.epochs align.minibatches align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch "
+    "checkpoint.every checkpoint.keep sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
 
 
@@ -409,9 +410,11 @@ def validate(config: ConfigDict) -> None:
     )
     for key in ("ppo.gamma", "ppo.lam"):
         need(0 <= get(config, key) <= 1, f"config.{key} is {get(config, key)}: it must lie in [0, 1].")
-    for key in ("irl", "align"):
-        batch, parts = config[key].batch, config[key].accumulate
-        need(batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide config.{key}.batch ({batch}).")
+    batch, parts = config.align.batch, config.align.minibatches
+    need(batch % parts == 0, f"config.align.minibatches ({parts}) must divide config.align.batch ({batch}).")
+    for key, batch in (("irl", config.irl.batch), ("align", config.align.batch // config.align.minibatches)):
+        parts = config[key].accumulate
+        need(batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide the {batch} prompts of an update.")
     rounds, steps = config.irl.rounds, config.irl.steps
     need(steps % rounds == 0, f"config.irl.rounds ({rounds}) must divide config.irl.steps ({steps}).")
 

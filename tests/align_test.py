@@ -47,7 +47,7 @@ OF_NO_GROUP = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 
     ids=["ppo", "dpo", "dpo_self_online", "sft"],
 )
 def test_steps_of_each_objective(policy, cache, tmp_path, objective, options):
-    sections = {"align": {"objective": objective, "updates": 2}, "grpo": OF_NO_GROUP} | options
+    sections = {"align": {"objective": objective, "epochs": 2}, "grpo": OF_NO_GROUP} | options
     context, bank = prepared(policy, cache, **sections)
     stage = align.make(context, bank)
     state, first = stage.init(), None
@@ -69,6 +69,20 @@ def test_steps_of_each_objective(policy, cache, tmp_path, objective, options):
         assert 0 <= told["pairs_right"] <= 1 and 0 < scalars["pairs"] <= 1
     if objective == "sft":
         assert told["loss"] < first["loss"] and not scalars
+
+
+def test_minibatches_are_updates_one_after_the_other(policy, cache):
+    context, bank = prepared(policy, cache, align={"minibatches": 2})
+    stage = align.make(context, bank)
+    whole = align.make(prepared(policy, cache)[0], bank)
+    batch, _, _ = stage.collect(stage.init(), 0)
+    half = len(batch.group.prompt) // 2
+    one_by_one = whole.init().train
+    for part in (slice(half), slice(half, None)):
+        one_by_one, _ = whole.update(one_by_one, jax.tree.map(lambda x: x[part], batch))
+    together, told = stage.update(stage.init().train, batch)
+    assert int(together.step) == 2 and np.isfinite(float(told["loss"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), together.params, one_by_one.params)
 
 
 def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy, cache):

@@ -115,7 +115,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
     policy, objective = POLICIES[config.policy.tune], OBJECTIVES[c.objective]
     score = SOURCES[config.reward.source].make(context) if objective.samples else None
     options = scaling.Options.from_config(config.scaling)
-    transformation = optimizer.make(c.optimizer, c.steps * c.updates)
+    transformation = optimizer.make(c.optimizer, c.steps * c.epochs * c.minibatches)
     is_harmless = [name in config.data.harmless for name in names]
     batches = pipeline.batches(config.sampler, train.rows_by_category(len(names)), c.batch, config.seed, is_harmless)
     contrasted = ROLES[config.grpo.contrast].counts
@@ -169,11 +169,18 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
 
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state: TrainState, trunk, batch):
+        """One pass over the batch, an update for each of its minibatches."""
         stage_loss = partial(objective.loss, trunk, policy, config)
-        return optimizer.step(transformation, stage_loss, train_state, batch, c.accumulate)
+        minibatches = jax.tree.map(lambda x: x.reshape(c.minibatches, -1, *x.shape[1:]), batch)
+        train_state, scalars = jax.lax.scan(
+            lambda state, part: optimizer.step(transformation, stage_loss, state, part, c.accumulate),
+            train_state,
+            minibatches,
+        )
+        return train_state, jax.tree.map(jnp.mean, scalars)
 
     def update(train_state: TrainState, batch):
-        for _ in range(c.updates):
+        for _ in range(c.epochs):
             train_state, scalars = updated(train_state, context.model, batch)
         return train_state, scalars
 
