@@ -20,7 +20,7 @@ def get_config():
     # This small model writes sense only at a low temperature.
     c.sampler.temperature = 0.4
     c.evals.max_new = 40
-    c.evals.batch = 64
+    c.evals.batch = 80
     # The first 20 of 30 layers know what a prompt asks for; they stay as they are and are passed once for all.
     c.policy.layers = c.reward.layers = 10
     # The reward must read refusal, not style.

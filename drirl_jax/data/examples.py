@@ -73,7 +73,7 @@ def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> N
 
 
 def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, config) -> dict[str, Examples]:
-    """Tokenised records of each split, their common beginning set apart; padded to the same S (a multiple of 8) and T
+    """Tokenised records of each split, their common beginning set apart; padded to the same S (a multiple of 4) and T
     = sampler.max_new.
 
     Raises:
@@ -104,7 +104,7 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
         log.warning("cut %d of %d demonstrations to %d tokens", cut, number, config.sampler.max_new)
     prompts = [row[0] for split in rows.values() for row in split]
     prefix = common_prefix(prompts)
-    size = -(-(max(map(len, prompts)) - len(prefix)) // 8) * 8
+    size = -(-(max(map(len, prompts)) - len(prefix)) // 4) * 4
     return {split: _pad(of_split, prefix, size, config.sampler.max_new) for split, of_split in rows.items() if of_split}
 
 
