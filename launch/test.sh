@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh .venv-test ".[dev]"
 # Two processes: most of the time goes to compiling, which takes one core.
-exec .venv-test/bin/python -m pytest -q -n 2 --dist loadfile "$@"
+exec .venv-test/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
