@@ -40,8 +40,8 @@ def get_config():
     c.sampler.harmless_share = 0.625
     c.align.batch = 16
     c.align.group = 4
-    # Four updates on the samples of a step rank as well as 80 steps of one, in half their time.
-    c.align.steps = 40
+    # Four updates on the samples of a step: what a step costs is mostly sampling and scoring.
+    c.align.steps = 32
     c.align.minibatches = 4
     c.align.optimizer.schedule = "cosine"
     c.align.optimizer.average = 0.5
