@@ -2,10 +2,9 @@
 
 python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Two CPU cores: 10 minutes with the install at 480 GFLOP/s (an earlier revision), about 12 without it at 260. Three
-seeds, 84 and 56 test prompts: harmful prompts refused, by phrases, 31% -> 60% (62%, 68%, 51%), harmless prompts
-12% -> 24% (25%, 27%, 20%); see docs/LOG.md. In an earlier run, read blind, most of the new refusals went on to offer
-help: only the first 8 tokens are trained.
+Two CPU cores: 16 minutes with the install at 150 GFLOP/s, without AVX-512. Seed 0, 84 and 56 test prompts: harmful
+prompts refused, by phrases, 31% -> 57%, harmless prompts 12% -> 12%; see docs/LOG.md. In an earlier run, read blind,
+most of the new refusals went on to offer help: only the first 8 tokens are trained.
 """
 
 from drirl_jax.config import default
@@ -41,7 +40,7 @@ def get_config():
     c.align.batch = 16
     c.align.group = 4
     # Four updates on the samples of a step: what a step costs is mostly sampling and scoring.
-    c.align.steps = 32
+    c.align.steps = 40
     c.align.minibatches = 4
     c.align.optimizer.schedule = "cosine"
     c.align.optimizer.average = 0.5
