@@ -1,5 +1,4 @@
 import importlib.util
-import os
 import pathlib
 import sys
 
@@ -11,13 +10,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from drirl_jax.models import hf, llama
 from drirl_jax.models.transformer import Transformer
-
-
-def pytest_configure(config):
-    """Half of the fast tests' time is LLVM's, spent on functions that run once: they go without its optimisations."""
-    if config.option.markexpr == "not slow":
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 
 
 def pytest_collection_modifyitems(items):
