@@ -27,7 +27,7 @@ def get_config():
     c.irl.contrast = 4.0
     c.irl.samples = 1
     c.irl.steps = 48
-    c.irl.eval_every = 24
+    c.irl.eval_every = 48
     c.irl.optimizer.schedule = "cosine"
     # The policy seldom samples a refusal at first, and once it refuses it seldom samples help: every group holds both.
     c.grpo.demonstration = c.grpo.contrast = "member"

@@ -80,7 +80,7 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
 def rewards_of(context: Context, bank: reward.Bank, examples: Examples, response, response_len) -> np.ndarray:
     """[N, G] rewards of responses [N, G, T] to the examples, read at most at config.sampler.max_new tokens."""
     config, pieces = context.config, []
-    read = np.minimum(response_len, config.sampler.max_new)
+    response, read = response[..., : config.sampler.max_new], np.minimum(response_len, config.sampler.max_new)
     for rows, real in row_batches(len(examples.id), config.evals.batch):
         group = group_of(examples.take(rows), response[rows], read[rows])
         pieces.append(jax.device_get(score(context.model, bank, group))[:real])
