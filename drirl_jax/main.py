@@ -35,10 +35,12 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> list[str]:
     """Absl's flags, the config file among them; what is wrong with them is one sentence, as everywhere."""
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         if CONFIG.value is not None:
             CONFIG.value.lock()  # a file that failed to load says so when it is first touched
         return rest
+    except flags.Error as error:  # of a config file that raises, the whole traceback
+        sys.exit(f"drirl_jax: {str(error).strip().splitlines()[-1]}")
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
         sys.exit(f"drirl_jax: the config or a --config flag is wrong: {' '.join(str(error).split())}")
 
