@@ -64,6 +64,7 @@ CURVES = {
     "kl": Curve("align", "kl", "KL to the reference (nats a token)"),
     "length": Curve("align", "length", "Response length (tokens)"),
     "entropy": Curve("align", "entropy", "Policy entropy (nats a token)"),
+    "surprisal": Curve("align", "surprisal", "$-$log $\\pi$ of the samples (nats a token)"),
 }
 STEPS = {"irl": "IRL step", "align": "alignment step"}
 MEAN = "all categories"  # the line of the metric itself

@@ -4,8 +4,8 @@ python -m drirl_jax.study --config configs/study_smollm2.py --workdir runs/study
 
 The config has `base` (a run's config), `variants` (by name, what each changes), `seeds`, and `reference`, the variant
 that the others are compared with. Started again it goes on: what is finished is not run again. Runs whose rewards
-would be the same share them. Left in the workdir: VARIANT/SEED/ (each run's own), study.csv, study.md, study.html and
-study.png.
+would be the same share them. Left in the workdir: VARIANT/SEED/ (each run's own), study.csv, study.md, study.html,
+study.png, and curves/VARIANT/ (the mean of the seeds over steps, by category).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
-from drirl_jax import metrics, train
+from drirl_jax import metrics, plots, train
 from drirl_jax.evals import diversity
 from drirl_jax.types import InputError
 
@@ -310,18 +310,47 @@ def draw(rows: dict, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=160)
 
 
+def mean_metrics(runs: Sequence[list[dict]]) -> list[dict]:
+    """Rows of metrics.jsonl, each scalar the mean over the runs that have it there as a finite number."""
+    values: dict[tuple, dict[str, list[float]]] = {}
+    for row in (row for run in runs for row in run):
+        of = values.setdefault((row["stage"], row["step"]), {})
+        for key in row.keys() - {"stage", "step"}:
+            of.setdefault(key, []).extend([] if row[key] is None else [row[key]])
+    return [
+        {"stage": stage, "step": step} | {key: float(np.mean(found)) if found else None for key, found in of.items()}
+        for (stage, step), of in values.items()
+    ]
+
+
+def draw_curves(study: ConfigDict, found: dict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """By variant, one picture of its training curves."""
+    drawn = {}
+    for name in study.variants:
+        rows = mean_metrics([metrics.read(of / "metrics.jsonl") for _, of in found[name]])
+        drawn[name] = plots.training_curves(rows, study.base.data.categories, folder / name)["curves"]
+    return drawn
+
+
+def _embedded(picture: pathlib.Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
 PAGE = """<!doctype html><meta charset="utf-8"><title>drirl_jax study</title>
 <style>body{font:15px system-ui;margin:2rem}td,th{padding:.3rem .6rem;text-align:right}td:first-child{text-align:left}
 table{border-collapse:collapse}tr{border-bottom:1px solid #ddd}img{max-width:100%}</style>
-<h1>Variants compared</h1><img alt="Compliance and over-refusal by variant" src="data:image/png;base64,{{ picture }}">
+<h1>Variants compared</h1><img alt="Compliance and over-refusal by variant" src="{{ picture }}">
 <table><tr>{% for title in head %}<th>{{ title }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table><p>{{ note }}</p>"""
+{% endfor %}</table><p>{{ note }}</p>
+{% for name, curves in curves.items() %}<details><summary>{{ name }}: mean of the seeds over steps</summary>
+<img alt="Training curves of {{ name }}" src="{{ curves }}"></details>{% endfor %}"""
 
 
 def report(study: ConfigDict, workdir: pathlib.Path) -> str:
-    """Writes study.csv, study.md, study.png and study.html; returns the table in Markdown."""
-    rows = table(study, results(study, workdir))
+    """Writes study.csv, study.md, study.png, study.html and curves/; returns the table in Markdown."""
+    found = results(study, workdir)
+    rows = table(study, found)
     write_csv(rows, workdir / "study.csv")
     text = markdown(study, rows)
     (workdir / "study.md").write_text(text, encoding="utf-8")
@@ -330,7 +359,8 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
         jinja2.Environment(autoescape=True)
         .from_string(PAGE)
         .render(
-            picture=base64.b64encode((workdir / "study.png").read_bytes()).decode(),
+            picture=_embedded(workdir / "study.png"),
+            curves={name: _embedded(path) for name, path in draw_curves(study, found, workdir / "curves").items()},
             head=["variant", *(column.title for column in COLUMNS.values())],
             rows=[[name, *(told(key, cells.get(key)) for key in COLUMNS)] for name, cells in rows.items()],
             note=text.strip().splitlines()[-1],

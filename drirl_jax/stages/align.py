@@ -204,9 +204,14 @@ def describe(names, examples: Examples, out: Rollout, reward_PG, info) -> dict[s
             f"the reward of category {names[examples.category[p]]} is {reward_PG[p, g]} for a response to record "
             f"{examples.id[p]}: did the IRL stage diverge? Lower config.irl.optimizer.learning_rate."
         )
+    shown = {
+        "reward": reward_PG,
+        "length": out.response_len,
+        "surprisal": -out.logp.sum(axis=-1) / out.response_len,  # its mean estimates the entropy of what was sampled
+        "zero_spread": np.ptp(reward_PG, axis=1) == 0,
+    }
     scalars = {}
-    zero_spread_P = np.ptp(reward_PG, axis=1) == 0
-    for name, value in {"reward": reward_PG, "length": out.response_len, "zero_spread": zero_spread_P, **info}.items():
+    for name, value in (shown | info).items():
         scalars |= by_category(value, examples.category, names, name)
     return scalars | {
         "reward_std": float(reward_PG.std(axis=1).mean()),
