@@ -1,9 +1,10 @@
-"""Objectives and scalings compared on SmolLM2-135M-Instruct and the starter set, three seeds.
+"""Objectives, scalings and data compared on SmolLM2-135M-Instruct and the starter set, three seeds.
 
 python -m drirl_jax.study --config configs/study_smollm2.py --workdir runs/study
 
-The runs are the quickstart's, with plain groups (no demonstration in them), so that all objectives learn from the same
-samples; a seed's runs share its rewards.
+or a part of it, `--config configs/study_smollm2.py:main` (PARTS has their names). The runs are the quickstart's, with
+plain groups (no demonstration in them), so that all objectives learn from the same samples; a seed's runs share its
+rewards.
 """
 
 from ml_collections import ConfigDict
@@ -12,6 +13,7 @@ from configs import quickstart
 from drirl_jax.config import HARM_CATEGORIES
 
 STATIC = {"combine": "none"}
+PLAIN = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0, "reduce": "sequence"}
 HARMS = len(HARM_CATEGORIES)
 
 
@@ -20,36 +22,48 @@ def without(number: int) -> dict:
     return {"data": {"shares": tuple(float(i != number) for i in range(HARMS)) + (1.0,)}}
 
 
-def get_config():
+# What every part compares with, and the rest by the question that it answers.
+REFERENCE = {"grpo_static": {"scaling": STATIC}, "grpo_s": {}}
+PARTS = {
+    "main": {
+        "grpo_quickstart": {"grpo": {name: quickstart.get_config().grpo[name] for name in PLAIN}},
+        "ppo_static": {"align": {"objective": "ppo"}, "scaling": STATIC},
+        "ppo_s": {"align": {"objective": "ppo"}},
+        "dpo_static": {"align": {"objective": "dpo"}, "scaling": STATIC},
+        "dpo_s": {"align": {"objective": "dpo"}},
+        "sft": {"align": {"objective": "sft"}, "scaling": STATIC},
+        "grpo_one_reward": {"reward": {"one_for_all": True}},
+        "grpo_sum_of_rewards": {"reward": {"route": "linear"}},
+    },
+    "scaling": {
+        "grpo_sum": {"scaling": {"combine": "sum"}},
+        "grpo_data": {"scaling": {"combine": "data"}},
+        "grpo_model": {"scaling": {"combine": "model"}},
+        "grpo_whole_text": {"scaling": {"similarity": "response"}},
+        "grpo_plain_cosine": {"scaling": {"similarity": "plain"}},
+        **{f"grpo_drop_{drop}": {"scaling": {"drop": drop / 100}} for drop in (0, 40)},
+        **{f"grpo_decay_{decay}": {"scaling": {"decay": decay / 100}} for decay in (50, 99)},
+    },
+    "data": {
+        # A quarter of the records of all harms but the first two, in batches that are not balanced.
+        "grpo_imbalanced": {
+            "data": {"shares": (1.0, 1.0) + (0.25,) * (HARMS - 2) + (1.0,), "minimum": 4},
+            "sampler": {"batch": "natural"},
+        },
+        **{f"grpo_without_{name}": without(i) for i, name in enumerate(HARM_CATEGORIES)},
+    },
+}
+
+
+def get_config(part: str = ""):
+    """The study of one part, or of all."""
+    if part and part not in PARTS:
+        raise ValueError(f"the study has no part {part!r}: choose one of {', '.join(PARTS)}")
     study = ConfigDict()
     study.seeds = (0, 1, 2)
     study.base = quickstart.get_config()
-    study.base.grpo.update({"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0, "reduce": "sequence"})
+    study.base.grpo.update(PLAIN)
     study.reference = "grpo_static"
-    study.variants = ConfigDict(
-        {
-            "grpo_s": {},
-            "grpo_static": {"scaling": STATIC},
-            "grpo_sum": {"scaling": {"combine": "sum"}},
-            "grpo_data": {"scaling": {"combine": "data"}},
-            "grpo_model": {"scaling": {"combine": "model"}},
-            "grpo_whole_text": {"scaling": {"similarity": "response"}},
-            "grpo_plain_cosine": {"scaling": {"similarity": "plain"}},
-            "grpo_one_reward": {"reward": {"one_for_all": True}},
-            "grpo_sum_of_rewards": {"reward": {"route": "linear"}},
-            "ppo_s": {"align": {"objective": "ppo"}},
-            "ppo_static": {"align": {"objective": "ppo"}, "scaling": STATIC},
-            "dpo_s": {"align": {"objective": "dpo"}},
-            "dpo_static": {"align": {"objective": "dpo"}, "scaling": STATIC},
-            "sft": {"align": {"objective": "sft"}, "scaling": STATIC},
-            # A quarter of the records of all harms but the first two, in batches that are not balanced.
-            "grpo_imbalanced": {
-                "data": {"shares": (1.0, 1.0) + (0.25,) * (HARMS - 2) + (1.0,), "minimum": 4},
-                "sampler": {"batch": "natural"},
-            },
-        }
-        | {f"grpo_drop_{drop}": {"scaling": {"drop": drop / 100}} for drop in (0, 40)}
-        | {f"grpo_decay_{decay}": {"scaling": {"decay": decay / 100}} for decay in (50, 99)}
-        | {f"grpo_without_{name}": without(i) for i, name in enumerate(HARM_CATEGORIES)}
-    )
+    chosen = [PARTS[part]] if part else PARTS.values()
+    study.variants = ConfigDict(REFERENCE | {name: change for of in chosen for name, change in of.items()})
     return study
