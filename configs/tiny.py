@@ -8,6 +8,7 @@ from drirl_jax.config import default
 
 def get_config():
     c = default()
+    c.data.shares = (0.15,) * 8  # of the training records
     c.policy.rank = c.reward.rank = 4
     c.sampler.max_new = c.evals.max_new = 12
     c.irl.samples = 1

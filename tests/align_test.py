@@ -1,5 +1,7 @@
 """Steps of the align stage on a tiny run's context: every objective, and options that whole runs leave out."""
 
+import dataclasses
+import functools
 import importlib
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 
 from drirl_jax import train
 from drirl_jax.checkpoint import Checkpoints
+from drirl_jax.config import validate
 from drirl_jax.models import reward
 from drirl_jax.stages import align, irl
 
@@ -21,13 +24,22 @@ def kept_and_restored(stage, state, folder):
     return again
 
 
-def prepared(policy, cache, **sections):
-    """The tiny run's context with these options, and rewards that tell responses apart."""
+@functools.cache
+def tiny(policy, cache):
+    """The tiny run's context."""
     config = importlib.import_module("configs.tiny").get_config()
     config.policy.init, config.compilation_cache = str(policy), str(cache)
+    return train.prepare(config)
+
+
+def prepared(policy, cache, **sections):
+    """The tiny run's context with these options, and rewards that tell responses apart."""
+    context = tiny(policy, cache)
+    config = context.config.copy_and_resolve_references()
     for section, options in sections.items():
         config[section].update(options)
-    context = train.prepare(config)
+    validate(config)
+    context = dataclasses.replace(context, config=config)
     fresh = irl.init_rewards(context)
     head = jax.random.normal(jax.random.key(0), fresh.head.shape)
     return context, reward.Bank(fresh.replace(head=head), mean=fresh.bias, std=jnp.ones_like(fresh.bias))

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import commands
 import numpy as np
 import pytest
 
@@ -72,5 +73,4 @@ def test_exponents():
 @pytest.mark.parametrize("flag", ["--shape=Q=3", "--shape=S=-3", "--grow=4,8", "--grow=G=4", "--grow=G=2,T=4"])
 def test_bad_shapes_are_refused_with_a_sentence(flag):
     arguments = [f"--config={ROOT / 'configs/tiny.py'}", flag]
-    done = subprocess.run([sys.executable, "-m", "drirl_jax.bench", *arguments], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("drirl_jax: --")
+    commands.refused("^drirl_jax: --", bench, *arguments)

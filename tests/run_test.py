@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 
+import commands
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
 from drirl_jax import main
@@ -34,15 +34,17 @@ def start(*args, **kwargs):
 
 @pytest.fixture(scope="module")
 def whole(policy, tmp_path_factory):
-    """A run that was never interrupted."""
+    """A run that was never interrupted: its folder, and what it told, compilations among it."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    done = start(policy, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_LOG_COMPILES", "1")
+        done = start(policy, workdir)
     assert done.returncode == 0, done.stderr[-3000:]
-    return workdir, done.stdout
+    return workdir, done
 
 
 def test_a_run_leaves_its_products(whole, policy):
-    workdir, printed = whole
+    workdir, printed = whole[0], whole[1].stdout
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [(s, i) for s in ("irl", "align") for i in range(1, 5)]
     align = rows[-1]
@@ -85,10 +87,18 @@ def same_run(a: pathlib.Path, b: pathlib.Path):
         assert (a / "evals" / f"{name}.json").read_text() == (b / "evals" / f"{name}.json").read_text()
 
 
-def test_a_run_killed_in_each_stage_ends_with_the_same_bits(whole, policy, tmp_path):
+@pytest.mark.parametrize(
+    "kills",
+    [
+        (("irl", 3), ("align", 1)),
+        pytest.param((("irl", 1), ("irl", 2), ("irl", 4), ("align", 2), ("align", 3)), marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_a_run_killed_in_each_stage_ends_with_the_same_bits(whole, policy, tmp_path, kills):
     workdir = tmp_path / "killed"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    for stage, step in (("irl", 1), ("irl", 3), ("align", 1), ("align", 3)):
+    for stage, step in kills:
         process = subprocess.Popen(
             command(policy, workdir),
             cwd=ROOT,
@@ -117,12 +127,9 @@ def test_a_run_killed_in_each_stage_ends_with_the_same_bits(whole, policy, tmp_p
 USES = {"sample": 3, "logprobs": 1, "score": 2, "updated": 2, "token_scores": 2, "merge": 1}
 
 
-def test_a_run_compiles_each_function_once_for_each_use(policy, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
-    flags = ("--config.irl.steps=6", "--config.align.steps=6", "--config.compilation_cache=")
-    done = start(policy, tmp_path / "run", *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    compiled = collections.Counter(re.findall(r"Finished XLA compilation of jit\((\w+)\)", done.stderr))
+def test_a_run_compiles_each_function_once_for_each_use(whole):
+    # The lines come whether the compiler or its cache on disk gave the result.
+    compiled = collections.Counter(re.findall(r"Finished XLA compilation of jit\((\w+)\)", whole[1].stderr))
     assert {name: compiled[name] for name in USES} == USES
 
 
@@ -289,28 +296,17 @@ def refused(done, message):
     assert len(done.stderr.strip().splitlines()[-1]) < 900
 
 
-def refused_here(message, *args):
-    """Like `refused`, of the command in this process, which has the imports behind it."""
-    argv = command(*args)[2:]
-    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", argv)  # where config_flags looks for --config.name=value
-        main.main(main.parse(argv))
-    said = stop.value.code
-    assert isinstance(said, str) and re.search(message, said), said
-    assert len(said.splitlines()) == 1 and len(said) < 900
-
-
 @pytest.mark.parametrize("kind", BAD_DATA)
 def test_bad_data_is_one_clear_sentence(policy, tmp_path, kind):
     line, message = BAD_DATA[kind]
-    refused_here(message, policy, tmp_path / "run", jsonl(tmp_path, line))
+    commands.refused(message, main, *command(policy, tmp_path / "run", jsonl(tmp_path, line))[3:])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("kind", BAD_FLAGS)
 def test_a_bad_flag_is_one_clear_sentence(policy, tmp_path, kind):
     flags, message = BAD_FLAGS[kind]
-    refused_here(message, policy, tmp_path / "run", *flags.split())
+    commands.refused(message, main, *command(policy, tmp_path / "run", *flags.split())[3:])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -320,18 +316,12 @@ def test_a_workdir_of_another_config_is_refused(whole, policy):
     assert (whole[0] / "metrics.jsonl").read_text() == before
 
 
-def test_no_config_and_no_workdir():
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def test_flags_that_say_too_little_or_what_is_not_there():
     for flags, message in (
         ([], "--config is missing"),
         (["--config=configs/tiny.py"], "--workdir is missing"),
         (["--config=configs/nowhere.py", "--workdir=x"], "nowhere"),
+        (["--config=configs/study_smollm2.py:mian"], "no part 'mian': choose one of main"),
+        (["--confg=configs/tiny.py"], "Unknown command line flag 'confg'. Did you mean: config"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "drirl_jax.main", *flags],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        refused(done, message)
+        commands.refused(message, main, *flags)

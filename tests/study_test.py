@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -54,14 +55,27 @@ def test_a_star_says_that_a_difference_is_beyond_noise():
     assert study.told("over_refusal", (nothing, nothing)) == "10%"
 
 
-def config():
-    return importlib.import_module("configs.study_smollm2").get_config()
+def test_curves_are_means_of_the_seeds_where_these_have_a_number():
+    runs = [
+        [{"stage": "align", "step": 1, "kl": 1.0, "gap/a": None}],
+        [{"stage": "align", "step": 1, "kl": 3.0, "gap/a": 2.0}, {"stage": "align", "step": 2, "kl": None}],
+    ]
+    first, second = study.mean_metrics(runs)
+    assert first == {"stage": "align", "step": 1, "kl": 2.0, "gap/a": 2.0}
+    assert second == {"stage": "align", "step": 2, "kl": None}
+
+
+def config(part=""):
+    return importlib.import_module("configs.study_smollm2").get_config(part)
 
 
 def test_every_variant_is_a_run_and_shares_rewards_where_they_are_the_same():
     from drirl_jax.config import validate
 
     plan = config()
+    parts = importlib.import_module("configs.study_smollm2").PARTS
+    assert len(plan.variants) == 2 + sum(map(len, parts.values()))
+    assert set(config("data").variants) == {"grpo_s", "grpo_static", *parts["data"]}
     keys = {}
     for name in plan.variants:
         of = study.config_of(plan, name, 1)
@@ -99,7 +113,7 @@ def test_a_study_that_cannot_be_run_is_one_sentence(change, sentence):
 
 @pytest.fixture
 def small(policy, tmp_path):
-    """A study of the tiny config: two variants, one seed."""
+    """The workdir of a study of the tiny config, two variants and one seed, and what it printed."""
     (tmp_path / "small.py").write_text(
         f"""
 from ml_collections import ConfigDict
@@ -120,18 +134,15 @@ def get_config():
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
-    def start():
-        flags = [f"--config={tmp_path / 'small.py'}", f"--workdir={tmp_path / 'study'}"]
-        args = [sys.executable, "-m", "drirl_jax.study", *flags]
-        return subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-    return start, tmp_path / "study"
-
-
-def test_a_small_study(small):
-    start, workdir = small
-    done = start()
+    flags = [f"--config={tmp_path / 'small.py'}", f"--workdir={tmp_path / 'study'}"]
+    args = [sys.executable, "-m", "drirl_jax.study", *flags]
+    done = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return tmp_path / "study", done.stdout
+
+
+def test_a_small_study(small, monkeypatch):
+    workdir, printed = small
     # One IRL stage: the second variant, in the order of their names, takes the first one's rewards.
     assert (workdir / "scaled" / "0" / "rewards").is_dir() and not (workdir / "static" / "0" / "rewards").exists()
     rows = list(csv.DictReader((workdir / "study.csv").open()))
@@ -143,15 +154,15 @@ def test_a_small_study(small):
     assert of["scaled", "kl"]["difference"] and not of["static", "kl"]["difference"] and ("base", "kl") not in of
     assert of["scaled", "kl"]["low"] == "nan"
     text = (workdir / "study.md").read_text()
-    assert "| scaled |" in text and "Means over seeds (1)" in text and text in done.stdout
+    assert "| scaled |" in text and "Means over seeds (1)" in text and text in printed
     assert "data:image/png;base64" in (workdir / "study.html").read_text() and (workdir / "study.png").exists()
+    assert (workdir / "curves" / "scaled" / "surprisal.png").exists()
     # Again: nothing is run, the report is the same.
-    again = start()
-    assert again.returncode == 0 and "run 1 of" not in again.stderr
-    assert (workdir / "study.md").read_text() == text
+    monkeypatch.setattr(study.concurrent.futures, "ProcessPoolExecutor", None)
+    plan = runpy.run_path(str(workdir.parent / "small.py"))["get_config"]()
+    study.run_all(plan, workdir)
+    assert study.report(plan, workdir) == text
     # Changed: a finished run of another config is not taken for this one's.
-    plan = workdir.parent / "small.py"
-    plan.write_text(plan.read_text().replace("study.base.align.steps = 2", "study.base.align.steps = 1"))
-    changed = start()
-    assert changed.returncode == 1 and "align.steps: 2 there, 1 now" in changed.stderr
-    assert "Traceback" not in changed.stderr
+    plan.base.align.steps = 1
+    with pytest.raises(InputError, match="align.steps: 2 there, 1 now"):
+        study.run_all(plan, workdir)
