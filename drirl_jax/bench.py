@@ -29,7 +29,7 @@ from drirl_jax.data.examples import Examples
 from drirl_jax.metrics import Clock
 from drirl_jax.models import reward, transformer
 from drirl_jax.stages import align, irl, objectives
-from drirl_jax.stages.base import Context
+from drirl_jax.stages.base import Context, Shared
 from drirl_jax.types import InputError
 
 STEPS = flags.DEFINE_integer("steps", 5, "Steps to time, after two that are not.", lower_bound=1)
@@ -91,7 +91,7 @@ def floor(
     *,
     size: int,
     tuned: int,
-    shared: int = 0,
+    shared: Shared = Shared(0, False, False),
     scored: int = 1,
     trained: int = 0,
 ) -> dict[str, float]:
@@ -99,15 +99,15 @@ def floor(
 
     Args:
         size, tuned: number of the model's parameters, and of those that are trained (float32).
-        shared: first layers that policy, reference and rewards pass together, as phase "trunk".
+        shared: which layers a group passes once, as phase "trunk".
         scored, trained: demonstrations of a group that get a reward, and that the update learns from.
 
     Returns:
         phase -> seconds, for the phases that the model's own work bounds; hardness is not among them.
     """
     P, S, G, T, R = shape
-    top, bottom = model._replace(layers=model.layers - shared), model._replace(layers=shared)
-    forward = forward_flops(top, shape)
+    bottom = model._replace(layers=shared.layers)
+    top = {takes_part: model._replace(layers=model.layers - shared.layers * takes_part) for takes_part in (False, True)}
     cache_row = 8 * model.layers * model.kv_heads * model.head_dim
     read = 4 * size * T + cache_row * P * G * sum(R + S + t + 1 for t in range(T - 1))
     # A frozen weight has no gradient of its own: forward, and the gradient of its input.
@@ -115,9 +115,9 @@ def floor(
     return {
         "rollout": max(forward_flops(model, shape) / machine.flops, read / machine.bandwidth),
         "trunk": forward_flops(bottom, shape._replace(G=G + scored), logits=False) / machine.flops,
-        "reference": forward / machine.flops,
-        "rewards": forward_flops(top, shape._replace(G=G + scored), logits=False) / machine.flops,
-        "update": passes * forward_flops(top, shape._replace(G=G + trained)) / machine.flops
+        "reference": forward_flops(top[True], shape) / machine.flops,
+        "rewards": forward_flops(top[shared.rewards], shape._replace(G=G + scored), logits=False) / machine.flops,
+        "update": passes * forward_flops(top[shared.policy], shape._replace(G=G + trained)) / machine.flops
         + 7 * 4 * tuned / machine.bandwidth,
     }
 
@@ -271,7 +271,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     demonstrations = {"scored": 1 + roles[1].counts, "trained": sum(role.trained for role in roles)}
     machine = measure_machine(context.model.config)
     size = sum(x.size for x in jax.tree.leaves(context.model))
-    options = {"size": size, "tuned": tuned, "shared": context.shared_layers, **demonstrations}
+    options = {"size": size, "tuned": tuned, "shared": context.shared, **demonstrations}
     bound = floor(context.model.config, used, machine, **options)
     pairs_shape = used._replace(P=config.irl.batch, G=1 + negatives(config.irl))
     adapted = config.reward.layers or context.model.config.layers

@@ -14,6 +14,7 @@ from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.config import validate
 from drirl_jax.models import reward
 from drirl_jax.stages import align, irl
+from drirl_jax.stages.base import Context, Shared
 
 
 def kept_and_restored(stage, state, folder):
@@ -32,7 +33,7 @@ def tiny(policy, cache):
     return train.prepare(config)
 
 
-def prepared(policy, cache, **sections):
+def prepared(policy, cache, /, **sections):
     """The tiny run's context with these options, and rewards that tell responses apart."""
     context = tiny(policy, cache)
     config = context.config.copy_and_resolve_references()
@@ -95,6 +96,30 @@ def test_minibatches_are_updates_one_after_the_other(policy, cache):
     together, told = stage.update(stage.init().train, batch)
     assert int(together.step) == 2 and np.isfinite(float(told["loss"]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), together.params, one_by_one.params)
+
+
+@pytest.mark.parametrize(
+    "sections, shared",
+    [
+        ({"policy": {"tune": "full"}, "reward": {"layers": 1}}, Shared(1, policy=False, rewards=True)),
+        ({"policy": {"layers": 1}}, Shared(1, policy=True, rewards=False)),
+        ({"policy": {"tune": "full"}, "reward": {"kind": "head"}}, Shared(2, policy=False, rewards=True)),
+    ],
+    ids=["last_layers_of_rewards", "of_the_policy", "heads"],
+)
+def test_layers_passed_once_change_nothing(policy, cache, monkeypatch, sections, shared):
+    def first_step():
+        context, bank = prepared(policy, cache, **sections)
+        stage = align.make(context, bank)
+        state = stage.init()
+        batch, _, scalars = stage.collect(state, 0)
+        trained, told = stage.update(state.train, batch)
+        return context.shared, batch.ref_logp, trained.params, scalars | {k: float(v) for k, v in told.items()}
+
+    found, *once = first_step()
+    assert found == shared
+    monkeypatch.setattr(Context, "shared", Shared(0, policy=False, rewards=False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), once, list(first_step()[1:]))
 
 
 def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy, cache):

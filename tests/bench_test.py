@@ -11,6 +11,7 @@ import pytest
 
 from drirl_jax import bench
 from drirl_jax.models.transformer import Config
+from drirl_jax.stages.base import Shared
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -39,6 +40,12 @@ def test_the_floor_takes_the_slower_of_operations_and_bytes():
     # Two demonstrations more to learn from are two responses more.
     more = bench.floor(model, shape, quick, size=size, tuned=size, trained=2)["update"]
     np.testing.assert_allclose(more, 3 * bench.forward_flops(model, shape._replace(G=4)) / 1e3)
+    # Where the rewards leave the only layer as it is, the group passes it once, for them and for the reference; a
+    # policy that is tuned whole does not take part.
+    once = bench.floor(model, shape, quick, size=size, tuned=size, shared=Shared(1, policy=False, rewards=True))
+    alone = bench.floor(model, shape, quick, size=size, tuned=size)
+    assert once["trunk"] == alone["rewards"] and once["rewards"] == 0 and once["update"] == alone["update"]
+    np.testing.assert_allclose(once["reference"], 2 * 2 * 5 * 5 / 1e3)  # the logits
     # Weights for each of 3 tokens; keys and values of 1 x 1, 4 bytes each, of the 2 · 7 pairs; AdamW moves 7 floats.
     bound = bench.floor(model, shape, slow, size=size, tuned=size)
     np.testing.assert_allclose(bound["rollout"], (4 * 50 * 3 + 8 * 14) / 1e3)

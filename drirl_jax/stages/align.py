@@ -122,7 +122,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
     harmless = [names.index(name) for name in config.data.harmless]
     if contrasted:
         require_both_kinds(train, harmless, "train")
-    split, shared = splitter(context), context.shared_layers
+    split, shared = splitter(context), context.shared
     demo_parts = embed_parts(context, split, train.demo_text) if objective.samples else None
 
     def init() -> State:
@@ -150,8 +150,9 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
         group = samples.joined(jnp.asarray(examples.demo), jnp.asarray(examples.demo_len))
         if contrasted:
             group = group.joined(*map(jnp.asarray, contrast(examples, train, harmless, [config.seed, step])))
-        begun = context.clock.mark("trunk", begin(context.model, group, layers=shared) if shared else None)
-        reward_PM = context.clock.mark("rewards", score(bank, examples, group, begun))
+        begun = begin(context.model, group, layers=shared.layers) if shared.layers else None
+        context.clock.mark("trunk", begun)
+        reward_PM = context.clock.mark("rewards", score(bank, examples, group, begun if shared.rewards else None))
         reward_PG, demo_reward_P = reward_PM[:, : c.group], reward_PM[:, c.group]
         response, length = jax.device_get((out.response, out.response_len))
         parts = scaling.Parts(*embed_responses(context, split, response, length), *(x[rows] for x in demo_parts))
@@ -163,7 +164,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
         context.clock.mark("hardness", alpha_PG)
         kept = info["kept"] if config.scaling.drop_masked else jnp.ones_like(info["kept"])
         answered = np.isin(examples.category, harmless)
-        scored = Scored(group, out.logp, reward_PM, alpha_PG, kept, begun, answered)
+        scored = Scored(group, out.logp, reward_PM, alpha_PG, kept, begun, shared.policy, answered)
         batch, more = objective.batch(context, model, params, scored)
         return batch, stats, describe(names, examples, out, reward_PG, info | more)
 

@@ -26,6 +26,14 @@ PURPOSE = dict(
 )
 
 
+class Shared(NamedTuple):
+    """How many of the trunk's first layers a step's group passes once, and for whom beside the reference."""
+
+    layers: int
+    policy: bool
+    rewards: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a run holds fixed: config, trunk (which is also the reference), tokens, encoder and examples; its clock, and
@@ -40,13 +48,13 @@ class Context:
     workdir: pathlib.Path | None = None
 
     @property
-    def shared_layers(self) -> int:
-        """How many of the trunk's first layers neither the policy nor rewards on it change: passed once for all."""
+    def shared(self) -> Shared:
+        """The layers that all of those leave as they are who leave any: the policy, and rewards on the trunk."""
         layers, c = self.model.config.layers, self.config
-        changed = [(c.policy.layers or layers) if c.policy.tune == "lora" else layers]
-        if c.reward.kind == "lora":
-            changed.append(c.reward.layers or layers)
-        return layers - max(changed)
+        adapted = {"lora": (c.reward.layers or layers), "head": 0, "full": layers}
+        policy = layers - ((c.policy.layers or layers) if c.policy.tune == "lora" else layers)
+        rewards = layers - adapted[c.reward.kind]
+        return Shared(min(filter(None, (policy, rewards)), default=0), policy > 0, rewards > 0)
 
     def key(self, purpose: str, step: int = 0) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), PURPOSE[purpose]), step)

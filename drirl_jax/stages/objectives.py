@@ -49,7 +49,8 @@ class Scored(NamedTuple):
         reward: [P, M].
         alpha: [P, G] coefficients.
         kept: [P, G] bool: the samples that the loss keeps.
-        begun: the group behind the trunk's layers that neither policy nor rewards change; None if there are none.
+        begun: the group behind layers of the trunk that are passed once (see `base.Shared`); None if there are none.
+        policy_begins: whether the policy leaves those layers as they are.
         harmless: [P] bool, numpy: which prompts should be answered.
     """
 
@@ -59,6 +60,7 @@ class Scored(NamedTuple):
     alpha: Any = None
     kept: Any = None
     begun: Begun | None = None
+    policy_begins: bool = False
     harmless: Any = None
 
     @property
@@ -73,6 +75,9 @@ class Scored(NamedTuple):
 
     def begun_of(self, members: slice) -> Begun | None:
         return None if self.begun is None else self.begun.members(members)
+
+    def for_policy(self, begun: Begun | None) -> Begun | None:
+        return begun if self.policy_begins else None
 
 
 class Objective(NamedTuple):
@@ -215,7 +220,7 @@ def grpo_batch(context: Context, model: Transformer, params: Params, scored: Sco
         old_logp=scored.old_logp,
         ref_logp=reference(context, scored),
         weights=losses.token_weights(c.reduce, mask, sampled),
-        begun=scored.begun_of(members),
+        begun=scored.for_policy(scored.begun_of(members)),
     )
     return batch, info
 
@@ -268,7 +273,7 @@ def ppo_batch(context: Context, model: Transformer, params: Params, scored: Scor
     c, sampled = context.config.ppo, scored.sampled
     group = kept_group(scored, slice(sampled))
     mask = length_mask(group.response_len, group.response.shape[-1])
-    begun = scored.begun_of(slice(sampled))
+    begun = scored.for_policy(scored.begun_of(slice(sampled)))
     old_value = context.clock.mark("values", values(model, params.value, group, begun))
     advantage, returns = token_advantages(scored.reward[:, :sampled], old_value, mask, c.gamma, c.lam, c.whiten)
     batch = Batch(
@@ -360,7 +365,8 @@ def dpo_batch(context: Context, model: Transformer, params: Params, scored: Scor
     begun = None if scored.begun is None else scored.begun.take(index_PM)
     ref_logp = context.clock.mark("reference", _reference_of_whole(context.model, group, begun))
     alpha_PK = jnp.take_along_axis(scored.alpha, index_PM[:, 1:], axis=1)
-    return Preferences(group, ref_logp, alpha_PK, weight_PK.astype(jnp.float32), begun), {"pairs": weight_PK}
+    weight_PK = weight_PK.astype(jnp.float32)
+    return Preferences(group, ref_logp, alpha_PK, weight_PK, scored.for_policy(begun)), {"pairs": weight_PK}
 
 
 def dpo_loss(trunk, policy: Policy, config, params: Params, batch: Preferences):
