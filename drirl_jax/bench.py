@@ -189,7 +189,7 @@ def time_irl(context: Context, steps: int) -> list[float]:
     c, stage, examples = context.config.irl, irl.make(context), context.examples["train"]
     batch = examples.take(np.arange(c.batch) % len(examples.id))
     demo_PKT, demo_len_PK = (
-        np.stack([np.roll(x, k, axis=0) for k in range(1, 1 + negatives(c))], axis=1)
+        np.stack([np.roll(x, k, axis=0) for k in range(1, 1 + len(irl.negative_weights(c)))], axis=1)
         for x in (batch.demo, batch.demo_len)
     )
     pairs = irl.make_pairs(batch, demo_PKT, demo_len_PK, c.cut, [0])
@@ -199,11 +199,6 @@ def time_irl(context: Context, steps: int) -> list[float]:
         state, _ = jax.block_until_ready(stage.update(state, pairs))
         seconds.append(time.perf_counter() - start)
     return seconds[2:]
-
-
-def negatives(section: ConfigDict) -> int:
-    """How many negatives a demonstration has in the IRL stage."""
-    return section.samples + (section.contrast > 0)
 
 
 def widened(model: transformer.Transformer, width: int) -> transformer.Transformer:
@@ -273,7 +268,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     size = sum(x.size for x in jax.tree.leaves(context.model))
     options = {"size": size, "tuned": tuned, "shared": context.shared, **demonstrations}
     bound = floor(context.model.config, used, machine, **options)
-    pairs_shape = used._replace(P=config.irl.batch, G=1 + negatives(config.irl))
+    pairs_shape = used._replace(P=config.irl.batch, G=1 + len(irl.negative_weights(config.irl)))
     adapted = config.reward.layers or context.model.config.layers
     seconds = {phase: statistics.median(values) for phase, values in times.items()}
     return {

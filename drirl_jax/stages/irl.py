@@ -68,6 +68,11 @@ def init_rewards(context: Context) -> reward.Rewards:
     return reward.KINDS[c.kind](context.model, key, categories, **options)
 
 
+def negative_weights(section: ConfigDict) -> list[float]:
+    """Of each negative of a demonstration: the samples, then one for the other kind where config.irl.contrast > 0."""
+    return [1.0] * section.samples + [section.contrast] * (section.contrast > 0)
+
+
 def common_cut(demo_len_P, negative_len_PK, seed: list[int]) -> np.ndarray:
     """[P, K] one length for both texts of a pair, uniform from SHORTEST_CUT to the shorter text's end (ours).
 
@@ -140,7 +145,7 @@ def make(context: Context) -> Stage:
     contrasted = c.contrast > 0
     for split in ("train", "valid") if contrasted else ():
         require_both_kinds(context.examples[split], harmless, split)
-    weight_K = jnp.array([1.0] * c.samples + [c.contrast] * contrasted)
+    weight_K = jnp.array(negative_weights(c))
     held = [rows for rows in train.rows_by_category(len(names)) if len(rows)]
     balance = pipeline.natural if config.sampler.batch == "natural" else pipeline.balanced
     batches = balance(held, c.batch, config.seed)
