@@ -178,7 +178,8 @@ def command(tmp_path, policy, *flags):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     args = [
         "--config=configs/tiny.py", f"--config.policy.init={policy}", f"--prompts={tmp_path / 'prompts.jsonl'}",
-        f"--out={tmp_path / 'mine.jsonl'}", "--config.data.categories=('insult','harmless')", *flags,
+        f"--out={tmp_path / 'mine.jsonl'}", "--config.data.categories=('insult','harmless')", "--config.data.shares=()",
+        *flags,
     ]  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", "drirl_jax.demos", *args], cwd=ROOT, env=environment, capture_output=True, text=True
