@@ -2,9 +2,9 @@
 
 python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Two CPU cores: 16 minutes with the install at 150 GFLOP/s, without AVX-512. Seed 0, 84 and 56 test prompts: harmful
-prompts refused, by phrases, 31% -> 57%, harmless prompts 12% -> 12%; see docs/LOG.md. In an earlier run, read blind,
-most of the new refusals went on to offer help: only the first 8 tokens are trained.
+Two CPU cores: 8 min 26 s with the install with AVX-512 and AMX, 16 minutes without both. Three seeds, 84 and 56 test
+prompts each: harmful prompts refused, by phrases, 31% -> 67%, harmless prompts 12% -> 23%; see docs/LOG.md. In an
+earlier run, read blind, most of the new refusals went on to offer help: only the first 8 tokens are trained.
 """
 
 from drirl_jax.config import default
