@@ -2,7 +2,7 @@
 # A run in N processes on this machine; when one dies, all are started again and go on where the run was.
 #   bash launch/multiprocess.sh N --config configs/quickstart.py --workdir runs/x     --dry_run prints the commands
 # Process 0's output is on the terminal, all output in the folder LOGS; of another process that dies, the last lines.
-# Settings: RESTARTS (3), GRACE (10 seconds between SIGTERM and SIGKILL), LOGS (a new folder), PYTHON (.venv/bin/python).
+# Settings: RESTARTS (3), GRACE (10 seconds from SIGTERM to SIGKILL), LOGS (a new folder), PYTHON (.venv/bin/python).
 # The environment is passed on, XLA_FLAGS among it. On GPUs, process I has GPU I.
 set -euo pipefail
 cd "$(dirname "$0")/.."
