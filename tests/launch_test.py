@@ -396,3 +396,79 @@ def test_a_missing_setting_is_one_sentence_before_any_call(cloud, setting):
 def test_wrong_use_of_tpu_vm_is_one_sentence_before_any_call(cloud, args, changed, said):
     code, _, err = launched("tpu_vm.sh", *args, **cloud | changed)
     assert code == 1 and said in err and len(err.splitlines()) == 1 and steps(cloud) == []
+
+
+# ------------------------------------------------------------------------------------------------------ slurm.sbatch
+
+SRUN = """
+if [[ "$*" == *"import drirl_jax"* ]]; then exit "$CHECK"; fi
+printf '%s\\n' "$@" >"$SEEN/run"
+[ "$DOES" = stays ] || exit "$DOES"
+trap 'echo "TERM reached srun"; kill "$!"; exit 143' TERM
+touch "$SEEN/trapped"
+sleep 100 & wait
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Settings under which slurm.sbatch finds a fake srun and scontrol, as in a job of two nodes."""
+    for folder in ("bin", "seen"):
+        (tmp_path / folder).mkdir()
+    fake(tmp_path / "bin" / "srun", SRUN)
+    fake(tmp_path / "bin" / "scontrol", 'echo "$*" >"$SEEN/scontrol"\n')
+    return {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SEEN": tmp_path / "seen", "CHECK": "0", "DOES": "0",
+        "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8", "SLURM_SUBMIT_DIR": ROOT,
+    }  # fmt: skip
+
+
+def test_slurm_runs_one_process_a_task_and_returns_its_exit_code(slurm):
+    code, _, err = launched("slurm.sbatch", "--config=c", "--workdir", "a b", **slurm)
+    assert code == 0, err
+    args = (slurm["SEEN"] / "run").read_text().splitlines()
+    assert args[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=8"]
+    flags = ["--config=c", "--workdir", "a b", "--config.distributed.auto=True"]
+    assert args[3:] == ["-m", "drirl_jax.main", *flags]
+    code, _, _ = launched("slurm.sbatch", "--config=c", **slurm | {"DOES": "7"})
+    assert code == 7 and not (slurm["SEEN"] / "scontrol").exists()
+
+
+@pytest.mark.parametrize("by, queued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_slurm_passes_signals_on_and_queues_itself_again_only_when_the_time_is_up(slurm, by, queued):
+    process = start("slurm.sbatch", "--config=c", **slurm | {"DOES": "stays"})
+    until = time.monotonic() + 20
+    while not (slurm["SEEN"] / "trapped").exists():
+        assert time.monotonic() < until, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(by)
+    code, out, _ = finish(process)
+    assert code == 143 and "TERM reached srun" in out
+    told = slurm["SEEN"] / "scontrol"
+    assert told.exists() == queued and (not queued or told.read_text() == "requeue 42\n")
+
+
+def test_slurm_refuses_in_one_sentence_before_the_run(slurm):
+    for changed, said in (
+        ({"CHECK": "1"}, "not every node has drirl_jax and a GPU"),
+        ({"SLURM_JOB_ID": ""}, "this is for sbatch"),
+        ({"SLURM_SUBMIT_DIR": ROOT / "tests"}, "submit from the project's folder"),
+    ):
+        code, _, err = launched("slurm.sbatch", "--config=c", **slurm | changed)
+        assert code == 1 and said in err and len(err.splitlines()) == 1
+    assert not (slurm["SEEN"] / "run").exists()
+
+
+def test_slurm_dry_run_prints_and_starts_nothing(slurm):
+    code, out, _ = launched(
+        "slurm.sbatch", "--dry_run", "--config=c", "--workdir", "a b", **slurm | {"SLURM_JOB_ID": ""}
+    )
+    check, run = out.splitlines()
+    assert code == 0 and "--ntasks-per-node=1 --ntasks=2" in check
+    assert r"a\ b --config.distributed.auto=True" in run and not (slurm["SEEN"] / "run").exists()
+
+
+def test_slurm_asks_for_a_task_a_gpu_and_lets_each_see_all_of_its_node():
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE))
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"] and "gpus-per-task" not in asked
+    assert asked["signal"].startswith("B:USR1@") and "requeue" in asked and asked["open-mode"] == "append"
