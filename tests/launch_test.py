@@ -1,5 +1,6 @@
 """The launch scripts, with what they call faked: nothing here needs a cloud, a cluster or a model."""
 
+import math
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -185,7 +187,7 @@ case "$*" in
     [ "$state" != MISSING ] || { echo "ERROR: NOT_FOUND: Resource was not found" >&2; exit 1; }
     [ "$state" != SILENT ] || { echo "ERROR: no network" >&2; exit 1; }
     echo "$state" ;;
-  *" create "*) mkdir -p "$SEEN/host0" "$SEEN/host1" ;;
+  *" create "*) ended; rm -rf "$SEEN"/host*; mkdir -p "$SEEN/host0" "$SEEN/host1" ;;
   *" delete "*) ended; rm -rf "$SEEN"/host* ;;
   *" scp "*) tar -tzf "$5" >"$SEEN/copied" ;;
   *" ssh "*"pip install"*)
@@ -293,11 +295,14 @@ def test_a_slice_preempted_behind_an_active_request_is_noticed(cloud):
     assert code == 0 and "is PREEMPTED" in err
 
 
-def test_a_slice_that_nobody_finds_is_made_anew_without_a_deletion(cloud):
-    (cloud["SEEN"] / "states").write_text("MISSING\nREADY\n")
-    code, _, err = launched("tpu_vm.sh", "watch", "--config=c", **cloud)
+def test_a_slice_that_is_gone_is_made_anew_without_a_deletion_but_not_one_that_never_was(cloud):
+    (cloud["SEEN"] / "states").write_text("READY\nMISSING\nREADY\n")
+    code, _, err = launched("tpu_vm.sh", "all", "--config=c", **cloud | {"DOES": "stays ends"})
     assert code == 0, err
-    assert steps(cloud) == START and LEFT in err
+    assert steps(cloud) == [*START, *START, "delete", "fetch"]
+    (cloud["SEEN"] / "states").write_text("MISSING\n")
+    code, _, err = launched("tpu_vm.sh", "watch", "--config=c", **cloud)
+    assert code == 1 and "there is no drirl-jax" in err and LEFT not in err and len(steps(cloud)) == 10
 
 
 def test_a_run_that_dies_is_started_again_on_all_hosts_without_a_new_slice(cloud):
@@ -310,7 +315,7 @@ def test_a_run_that_dies_is_started_again_on_all_hosts_without_a_new_slice(cloud
 
 def test_restarts_end_and_what_is_left_is_told_with_the_command_that_deletes_it(cloud):
     code, _, err = launched("tpu_vm.sh", "all", "--config=c", RESTARTS=1, **cloud | {"DOES": "dies dies dies"})
-    assert code == 1 and "has been started again 1 times" in err
+    assert code == 1 and "given up after 1 restarts" in err
     assert f"{LEFT} tpu-vm delete drirl-jax --project=p --zone=z --quiet" in err
     assert "delete" not in steps(cloud) and "fetch" not in steps(cloud)
 
@@ -472,3 +477,69 @@ def test_slurm_asks_for_a_task_a_gpu_and_lets_each_see_all_of_its_node():
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE))
     assert asked["gpus-per-node"] == asked["ntasks-per-node"] and "gpus-per-task" not in asked
     assert asked["signal"].startswith("B:USR1@") and "requeue" in asked and asked["open-mode"] == "append"
+
+
+# --------------------------------------------------------------------------------------------------- gke_jobset.yaml
+
+# The fields that the file may have, by the path of what holds them: hand-checked against JobSet v1alpha2 and Job v1, as
+# their schemas are not at hand here. A misspelt field is refused by the cluster, or worse, dropped.
+FIELDS = {
+    "": {"apiVersion", "kind", "metadata", "spec"},
+    "metadata": {"name", "annotations", "labels", "namespace"},
+    "spec": {"failurePolicy", "replicatedJobs", "successPolicy", "network", "ttlSecondsAfterFinished"},
+    "spec.failurePolicy": {"maxRestarts", "rules", "restartStrategy"},
+    "spec.failurePolicy.rules": {"name", "action", "onJobFailureReasons", "targetReplicatedJobs"},
+    "spec.replicatedJobs": {"name", "replicas", "template"},
+    "spec.replicatedJobs.template": {"metadata", "spec"},
+    "spec.replicatedJobs.template.spec": {
+        "parallelism", "completions", "completionMode", "backoffLimit", "podFailurePolicy", "template",
+        "activeDeadlineSeconds",
+    },
+    "spec.replicatedJobs.template.spec.podFailurePolicy": {"rules"},
+    "spec.replicatedJobs.template.spec.podFailurePolicy.rules": {"action", "onPodConditions", "onExitCodes"},
+    "spec.replicatedJobs.template.spec.template": {"metadata", "spec"},
+    "spec.replicatedJobs.template.spec.template.spec": {
+        "restartPolicy", "serviceAccountName", "nodeSelector", "containers", "tolerations", "volumes",
+        "terminationGracePeriodSeconds",
+    },
+    "spec.replicatedJobs.template.spec.template.spec.containers": {
+        "name", "image", "command", "args", "env", "ports", "resources", "volumeMounts", "securityContext",
+    },
+}  # fmt: skip
+
+
+def check_fields(node, path=""):
+    for item in node if isinstance(node, list) else [node]:
+        if path in FIELDS and isinstance(item, dict):
+            assert item.keys() <= FIELDS[path], f"{path}: {item.keys() - FIELDS[path]}"
+            for key, value in item.items():
+                check_fields(value, f"{path}.{key}".lstrip("."))
+
+
+def test_the_jobset_is_whole_with_the_settings_at_its_top():
+    text = (LAUNCH / "gke_jobset.yaml").read_text()
+    settings = dict(re.findall(r"^#   export (\w+)=(\S+)", text, re.MULTILINE))
+    assert set(re.findall(r"\$\{?(\w+)\}?", re.sub(r"(?m)^#.*", "", text))) == settings.keys()
+    jobset = yaml.safe_load(re.sub(r"\$\{(\w+)\}", lambda found: settings[found[1]], text))
+    check_fields(jobset)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    # One pod a host, all of one slice, and none started again by itself.
+    assert job["parallelism"] == job["completions"] == 4 and job["completionMode"] == "Indexed"
+    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert container["resources"]["requests"]["google.com/tpu"] == chips
+    names = {"cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"}
+    assert pod["nodeSelector"].keys() == names and all(isinstance(x, str) for x in pod["nodeSelector"].values())
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    assert math.prod(map(int, topology.split("x"))) == chips * job["completions"]
+    assert container["command"][:3] == ["python", "-m", "drirl_jax.main"]
+    assert {"--workdir=gs://my-bucket/run", "--config.distributed.auto=True"} <= set(container["command"])
+    # A job whose pods were pre-empted fails for the reason for which restarts are not counted.
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
+    assert job["podFailurePolicy"]["rules"] == [{"action": "FailJob", "onPodConditions": disrupted}]
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
