@@ -43,12 +43,12 @@ esac
 case $step in create | watch | all) need TYPE ;; esac
 case $step in
   run | watch | all)
-    [[ " ${flags[*]}" == *" --config"[\ =]* ]] || die "$step needs the run's flags, e.g. --config configs/tiny.py."
+    [[ " ${flags[*]}" == *" --config"[\ =]* ]] || die "$step needs flags, e.g. --config configs/quickstart.py."
     [[ " ${flags[*]}" != *" --workdir"* ]] || die "the workdir is the setting WORKDIR, not a flag."
     ;;
   *) [ ${#flags[@]} = 0 ] || die "$step takes no flags, not '${flags[*]}'." ;;
 esac
-[[ ${WORKDIR:=gs://} == gs://* ]] || die "WORKDIR is $WORKDIR, but must be gs://BUCKET/..., which all hosts see."
+[[ -z ${WORKDIR:-} || $WORKDIR == gs://* ]] || die "WORKDIR is $WORKDIR, but must be gs://..., which all hosts see."
 [ -n "$dry" ] || command -v gcloud >/dev/null || die "no gcloud here: https://cloud.google.com/sdk/docs/install."
 
 name=${NAME:-drirl-jax} out=${OUT:-runs/${NAME:-drirl-jax}}
@@ -180,9 +180,14 @@ elif [ ! -f run.code ]; then echo run: gone; \
 else echo run: code \$(cat run.code); grep -qx 0 run.code || tail -n 20 run.log; fi"
   while :; do
     now=$(state) cause=''
+    # A wrong NAME must not make a slice.
+    if [ "$now$step$restart" = MISSINGwatch0 ]; then
+      left=''
+      die "there is no $name; the steps create and all make one."
+    fi
     if lost "$now"; then
       cause="$name is $now"
-    elif [ "$now" = READY ] && replies=$(on all "$ask" 2>/dev/null) &&
+    elif [ "$now" = READY ] && replies=$(on all "$ask" 2>/dev/null) && [ -n "$replies$dry" ] &&
       on 0 "tail -c +$((printed + 1)) drirl_jax/run.log" >"$scratch/new" 2>/dev/null; then
       [ -z "$dry" ] || return 0
       silent=0
@@ -200,7 +205,7 @@ else echo run: code \$(cat run.code); grep -qx 0 run.code || tail -n 20 run.log;
       ((++silent < 40)) || die "$name, $now, has not answered 40 times; the step watch goes on from here."
     fi
     if [ -n "$cause" ]; then
-      ((restart++ < restarts)) || die "$cause, and has been started again $restarts times."
+      ((restart++ < restarts)) || die "$cause; given up after $restarts restarts."
       say "$cause; started again ($restart of $restarts)."
       again "$now" || say "that failed; $name is looked at again in $poll seconds."
       printed=0
