@@ -173,18 +173,19 @@ again() {  # the state that was found
 }
 
 watch() {
-  local now replies cause restart=0 silent=0 printed=0
+  local now replies cause known='' restart=0 silent=0 printed=0
+  [ "$step" = watch ] || known=1
   # Of each host. Whether the process lives is asked first: when it does not, its code has been written.
   local ask="cd drirl_jax; if kill -0 \$(cat run.pid); then echo run: running; \
 elif [ ! -f run.code ]; then echo run: gone; \
 else echo run: code \$(cat run.code); grep -qx 0 run.code || tail -n 20 run.log; fi"
   while :; do
     now=$(state) cause=''
-    # A wrong NAME must not make a slice.
-    if [ "$now$step$restart" = MISSINGwatch0 ]; then
+    if [ "$now" = MISSING ] && [ -z "$known" ]; then  # a wrong NAME must not make a slice
       left=''
       die "there is no $name; the steps create and all make one."
     fi
+    [ "$now" = UNKNOWN ] || known=1
     if lost "$now"; then
       cause="$name is $now"
     elif [ "$now" = READY ] && replies=$(on all "$ask" 2>/dev/null) && [ -n "$replies$dry" ] &&

@@ -303,6 +303,9 @@ def test_a_slice_that_is_gone_is_made_anew_without_a_deletion_but_not_one_that_n
     (cloud["SEEN"] / "states").write_text("MISSING\n")
     code, _, err = launched("tpu_vm.sh", "watch", "--config=c", **cloud)
     assert code == 1 and "there is no drirl-jax" in err and LEFT not in err and len(steps(cloud)) == 10
+    (cloud["SEEN"] / "states").write_text("READY\nMISSING\nREADY\n")
+    code, _, err = launched("tpu_vm.sh", "watch", "--config=c", **cloud)
+    assert code == 0 and steps(cloud)[10:] == START, err
 
 
 def test_a_run_that_dies_is_started_again_on_all_hosts_without_a_new_slice(cloud):
@@ -366,6 +369,12 @@ def test_a_passing_fault_of_the_network_is_waited_for(cloud):
     (cloud["SEEN"] / "states").write_text("SILENT\nSILENT\nREADY\n")
     code, _, err = launched("tpu_vm.sh", "watch", "--config=c", **cloud)
     assert code == 0 and "no network" in err and "started again" not in err
+
+
+def test_a_slice_that_never_answers_is_given_up_and_told(cloud):
+    (cloud["SEEN"] / "states").write_text("REPAIRING\n")
+    code, _, err = launched("tpu_vm.sh", "watch", "--config=c", **cloud | {"POLL": "0"})
+    assert code == 1 and "REPAIRING, has not answered 40 times" in err and LEFT in err
 
 
 @pytest.mark.parametrize("queued", ["0", "1"])
