@@ -77,7 +77,8 @@ for ((attempt = 0; ; attempt++)); do
     pids[i]=$!
   done
   touch "$logs/0.$attempt"
-  tail -n +1 -f -s 0.1 --pid="${pids[0]}" "$logs/0.$attempt" | sed -u 's/^/[0] /' &
+  # A progress bar ends no line, and would be kept until the end.
+  tail -n +1 -f -s 0.1 --pid="${pids[0]}" "$logs/0.$attempt" | stdbuf -o0 tr '\r' '\n' | sed -u 's/^/[0] /' &
   shown=$!
 
   first='' codes=()

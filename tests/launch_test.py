@@ -40,12 +40,27 @@ def start(script, *args, **environment):
 
 def finish(process):
     """Exit code, stdout, stderr."""
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # and what it has started, which is what it should do
+        raise
     return process.returncode, out, err
 
 
 def launched(script, *args, **environment):
     return finish(start(script, *args, **environment))
+
+
+def wait_for(condition):
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_shellcheck_finds_nothing():
@@ -64,7 +79,7 @@ PROCESS = """
 number=${*: -1}; number=${number##*=}
 echo "$number $$" >>"$SEEN/pids"
 printf '%s\\n' "$JAX_LOCAL_DEVICE_IDS" "$XLA_FLAGS" "$@" >>"$SEEN/called.$number"
-echo "process $number says hello"
+printf '%s\\r%s\\n' "process $number says hello" "and moves its bar on"
 case $DOES.$number in
   dies_once.1) [ -e "$SEEN/died" ] || { touch "$SEEN/died"; echo "torn" >&2; exit 7; } ;;
   dies.1) exit 7 ;;
@@ -86,7 +101,7 @@ def processes(tmp_path):
 
 
 def pids(settings):
-    return [int(line.split()[1]) for line in (settings["SEEN"] / "pids").read_text().splitlines()]
+    return [int(line.split()[1]) for line in lines(settings["SEEN"] / "pids")]
 
 
 def alive(pid):
@@ -106,8 +121,8 @@ def test_each_process_has_its_number_a_common_coordinator_and_the_environment(pr
         "multiprocess.sh", "3", "--workdir", "a b", "--config.x=('c','d')", DOES="ends", **processes
     )
     assert code == 0, err
-    assert out == "[0] process 0 says hello\n"
-    calls = [(processes["SEEN"] / f"called.{i}").read_text().splitlines() for i in range(3)]
+    assert out == "[0] process 0 says hello\n[0] and moves its bar on\n"
+    calls = [lines(processes["SEEN"] / f"called.{i}") for i in range(3)]
     for i, (device, xla_flags, *call) in enumerate(calls):
         assert (device, xla_flags) == (str(i), "--a --b")
         assert call[:5] == ["-m", "drirl_jax.main", "--workdir", "a b", "--config.x=('c','d')"]
@@ -149,10 +164,7 @@ def test_a_process_that_ignores_sigterm_is_killed_with_all_that_it_started(proce
 @pytest.mark.parametrize("by, expected", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_script_stops_all_and_leaves_none(processes, by, expected):
     process = start("multiprocess.sh", "3", DOES="stays", **processes)
-    until = time.monotonic() + 20
-    while not (processes["SEEN"] / "pids").exists() or len(pids(processes)) < 6:
-        assert time.monotonic() < until, process.communicate()
-        time.sleep(0.02)
+    wait_for(lambda: len(pids(processes)) == 6)
     process.send_signal(by)
     code, _, err = finish(process)
     assert code == expected and "stopped" in err
@@ -233,7 +245,6 @@ def cloud(tmp_path):
 
 def steps(cloud):
     """What gcloud was asked for, without the questions for the state, each sort of remote command by its name."""
-    calls = (cloud["SEEN"] / "calls").read_text() if (cloud["SEEN"] / "calls").exists() else ""
     names = {
         r"tpus (tpu-vm|queued-resources) (create|delete|scp) .*": r"\2",
         r".* ssh .*pip install.*": "install",
@@ -241,7 +252,7 @@ def steps(cloud):
         r"storage rsync .*": "fetch",
     }
     found = []
-    for call in calls.splitlines():
+    for call in lines(cloud["SEEN"] / "calls"):
         for pattern, name in names.items():
             if re.match(f"(?:compute )?{pattern}$", call):
                 found.append(re.sub(f"(?:compute )?{pattern}$", name, call))
@@ -258,10 +269,10 @@ def test_all_creates_installs_runs_deletes_and_fetches(cloud):
     assert code == 0, err
     assert steps(cloud) == [*START, "delete", "fetch"]
     assert "host 0, start 1" in out and LEFT not in err
-    copied = (cloud["SEEN"] / "copied").read_text().splitlines()
+    copied = lines(cloud["SEEN"] / "copied")
     assert "launch/install.sh" in copied and "drirl_jax/main.py" in copied
     for host in "01":  # every argument as it was given, through two shells
-        args = (cloud["SEEN"] / f"args.{host}").read_text().splitlines()
+        args = lines(cloud["SEEN"] / f"args.{host}")
         assert args == ["-m", "drirl_jax.main", *flags, "--workdir=gs://b/run", "--config.distributed.auto=True"]
     calls = (cloud["SEEN"] / "calls").read_text()
     assert "tpu-vm create drirl-jax --accelerator-type=v6e-8 --version=v2-alpha-tpuv6e --project=p --zone=z" in calls
@@ -313,7 +324,7 @@ def test_a_run_that_dies_is_started_again_on_all_hosts_without_a_new_slice(cloud
     assert code == 0, err
     assert steps(cloud) == [*START, "scp", "install", "run", "delete", "fetch"]
     assert "Traceback" in out and "the run has died on a host; started again (1 of 10)" in err
-    assert (cloud["SEEN"] / "starts.0").read_text().count("start") == 2
+    assert len(lines(cloud["SEEN"] / "starts.0")) == 2
 
 
 def test_restarts_end_and_what_is_left_is_told_with_the_command_that_deletes_it(cloud):
@@ -355,13 +366,23 @@ def by_steps(cloud):
 def test_an_interrupted_watch_tells_what_is_left(cloud):
     by_steps(cloud | {"DOES": "stays"})
     process = start("tpu_vm.sh", "watch", "--config=c", **cloud)
-    while "tail -c" not in (cloud["SEEN"] / "calls").read_text():
-        time.sleep(0.02)
+    wait_for(lambda: "tail -c" in (cloud["SEEN"] / "calls").read_text())
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 143 and LEFT in err
     launched("tpu_vm.sh", "delete", **cloud)
     assert steps(cloud)[-1] == "delete"
+
+
+def test_a_run_that_is_gone_from_its_hosts_is_started_again_whatever_an_earlier_one_left(cloud):
+    by_steps(cloud)  # ends well, and so leaves its code
+    launched("tpu_vm.sh", "run", "--config=c", **cloud | {"DOES": "ends stays"})
+    for host in "01":  # as when a host starts anew
+        wait_for(lambda: len(lines(cloud["SEEN"] / f"starts.{host}")) == 2)
+        os.killpg(int((cloud["SEEN"] / f"host{host}/drirl_jax/run.pid").read_text()), signal.SIGKILL)
+    code, _, err = launched("tpu_vm.sh", "watch", "--config=c", **cloud | {"DOES": "ends stays ends"})
+    assert code == 0 and "the run has died on a host; started again (1 of 10)" in err
+    assert len(lines(cloud["SEEN"] / "starts.1")) == 3
 
 
 def test_a_passing_fault_of_the_network_is_waited_for(cloud):
@@ -440,7 +461,7 @@ def slurm(tmp_path):
 def test_slurm_runs_one_process_a_task_and_returns_its_exit_code(slurm):
     code, _, err = launched("slurm.sbatch", "--config=c", "--workdir", "a b", **slurm)
     assert code == 0, err
-    args = (slurm["SEEN"] / "run").read_text().splitlines()
+    args = lines(slurm["SEEN"] / "run")
     assert args[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=8"]
     flags = ["--config=c", "--workdir", "a b", "--config.distributed.auto=True"]
     assert args[3:] == ["-m", "drirl_jax.main", *flags]
@@ -451,10 +472,7 @@ def test_slurm_runs_one_process_a_task_and_returns_its_exit_code(slurm):
 @pytest.mark.parametrize("by, queued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_slurm_passes_signals_on_and_queues_itself_again_only_when_the_time_is_up(slurm, by, queued):
     process = start("slurm.sbatch", "--config=c", **slurm | {"DOES": "stays"})
-    until = time.monotonic() + 20
-    while not (slurm["SEEN"] / "trapped").exists():
-        assert time.monotonic() < until, process.communicate()
-        time.sleep(0.02)
+    wait_for((slurm["SEEN"] / "trapped").exists)
     process.send_signal(by)
     code, out, _ = finish(process)
     assert code == 143 and "TERM reached srun" in out
