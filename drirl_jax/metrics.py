@@ -22,9 +22,10 @@ from drirl_jax.types import PyTree
 
 
 class MetricWriter:
-    """The scalars of one workdir: metrics.jsonl, timing.jsonl and tensorboard/."""
+    """The scalars of one workdir: metrics.jsonl, timing.jsonl and tensorboard/; nothing without `writes`."""
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path, writes: bool = True):
+        self.writes = writes
         workdir.mkdir(parents=True, exist_ok=True)
         self.metrics, self.seconds = workdir / "metrics.jsonl", workdir / "timing.jsonl"
         self.folder = workdir / "tensorboard"
@@ -51,6 +52,8 @@ class MetricWriter:
             stage_order: the schedule's stages in turn.
             stage, step: the state that the run goes on from; a torn last line is dropped too.
         """
+        if not self.writes:
+            return
         turn = {name: i for i, name in enumerate(stage_order)}
         at = (turn[stage], step)
         for path in (self.metrics, self.seconds):
@@ -69,6 +72,8 @@ class MetricWriter:
         self.events.clear()
 
     def _append(self, path: pathlib.Path, stage: str, step: int, scalars: Mapping[str, float]) -> None:
+        if not self.writes:
+            return
         values = {key: float(value) for key, value in sorted(scalars.items())}
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with path.open("a") as file:
@@ -114,11 +119,12 @@ class Clock:
 class Progress:
     """A bar on stderr with the rate and the scalars that matter; every 10 s where that is no terminal."""
 
-    def __init__(self, stage: str, total: int, start: int = 0):
+    def __init__(self, stage: str, total: int, start: int = 0, shown: bool = True):
         patience = 0.1 if sys.stderr.isatty() else 10
         self.bar = tqdm.tqdm(
-            desc=stage, total=total, initial=start, unit="step", mininterval=patience, dynamic_ncols=True
-        )
+            desc=stage, total=total, initial=start, unit="step", mininterval=patience, dynamic_ncols=True,
+            disable=not shown,
+        )  # fmt: skip
 
     def show(self, scalars: Mapping[str, float]) -> None:
         """One step on, with these scalars beside the bar in 3 significant digits."""

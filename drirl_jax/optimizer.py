@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from drirl_jax import sharding
 from drirl_jax.types import Array, PyTree, TrainState
 
 SCHEDULES = {
@@ -72,8 +73,9 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
 
 
 def init(transformation: optax.GradientTransformation, params: PyTree) -> TrainState:
-    """A train state with no update taken."""
-    return TrainState(params, transformation.init(params), jnp.zeros((), jnp.int32))
+    """A train state with no update taken, the optimiser's part of it made where it belongs."""
+    opt_state = jax.jit(lambda params: sharding.constrained(transformation.init(params)))(params)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
 
 
 def step(
@@ -104,4 +106,4 @@ def step(
     ((value, scalars), grad), _ = jax.lax.scan(one, zero, micro)
     updates, opt_state = transformation.update(grad, train.opt_state, train.params)
     state = TrainState(optax.apply_updates(train.params, updates), opt_state, train.step + 1)
-    return state, scalars | {"loss": value, "grad_norm": optax.global_norm(grad)}
+    return sharding.constrained(state), scalars | {"loss": value, "grad_norm": optax.global_norm(grad)}

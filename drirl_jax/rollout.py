@@ -15,6 +15,7 @@ from einops import rearrange
 
 from drirl_jax.models import decoding, transformer
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.sharding import constrain, size
 from drirl_jax.types import Array, length_mask
 
 FINISH = ("length", "stop")  # what the values of Rollout.finish mean
@@ -80,20 +81,29 @@ class Slots(NamedTuple):
     own_cache: tuple[Array, Array]
 
 
-def compacted(slots: Slots, done_N: Array, size: int) -> Slots:
-    """The `size` slots whose rows have not ended (and some that have, if those are fewer), each with its own prompt."""
-    B = slots.row.shape[1]
-    keep_C = jnp.argsort(done_N[slots.row.reshape(-1)], stable=True)[:size]
+def compacted(slots: Slots, done_N: Array, few: int, dealt: int) -> Slots:
+    """The slots whose rows have not ended (and some that have, if those are fewer), each with its own prompt.
 
-    def gathered(cache):
-        return rearrange(cache, "l a k b t d -> l (a b) k 1 t d")[:, keep_C]
+    Args:
+        slots, done_N: the slots, and which rows of the whole batch have ended.
+        few: how many slots are left of each part.
+        dealt: the number of equal parts in which the slots lie on the devices; none leaves its part.
+    """
+    B = slots.row.shape[1]
+    row_MB = slots.row.reshape(dealt, -1)
+    keep_MC = jnp.argsort(done_N[row_MB], axis=1, stable=True)[:, :few]
+
+    def kept(x, index_MC, axis):
+        parts = x.reshape(*x.shape[:axis], dealt, -1, *x.shape[axis + 1 :])
+        taken = jax.vmap(lambda part, index: jnp.take(part, index, axis=axis), (axis, 0), axis)(parts, index_MC)
+        return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
     return Slots(
-        slots.row.reshape(-1)[keep_C, None],
-        slots.prompt_len[keep_C // B],
-        slots.prompt_mask[keep_C // B],
-        jax.tree.map(lambda cache: cache[:, keep_C // B], slots.prompt_cache),
-        jax.tree.map(gathered, slots.own_cache),
+        kept(slots.row.reshape(-1), keep_MC, 0)[:, None],
+        kept(slots.prompt_len, keep_MC // B, 0),
+        kept(slots.prompt_mask, keep_MC // B, 0),
+        jax.tree.map(lambda x: kept(x, keep_MC // B, 1), slots.prompt_cache),
+        jax.tree.map(lambda x: kept(rearrange(x, "l a k b t d -> l (a b) k 1 t d"), keep_MC, 1), slots.own_cache),
     )
 
 
@@ -125,11 +135,14 @@ def sample(
     """
     P, G = key_PG.shape
     N, config, key_N = P * G, model.config, key_PG.reshape(-1)
+    dealt = size("prompts") if P % size("prompts") == 0 else 1
     hidden_PSD, prompt_cache = decoding.prefill(model, prompt_PS, prefix)
-    fused, unembed_VD = decoding.fuse(model), transformer.cast(model.unembed, config)
+    fused = decoding.fuse(model)
+    unembed_VD = constrain(transformer.cast(model.unembed, config), "spread_vocab")
 
     def choose(hidden_CD, t, key_C):
-        logit_CV = transformer.product("cd,vd->cv", hidden_CD, unembed_VD) / (temperature or 1.0)
+        logit_CV = transformer.product("cd,vd->cv", constrain(hidden_CD, "weights_stay"), unembed_VD)
+        logit_CV = constrain(logit_CV, "weights_stay", "spread_vocab") / (temperature or 1.0)
         if temperature:
             uniform_C2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(key_C)
             token_C = sample_categorical(uniform_C2, logit_CV)
@@ -153,7 +166,7 @@ def sample(
         return rollout, done_N.at[row_C].set(done_C | ends_C)
 
     def decode_until(few: int, slots: Slots, t, rollout, done_N):
-        """Decodes until at most `few` rows go on."""
+        """Decodes until at most `few` rows of each part go on."""
 
         def step(carry):
             t, rollout, done_N, own_cache = carry
@@ -164,18 +177,20 @@ def sample(
             return t + 1, *record(rollout, done_N, t, hidden_ABD, slots.row), own_cache
 
         def goes_on(carry):
-            return (carry[0] < max_new) & (jnp.sum(~carry[2]) > few)
+            return (carry[0] < max_new) & (jnp.sum(~carry[2].reshape(dealt, -1), axis=1).max() > few)
 
         t, rollout, done_N, own_cache = jax.lax.while_loop(goes_on, step, (t, rollout, done_N, slots.own_cache))
         return slots._replace(own_cache=own_cache), t, rollout, done_N
 
     kv_shape = (config.layers, P, config.kv_heads, G, max_new, config.head_dim)
+    caches = ((*prompt_cache,), (jnp.zeros(kv_shape, hidden_PSD.dtype), jnp.zeros(kv_shape, hidden_PSD.dtype)))
+    prompt_cache, own_cache = jax.tree.map(lambda x: constrain(x, None, "prompts", "heads"), caches)
     slots = Slots(
         jnp.arange(N).reshape(P, G),
         len(prefix) + prompt_len_P,
         length_mask(len(prefix) + prompt_len_P, len(prefix) + prompt_PS.shape[1]),
         prompt_cache,
-        (jnp.zeros(kv_shape, hidden_PSD.dtype), jnp.zeros(kv_shape, hidden_PSD.dtype)),
+        own_cache,
     )
     empty = Rollout(
         response=jnp.full((N, max_new), eos[0], jnp.int32),
@@ -185,10 +200,10 @@ def sample(
     )
     first_PGD = jnp.broadcast_to(transformer.last_real(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
     state = (jnp.ones((), jnp.int32), *record(empty, jnp.zeros(N, bool), 0, first_PGD, slots.row))
-    sizes = [int(share * N) for share in compact if share * N >= FEWEST and max_new >= SHORTEST]
-    for size in sizes:
-        slots, *state = decode_until(size, slots, *state)
-        slots = compacted(slots, state[2], size)
+    sizes = [int(share * N / dealt) for share in compact if share * N / dealt >= FEWEST and max_new >= SHORTEST]
+    for few in sizes:
+        slots, *state = decode_until(few, slots, *state)
+        slots = compacted(slots, state[2], few, dealt)
     _, _, rollout, _ = decode_until(0, slots, *state)
     return jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), rollout)
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import drirl_jax
 from drirl_jax import config as config_lib
-from drirl_jax import metrics, plots
+from drirl_jax import metrics, plots, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner
@@ -28,17 +28,19 @@ log = logging.getLogger(__name__)
 
 
 def prepare(config: ConfigDict) -> Context:
-    """Checks the config and all that it names, then loads it; sets jax's compilation cache and NaN checks.
+    """Checks the config and all that it names, then loads it; joins the processes, sets the mesh and jax itself up.
 
     Raises:
         InputError: something that the user gave is wrong.
     """
     config_lib.validate(config)
+    sharding.connect(config.distributed)
     jax.config.update("jax_debug_nans", config.debug_nans)
     if config.compilation_cache:
         cache = pathlib.Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.set_mesh(sharding.mesh_of(config.mesh, config_lib.micro_batches(config), jax.devices()))
     by_split = builder.load(config.data.path, config.data.categories)
     shares = dict(zip(config.data.categories, config.data.shares))
     trained = [category for category in config.data.categories if shares.get(category, 1.0) > 0]
@@ -76,7 +78,7 @@ def load_policy(config: ConfigDict) -> tuple[Transformer, Text]:
         layers, most = config_lib.get(config, key), model_config.layers
         config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")
     tokens = Text(hf.load_tokenizer(path), config.policy.system)
-    return committed(llama.from_hf(hf.read_tensors(path), model_config)), tokens
+    return sharding.place(llama.from_hf(hf.read_tensors(path), model_config)), tokens
 
 
 # What a run must have in common with the one whose rewards it takes.
@@ -106,13 +108,6 @@ def rewards(context: Context, workdir: pathlib.Path) -> reward.Bank:
     return Checkpoints(workdir / "rewards", keep=1).restore(reward.Bank(fresh, mean=fresh.bias, std=fresh.bias))
 
 
-def committed(tree: PyTree) -> PyTree:
-    """The tree with its jax arrays bound to the device, as the results of jitted functions are: else each function
-    would be compiled twice, for the first step's free arrays and for all others."""
-    device = jax.devices()[0]
-    return jax.tree.map(lambda x: jax.device_put(x, device) if isinstance(x, jax.Array) else x, tree)
-
-
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Runs the schedule; started again on the same workdir, it goes on where it was.
 
@@ -122,10 +117,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     # ------------------------------------------------------------------ check everything, then load everything
     started = time.time()
     context = dataclasses.replace(prepare(config), workdir=workdir)
-    config_lib.remember(config, workdir)
-    writer = metrics.MetricWriter(workdir)
+    if sharding.writes():
+        config_lib.remember(config, workdir)
+    writer = metrics.MetricWriter(workdir, sharding.writes())
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
-    log.info("%s, %d prompts, %s", jax.devices()[0], prompts, config.policy.init)
+    if sharding.writes():
+        log.info("%s, %d prompts, %s", jax.devices()[0], prompts, config.policy.init)
 
     # ------------------------------------------------------------------------------------------ stage 1: rewards
     bank = None
@@ -141,22 +138,27 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     # ------------------------------------------------------------------------------------- stage 2: the policy
     params = loop("align", align.make(context, bank), config, workdir, writer)
     aligned = POLICIES[config.policy.tune].merged(context.model, params)
-    if not (workdir / "aligned").exists():
-        hf_config = hf.read_config(hf.resolve(config.policy.init))
-        hf.save(workdir / "aligned", hf_config, llama.to_hf(aligned), context.text.tokenizer)
+    if not sharding.agreed((workdir / "aligned").exists()):
+        tensors = llama.to_hf(sharding.fetch(aligned))
+        if sharding.writes():
+            hf_config = hf.read_config(hf.resolve(config.policy.init))
+            hf.save(workdir / "aligned", hf_config, tensors, context.text.tokenizer)
     if "evals" not in config.schedule:
         return
 
     # --------------------------------------------------------------------------------------- before and after
-    results = {}
     for name, model in {"base": context.model, "aligned": aligned}.items():
         path = workdir / "evals" / f"{name}.json"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(runner.evaluate(context, model, bank), indent=1, ensure_ascii=False))
-            temporary.replace(path)
-        results[name] = json.loads(path.read_text())
+        if not sharding.agreed(path.exists()):
+            found = runner.evaluate(context, model, bank)
+            if sharding.writes():
+                path.parent.mkdir(exist_ok=True)
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False))
+                temporary.replace(path)
+    if not sharding.writes():
+        return
+    results = {name: json.loads((workdir / "evals" / f"{name}.json").read_text()) for name in ("base", "aligned")}
     facts = {
         "drirl_jax": drirl_jax.__version__,
         "jax": jax.__version__,
@@ -180,12 +182,12 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, wri
     """
     # ---------------------------------------------------------------------------------------- start, or go on
     checkpoints = Checkpoints(workdir / "checkpoints" / name, config.checkpoint.keep)
-    state = committed(stage.init())
+    state = sharding.place(stage.init())
     done = checkpoints.latest() or 0
     if done:
         state = checkpoints.restore(state)
     writer.rewind(config.schedule, name, done)
-    progress = metrics.Progress(name, total=stage.steps, start=done)
+    progress = metrics.Progress(name, total=stage.steps, start=done, shown=sharding.writes())
     shown: dict[str, float] = {}
 
     for step in range(done, stage.steps):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax import train
+from drirl_jax import sharding, train
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.config import validate
 from drirl_jax.models import reward
@@ -20,7 +20,7 @@ from drirl_jax.stages.base import Context, Shared
 def kept_and_restored(stage, state, folder):
     """The state as a run that was killed finds it again."""
     Checkpoints(folder, keep=1).save(1, state)
-    again = Checkpoints(folder, keep=1).restore(train.committed(stage.init()))
+    again = Checkpoints(folder, keep=1).restore(sharding.place(stage.init()))
     jax.tree.map(np.testing.assert_array_equal, state, again)
     return again
 
@@ -42,8 +42,8 @@ def prepared(policy, cache, /, **sections):
     validate(config)
     context = dataclasses.replace(context, config=config)
     fresh = irl.init_rewards(context)
-    head = jax.random.normal(jax.random.key(0), fresh.head.shape)
-    return context, reward.Bank(fresh.replace(head=head), mean=fresh.bias, std=jnp.ones_like(fresh.bias))
+    head = jax.random.normal(jax.random.key(0), fresh.heads.shape)
+    return context, reward.Bank(fresh.replace(heads=head), mean=fresh.bias, std=jnp.ones_like(fresh.bias))
 
 
 OF_NO_GROUP = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0}

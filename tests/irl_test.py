@@ -71,8 +71,8 @@ def test_losses_equal_the_method_written_out(cut):
 def test_a_score_at_a_token_is_the_score_of_the_text_up_to_it():
     model, group = tiny(), random_group(P=3, G=2)
     rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
-    head = jax.random.normal(jax.random.key(2), rewards.head.shape)
-    rewards = rewards.replace(adapter=filled(rewards.adapter, 1), head=head)
+    head = jax.random.normal(jax.random.key(2), rewards.heads.shape)
+    rewards = rewards.replace(adapter=filled(rewards.adapter, 1), heads=head)
     everywhere = reward.token_scores(model, rewards, group)
     for t in range(1, group.response.shape[-1] + 1):
         short = group.replace(response_len=jnp.full((3, 2), t))
@@ -114,13 +114,13 @@ def test_a_head_alone_reads_the_trunk_and_whole_models_are_each_its_own():
     model, group = tiny(), random_group(P=4, G=2)
     group = group.replace(category=jnp.array([0, 1, 1, 2]))
     head = jax.random.normal(jax.random.key(2), (3, 32))
-    alone = reward.init_head(model, jax.random.key(0), 3).replace(head=head)
+    alone = reward.init_head(model, jax.random.key(0), 3).replace(heads=head)
     hidden = transformer.apply(model, group)[1]
     for p in range(4):
         got = reward.token_scores(model, alone, group)[p]
         np.testing.assert_allclose(got, hidden[p] @ head[group.category[p]], atol=1e-5)
     # Whole models start from the trunk; another one for category 1 changes its prompts alone.
-    full = reward.init_full(model, jax.random.key(0), 3).replace(head=head)
+    full = reward.init_full(model, jax.random.key(0), 3).replace(heads=head)
     base = reward.token_scores(model, alone, group)
     np.testing.assert_allclose(reward.token_scores(model, full, group), base, atol=1e-5)
     other = tiny(seed=1)
@@ -133,7 +133,7 @@ def test_a_head_alone_reads_the_trunk_and_whole_models_are_each_its_own():
 def test_one_reward_for_all_is_that_of_every_category():
     model, group = tiny(), random_group(P=3, G=2)
     one = reward.init_lora(model, jax.random.key(0), 1, rank=4, alpha=4, targets=("q",))
-    one = one.replace(adapter=filled(one.adapter, 1), head=jax.random.normal(jax.random.key(2), (1, 32)))
+    one = one.replace(adapter=filled(one.adapter, 1), heads=jax.random.normal(jax.random.key(2), (1, 32)))
     of_first = reward.raw_score(model, one, group.replace(category=jnp.zeros(3, int)))
     for categories in ([2, 0, 1], [1, 1, 7]):
         given = group.replace(category=jnp.array(categories))
@@ -149,7 +149,7 @@ def test_all_categories_at_once_are_each_of_them(kind):
     rewards = reward.KINDS[kind](model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
     rewards = rewards.replace(
         adapter=filled(rewards.adapter, 1),
-        head=jax.random.normal(jax.random.key(2), rewards.head.shape),
+        heads=jax.random.normal(jax.random.key(2), rewards.heads.shape),
         models=jax.tree.map(lambda w: w * jnp.arange(1.0, 5.0).reshape(4, *[1] * (w.ndim - 1)), rewards.models),
     )
     bank = reward.Bank(rewards, mean=jnp.arange(4.0), std=jnp.arange(1.0, 5.0))
@@ -183,7 +183,7 @@ def test_the_bank_learns_to_tell_its_pairs_apart_category_by_category(name, kind
     begin, end = (0, -1) if name == "linear" else (np.log(2), 0)
     assert first["loss"] == pytest.approx(begin) and scalars["loss"] < end + 0.05 and scalars["pairs_right"] == 1
     # Category 3 had no pair: nothing of it moved.
-    assert not train.params.head[3].any()
+    assert not train.params.heads[3].any()
     for matrix, pair in train.params.adapter.items():
         np.testing.assert_array_equal(pair.a[:, 3], rewards.adapter[matrix].a[:, 3])
         assert not pair.b[:, 3].any()
@@ -195,7 +195,7 @@ def test_the_weights_of_the_negatives_average_their_losses():
     model, (data, negative, length) = tiny(), two_records()
     pairs = irl.make_pairs(data, negative, length, "none", [0, 0])
     rewards = reward.init_lora(model, jax.random.key(0), 2, rank=4, alpha=4, targets=("q",))
-    rewards = rewards.replace(head=jax.random.normal(jax.random.key(1), rewards.head.shape))
+    rewards = rewards.replace(heads=jax.random.normal(jax.random.key(1), rewards.heads.shape))
     row = partial(irl.logistic, section=default().irl)
     one, other, both = (irl.loss(model, row, jnp.array(w), rewards, pairs)[0] for w in ([1.0, 0], [0, 1.0], [1, 3.0]))
     assert abs(one - other) > 1e-3

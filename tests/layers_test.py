@@ -10,6 +10,7 @@ ROOT = pathlib.Path(drirl_jax.__file__).parent
 # Bottom first. A module may import from lines above its own, and from its own line where that is a package.
 LAYERS = [
     ["drirl_jax", "drirl_jax.types"],
+    ["drirl_jax.sharding"],
     [
         "drirl_jax.equations",
         "drirl_jax.losses",

@@ -27,8 +27,12 @@ def command(policy, workdir, *flags, config="configs/tiny.py"):
     ]  # fmt: skip
 
 
-def start(*args, **kwargs):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+# On few cores XLA's threads, one a core, would wait for each other in collectives without end.
+EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
+
+
+def start(*args, environment=None, **kwargs):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | (environment or {})
     return subprocess.run(command(*args, **kwargs), cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -87,6 +91,22 @@ def same_run(a: pathlib.Path, b: pathlib.Path):
         assert (a / "evals" / f"{name}.json").read_text() == (b / "evals" / f"{name}.json").read_text()
 
 
+def same_but_for_rounding(a: pathlib.Path, b: pathlib.Path):
+    """Every sampled token is the same, and every number within float32's rounding."""
+    for one, other in zip(*(map(json.loads, (x / "metrics.jsonl").read_text().splitlines()) for x in (a, b))):
+        assert one.keys() == other.keys() and one.pop("stage") == other.pop("stage")
+        values = [[np.nan if row[name] is None else row[name] for name in one] for row in (one, other)]
+        np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
+    one, other = (load_file(x / "aligned" / "model.safetensors") for x in (a, b))
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=2e-6)
+    for name in ("base", "aligned"):
+        one, other = (json.loads((x / "evals" / f"{name}.json").read_text())["responses"] for x in (a, b))
+        for before, after in zip(one, other, strict=True):
+            assert before.pop("reward") == pytest.approx(after.pop("reward"), abs=2e-5)
+            assert before == after
+
+
 @pytest.mark.parametrize(
     "kills",
     [
@@ -131,6 +151,50 @@ def test_a_run_compiles_each_function_once_for_each_use(whole):
     # The lines come whether the compiler or its cache on disk gave the result.
     compiled = collections.Counter(re.findall(r"Finished XLA compilation of jit\((\w+)\)", whole[1].stderr))
     assert {name: compiled[name] for name in USES} == USES
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 1, 2)))],
+    ids=lambda mesh: "x".join(map(str, mesh)),
+)
+def test_eight_devices_give_the_run_of_one(whole, policy, tmp_path, mesh):
+    flags = [f"--config.mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), mesh)]
+    done = start(policy, tmp_path / "run", *flags, environment=EIGHT_DEVICES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_but_for_rounding(whole[0], tmp_path / "run")
+
+
+def several(count, policy, workdir, *flags):
+    """`launch/multiprocess.sh` with so many processes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
+    return subprocess.Popen(
+        ["bash", "launch/multiprocess.sh", str(count), *command(policy, workdir, *flags)[3:]],
+        cwd=ROOT, env=environment | {"NPROC": "64"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_two_processes_give_the_run_of_one(whole, policy, tmp_path):
+    told, _ = (process := several(2, policy, tmp_path / "run")).communicate()
+    assert process.returncode == 0 and "started again" not in told, told[-3000:]
+    same_but_for_rounding(whole[0], tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_of_four_processes_one_is_killed_and_the_run_ends_with_the_same_bits(policy, tmp_path):
+    flags = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+    assert several(4, policy, tmp_path / "whole", *flags).wait() == 0
+    process = several(4, policy, tmp_path / "killed", *flags)
+    metrics, end = tmp_path / "killed" / "metrics.jsonl", time.time() + 400
+    while not (metrics.exists() and '"stage": "align", "step": 3,' in metrics.read_text()):
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.05)
+    last = subprocess.run(["pkill", "-KILL", "-f", f"--workdir={tmp_path}/killed .*distributed.process=3"])
+    assert last.returncode == 0
+    told, _ = process.communicate()
+    assert process.returncode == 0 and "started again (1 of 3)" in told, told[-3000:]
+    same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_another_seed_is_another_run(whole, policy, tmp_path):

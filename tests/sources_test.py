@@ -41,7 +41,7 @@ def test_routes(case, caplog):
     categories = len(context.config.data.categories)
     head = jax.random.normal(jax.random.key(1), (categories, context.model.config.width))
     fresh = reward.init_head(context.model, jax.random.key(0), categories)
-    bank = reward.Bank(fresh.replace(head=head), mean=fresh.bias, std=jnp.ones(categories))
+    bank = reward.Bank(fresh.replace(heads=head), mean=fresh.bias, std=jnp.ones(categories))
     each = reward.score_by_all(context.model, bank, group)
 
     def by(route, weights=()):

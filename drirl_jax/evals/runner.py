@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from drirl_jax import sharding
 from drirl_jax.data.examples import Examples
 from drirl_jax.evals.judges import JUDGES
 from drirl_jax.models import reward
@@ -83,5 +84,5 @@ def rewards_of(context: Context, bank: reward.Bank, examples: Examples, response
     response, read = response[..., : config.sampler.max_new], np.minimum(response_len, config.sampler.max_new)
     for rows, real in row_batches(len(examples.id), config.evals.batch):
         group = group_of(examples.take(rows), response[rows], read[rows])
-        pieces.append(jax.device_get(score(context.model, bank, group))[:real])
+        pieces.append(sharding.fetch(score(context.model, bank, group))[:real])
     return np.concatenate(pieces)

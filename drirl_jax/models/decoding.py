@@ -19,6 +19,7 @@ from drirl_jax.models.transformer import (
     rope,
     rope_turns,
 )
+from drirl_jax.sharding import constrain
 from drirl_jax.types import Array
 
 FILLED = 64  # decoding reads the own cache in steps of so many entries, or of a quarter if that is more
@@ -46,7 +47,14 @@ class DecodeBlock(NamedTuple):
     """A block's weights for decoding, stacked over layers: products that share their input are one matrix.
 
     A few rows against small matrices leave a processor idle; fused, a decoding step takes two thirds of the time. They
-    are [in, out], as products of a few rows are faster so.
+    are [in, out], as products of a few rows are faster so; what is cut among devices has its own axis.
+
+    Attributes:
+        qkv: [L, D, KV, (H / KV + 2)·hd], for each key head its queries, the key, the value.
+        o: [L, H·hd, D].
+        gate_up: [L, D, 2, F].
+        down: [L, F, D].
+        attn_norm, mlp_norm: [L, D].
     """
 
     qkv: Array
@@ -61,14 +69,15 @@ def fuse(model: Transformer) -> DecodeBlock:
     """The model's blocks with q, k, v joined and gate, up joined."""
     blocks = cast(model.blocks, model.config)
 
-    def joined(*names):
-        return jnp.concatenate([jnp.swapaxes(getattr(blocks, name)[...], 1, 2) for name in names], axis=2)
+    def transposed(name):
+        return jnp.swapaxes(getattr(blocks, name)[...], 1, 2)
 
+    qkv = [rearrange(transposed(name), "l i (k o) -> l i k o", k=model.config.kv_heads) for name in "qkv"]
     return DecodeBlock(
-        qkv=joined("q", "k", "v"),
-        o=joined("o"),
-        gate_up=joined("gate", "up"),
-        down=joined("down"),
+        qkv=constrain(jnp.concatenate(qkv, axis=3), None, "width", "heads"),
+        o=constrain(transposed("o"), None, "heads", "width"),
+        gate_up=constrain(jnp.stack([transposed("gate"), transposed("up")], axis=2), None, "width", None, "ffn"),
+        down=constrain(transposed("down"), None, "ffn", "width"),
         attn_norm=blocks.attn_norm[...],
         mlp_norm=blocks.mlp_norm[...],
     )
@@ -94,7 +103,7 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
     turns = rope_turns(config, jnp.broadcast_to((prompt_len_P + t)[:, None], (P, G)))
     step = max(FILLED, -(-T // 4))
     sizes = (*range(step, T, step), T)
-    ends = (config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim)
+    queries = config.heads // config.kv_heads * config.head_dim
 
     def attend_to_first(size: int):
         """Attention that reads no more than the first `size` entries of the own cache."""
@@ -110,11 +119,11 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
     def layer(carry, inputs):
         x_PGD, own_k, own_v = carry
         i, block, prompt_k, prompt_v = inputs
-        normed = rms_norm(x_PGD, block.attn_norm, config.norm_eps)
-        q, k, v = (
-            rearrange(part, "p g (h d) -> p g h d", d=config.head_dim)
-            for part in jnp.split(jnp.einsum("pgi,io->pgo", normed, block.qkv), ends, axis=-1)
-        )
+        normed = constrain(rms_norm(x_PGD, block.attn_norm, config.norm_eps), "weights_stay")
+        qkv = constrain(jnp.einsum("pgi,iko->pgko", normed, block.qkv), "weights_stay", None, "heads")
+        qkv = constrain(qkv, "prompts", None, "heads")
+        q, k, v = jnp.split(qkv, (queries, queries + config.head_dim), axis=-1)
+        q = rearrange(q, "p g k (r d) -> p g (k r) d", d=config.head_dim)
         q, k = rope(q, turns), rope(k, turns)
         at = (i, 0, 0, 0, t, 0)
         own_k = jax.lax.dynamic_update_slice(own_k, own_heads_first(k[:, :, None])[None], at)
@@ -122,10 +131,12 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
         attended = jax.lax.switch(
             t // step, [attend_to_first(size) for size in sizes], q[:, :, None], prompt_k, prompt_v, own_k, own_v, i
         )
-        x_PGD += jnp.einsum("pgi,io->pgo", rearrange(attended[:, :, 0], "p g h d -> p g (h d)"), block.o)
-        normed = rms_norm(x_PGD, block.mlp_norm, config.norm_eps)
-        gate, up = jnp.split(jnp.einsum("pgi,io->pgo", normed, block.gate_up), 2, axis=-1)
-        x_PGD += jnp.einsum("pgi,io->pgo", jax.nn.silu(gate) * up, block.down)
+        attended = constrain(rearrange(attended[:, :, 0], "p g h d -> p g (h d)"), "weights_stay", None, "heads")
+        x_PGD += constrain(jnp.einsum("pgi,io->pgo", attended, block.o), "weights_stay", None, "width")
+        normed = constrain(rms_norm(x_PGD, block.mlp_norm, config.norm_eps), "weights_stay")
+        gate_up = constrain(jnp.einsum("pgi,ico->pgco", normed, block.gate_up), "weights_stay", None, None, "ffn")
+        up = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        x_PGD += constrain(jnp.einsum("pgi,io->pgo", up, block.down), "weights_stay", None, "width")
         return (x_PGD, own_k, own_v), None
 
     # The cache is carried, not scanned over, so that XLA updates it in place.

@@ -18,6 +18,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from drirl_jax import sharding
 from drirl_jax.types import Array, InputError, length_mask
 
 TOP = {
@@ -228,7 +229,7 @@ class TextEmbedder:
             )
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.encoder, self.tokenizer, self.max_tokens = encoder, tokenizer, max_tokens
+        self.encoder, self.tokenizer, self.max_tokens = sharding.whole(encoder), tokenizer, max_tokens
         self.token_buckets = (*(t for t in TOKENS if t < max_tokens), max_tokens)
         self._run = jax.jit(lambda encoder, ids_NT, length_N: encoder(ids_NT, length_N))
 
@@ -263,9 +264,9 @@ class TextEmbedder:
         ids = [self._cut(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         chunks = [order[start : start + ROWS[-1]] for start in range(0, len(order), ROWS[-1])]
-        padded = [jax.device_put(self._pad([ids[i] for i in chunk])) for chunk in chunks]
+        padded = [map(sharding.deal, self._pad([ids[i] for i in chunk])) for chunk in chunks]
         # Every chunk is launched before the first is fetched.
-        outputs = jax.device_get([self._run(self.encoder, *arrays) for arrays in padded])
+        outputs = sharding.fetch([self._run(self.encoder, *arrays) for arrays in padded])
         embedded: dict[int, np.ndarray] = {}
         for chunk, output_NE in zip(chunks, outputs):
             embedded |= zip(chunk, output_NE)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.sharding import constrained
 from drirl_jax.types import Array
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -76,4 +77,4 @@ def merge(model: Transformer, adapter: Adapter) -> Transformer:
         return weight_LOI.at[first:].set((weight_LOI[first:] + delta).astype(weight_LOI.dtype))
 
     weights = {name: merged(getattr(model.blocks, name)[...], pair) for name, pair in adapter.items()}
-    return model.replace(blocks=model.blocks.replace(**weights))
+    return constrained(model.replace(blocks=model.blocks.replace(**weights)))

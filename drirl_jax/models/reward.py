@@ -18,11 +18,11 @@ from drirl_jax.types import Array, Group
 
 @flax.struct.dataclass
 class Rewards:
-    """What IRL trains: a scalar head for each category (head [C, D], bias [C]), and by kind a bank of adapters on the
+    """What IRL trains: a scalar head for each category (heads [C, D], bias [C]), and by kind a bank of adapters on the
     trunk, nothing more (an empty adapter), or models of their own, stacked on a leading axis C."""
 
     adapter: lora.Adapter
-    head: Array
+    heads: Array
     bias: Array
     models: Transformer | None = None
 
@@ -73,7 +73,7 @@ def _by_own_models(rewards: Rewards, group: Group) -> Array:
         head_PD, bias_P = jnp.broadcast_to(head_D, (P, *head_D.shape)), jnp.broadcast_to(bias, (P,))
         return _scored(transformer.apply(model, group)[1], head_PD, bias_P)
 
-    return jax.lax.map(by_one, (rewards.models, rewards.head, rewards.bias))
+    return jax.lax.map(by_one, (rewards.models, rewards.heads, rewards.bias))
 
 
 def token_scores(model: Transformer, rewards: Rewards, group: Group, begun: Begun | None = None) -> Array:
@@ -85,7 +85,7 @@ def token_scores(model: Transformer, rewards: Rewards, group: Group, begun: Begu
     if rewards.models is not None:
         return jnp.take_along_axis(_by_own_models(rewards, group), c[None, :, None, None], axis=0)[0]
     _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, c, begun=begun)
-    return _scored(hidden_PGTD, rewards.head[c], rewards.bias[c])
+    return _scored(hidden_PGTD, rewards.heads[c], rewards.bias[c])
 
 
 def read(score_PGT: Array, length_PG: Array) -> Array:

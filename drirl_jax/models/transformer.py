@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from drirl_jax.sharding import constrain, size
 from drirl_jax.types import Array, Group, length_mask
 
 
@@ -200,7 +201,8 @@ def response_attention(q_PGQHd, prompt_k, prompt_v, prompt_mask_PS, own_k, own_v
 
 def embed(model: Transformer, ids: Array) -> Array:
     """[..., D] token embeddings."""
-    return cast(model.embed[...][ids], model.config)
+    found = constrain(model.embed[...][ids], *("weights_stay", *(None,) * (ids.ndim - 1), "width"))
+    return constrain(cast(found, model.config), "prompts")
 
 
 def behind(before, k_PKSd, v_PKSd) -> tuple[Array, Array]:
@@ -310,7 +312,7 @@ def _through(
         return jnp.concatenate([x_s, rearrange(x_t, "p g t ... -> p (g t) ...")], axis=1)
 
     def layer(carry, block_and_adapter):
-        prefix, x_PND = carry
+        prefix, x_PND = constrain(carry[0], "prompts"), constrain(carry[1], "prompts")
         block, low = cast(block_and_adapter, config)
         before = None
         if R:
@@ -358,74 +360,81 @@ def token_logprobs(
     Args:
         hidden, group: as of `predictors`.
         temperature: > 0, the sampler's.
-        chunk: positions at a time; nothing of size T x V is kept.
+        chunk: positions at a time, all prompts' together, on each device; nothing of size T x V is kept.
 
     Returns:
         ([P, G, T] log-probabilities, [P, G, T] entropies without gradient), nats, float32; padding holds finite,
         meaningless values.
     """
     P, G, T = group.response.shape
-    predictor_ND = predictors(hidden, group).reshape(P * G * T, -1)
+    predictor_PND = predictors(hidden, group).reshape(P, G * T, -1)
     unembed_VD = cast(model.unembed, model.config)
-    logp_N, entropy_N = logprobs(unembed_VD, predictor_ND, group.response.reshape(-1), temperature, chunk)
-    return logp_N.reshape(P, G, T), entropy_N.reshape(P, G, T)
+    out = logprobs(unembed_VD, predictor_PND, group.response.reshape(P, G * T), temperature, chunk)
+    return tuple(x_PN.reshape(P, G, T) for x_PN in out)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def logprobs(unembed_VD, hidden_ND, target_N, temperature: float, chunk: int):
-    """([N] log softmax(h Eᵀ / temperature) at the target, [N] entropies), `chunk` rows of logits at a time.
+def logprobs(unembed_VD, hidden_PND, target_PN, temperature: float, chunk: int):
+    """([P, N] log softmax(h Eᵀ / temperature) at the target, [P, N] entropies), about `chunk` rows of logits at a time.
 
     Its derivative needs no second pass over the vocabulary for the hidden states: ∂logp/∂h = (E_target - Σ_v p_v E_v) /
-    temperature is [N, D] and is computed while the logits are there. Entropies carry no gradient.
+    temperature is [P, N, D] and is computed while the logits are there. Entropies carry no gradient.
     """
-    return _by_chunk(lambda h, y: _row_logprobs(unembed_VD, h, y, temperature)[:2], chunk, hidden_ND, target_N)
+    return _by_chunk(lambda h, y: _row_logprobs(unembed_VD, h, y, temperature)[:2], chunk, hidden_PND, target_PN)
 
 
-def _row_logprobs(unembed_VD, h_ND, target_N, temperature):
-    """Of one chunk: log-probabilities, entropies, and the probabilities [N, V]."""
-    logit_NV = product("nd,vd->nv", h_ND, unembed_VD) / temperature
-    norm_N = jax.nn.logsumexp(logit_NV, axis=-1)
-    probability_NV = jnp.exp(logit_NV - norm_N[:, None])
-    entropy_N = norm_N - jnp.einsum("nv,nv->n", probability_NV, logit_NV)
-    return jnp.take_along_axis(logit_NV, target_N[:, None], axis=-1)[:, 0] - norm_N, entropy_N, probability_NV
+def _row_logprobs(unembed_VD, h_PND, target_PN, temperature):
+    """Of one chunk: log-probabilities, entropies, and the probabilities [P, N, V]."""
+    logit_PNV = product("pnd,vd->pnv", h_PND, unembed_VD) / temperature
+    norm_PN = jax.nn.logsumexp(logit_PNV, axis=-1)
+    probability_PNV = jnp.exp(logit_PNV - norm_PN[..., None])
+    entropy_PN = norm_PN - jnp.einsum("pnv,pnv->pn", probability_PNV, logit_PNV)
+    return jnp.take_along_axis(logit_PNV, target_PN[..., None], axis=-1)[..., 0] - norm_PN, entropy_PN, probability_PNV
+
+
+def _chunks(chunk: int, *arrays):
+    """Arrays [P, N, ...] as [K, P, N / K, ...], K chunks of about `chunk` rows a device; zero rows fill the last up.
+
+    Every chunk has rows of all prompts, so that devices among which the prompts are dealt out work on each together.
+    """
+    P, N = arrays[0].shape[:2]
+    number = -(-N // max(1, chunk * size("prompts") // P))
+    pad = -N % number
+    padded = (jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)) for x in arrays)
+    return tuple(jnp.moveaxis(x.reshape(P, number, -1, *x.shape[2:]), 1, 0) for x in padded)
 
 
 def _by_chunk(function, chunk: int, *arrays):
-    """The function over leading-axis chunks of the arrays, one after another; zero rows fill the last up."""
-    rows = arrays[0].shape[0]
-    chunk = min(chunk, rows)
-    padded = [jnp.pad(x, ((0, -rows % chunk),) + ((0, 0),) * (x.ndim - 1)) for x in arrays]
-    out = jax.lax.map(lambda part: function(*part), tuple(x.reshape(-1, chunk, *x.shape[1:]) for x in padded))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], out)
+    """The function over chunks of the arrays' second axis, one after another."""
+    P, N = arrays[0].shape[:2]
+    out = jax.lax.map(lambda part: function(*part), _chunks(chunk, *arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(P, -1, *x.shape[3:])[:, :N], out)
 
 
-def _logprobs_forward(unembed_VD, hidden_ND, target_N, temperature, chunk):
+def _logprobs_forward(unembed_VD, hidden_PND, target_PN, temperature, chunk):
     def one(h, y):
         logp, entropy, probability = _row_logprobs(unembed_VD, h, y, temperature)
-        mean_ND = product("nv,vd->nd", probability.astype(unembed_VD.dtype), unembed_VD)
-        return logp, entropy, (unembed_VD[y] - mean_ND) / temperature
+        mean_PND = product("pnv,vd->pnd", probability.astype(unembed_VD.dtype), unembed_VD)
+        return logp, entropy, (unembed_VD[y] - mean_PND) / temperature
 
-    logp, entropy, slope_ND = _by_chunk(one, chunk, hidden_ND, target_N)
-    return (logp, entropy), (unembed_VD, hidden_ND, target_N, slope_ND)
+    logp, entropy, slope_PND = _by_chunk(one, chunk, hidden_PND, target_PN)
+    return (logp, entropy), (unembed_VD, hidden_PND, target_PN, slope_PND)
 
 
 def _logprobs_backward(temperature, chunk, saved, cotangents):
-    unembed_VD, hidden_ND, target_N, slope_ND = saved
-    g_N = cotangents[0]
-    # For the embedding the logits are needed again; where it is frozen, XLA drops this loop as dead.
-    chunk = min(chunk, g_N.size)
-    pad = -g_N.size % chunk
-    parts = [jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) for x in (hidden_ND, target_N, g_N)]
+    unembed_VD, hidden_PND, target_PN, slope_PND = saved
+    g_PN = cotangents[0]
 
+    # For the embedding the logits are needed again; where it is frozen, XLA drops this loop as dead.
     def add(total_VD, part):
         h, y, g = part
         probability = _row_logprobs(unembed_VD, h, y, temperature)[2]
-        gh = (g[:, None] / temperature * h).astype(jnp.float32)
-        return total_VD.at[y].add(gh) - jnp.einsum("nv,nd->vd", probability, gh), None
+        gh = (g[..., None] / temperature * h).astype(jnp.float32)
+        return total_VD.at[y].add(gh) - jnp.einsum("pnv,pnd->vd", probability, gh), None
 
     zero = jnp.zeros(unembed_VD.shape, jnp.float32)
-    total_VD, _ = jax.lax.scan(add, zero, tuple(x.reshape(-1, chunk, *x.shape[1:]) for x in parts))
-    hidden_gradient = (g_N[:, None] * slope_ND).astype(hidden_ND.dtype)
+    total_VD, _ = jax.lax.scan(add, zero, _chunks(chunk, hidden_PND, target_PN, g_PN))
+    hidden_gradient = (g_PN[..., None] * slope_PND).astype(hidden_PND.dtype)
     return total_VD.astype(unembed_VD.dtype), hidden_gradient, None
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drirl_jax import equations as eq
-from drirl_jax import optimizer, scaling
+from drirl_jax import optimizer, scaling, sharding
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.endpoint import Endpoint
@@ -154,7 +154,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
         context.clock.mark("trunk", begun)
         reward_PM = context.clock.mark("rewards", score(bank, examples, group, begun if shared.rewards else None))
         reward_PG, demo_reward_P = reward_PM[:, : c.group], reward_PM[:, c.group]
-        response, length = jax.device_get((out.response, out.response_len))
+        response, length = sharding.fetch((out.response, out.response_len))
         parts = scaling.Parts(*embed_responses(context, split, response, length), *(x[rows] for x in demo_parts))
         # Coefficients, and what the objective makes of it all.
         stats = state.carry
@@ -198,7 +198,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
 
 def describe(names, examples: Examples, out: Rollout, reward_PG, info) -> dict[str, float]:
     """The scalars of a batch, by category. Raises InputError for a reward that is not finite."""
-    reward_PG, info, out = jax.device_get((reward_PG, info, out))
+    reward_PG, info, out = sharding.fetch((reward_PG, info, out))
     if not np.isfinite(reward_PG).all():
         p, g = np.argwhere(~np.isfinite(reward_PG))[0]
         raise InputError(

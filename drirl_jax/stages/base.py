@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from drirl_jax import rollout
+from drirl_jax import rollout, sharding
 from drirl_jax.data.examples import Examples
 from drirl_jax.metrics import Clock
 from drirl_jax.models import lora
@@ -122,19 +122,21 @@ POLICIES = {
 def group_of(examples: Examples, response, response_len) -> Group:
     """The examples' prompts with these responses, [P, G, T] and [P, G]."""
     arrays = (examples.prompt, examples.prompt_len, response, response_len, examples.category)
-    return Group(*(jnp.asarray(x) for x in arrays), prefix=examples.prefix)
+    return Group(*(sharding.deal(x) for x in arrays), prefix=examples.prefix)
 
 
 def draw(context: Context, model: Transformer, examples: Examples, key: Array, **options) -> rollout.Rollout:
     """Responses of the model to every example, one batch: see `rollout.sample` for max_new and temperature."""
     group = options.pop("group")
     keys = rollout.row_keys(key, jnp.asarray(examples.index), group)
-    prompt, length = jnp.asarray(examples.prompt), jnp.asarray(examples.prompt_len)
+    prompt, length = sharding.deal(examples.prompt), sharding.deal(examples.prompt_len)
     return rollout.sample(model, prompt, length, keys, eos=context.text.eos_ids, prefix=examples.prefix, **options)
 
 
 def row_batches(total: int, size: int):
-    """Row numbers of all of `total` rows, `size` at a time, and how many are real: the last is filled up by repeats."""
+    """Row numbers of all of `total` rows, `size` at a time, or a few more to deal them out evenly, and how many are
+    real: the last is filled up by repeats."""
+    size = sharding.dealt(size)
     for start in range(0, total, size):
         yield np.arange(start, start + size) % total, min(size, total - start)
 
@@ -143,7 +145,7 @@ def draw_all(context: Context, model: Transformer, examples: Examples, key: Arra
     """`draw` over all the examples, `batch` prompts at a time: a Rollout of numpy arrays."""
     pieces = []
     for rows, real in row_batches(len(examples.id), batch):
-        out = jax.device_get(draw(context, model, examples.take(rows), key, **options))
+        out = sharding.fetch(draw(context, model, examples.take(rows), key, **options))
         pieces.append(jax.tree.map(lambda x: x[:real], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *pieces)
 

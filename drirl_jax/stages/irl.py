@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax import equations as eq
-from drirl_jax import optimizer
+from drirl_jax import optimizer, sharding
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward
@@ -105,7 +105,7 @@ def make_pairs(examples: Examples, negative_PKT, negative_len_PK, cut: str, seed
     differ = np.cumprod(examples.demo[:, None] == negative_PKT, axis=-1).sum(axis=-1)
     response = np.concatenate([examples.demo[:, None], negative_PKT], axis=1)
     length = np.concatenate([examples.demo_len[:, None], negative_len_PK], axis=1)
-    return Pairs(group_of(examples, response, length), *(jnp.asarray(x, jnp.int32) for x in (*ends, differ)))
+    return Pairs(group_of(examples, response, length), *(sharding.deal(x.astype(np.int32)) for x in (*ends, differ)))
 
 
 def read(score_PGT: Array, pairs: Pairs) -> tuple[Array, Array]:
@@ -219,7 +219,7 @@ def make(context: Context) -> Stage:
             score_PGT = token_scores(context.model, rewards, pairs.group)
             demo, negative = read(score_PGT, pairs)
             whole = reward.read(score_PGT, pairs.group.response_len)
-            pieces.append([np.asarray(x)[:real] for x in (demo, negative, whole)])
+            pieces.append([x[:real] for x in sharding.fetch((demo, negative, whole))])
         found = dict(zip(("demo", "negative", "whole"), map(np.concatenate, zip(*pieces))))
         if not all(np.isfinite(values).all() for values in found.values()):
             raise InputError(
@@ -252,7 +252,7 @@ def make(context: Context) -> Stage:
             suffix = "" if name == "all" else f"/{name}"
             out[f"ece{suffix}"] = calibration_error(curves[name])
             out[f"length_correlation{suffix}"] = correlation(s["whole"][rows, 1 : 1 + K], state.carry.valid[1][rows])
-        if context.workdir and step == c.steps:
+        if context.workdir and step == c.steps and sharding.writes():
             (context.workdir / "reliability.json").write_text(json.dumps(curves, indent=1) + "\n")
         return out
 

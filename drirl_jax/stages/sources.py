@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drirl_jax import sharding
 from drirl_jax.data.examples import Examples
 from drirl_jax.endpoint import Endpoint
 from drirl_jax.evals.judges import JUDGES
@@ -40,7 +41,7 @@ class Source(NamedTuple):
 
 def texts(context: Context, group: Group) -> list[list[str]]:
     """[P][M] the responses as text."""
-    response, length = jax.device_get((group.response, group.response_len))
+    response, length = sharding.fetch((group.response, group.response_len))
     return [[context.text.decode(*row) for row in zip(*of_prompt)] for of_prompt in zip(response, length)]
 
 
