@@ -4,8 +4,8 @@ python -m drirl_jax.study --config configs/study_smollm2.py --workdir runs/study
 
 The config has `base` (a run's config), `variants` (by name, what each changes), `seeds`, and `reference`, the variant
 that the others are compared with. Started again it goes on: what is finished is not run again. Runs whose rewards
-would be the same share them. Left in the workdir: VARIANT/SEED/ (each run's own), study.csv, study.md, study.html,
-study.png, and curves/VARIANT/ (the mean of the seeds over steps, by category).
+would be the same share them, and the evaluation of the base. Left in the workdir: VARIANT/SEED/ (each run's own),
+study.csv, study.md, study.html, study.png, and curves/VARIANT/ (the mean of the seeds over steps, by category).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import logging
 import multiprocessing
 import pathlib
+import shutil
 import sys
 from typing import Callable, NamedTuple, Sequence
 
@@ -151,6 +152,16 @@ def check(study: ConfigDict) -> None:
             raise InputError(f"variant {name!r} of the study: {error}") from error
 
 
+def take_base(source: pathlib.Path, config: ConfigDict, folder: pathlib.Path) -> None:
+    """Copies the evaluation of the untrained policy from the run whose rewards are taken, where it is the same."""
+    evaluated, here = (run / "evals" / "base.json" for run in (source, folder))
+    if evaluated.exists() and not here.exists() and config_lib.recall(source).evals == config.evals:
+        here.parent.mkdir(parents=True, exist_ok=True)
+        temporary = here.with_suffix(".tmp")
+        shutil.copyfile(evaluated, temporary)
+        temporary.replace(here)
+
+
 def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
     """Runs what is not finished, one after the other, each in its own process.
 
@@ -176,6 +187,8 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
             config_lib.remember(config, folder)
         else:
             log.info("run %d of %d: %s, seed %d", number, len(runs), name, seed)
+            if source:
+                take_base(pathlib.Path(source), config, folder)
             with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
                 process.submit(train.run, config, folder).result()
         if "irl" in schedule:

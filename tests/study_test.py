@@ -145,6 +145,8 @@ def test_a_small_study(small, monkeypatch):
     workdir, printed = small
     # One IRL stage: the second variant, in the order of their names, takes the first one's rewards.
     assert (workdir / "scaled" / "0" / "rewards").is_dir() and not (workdir / "static" / "0" / "rewards").exists()
+    base = [(workdir / name / "0" / "evals" / "base.json").read_text() for name in ("scaled", "static")]
+    assert base[0] == base[1]
     rows = list(csv.DictReader((workdir / "study.csv").open()))
     of = {(row["variant"], row["column"]): row for row in rows}
     assert {name for name, _ in of} == {"base", "static", "scaled"}
@@ -157,6 +159,13 @@ def test_a_small_study(small, monkeypatch):
     assert "| scaled |" in text and "Means over seeds (1)" in text and text in printed
     assert "data:image/png;base64" in (workdir / "study.html").read_text() and (workdir / "study.png").exists()
     assert (workdir / "curves" / "scaled" / "surprisal.png").exists()
+    # Evaluated otherwise, the base is not taken.
+    other = study.config_of(runpy.run_path(str(workdir.parent / "small.py"))["get_config"](), "static", 0)
+    study.take_base(workdir / "scaled" / "0", other, workdir / "same")
+    with other.unlocked():
+        other.evals.max_new = 3
+    study.take_base(workdir / "scaled" / "0", other, workdir / "other")
+    assert (workdir / "same" / "evals" / "base.json").read_text() == base[0] and not (workdir / "other").exists()
     # Again: nothing is run, the report is the same.
     monkeypatch.setattr(study.concurrent.futures, "ProcessPoolExecutor", None)
     plan = runpy.run_path(str(workdir.parent / "small.py"))["get_config"]()
