@@ -129,7 +129,8 @@ def sample(
     fused, unembed_VD = decoding.fuse(model), transformer.cast(model.unembed, config)
 
     def choose(hidden_CD, t, key_C):
-        logit_CV = transformer.product("cd,vd->cv", hidden_CD, unembed_VD) / (temperature or 1.0)
+        logit_CV = transformer.product("cd,vd->cv", hidden_CD, unembed_VD)
+        logit_CV = transformer.softcap(logit_CV, config.final_softcap) / (temperature or 1.0)
         if temperature:
             uniform_C2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(key_C)
             token_C = sample_categorical(uniform_C2, logit_CV)

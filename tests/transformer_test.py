@@ -156,17 +156,20 @@ def test_chunking_and_remat_change_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grad, other_grad)
 
 
-def test_logprobs_gradient_matches_plain_autodiff():
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+def test_logprobs_gradient_matches_plain_autodiff(cap):
     rng = np.random.default_rng(0)
     unembed, hidden = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((23, 6), (10, 6)))
     target = jnp.asarray(rng.integers(0, 23, 10), jnp.int32)
     weight = jnp.asarray(rng.normal(size=10), jnp.float32)
 
     def ours(unembed, hidden):
-        return transformer.logprobs(unembed, hidden, target, 0.7, 4)[0] @ weight
+        return transformer.logprobs(unembed, hidden, target, 0.7, 4, cap)[0] @ weight
 
     def plain(unembed, hidden):
-        return jax.nn.log_softmax(hidden @ unembed.T / 0.7)[jnp.arange(10), target] @ weight
+        logit = hidden @ unembed.T
+        logit = cap * jnp.tanh(logit / cap) if cap else logit
+        return jax.nn.log_softmax(logit / 0.7)[jnp.arange(10), target] @ weight
 
     got = jax.jit(jax.value_and_grad(ours, (0, 1)))(unembed, hidden)
     want = jax.value_and_grad(plain, (0, 1))(unembed, hidden)
