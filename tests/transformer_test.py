@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax.models import decoding, llama, lora, transformer
+from drirl_jax.models import decoding, families, lora, transformer
 from drirl_jax.types import Group
 
 TINY = {
@@ -30,7 +30,7 @@ def torch_llama(tied):
 
 
 def tiny(tied=True, seed=0, dtype="float32"):
-    config = llama.config_from_hf(TINY | {"tie_word_embeddings": tied})._replace(dtype=dtype)
+    config = families.config_from_hf(TINY | {"tie_word_embeddings": tied})._replace(dtype=dtype)
     return transformer.Transformer(config, jax.random.key(seed))
 
 
@@ -60,7 +60,7 @@ def test_matches_torch_on_random_weights(tied):
     tensors = {k: v.detach().numpy() for k, v in peer.state_dict().items()}
     if tied:
         tensors.pop("lm_head.weight", None)
-    model = llama.from_hf(tensors, llama.config_from_hf(TINY | {"tie_word_embeddings": tied}))
+    model = families.from_hf(tensors, families.config_from_hf(TINY | {"tie_word_embeddings": tied}))
     group = random_group()
     hidden = jax.jit(transformer.apply)(model, group)
     logp, entropy = transformer.token_logprobs(model, hidden, group, temperature=0.7, chunk=4)

@@ -73,14 +73,15 @@ def resolve(init: str) -> pathlib.Path:
 def read_config(path: pathlib.Path) -> dict:
     """The model's config as Hugging Face writes it.
 
-    Whichever version of transformers wrote it, "rope_theta", "rope_scaling" (if RoPE is scaled) and
-    "torch_dtype" stand at the top level.
+    Whichever version of transformers wrote it, "rope_theta", "rope_scaling" (if RoPE is scaled),
+    "rope_local_base_freq" (if local layers have their own) and "torch_dtype" stand at the top level.
 
     Args:
         path: a model folder or a .gguf file.
 
     Raises:
-        InputError: there is no readable config, or the GGUF file holds no plain Llama model.
+        InputError: there is no readable config, it scales the RoPE of local layers, or the GGUF file holds no plain
+            Llama model.
     """
     if path.suffix == ".gguf":
         return _gguf_config(path)
@@ -88,6 +89,11 @@ def read_config(path: pathlib.Path) -> dict:
         raise InputError(f"the model folder {path} has no config.json: give a Hugging Face model's folder.")
     config = _read_json(path / "config.json")
     rope = config.get("rope_parameters") or {}  # where transformers 5 keeps it
+    if "full_attention" in rope:  # by the kind of layer
+        local, rope = rope.get("sliding_attention") or {}, rope["full_attention"]
+        if local.get("rope_type", "default") != "default":
+            raise InputError(f"{path} scales the RoPE of its sliding_attention layers, which is not supported.")
+        config["rope_local_base_freq"] = local.get("rope_theta", 10_000.0)
     if "rope_theta" in rope:
         del config["rope_parameters"]
         config["rope_theta"] = rope.pop("rope_theta")
@@ -160,7 +166,11 @@ def save(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], tok
     config = config | {"torch_dtype": dtype, "dtype": dtype}
     if "rope_theta" in config:
         scaling = config.get("rope_scaling") or {"rope_type": "default"}
-        config["rope_parameters"] = scaling | {"rope_theta": config["rope_theta"]}
+        rope = scaling | {"rope_theta": config["rope_theta"]}
+        if "rope_local_base_freq" in config:
+            local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
+            rope = {"full_attention": rope, "sliding_attention": local}
+        config["rope_parameters"] = rope
     _write_json(temporary / "config.json", config)
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
