@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -282,3 +283,20 @@ def test_presets_have_the_published_number_of_parameters():
         assert sum(math.prod(x.shape) for x in jax.tree.leaves(model)) == PARAMETERS[name], name
         assert config.family in families.FAMILIES
         assert len(config.local) in (0, config.layers)
+
+
+def test_loading_holds_few_tensors_at_once(tmp_path):
+    shape = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=16)
+    config = transformers.LlamaConfig(**SHAPE | shape)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="10MB")
+    load(tmp_path)  # compiled
+    layer = 4 * sum(
+        math.prod(t.shape) for name, t in hf.read_tensors(tmp_path).items() if name.startswith("model.layers.0.")
+    )
+    tracemalloc.start()
+    try:
+        jax.block_until_ready(load(tmp_path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * layer, f"{peak / layer:.1f} layers"
