@@ -142,7 +142,8 @@ def sample(
 
     def choose(hidden_CD, t, key_C):
         logit_CV = transformer.product("cd,vd->cv", constrain(hidden_CD, "weights_stay"), unembed_VD)
-        logit_CV = constrain(logit_CV, "weights_stay", "spread_vocab") / (temperature or 1.0)
+        logit_CV = constrain(logit_CV, "weights_stay", "spread_vocab")
+        logit_CV = transformer.softcap(logit_CV, config.final_softcap) / (temperature or 1.0)
         if temperature:
             uniform_C2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(key_C)
             token_C = sample_categorical(uniform_C2, logit_CV)

@@ -25,7 +25,7 @@ from drirl_jax import sharding, train
 from drirl_jax.data import examples, records
 from drirl_jax.data.records import Record
 from drirl_jax.evals import runner
-from drirl_jax.models import hf, llama, reward
+from drirl_jax.models import families, hf, reward
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages.base import Context, draw_all
 from drirl_jax.types import InputError
@@ -60,7 +60,7 @@ def policy(context: Context, workdir: pathlib.Path, base: bool) -> Transformer:
     folder = workdir / "aligned"
     if not folder.is_dir():
         raise InputError(f"no aligned model in {folder}: let the run end, or take --base.")
-    return sharding.place(llama.from_hf(hf.read_tensors(folder), context.model.config))
+    return sharding.place(families.from_hf(hf.read_tensors(folder), context.model.config))
 
 
 def of_responses(workdir: pathlib.Path, path: pathlib.Path) -> list[dict]:

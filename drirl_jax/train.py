@@ -17,7 +17,7 @@ from drirl_jax import metrics, plots, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner
-from drirl_jax.models import encoder, hf, llama, reward
+from drirl_jax.models import encoder, families, hf, reward
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES, Context, Stage
@@ -73,12 +73,12 @@ def load_encoder(config: ConfigDict) -> encoder.TextEmbedder:
 def load_policy(config: ConfigDict) -> tuple[Transformer, Text]:
     """The policy to start from, and its tokens."""
     path = hf.resolve(config.policy.init)
-    model_config = llama.config_from_hf(hf.read_config(path))._replace(dtype=config.policy.dtype)
+    model_config = families.config_from_hf(hf.read_config(path))._replace(dtype=config.policy.dtype)
     for key in ("policy.layers", "reward.layers"):
         layers, most = config_lib.get(config, key), model_config.layers
         config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")
     tokens = Text(hf.load_tokenizer(path), config.policy.system)
-    return sharding.place(llama.from_hf(hf.read_tensors(path), model_config)), tokens
+    return sharding.place(families.from_hf(hf.read_tensors(path), model_config)), tokens
 
 
 # What a run must have in common with the one whose rewards it takes.
@@ -139,7 +139,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     params = loop("align", align.make(context, bank), config, workdir, writer)
     aligned = POLICIES[config.policy.tune].merged(context.model, params)
     if not sharding.agreed((workdir / "aligned").exists()):
-        tensors = llama.to_hf(sharding.fetch(aligned))
+        tensors = families.to_hf(sharding.fetch(aligned))
         if sharding.writes():
             hf_config = hf.read_config(hf.resolve(config.policy.init))
             hf.save(workdir / "aligned", hf_config, tensors, context.text.tokenizer)

@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
-from drirl_jax.models import hf, llama
+from drirl_jax.models import families, hf
 from drirl_jax.models.transformer import Transformer
 
 
@@ -27,8 +27,8 @@ def policy(tmp_path_factory):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = hf.read_config(path) | shape | {"num_key_value_heads": 2, "head_dim": 8}
     folder = tmp_path_factory.mktemp("models") / "policy"
-    model = Transformer(llama.config_from_hf(config), jax.random.key(0))
-    hf.save(folder, config, llama.to_hf(model), hf.load_tokenizer(path))
+    model = Transformer(families.config_from_hf(config), jax.random.key(0))
+    hf.save(folder, config, families.to_hf(model), hf.load_tokenizer(path))
     return folder
 
 

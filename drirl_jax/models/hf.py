@@ -9,6 +9,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+from collections.abc import Mapping
 
 import gguf
 import huggingface_hub
@@ -73,14 +74,15 @@ def resolve(init: str) -> pathlib.Path:
 def read_config(path: pathlib.Path) -> dict:
     """The model's config as Hugging Face writes it.
 
-    Whichever version of transformers wrote it, "rope_theta", "rope_scaling" (if RoPE is scaled) and
-    "torch_dtype" stand at the top level.
+    Whichever version of transformers wrote it, "rope_theta", "rope_scaling" (if RoPE is scaled),
+    "rope_local_base_freq" (if local layers have their own) and "torch_dtype" stand at the top level.
 
     Args:
         path: a model folder or a .gguf file.
 
     Raises:
-        InputError: there is no readable config, or the GGUF file holds no plain Llama model.
+        InputError: there is no readable config, it scales the RoPE of local layers, or the GGUF file holds no plain
+            Llama model.
     """
     if path.suffix == ".gguf":
         return _gguf_config(path)
@@ -88,6 +90,11 @@ def read_config(path: pathlib.Path) -> dict:
         raise InputError(f"the model folder {path} has no config.json: give a Hugging Face model's folder.")
     config = _read_json(path / "config.json")
     rope = config.get("rope_parameters") or {}  # where transformers 5 keeps it
+    if "full_attention" in rope:  # by the kind of layer
+        local, rope = rope.get("sliding_attention") or {}, rope["full_attention"]
+        if local.get("rope_type", "default") != "default":
+            raise InputError(f"{path} scales the RoPE of its sliding_attention layers, which is not supported.")
+        config["rope_local_base_freq"] = local.get("rope_theta", 10_000.0)
     if "rope_theta" in rope:
         del config["rope_parameters"]
         config["rope_theta"] = rope.pop("rope_theta")
@@ -98,11 +105,36 @@ def read_config(path: pathlib.Path) -> dict:
     return config
 
 
-def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor in float32, by Hugging Face name.
+class Tensors(Mapping):
+    """The tensors of safetensors files by name, each read when it is asked for, in the type that it has on disk."""
+
+    def __init__(self, files: list[pathlib.Path]):
+        self._file = {}
+        for file in files:
+            try:
+                opened = safe_open(file, framework="numpy")
+            except (SafetensorError, FileNotFoundError) as error:
+                raise InputError(f"{file} cannot be read ({error}): download or save the model again.") from error
+            self._file |= dict.fromkeys(opened.keys(), opened)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file[name].get_tensor(name)
+
+    def __contains__(self, name) -> bool:
+        return name in self._file
+
+    def __iter__(self):
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+
+def read_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+    """Every tensor by Hugging Face name; those of safetensors are read one by one as they are asked for.
 
     Args:
-        path: a model folder with *.safetensors, or a .gguf file, whose weights are dequantised.
+        path: a model folder with *.safetensors, or a .gguf file, whose weights are dequantised to float32.
 
     Raises:
         InputError: there are no readable weights, or the GGUF file holds no plain Llama model.
@@ -121,14 +153,7 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         )
     if not files:
         raise InputError(f"the model folder {path} has no weights: put the model's *.safetensors there.")
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                tensors |= {name: opened.get_tensor(name).astype(np.float32) for name in opened.keys()}
-        except (SafetensorError, FileNotFoundError) as error:
-            raise InputError(f"{file} cannot be read ({error}): download or save the model again.") from error
-    return tensors
+    return Tensors(files)
 
 
 def load_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
@@ -143,7 +168,9 @@ def load_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
-def save(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], tokenizer) -> None:
+def save(
+    folder: pathlib.Path, config: dict, tensors: Mapping[str, np.ndarray], tokenizer, shard: int = 5_000_000_000
+) -> None:
     """Writes a Hugging Face folder that transformers 4 and 5 load; it appears whole or not at all.
 
     Args:
@@ -151,6 +178,7 @@ def save(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], tok
         config: as `read_config` gives it.
         tensors: by Hugging Face name, all of one type; with tied embeddings, without lm_head.weight.
         tokenizer: a transformers tokenizer.
+        shard: bytes of weights that one file may hold, unless one tensor has more.
     """
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
@@ -160,7 +188,11 @@ def save(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], tok
     config = config | {"torch_dtype": dtype, "dtype": dtype}
     if "rope_theta" in config:
         scaling = config.get("rope_scaling") or {"rope_type": "default"}
-        config["rope_parameters"] = scaling | {"rope_theta": config["rope_theta"]}
+        rope = scaling | {"rope_theta": config["rope_theta"]}
+        if "rope_local_base_freq" in config:
+            local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
+            rope = {"full_attention": rope, "sliding_attention": local}
+        config["rope_parameters"] = rope
     _write_json(temporary / "config.json", config)
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
@@ -168,8 +200,7 @@ def save(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], tok
     ends = [i for i in dict.fromkeys([*ends, tokenizer.eos_token_id]) if i is not None]
     ids = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")} | {"eos_token_id": ends or None}
     _write_json(temporary / "generation_config.json", {key: i for key, i in ids.items() if i is not None})
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(contiguous, temporary / "model.safetensors", {"format": "pt"})
+    _save_tensors(temporary, tensors, shard)
     _save_tokenizer(temporary, tokenizer)
     # Renames alone touch the folder's name, so that no kill leaves half a model, new or old, under it.
     shutil.rmtree(old, ignore_errors=True)
@@ -177,6 +208,24 @@ def save(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], tok
         folder.replace(old)
     temporary.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shard: int) -> None:
+    size = {name: tensor.nbytes for name, tensor in tensors.items()}
+    files, filled = [[]], 0
+    for name in size:
+        if files[-1] and filled + size[name] > shard:
+            files, filled = [*files, []], 0
+        files[-1].append(name)
+        filled += size[name]
+    where = {}
+    for i, names in enumerate(files, 1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        save_file({name: np.ascontiguousarray(tensors[name]) for name in names}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""The decoder: grouped attention (the prompt passes once for its whole group), chunked log-probabilities.
+"""The decoder: layers in which a prompt passes once for its whole group, chunked log-probabilities.
 
 Weight matrices are [out, in] as in torch, stacked over layers on a leading axis and scanned. Everything here
 is a pure function of a `Transformer`, which is a Flax NNX module used as an immutable pytree.
@@ -7,32 +7,32 @@ is a pure function of a `Transformer`, which is a Flax NNX module used as an imm
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from drirl_jax.models.architecture import Config
+from drirl_jax.models.attention import (
+    heads_first,
+    local_layers,
+    own_heads_first,
+    product,
+    prompt_attention,
+    response_attention,
+    rope,
+    rope_turns,
+    seen,
+    softcap,
+    turns_of,
+)
 from drirl_jax.sharding import constrain, size
 from drirl_jax.types import Array, Group, length_mask
 
-
-class Config(NamedTuple):
-    """Shape of a decoder. A family's file (llama.py) builds it from a Hugging Face config."""
-
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    tied: bool = True
-    dtype: str = "float32"  # of activations and products; weights, softmax, norms and log-probabilities stay float32
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 class Frozen(nnx.Module):
@@ -46,8 +46,18 @@ class Frozen(nnx.Module):
         return graph
 
 
+def norms(config: Config) -> dict[str, int]:
+    """The RMSNorms of one layer, and their sizes."""
+    sizes = {"attn_norm": config.width, "mlp_norm": config.width}
+    if config.post_norms:
+        sizes |= {"attn_post_norm": config.width, "mlp_post_norm": config.width}
+    if config.qk_norm:
+        sizes |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
+    return sizes
+
+
 class Block(Frozen):
-    """One layer: attention and SwiGLU, each behind an RMSNorm and a residual."""
+    """One layer: attention and a gated MLP, each behind an RMSNorm and a residual; a config may ask for more norms."""
 
     def __init__(self, config: Config, key: Array):
         d, hd = config.width, config.head_dim
@@ -63,35 +73,44 @@ class Block(Frozen):
         for i, (name, shape) in enumerate(shapes.items()):
             scale = shape[1] ** -0.5
             setattr(self, name, nnx.Param(scale * jax.random.normal(jax.random.fold_in(key, i), shape)))
-        self.attn_norm = nnx.Param(jnp.ones(d))
-        self.mlp_norm = nnx.Param(jnp.ones(d))
+        for name, length in norms(config).items():
+            setattr(self, name, nnx.Param(jnp.full(length, 1 - config.norm_offset, jnp.float32)))
+        for name in "qkv" if config.qkv_bias else "":
+            setattr(self, f"{name}_bias", nnx.Param(jnp.zeros(shapes[name][0])))
 
     # Rows of all prompts are one axis M = P·N from norm to residual: over [P, N, width] XLA's CPU code for what is
     # elementwise is slow, and an MLP's gradient takes a quarter more time.
 
     def linear(self, name: str, x_MI: Array, adapter, route_P) -> Array:
-        """W x, plus the adapter's ΔW x where it has one for this matrix, [M, out]."""
+        """W x, plus the bias if there is one, plus the adapter's ΔW x where it has one for this matrix, [M, out]."""
         y_MO = jnp.einsum("mi,oi->mo", x_MI, getattr(self, name)[...])
+        if hasattr(self, f"{name}_bias"):
+            y_MO += getattr(self, f"{name}_bias")[...]
         return y_MO + adapter[name](x_MI, route_P) if name in adapter else y_MO
 
     def qkv(self, config: Config, x_PND, turns, adapter, route_P):
         """Rotated queries [P, N, H, hd] and keys, and values, [P, N, KV, hd]."""
-        x_MD = rms_norm(rearrange(x_PND, "p n d -> (p n) d"), self.attn_norm[...], config.norm_eps)
+        x_MD = rms_norm(rearrange(x_PND, "p n d -> (p n) d"), self.attn_norm[...], config)
         q, k, v = (
             rearrange(
                 self.linear(name, x_MD, adapter, route_P), "(p n) (h d) -> p n h d", p=len(x_PND), d=config.head_dim
             )
             for name in "qkv"
         )
+        if config.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], config), rms_norm(k, self.k_norm[...], config)
         return rope(q, turns), rope(k, turns), v
 
     def finish(self, config: Config, x_PND, attended_PNHd, adapter, route_P):
         """Output projection and MLP, each added to the residual stream."""
         x_MD, attended_MO = rearrange(x_PND, "p n d -> (p n) d"), rearrange(attended_PNHd, "p n h d -> (p n) (h d)")
-        x_MD += self.linear("o", attended_MO, adapter, route_P)
-        h_MD = rms_norm(x_MD, self.mlp_norm[...], config.norm_eps)
-        up = jax.nn.silu(self.linear("gate", h_MD, adapter, route_P)) * self.linear("up", h_MD, adapter, route_P)
-        return (x_MD + self.linear("down", up, adapter, route_P)).reshape(x_PND.shape)
+        h_MD = self.linear("o", attended_MO, adapter, route_P)
+        x_MD += rms_norm(h_MD, self.attn_post_norm[...], config) if config.post_norms else h_MD
+        h_MD = rms_norm(x_MD, self.mlp_norm[...], config)
+        gate_MF = ACTIVATIONS[config.activation](self.linear("gate", h_MD, adapter, route_P))
+        h_MD = self.linear("down", gate_MF * self.linear("up", h_MD, adapter, route_P), adapter, route_P)
+        x_MD += rms_norm(h_MD, self.mlp_post_norm[...], config) if config.post_norms else h_MD
+        return x_MD.reshape(x_PND.shape)
 
 
 class Transformer(Frozen):
@@ -102,7 +121,7 @@ class Transformer(Frozen):
         keys = jax.random.split(key, 3)
         self.embed = nnx.Param(0.02 * jax.random.normal(keys[0], (config.vocab, config.width)))
         self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[1], config.layers))
-        self.norm = nnx.Param(jnp.ones(config.width))
+        self.norm = nnx.Param(jnp.full(config.width, 1 - config.norm_offset, jnp.float32))
         if not config.tied:
             self.head = nnx.Param(0.02 * jax.random.normal(keys[2], (config.vocab, config.width)))
 
@@ -117,92 +136,20 @@ def cast(tree, config: Config):
     return jax.tree.map(lambda x: x.astype(config.dtype), tree)
 
 
-def product(equation: str, *arrays: Array) -> Array:
-    """An einsum whose sums and result are float32, whatever the type of the arrays."""
-    return jnp.einsum(equation, *arrays, preferred_element_type=jnp.float32)
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x / √(mean x² + ε) · w over the last axis, in float32."""
+def rms_norm(x: Array, weight: Array, config: Config) -> Array:
+    """x / √(mean x² + ε) · (offset + w) over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)).astype(x.dtype) * weight.astype(x.dtype)
-
-
-def rope_turns(config: Config, position_PN: Array) -> tuple[Array, Array]:
-    """(cos, sin), each [P, N, 1, hd/2], of the angles position·θ^(-2i/hd): computed once for all layers."""
-    half = config.head_dim // 2
-    frequency_d = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_PN[..., None, None] * frequency_d
-    return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
-
-
-def rope(x_PNHd: Array, turns: tuple[Array, Array]) -> Array:
-    """Rotary positions, half-split as in Hugging Face's Llama: the pair (i, i + hd/2) turns by its angle."""
-    cos, sin = turns
-    half = x_PNHd.shape[-1] // 2
-    a, b = x_PNHd[..., :half], x_PNHd[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def heads_first(x_NKd: Array) -> Array:
-    """Keys or values [..., N, KV, hd] as [..., KV, N, hd], the order in which the products with them copy nothing."""
-    return jnp.swapaxes(x_NKd, -2, -3)
-
-
-def own_heads_first(x_PGTKd: Array) -> Array:
-    """Keys or values of responses, [P, G, T, KV, hd], as [P, KV, G, T, hd]."""
-    return rearrange(x_PGTKd, "p g t k d -> p k g t d")
-
-
-def prompt_attention(q_PSHd, k_PKUd, v_PKUd) -> Array:
-    """Causal attention of the prompt's S tokens, the last of the U >= S whose keys are given, [P, S, H, hd].
-
-    Padding needs no mask: it stands behind every real query.
-    """
-    (P, S, H, hd), (_, K, U, _) = q_PSHd.shape, k_PKUd.shape
-    q_PKNd = rearrange(q_PSHd * hd**-0.5, "p s (k r) d -> p k (r s) d", k=K)
-    score = product("pknd,pkud->pknu", q_PKNd, k_PKUd).reshape(P, K, H // K, S, U)
-    causal = jnp.tril(jnp.ones((S, U), bool), U - S)
-    weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PKUd.dtype)
-    mixed = jnp.einsum("pknu,pkud->pknd", weight.reshape(P, K, -1, U), v_PKUd)
-    return rearrange(mixed, "p k (r s) d -> p s (k r) d", s=S)
-
-
-def response_attention(q_PGQHd, prompt_k, prompt_v, prompt_mask_PS, own_k, own_v, own_mask_QU) -> Array:
-    """Attention of response queries to the shared prompt and to their own response, under one softmax.
-
-    Args:
-        q_PGQHd: [P, G, Q, H, hd] queries.
-        prompt_k, prompt_v: [P, KV, S, hd], held once for the group.
-        prompt_mask_PS: [P, S] bool, True at real prompt tokens.
-        own_k, own_v: [P, KV, G, U, hd] of the response itself.
-        own_mask_QU: [Q, U] bool, True where query q may see own key u; at least one a query.
-
-    Returns:
-        [P, G, Q, H, hd].
-    """
-    (P, G, Q, H, hd), K = q_PGQHd.shape, own_k.shape[1]
-    scores_shape = (P, K, G, H // K, Q, -1)
-    q = rearrange(q_PGQHd * hd**-0.5, "p g q (k r) d -> p k g (r q) d", k=K)
-    to_prompt = product("pknd,pksd->pkns", q.reshape(P, K, -1, hd), prompt_k).reshape(scores_shape)
-    to_own = product("pkgnd,pkgud->pkgnu", q, own_k).reshape(scores_shape)
-    to_prompt = jnp.where(prompt_mask_PS[:, None, None, None, None, :], to_prompt, -jnp.inf)
-    to_own = jnp.where(own_mask_QU, to_own, -jnp.inf)
-    top = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
-    top = jax.lax.stop_gradient(top)
-    to_prompt, to_own = jnp.exp(to_prompt - top), jnp.exp(to_own - top)
-    total = (to_prompt.sum(-1) + to_own.sum(-1))[..., None].astype(own_v.dtype)
-    to_prompt = to_prompt.astype(prompt_v.dtype).reshape(P, K, -1, prompt_v.shape[2])
-    to_own = to_own.astype(own_v.dtype).reshape(P, K, G, -1, own_v.shape[3])
-    mixed = jnp.einsum("pkns,pksd->pknd", to_prompt, prompt_v).reshape(P, K, G, -1, hd)
-    mixed += jnp.einsum("pkgnu,pkgud->pkgnd", to_own, own_v)
-    return rearrange(mixed.reshape(P, K, G, -1, Q, hd) / total, "p k g r q d -> p g q (k r) d")
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + config.norm_eps)
+    if config.norm_offset:  # in bfloat16, 1 + w would lose most of w
+        return (x32 * (config.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
+    return x32.astype(x.dtype) * weight.astype(x.dtype)
 
 
 def embed(model: Transformer, ids: Array) -> Array:
-    """[..., D] token embeddings."""
+    """[..., D] token embeddings, scaled as the config asks."""
     found = constrain(model.embed[...][ids], *("weights_stay", *(None,) * (ids.ndim - 1), "width"))
-    return constrain(cast(found, model.config), "prompts")
+    x, scale = constrain(cast(found, model.config), "prompts"), model.config.embed_scale
+    return x if scale == 1 else x * scale
 
 
 def behind(before, k_PKSd, v_PKSd) -> tuple[Array, Array]:
@@ -217,11 +164,11 @@ def behind(before, k_PKSd, v_PKSd) -> tuple[Array, Array]:
     return joined(before[0], k_PKSd), joined(before[1], v_PKSd)
 
 
-def prompt_layer(config: Config, block: Block, x_PSD, turns, before, adapter, route_P):
+def prompt_layer(config: Config, block: Block, x_PSD, turns, local, before, adapter, route_P):
     """Prompts [P, S, D] through one layer, perhaps behind a prefix: their new states, and keys and values of both."""
-    q, k, v = block.qkv(config, x_PSD, turns, adapter, route_P)
+    q, k, v = block.qkv(config, x_PSD, turns_of(config, turns, local), adapter, route_P)
     k, v = behind(before, heads_first(k), heads_first(v))
-    return block.finish(config, x_PSD, prompt_attention(q, k, v), adapter, route_P), (k, v)
+    return block.finish(config, x_PSD, prompt_attention(config, q, k, v, local), adapter, route_P), (k, v)
 
 
 @flax.struct.dataclass
@@ -284,7 +231,7 @@ def apply(
         adapted = jax.tree.leaves(adapter)[0].shape[0]
         begun = _through(model, group, begun, layers - adapted)
     begun = _through(model, group, begun, layers, adapter, route_P, remat)
-    return tuple(rms_norm(x, model.norm[...], model.config.norm_eps) for x in (begun.prompt, begun.response))
+    return tuple(rms_norm(x, model.norm[...], model.config) for x in (begun.prompt, begun.response))
 
 
 def _through(
@@ -302,6 +249,7 @@ def _through(
     turns, prefix_turns = rope_turns(config, position_PN), rope_turns(config, jnp.arange(R)[None])
     prompt_mask_PU = length_mask(R + group.prompt_len, R + S)
     causal_TT = jnp.tril(jnp.ones((T, T), bool))
+    position_PT, key_U, own_T = position_PN[:, S : S + T], np.arange(R + S), np.arange(T)
     # Without a bank all prompts share one adapter, so that one prefix serves them all.
     prefix = begun.prefix if route_P is not None else begun.prefix[:1]
 
@@ -311,18 +259,21 @@ def _through(
     def joined(x_s, x_t):
         return jnp.concatenate([x_s, rearrange(x_t, "p g t ... -> p (g t) ...")], axis=1)
 
-    def layer(carry, block_and_adapter):
+    def layer(carry, inputs):
         prefix, x_PND = constrain(carry[0], "prompts"), constrain(carry[1], "prompts")
+        *block_and_adapter, local = inputs
         block, low = cast(block_and_adapter, config)
         before = None
         if R:
-            prefix, before = prompt_layer(config, block, prefix, prefix_turns, None, low, route_P)
-        q, k, v = block.qkv(config, x_PND, turns, low, route_P)
+            prefix, before = prompt_layer(config, block, prefix, prefix_turns, local, None, low, route_P)
+        q, k, v = block.qkv(config, x_PND, turns_of(config, turns, local), low, route_P)
         (q_s, q_t), (k_s, k_t), (v_s, v_t) = split(q), split(k), split(v)
         k_s, v_s = behind(before, heads_first(k_s), heads_first(v_s))
         k_t, v_t = own_heads_first(k_t), own_heads_first(v_t)
-        attended_s = prompt_attention(q_s, k_s, v_s)
-        attended_t = response_attention(q_t, k_s, v_s, prompt_mask_PU, k_t, v_t, causal_TT)
+        attended_s = prompt_attention(config, q_s, k_s, v_s, local)
+        to_prompt_PTU = seen(config, local, prompt_mask_PU[:, None], position_PT, key_U)
+        to_own_TT = seen(config, local, causal_TT, own_T, own_T)
+        attended_t = response_attention(config, q_t, k_s, v_s, to_prompt_PTU, k_t, v_t, to_own_TT)
         return (prefix, block.finish(config, x_PND, joined(attended_s, attended_t), low, route_P)), None
 
     if remat:
@@ -330,7 +281,8 @@ def _through(
     blocks = model.blocks
     if (begun.layers, last) != (0, config.layers):
         blocks = jax.tree.map(lambda w: w[begun.layers : last], blocks)
-    (prefix, x_PND), _ = jax.lax.scan(layer, (prefix, joined(begun.prompt, begun.response)), (blocks, adapter))
+    inputs = (blocks, adapter, local_layers(config, slice(begun.layers, last)))
+    (prefix, x_PND), _ = jax.lax.scan(layer, (prefix, joined(begun.prompt, begun.response)), inputs)
     return Begun(jnp.broadcast_to(prefix, begun.prefix.shape), *split(x_PND), layers=last)
 
 
@@ -355,7 +307,8 @@ def predictors(hidden, group: Group) -> Array:
 def token_logprobs(
     model: Transformer, hidden, group: Group, temperature: float, chunk: int = 256
 ) -> tuple[Array, Array]:
-    """Log-probability of each response token, and the entropy of its distribution, under softmax(h Eᵀ / temperature).
+    """Log-probability of each response token, and the entropy of its distribution, under softmax(z / temperature) of
+    the logits z = h Eᵀ, which some models cap: see `attention.softcap`.
 
     Args:
         hidden, group: as of `predictors`.
@@ -369,27 +322,37 @@ def token_logprobs(
     P, G, T = group.response.shape
     predictor_PND = predictors(hidden, group).reshape(P, G * T, -1)
     unembed_VD = cast(model.unembed, model.config)
-    out = logprobs(unembed_VD, predictor_PND, group.response.reshape(P, G * T), temperature, chunk)
+    cap, target_PN = model.config.final_softcap, group.response.reshape(P, G * T)
+    out = logprobs(unembed_VD, predictor_PND, target_PN, temperature, chunk, cap)
     return tuple(x_PN.reshape(P, G, T) for x_PN in out)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def logprobs(unembed_VD, hidden_PND, target_PN, temperature: float, chunk: int):
-    """([P, N] log softmax(h Eᵀ / temperature) at the target, [P, N] entropies), about `chunk` rows of logits at a time.
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def logprobs(unembed_VD, hidden_PND, target_PN, temperature: float, chunk: int, cap: float = 0.0):
+    """([P, N] log softmax(z / temperature) at the target, [P, N] entropies), about `chunk` rows of logits at a time.
 
-    Its derivative needs no second pass over the vocabulary for the hidden states: ∂logp/∂h = (E_target - Σ_v p_v E_v) /
-    temperature is [P, N, D] and is computed while the logits are there. Entropies carry no gradient.
+    z = h Eᵀ, or c·tanh(h Eᵀ / c) where c = `cap` is not 0, whose derivative is 1 - (z / c)².
+
+    Its derivative needs no second pass over the vocabulary for the hidden states:
+    ∂logp/∂h = (z'_target E_target - Σ_v p_v z'_v E_v) / temperature, z' = 1 without a cap, is [P, N, D] and is computed
+    while the logits are there. Entropies carry no gradient.
     """
-    return _by_chunk(lambda h, y: _row_logprobs(unembed_VD, h, y, temperature)[:2], chunk, hidden_PND, target_PN)
+    return _by_chunk(lambda h, y: _row_logprobs(unembed_VD, h, y, temperature, cap)[:2], chunk, hidden_PND, target_PN)
 
 
-def _row_logprobs(unembed_VD, h_PND, target_PN, temperature):
-    """Of one chunk: log-probabilities, entropies, and the probabilities [P, N, V]."""
-    logit_PNV = product("pnd,vd->pnv", h_PND, unembed_VD) / temperature
+def _row_logprobs(unembed_VD, h_PND, target_PN, temperature, cap):
+    """Of one chunk: log-probabilities, entropies, z'_target [P, N, 1] (1 without a cap) and p_v z'_v [P, N, V]."""
+    capped_PNV = softcap(product("pnd,vd->pnv", h_PND, unembed_VD), cap)
+    logit_PNV = capped_PNV / temperature
     norm_PN = jax.nn.logsumexp(logit_PNV, axis=-1)
     probability_PNV = jnp.exp(logit_PNV - norm_PN[..., None])
     entropy_PN = norm_PN - jnp.einsum("pnv,pnv->pn", probability_PNV, logit_PNV)
-    return jnp.take_along_axis(logit_PNV, target_PN[..., None], axis=-1)[..., 0] - norm_PN, entropy_PN, probability_PNV
+    logp_PN = jnp.take_along_axis(logit_PNV, target_PN[..., None], axis=-1)[..., 0] - norm_PN
+    if not cap:
+        return logp_PN, entropy_PN, 1, probability_PNV
+    slope_PNV = 1 - (capped_PNV / cap) ** 2
+    at_target = jnp.take_along_axis(slope_PNV, target_PN[..., None], axis=-1)
+    return logp_PN, entropy_PN, at_target, probability_PNV * slope_PNV
 
 
 def _chunks(chunk: int, *arrays):
@@ -411,26 +374,26 @@ def _by_chunk(function, chunk: int, *arrays):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(P, -1, *x.shape[3:])[:, :N], out)
 
 
-def _logprobs_forward(unembed_VD, hidden_PND, target_PN, temperature, chunk):
+def _logprobs_forward(unembed_VD, hidden_PND, target_PN, temperature, chunk, cap):
     def one(h, y):
-        logp, entropy, probability = _row_logprobs(unembed_VD, h, y, temperature)
+        logp, entropy, at_target, probability = _row_logprobs(unembed_VD, h, y, temperature, cap)
         mean_PND = product("pnv,vd->pnd", probability.astype(unembed_VD.dtype), unembed_VD)
-        return logp, entropy, (unembed_VD[y] - mean_PND) / temperature
+        return logp, entropy, (at_target * unembed_VD[y] - mean_PND) / temperature
 
     logp, entropy, slope_PND = _by_chunk(one, chunk, hidden_PND, target_PN)
     return (logp, entropy), (unembed_VD, hidden_PND, target_PN, slope_PND)
 
 
-def _logprobs_backward(temperature, chunk, saved, cotangents):
+def _logprobs_backward(temperature, chunk, cap, saved, cotangents):
     unembed_VD, hidden_PND, target_PN, slope_PND = saved
     g_PN = cotangents[0]
 
     # For the embedding the logits are needed again; where it is frozen, XLA drops this loop as dead.
     def add(total_VD, part):
         h, y, g = part
-        probability = _row_logprobs(unembed_VD, h, y, temperature)[2]
+        *_, at_target, probability = _row_logprobs(unembed_VD, h, y, temperature, cap)
         gh = (g[..., None] / temperature * h).astype(jnp.float32)
-        return total_VD.at[y].add(gh) - jnp.einsum("pnv,pnd->vd", probability, gh), None
+        return total_VD.at[y].add(at_target * gh) - jnp.einsum("pnv,pnd->vd", probability, gh), None
 
     zero = jnp.zeros(unembed_VD.shape, jnp.float32)
     total_VD, _ = jax.lax.scan(add, zero, _chunks(chunk, hidden_PND, target_PN, g_PN))

@@ -1,0 +1,131 @@
+"""Attention with a prompt's keys held once for its whole group: rotary positions, masks, the two softmaxes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from drirl_jax.models.architecture import Config
+from drirl_jax.types import Array
+
+
+def product(equation: str, *arrays: Array) -> Array:
+    """An einsum whose sums and result are float32, whatever the type of the arrays."""
+    return jnp.einsum(equation, *arrays, preferred_element_type=jnp.float32)
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """cap · tanh(x / cap), which keeps x within ±cap; x itself where cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def rope_turns(config: Config, position_PN: Array) -> tuple[Array, Array]:
+    """(cos, sin), each [P, N, 1, hd/2], of the angles position·θ^(-2i/hd): computed once for all layers.
+
+    Where local layers have a θ of their own each is a stack of two, global and local: see `turns_of`.
+    """
+    half = config.head_dim // 2
+
+    def frequencies(theta):
+        return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+    frequency_d = frequencies(config.rope_theta)
+    if config.rope_scaling:
+        frequency_d = config.rope_scaling(frequency_d)
+    if config.local_rope_theta:
+        frequency_d = jnp.stack([frequency_d, frequencies(config.local_rope_theta)])[:, None, None, None]
+    angle = position_PN[..., None, None] * frequency_d
+    return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
+
+
+def turns_of(config: Config, turns: tuple[Array, Array], local: Array | None) -> tuple[Array, Array]:
+    """The layer's own of what `rope_turns` gives; `local` is the layer's entry of `local_layers`."""
+    return tuple(x[local.astype(int)] for x in turns) if config.local_rope_theta else turns
+
+
+def rope(x_PNHd: Array, turns: tuple[Array, Array]) -> Array:
+    """Rotary positions, half-split as in Hugging Face's Llama: the pair (i, i + hd/2) turns by its angle."""
+    cos, sin = turns
+    half = x_PNHd.shape[-1] // 2
+    a, b = x_PNHd[..., :half], x_PNHd[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def local_layers(config: Config, layers: slice = slice(None)) -> Array | None:
+    """[L] bool, True at local layers, to be scanned over with the blocks; None where every layer sees everything."""
+    return jnp.array(config.local[layers]) if config.local else None
+
+
+def seen(config: Config, local: Array | None, mask: Array, query: Array, key: Array) -> Array:
+    """The mask [..., Q, U] of keys that queries may see, without what a local layer's window leaves out.
+
+    Args:
+        local: scalar bool, the layer's entry of `local_layers`; None where there are none.
+        mask: bool, broadcast against [..., Q, U].
+        query, key: [..., Q] and [U], positions from the same origin.
+    """
+    return mask if local is None else mask & (~local | (query[..., None] - key < config.window))
+
+
+def heads_first(x_NKd: Array) -> Array:
+    """Keys or values [..., N, KV, hd] as [..., KV, N, hd], the order in which the products with them copy nothing."""
+    return jnp.swapaxes(x_NKd, -2, -3)
+
+
+def own_heads_first(x_PGTKd: Array) -> Array:
+    """Keys or values of responses, [P, G, T, KV, hd], as [P, KV, G, T, hd]."""
+    return rearrange(x_PGTKd, "p g t k d -> p k g t d")
+
+
+def _scaled(config: Config, q: Array) -> Array:
+    return q * (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+
+
+def prompt_attention(config: Config, q_PSHd, k_PKUd, v_PKUd, local=None) -> Array:
+    """Causal attention of the prompt's S tokens, the last of the U >= S whose keys are given, [P, S, H, hd].
+
+    Padding needs no mask: it stands behind every real query. For `local` see `seen`.
+    """
+    (P, S, H, _), (_, K, U, _) = q_PSHd.shape, k_PKUd.shape
+    q_PKNd = rearrange(_scaled(config, q_PSHd), "p s (k r) d -> p k (r s) d", k=K)
+    score = softcap(product("pknd,pkud->pknu", q_PKNd, k_PKUd), config.attn_softcap).reshape(P, K, H // K, S, U)
+    causal = seen(config, local, jnp.tril(jnp.ones((S, U), bool), U - S), np.arange(U - S, U), np.arange(U))
+    weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PKUd.dtype)
+    mixed = jnp.einsum("pknu,pkud->pknd", weight.reshape(P, K, -1, U), v_PKUd)
+    return rearrange(mixed, "p k (r s) d -> p s (k r) d", s=S)
+
+
+def response_attention(
+    config: Config, q_PGQHd, prompt_k, prompt_v, prompt_mask_PQS, own_k, own_v, own_mask_QU
+) -> Array:
+    """Attention of response queries to the shared prompt and to their own response, under one softmax.
+
+    Args:
+        q_PGQHd: [P, G, Q, H, hd] queries.
+        prompt_k, prompt_v: [P, KV, S, hd], held once for the group.
+        prompt_mask_PQS: [P, Q or 1, S] bool, True where query q may see prompt token s.
+        own_k, own_v: [P, KV, G, U, hd] of the response itself.
+        own_mask_QU: [Q, U] bool, True where query q may see own key u; at least one a query.
+
+    Returns:
+        [P, G, Q, H, hd].
+    """
+    (P, G, Q, H, hd), K = q_PGQHd.shape, own_k.shape[1]
+    scores_shape = (P, K, G, H // K, Q, -1)
+    q = rearrange(_scaled(config, q_PGQHd), "p g q (k r) d -> p k g (r q) d", k=K)
+    to_prompt = product("pknd,pksd->pkns", q.reshape(P, K, -1, hd), prompt_k).reshape(scores_shape)
+    to_own = product("pkgnd,pkgud->pkgnu", q, own_k).reshape(scores_shape)
+    to_prompt, to_own = softcap(to_prompt, config.attn_softcap), softcap(to_own, config.attn_softcap)
+    to_prompt = jnp.where(prompt_mask_PQS[:, None, None, None], to_prompt, -jnp.inf)
+    to_own = jnp.where(own_mask_QU, to_own, -jnp.inf)
+    top = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+    to_prompt, to_own = jnp.exp(to_prompt - top), jnp.exp(to_own - top)
+    total = (to_prompt.sum(-1) + to_own.sum(-1))[..., None].astype(own_v.dtype)
+    to_prompt = to_prompt.astype(prompt_v.dtype).reshape(P, K, -1, prompt_v.shape[2])
+    to_own = to_own.astype(own_v.dtype).reshape(P, K, G, -1, own_v.shape[3])
+    mixed = jnp.einsum("pkns,pksd->pknd", to_prompt, prompt_v).reshape(P, K, G, -1, hd)
+    mixed += jnp.einsum("pkgnu,pkgud->pkgnd", to_own, own_v)
+    return rearrange(mixed.reshape(P, K, G, -1, Q, hd) / total, "p k g r q d -> p g q (k r) d")

@@ -1,0 +1,101 @@
+"""The families of decoders that are read and written: one row each, and what is done with any of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Callable, Mapping, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from drirl_jax.models import gemma, llama, mistral, qwen
+from drirl_jax.models.architecture import Config
+from drirl_jax.models.transformer import Transformer
+from drirl_jax.types import InputError
+
+
+class Family(NamedTuple):
+    """What a family's file gives: a Config from Hugging Face's, and the names of a layer's tensors, ours to theirs."""
+
+    config_from_hf: Callable[[Mapping], Config]
+    layer: dict[str, str]
+
+
+FAMILIES = {
+    "llama": Family(llama.config_from_hf, llama.LAYER),
+    "mistral": Family(mistral.config_from_hf, llama.LAYER),
+    "qwen2": Family(qwen.qwen2_from_hf, qwen.LAYER),
+    "qwen3": Family(qwen.qwen3_from_hf, qwen.LAYER),
+    "gemma2": Family(gemma.gemma2_from_hf, gemma.LAYER),
+    "gemma3_text": Family(gemma.gemma3_from_hf, gemma.LAYER),
+}
+TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+# Public models' sizes, from their published config.json.
+PRESETS = llama.PRESETS | mistral.PRESETS | qwen.PRESETS | gemma.PRESETS
+
+
+def config_from_hf(hf: Mapping) -> Config:
+    """The decoder that a Hugging Face config describes, as `hf.read_config` gives it.
+
+    Raises:
+        InputError: the family, or something that the config asks of it, is not implemented here; or a field is missing.
+    """
+    kind = hf.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(f"config.json has model_type={kind!r}: supported are {', '.join(FAMILIES)}.")
+    try:
+        return FAMILIES[kind].config_from_hf(hf)._replace(family=kind)
+    except KeyError as error:
+        raise InputError(f"config.json lacks the field {error}: it does not describe a {kind} model.") from error
+
+
+@partial(jax.jit, donate_argnums=0)
+def _with_layer(stack, i, layer):
+    return stack.at[i].set(layer.astype(stack.dtype))
+
+
+def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32) -> Transformer:
+    """The decoder from tensors under Hugging Face names.
+
+    They are asked for one after the other and go straight to their place on the device, so that of `hf.read_tensors`'
+    no two are in the host's memory at once.
+
+    Raises:
+        InputError: a tensor is missing or misshapen.
+    """
+    model = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+
+    def take(name, shape):
+        if name not in tensors:
+            raise InputError(f"the weights lack the tensor {name}: is the model folder complete?")
+        tensor = tensors[name]
+        if tensor.shape != tuple(shape):
+            raise InputError(
+                f"the tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}."
+            )
+        return tensor
+
+    for ours, theirs in FAMILIES[config.family].layer.items():
+        if hasattr(model.blocks, ours):
+            shape = getattr(model.blocks, ours).shape
+            stack = jnp.zeros(shape, dtype)
+            for i in range(config.layers):
+                # Each has its place before the next is read.
+                stack = jax.block_until_ready(_with_layer(stack, i, take(theirs.format(i), shape[1:])))
+            setattr(model.blocks, ours, nnx.Param(stack))
+    for ours, theirs in TOP.items():
+        if hasattr(model, ours):
+            setattr(model, ours, nnx.Param(jnp.asarray(take(theirs, getattr(model, ours).shape), dtype)))
+    return model
+
+
+def to_hf(model: Transformer) -> dict[str, np.ndarray]:
+    """Tensors under Hugging Face names, the inverse of `from_hf`."""
+    tensors = {theirs: np.asarray(getattr(model, ours)[...]) for ours, theirs in TOP.items() if hasattr(model, ours)}
+    for ours, theirs in FAMILIES[model.config.family].layer.items():
+        if hasattr(model.blocks, ours):
+            stacked = np.asarray(getattr(model.blocks, ours)[...])
+            tensors |= {theirs.format(i): stacked[i] for i in range(model.config.layers)}
+    return tensors

@@ -1,0 +1,50 @@
+"""The Qwen family: Qwen2 and 2.5, Llamas whose queries, keys and values have biases (arXiv 2407.10671); Qwen3, which
+has no biases and norms every head's queries and keys (arXiv 2505.09388)."""
+
+from __future__ import annotations
+
+from typing import Mapping
+
+from drirl_jax.models import llama
+from drirl_jax.models.architecture import Config
+
+LAYER = llama.LAYER | {
+    "q_bias": "model.layers.{}.self_attn.q_proj.bias",
+    "k_bias": "model.layers.{}.self_attn.k_proj.bias",
+    "v_bias": "model.layers.{}.self_attn.v_proj.bias",
+    "q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "k_norm": "model.layers.{}.self_attn.k_norm.weight",
+}
+
+
+def qwen2_from_hf(hf: Mapping) -> Config:
+    """The decoder from a Qwen2's config; raises what `llama.config_from_hf` does."""
+    return llama.shape(hf, {"hidden_act": "silu"})._replace(qkv_bias=True, **_windows(hf))
+
+
+def qwen3_from_hf(hf: Mapping) -> Config:
+    """The same from a Qwen3's, which must give its head_dim."""
+    config = llama.shape(hf, {"hidden_act": "silu", "attention_bias": False})
+    return config._replace(head_dim=hf["head_dim"], qk_norm=True, **_windows(hf))
+
+
+def _windows(hf: Mapping) -> dict:
+    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
+    return llama.windows(hf, window, lambda i: bool(window) and i >= hf["max_window_layers"])
+
+
+_QWEN = Config(151_936, 896, 24, 14, 2, 64, 4864, 1e6, 1e-6)
+_QWEN2 = _QWEN._replace(family="qwen2", qkv_bias=True)
+_QWEN3 = _QWEN._replace(family="qwen3", qk_norm=True, head_dim=128, heads=16, kv_heads=8)
+_QWEN2_7B = _QWEN2._replace(
+    vocab=152_064, width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, ffn=18_944, tied=False
+)
+PRESETS = {
+    "qwen2-7b": _QWEN2_7B,
+    "qwen2.5-7b": _QWEN2_7B,
+    "qwen2.5-0.5b": _QWEN2,
+    "qwen2.5-1.5b": _QWEN2._replace(width=1536, layers=28, heads=12, head_dim=128, ffn=8960),
+    "qwen3-0.6b": _QWEN3._replace(width=1024, layers=28, ffn=3072),
+    "qwen3-1.7b": _QWEN3._replace(width=2048, layers=28, ffn=6144),
+    "qwen3-8b": _QWEN3._replace(width=4096, layers=36, heads=32, ffn=12_288, tied=False),
+}
