@@ -21,7 +21,7 @@ from absl import app, flags
 
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
-from drirl_jax import sharding, train
+from drirl_jax import train
 from drirl_jax.data import examples, records
 from drirl_jax.data.records import Record
 from drirl_jax.evals import runner
@@ -60,7 +60,7 @@ def policy(context: Context, workdir: pathlib.Path, base: bool) -> Transformer:
     folder = workdir / "aligned"
     if not folder.is_dir():
         raise InputError(f"no aligned model in {folder}: let the run end, or take --base.")
-    return sharding.place(families.from_hf(hf.read_tensors(folder), context.model.config))
+    return families.from_hf(hf.read_tensors(folder), context.model.config)
 
 
 def of_responses(workdir: pathlib.Path, path: pathlib.Path) -> list[dict]:

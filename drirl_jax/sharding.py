@@ -14,6 +14,7 @@ import math
 from typing import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -170,6 +171,11 @@ def place(tree: PyTree) -> PyTree:
         return _put(x, axes)
 
     return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def zeros(shapes: PyTree) -> PyTree:
+    """Zeros in the shapes and types of a tree, made where they belong."""
+    return jax.jit(lambda: constrained(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)))()
 
 
 def whole(tree: PyTree) -> PyTree:

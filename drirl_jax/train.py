@@ -78,7 +78,7 @@ def load_policy(config: ConfigDict) -> tuple[Transformer, Text]:
         layers, most = config_lib.get(config, key), model_config.layers
         config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")
     tokens = Text(hf.load_tokenizer(path), config.policy.system)
-    return sharding.place(families.from_hf(hf.read_tensors(path), model_config)), tokens
+    return families.from_hf(hf.read_tensors(path), model_config), tokens
 
 
 # What a run must have in common with the one whose rewards it takes.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from drirl_jax import sharding
 from drirl_jax.models import gemma, llama, mistral, qwen
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
@@ -59,17 +60,20 @@ def _with_layer(stack, i, layer):
 def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32) -> Transformer:
     """The decoder from tensors under Hugging Face names.
 
-    They are asked for one after the other and go straight to their place on the device, so that of `hf.read_tensors`'
-    no two are in the host's memory at once.
+    They are asked for one after the other and go straight to their place on the mesh, so that of `hf.read_tensors`'
+    no two are in the host's memory at once, and no device ever holds more layers whole than one.
 
     Raises:
         InputError: a tensor is missing or misshapen.
     """
     model = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
 
-    def take(name, shape):
+    def need(name):
         if name not in tensors:
             raise InputError(f"the weights lack the tensor {name}: is the model folder complete?")
+
+    def take(name, shape):
+        need(name)
         tensor = tensors[name]
         if tensor.shape != tuple(shape):
             raise InputError(
@@ -80,7 +84,11 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32
     for ours, theirs in FAMILIES[config.family].layer.items():
         if hasattr(model.blocks, ours):
             shape = getattr(model.blocks, ours).shape
-            stack = jnp.zeros(shape, dtype)
+            # Whatever sizes the config tells, no room is made for weights that are not there.
+            for i in range(config.layers):
+                need(theirs.format(i))
+            take(theirs.format(0), shape[1:])
+            stack = sharding.zeros({ours: jax.ShapeDtypeStruct(shape, dtype)})[ours]
             for i in range(config.layers):
                 # Each has its place before the next is read.
                 stack = jax.block_until_ready(_with_layer(stack, i, take(theirs.format(i), shape[1:])))
@@ -88,7 +96,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32
     for ours, theirs in TOP.items():
         if hasattr(model, ours):
             setattr(model, ours, nnx.Param(jnp.asarray(take(theirs, getattr(model, ours).shape), dtype)))
-    return model
+    return sharding.place(model)
 
 
 def to_hf(model: Transformer) -> dict[str, np.ndarray]:
