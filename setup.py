@@ -44,6 +44,14 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "torch==2.13.0", "transformers[serving]", "trl==1.16.0"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "torch==2.13.0",
+            "transformers[serving]",
+            "trl==1.16.0",
+            "peft==0.21.2",
+        ],
     },
 )
