@@ -17,7 +17,7 @@ from drirl_jax import metrics, plots
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner
-from drirl_jax.models import encoder, families, hf, reward
+from drirl_jax.models import encoder, families, hf, peft, reward
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES, Context, Stage
@@ -135,12 +135,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             kept.save(0, loop("irl", irl.make(context), config, workdir, writer))
     if "irl" in config.schedule or config.reward.init:
         bank = rewards(context, pathlib.Path(config.reward.init or workdir))
+    adapted = (context.model.config, config.policy.init)
+    if "irl" in config.schedule and config.reward.kind == "lora":
+        peft.save_rewards(workdir / "adapters" / "rewards", bank, *adapted, config.data.categories)
     if "align" not in config.schedule:
         return
 
     # ------------------------------------------------------------------------------------- stage 2: the policy
     params = loop("align", align.make(context, bank), config, workdir, writer)
     aligned = POLICIES[config.policy.tune].merged(context.model, params)
+    if config.policy.tune == "lora":
+        peft.save_adapter(workdir / "adapters" / "policy", params, *adapted)
     if not (workdir / "aligned").exists():
         hf_config = hf.read_config(hf.resolve(config.policy.init))
         hf.save(workdir / "aligned", hf_config, families.to_hf(aligned), context.text.tokenizer)
