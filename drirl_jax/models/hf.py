@@ -121,7 +121,7 @@ class Tensors(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._file[name].get_tensor(name)
 
-    def __contains__(self, name) -> bool:
+    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
         return name in self._file
 
     def __iter__(self):
