@@ -52,6 +52,7 @@ setup(
             "torch==2.13.0",
             "transformers[serving]",
             "trl==1.16.0",
+            "peft==0.21.2",
         ],
     },
 )

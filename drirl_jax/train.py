@@ -17,7 +17,7 @@ from drirl_jax import metrics, plots, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner
-from drirl_jax.models import encoder, families, hf, reward
+from drirl_jax.models import encoder, families, hf, peft, reward
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES, Context, Stage
@@ -132,17 +132,15 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             kept.save(0, loop("irl", irl.make(context), config, workdir, writer))
     if "irl" in config.schedule or config.reward.init:
         bank = rewards(context, pathlib.Path(config.reward.init or workdir))
+    if "irl" in config.schedule:
+        export_rewards(context, bank, workdir)
     if "align" not in config.schedule:
         return
 
     # ------------------------------------------------------------------------------------- stage 2: the policy
     params = loop("align", align.make(context, bank), config, workdir, writer)
     aligned = POLICIES[config.policy.tune].merged(context.model, params)
-    if not sharding.agreed((workdir / "aligned").exists()):
-        tensors = families.to_hf(sharding.fetch(aligned))
-        if sharding.writes():
-            hf_config = hf.read_config(hf.resolve(config.policy.init))
-            hf.save(workdir / "aligned", hf_config, tensors, context.text.tokenizer)
+    export_policy(context, params, aligned, workdir)
     if "evals" not in config.schedule:
         return
 
@@ -172,6 +170,29 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     )
     print(plots.terminal_table(results["base"], results["aligned"], *shown))
     print(f"report: {report}\naligned model: {workdir / 'aligned'}")
+
+
+def export_rewards(context: Context, bank: reward.Bank, workdir: pathlib.Path) -> None:
+    """Writes each reward that is an adapter into adapters/rewards, as `models/peft.py` says."""
+    config = context.config
+    if config.reward.kind == "lora":
+        fetched = sharding.fetch(bank)
+        if sharding.writes():
+            folder, base = workdir / "adapters" / "rewards", config.policy.init
+            peft.save_rewards(folder, fetched, context.model.config, base, config.data.categories)
+
+
+def export_policy(context: Context, params: PyTree, aligned: Transformer, workdir: pathlib.Path) -> None:
+    """Writes the aligned model, and into adapters/policy what was trained if that is an adapter."""
+    init = context.config.policy.init
+    if context.config.policy.tune == "lora":
+        adapter = sharding.fetch(params)
+        if sharding.writes():
+            peft.save_adapter(workdir / "adapters" / "policy", adapter, context.model.config, init)
+    if not sharding.agreed((workdir / "aligned").exists()):
+        tensors = families.to_hf(sharding.fetch(aligned))
+        if sharding.writes():
+            hf.save(workdir / "aligned", hf.read_config(hf.resolve(init)), tensors, context.text.tokenizer)
 
 
 def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, writer: metrics.MetricWriter) -> PyTree:

@@ -251,6 +251,54 @@ def test_a_mistral_without_a_window_sees_everything():
     assert (config.window, config.local) == (0, ())
 
 
+# The fields of public config.json files that the decoder reads, as transformers 4 wrote them.
+PUBLISHED = {
+    "llama3.2-1b": dict(
+        model_type="llama", vocab_size=128_256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, intermediate_size=8192, rope_theta=500_000.0, rms_norm_eps=1e-5,
+        rope_scaling={
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        tie_word_embeddings=True, attention_bias=False, mlp_bias=False, hidden_act="silu",
+    ),
+    "mistral-7b-v0.1": dict(
+        model_type="mistral", vocab_size=32_000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, intermediate_size=14_336, rope_theta=10_000.0, rms_norm_eps=1e-5, sliding_window=4096,
+        tie_word_embeddings=False, hidden_act="silu",
+    ),
+    "qwen2.5-0.5b": dict(
+        model_type="qwen2", vocab_size=151_936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, intermediate_size=4864, rope_theta=1_000_000.0, rms_norm_eps=1e-6, sliding_window=32_768,
+        use_sliding_window=False, max_window_layers=21, tie_word_embeddings=True, hidden_act="silu",
+    ),
+    "qwen3-0.6b": dict(
+        model_type="qwen3", vocab_size=151_936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, intermediate_size=3072, rope_theta=1_000_000, rms_norm_eps=1e-6,
+        rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=28, attention_bias=False,
+        tie_word_embeddings=True, hidden_act="silu",
+    ),
+    "gemma2-2b": dict(
+        model_type="gemma2", vocab_size=256_000, hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, intermediate_size=9216, rope_theta=10_000.0, rms_norm_eps=1e-6,
+        query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096,
+        attention_bias=False, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
+    ),
+    "gemma3-1b": dict(
+        model_type="gemma3_text", vocab_size=262_144, hidden_size=1152, num_hidden_layers=26, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, intermediate_size=6912, rope_theta=1_000_000, rope_local_base_freq=10_000,
+        rope_scaling=None, rms_norm_eps=1e-6, query_pre_attn_scalar=256, attn_logit_softcapping=None,
+        final_logit_softcapping=None, sliding_window=512, sliding_window_pattern=6, attention_bias=False,
+        hidden_activation="gelu_pytorch_tanh",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_is_the_preset(name):
+    assert families.config_from_hf(PUBLISHED[name]) == families.PRESETS[name]
+
+
 # As the models' cards say.
 PARAMETERS = {
     "llama2-7b": 6_738_415_616,

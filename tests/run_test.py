@@ -67,6 +67,8 @@ def test_a_run_leaves_its_products(whole, policy):
     assert "data:image/png;base64" in html and "unfairness" in html
     assert "refused" in printed and str(workdir / "report.html") in printed
     assert list((workdir / "tensorboard").rglob("events*"))
+    adapters = {str(file.parent.relative_to(workdir)) for file in workdir.rglob("adapter_model.safetensors")}
+    assert adapters == {"adapters/policy"} | {f"adapters/rewards/{category}" for category in result["by_category"]}
 
 
 def test_the_aligned_model_loads_in_transformers_and_is_the_merged_policy(whole, policy):

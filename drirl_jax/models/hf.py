@@ -5,11 +5,12 @@ Only safetensors, JSON and GGUF are read: nothing is unpickled, and no code of a
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import gguf
 import huggingface_hub
@@ -120,7 +121,7 @@ class Tensors(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._file[name].get_tensor(name)
 
-    def __contains__(self, name) -> bool:
+    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
         return name in self._file
 
     def __iter__(self):
@@ -180,9 +181,6 @@ def save(
         tokenizer: a transformers tokenizer.
         shard: bytes of weights that one file may hold, unless one tensor has more.
     """
-    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     dtype = next(iter(tensors.values())).dtype.name
     # Each of these twice: under the name that transformers 4 reads, and under that of 5.
     config = config | {"torch_dtype": dtype, "dtype": dtype}
@@ -193,20 +191,30 @@ def save(
             local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
             rope = {"full_attention": rope, "sliding_attention": local}
         config["rope_parameters"] = rope
-    _write_json(temporary / "config.json", config)
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     # A tokenizer may end a chat's turn with another token than the config names.
     ends = [i for i in dict.fromkeys([*ends, tokenizer.eos_token_id]) if i is not None]
     ids = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")} | {"eos_token_id": ends or None}
-    _write_json(temporary / "generation_config.json", {key: i for key, i in ids.items() if i is not None})
-    _save_tensors(temporary, tensors, shard)
-    _save_tokenizer(temporary, tokenizer)
+    with replacing(folder) as new:
+        write_json(new / "config.json", config)
+        write_json(new / "generation_config.json", {key: i for key, i in ids.items() if i is not None})
+        _save_tensors(new, tensors, shard)
+        _save_tokenizer(new, tokenizer)
+
+
+@contextlib.contextmanager
+def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty folder that takes the other's place and name at the end, unless writing into it was cut."""
+    new, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
     # Renames alone touch the folder's name, so that no kill leaves half a model, new or old, under it.
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.replace(old)
-    temporary.replace(folder)
+    new.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -225,7 +233,7 @@ def _save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shard
         where |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
@@ -236,7 +244,7 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _read_json(file: pathlib.Path) -> dict:
@@ -246,7 +254,8 @@ def _read_json(file: pathlib.Path) -> dict:
         raise InputError(f"{file} is not JSON ({error}): download or save the model again.") from error
 
 
-def _write_json(file: pathlib.Path, value: dict) -> None:
+def write_json(file: pathlib.Path, value: dict) -> None:
+    """Writes what is read by people and by Hugging Face: indented, not escaped."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
