@@ -44,6 +44,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "plan": ["libtpu"],
         "dev": [
             "pytest",
             "pytest-xdist",

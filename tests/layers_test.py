@@ -16,6 +16,7 @@ LAYERS = [
         "drirl_jax.losses",
         "drirl_jax.optimizer",
         "drirl_jax.checkpoint",
+        "drirl_jax.cost",
         "drirl_jax.endpoint",
         "drirl_jax.plots",
     ],
@@ -33,7 +34,7 @@ LAYERS = [
     ["drirl_jax.config"],
     ["drirl_jax.train"],
     ["drirl_jax.main"],
-    ["drirl_jax.bench", "drirl_jax.demos", "drirl_jax.score", "drirl_jax.study"],
+    ["drirl_jax.bench", "drirl_jax.demos", "drirl_jax.plan", "drirl_jax.score", "drirl_jax.study"],
 ]
 
 

@@ -8,6 +8,8 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from ml_collections import ConfigDict
 
 from drirl_jax import equations as eq
 from drirl_jax import optimizer, scaling, sharding
@@ -101,6 +103,31 @@ def calibrate(context: Context, options: scaling.Options, split: Callable, model
 begin = jax.jit(transformer.begin, static_argnames="layers")
 
 
+def transformation_of(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimiser of config.align, which takes an update for each minibatch of each epoch of a step."""
+    c = config.align
+    return optimizer.make(c.optimizer, c.steps * c.epochs * c.minibatches)
+
+
+def updater(config: ConfigDict, transformation: optax.GradientTransformation) -> Callable:
+    """(TrainState, trunk, batch) -> (TrainState, scalars): one pass over a batch, an update for each minibatch."""
+    c, objective, policy = config.align, OBJECTIVES[config.align.objective], POLICIES[config.policy.tune]
+
+    @partial(jax.jit, donate_argnums=0)
+    def updated(train_state: TrainState, trunk, batch):
+        stage_loss = partial(objective.loss, trunk, policy, config)
+        prompts = c.batch // c.minibatches
+        minibatches = jax.tree.map(lambda x: x.reshape(c.minibatches, prompts, *x.shape[1:]), batch)
+        train_state, scalars = jax.lax.scan(
+            lambda state, part: optimizer.step(transformation, stage_loss, state, part, c.accumulate),
+            train_state,
+            minibatches,
+        )
+        return train_state, jax.tree.map(jnp.mean, scalars)
+
+    return updated
+
+
 def make(context: Context, bank: reward.Bank | None, purpose: str = "align_samples") -> Stage:
     """The stage; its product is the policy's parameters (see `base.POLICIES`).
 
@@ -115,7 +142,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
     policy, objective = POLICIES[config.policy.tune], OBJECTIVES[c.objective]
     score = SOURCES[config.reward.source].make(context) if objective.samples else None
     options = scaling.Options.from_config(config.scaling)
-    transformation = optimizer.make(c.optimizer, c.steps * c.epochs * c.minibatches)
+    transformation = transformation_of(config)
     is_harmless = [name in config.data.harmless for name in names]
     batches = pipeline.batches(config.sampler, train.rows_by_category(len(names)), c.batch, config.seed, is_harmless)
     contrasted = ROLES[config.grpo.contrast].counts
@@ -168,17 +195,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
         batch, more = objective.batch(context, model, params, scored)
         return batch, stats, describe(names, examples, out, reward_PG, info | more)
 
-    @partial(jax.jit, donate_argnums=0)
-    def updated(train_state: TrainState, trunk, batch):
-        """One pass over the batch, an update for each of its minibatches."""
-        stage_loss = partial(objective.loss, trunk, policy, config)
-        minibatches = jax.tree.map(lambda x: x.reshape(c.minibatches, -1, *x.shape[1:]), batch)
-        train_state, scalars = jax.lax.scan(
-            lambda state, part: optimizer.step(transformation, stage_loss, state, part, c.accumulate),
-            train_state,
-            minibatches,
-        )
-        return train_state, jax.tree.map(jnp.mean, scalars)
+    updated = updater(config, transformation)
 
     def update(train_state: TrainState, batch):
         for _ in range(c.epochs):

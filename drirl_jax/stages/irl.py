@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from drirl_jax import equations as eq
@@ -123,6 +124,19 @@ def loss(model, pair_loss, weight_K, rewards: reward.Rewards, pairs: Pairs):
     return value, {"pairs_right": pairs_right, "gap": (demo_PK - negative_PK).mean()}
 
 
+def updater(config: ConfigDict, transformation: optax.GradientTransformation) -> Callable:
+    """(TrainState, trunk, Pairs) -> (TrainState, scalars): one update."""
+    c = config.irl
+    pair_loss, weight_K = partial(LOSSES[c.loss], section=c), negative_weights(c)
+
+    @partial(jax.jit, donate_argnums=0)
+    def updated(train_state, model, batch):
+        stage_loss = partial(loss, model, pair_loss, jnp.array(weight_K))
+        return optimizer.step(transformation, stage_loss, train_state, batch, c.accumulate)
+
+    return updated
+
+
 class Carry(NamedTuple):
     """What the stage remembers: samples (responses [N, K, T], lengths [N, K]) for training and held-out prompts, and
     with irl.policy='alternate' the state of the inner policy's alignment."""
@@ -145,7 +159,6 @@ def make(context: Context) -> Stage:
     contrasted = c.contrast > 0
     for split in ("train", "valid") if contrasted else ():
         require_both_kinds(context.examples[split], harmless, split)
-    weight_K = jnp.array(negative_weights(c))
     held = [rows for rows in train.rows_by_category(len(names)) if len(rows)]
     balance = pipeline.natural if config.sampler.batch == "natural" else pipeline.balanced
     batches = balance(held, c.batch, config.seed)
@@ -205,10 +218,7 @@ def make(context: Context) -> Stage:
         everything = np.arange(len(valid.id))
         return Carry(sample(model, train, used, number), sample(model, valid, everything, number), moved)
 
-    @partial(jax.jit, donate_argnums=0)
-    def updated(train_state, model, batch):
-        stage_loss = partial(loss, model, partial(LOSSES[c.loss], section=c), weight_K)
-        return optimizer.step(transformation, stage_loss, train_state, batch, c.accumulate)
+    updated = updater(config, transformation)
 
     def scores(rewards, examples: Examples, samples, contrasted: bool) -> dict[str, np.ndarray]:
         """Raw rewards of all the pairs where they are read (demo, negative [N, K]), and of whole texts [N, 1 + K]."""

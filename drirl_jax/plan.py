@@ -1,0 +1,299 @@
+"""What a run would take on a TPU slice, told by the TPU's own compiler, which needs no TPU.
+
+python -m drirl_jax.plan --config configs/llama31_8b.py --topology v5e:8x8
+
+Needs `pip install libtpu`. Every jitted function that holds the model is compiled for the slice as config.mesh lays it
+out, with prompts of data.max_prompt tokens of their own (a prefix that they share is not counted) and responses of
+their full length. Times are the compiler's estimate of its fusions and, apart, the bytes of the collectives at the
+rate of all of a chip's links: a step takes at least the larger and at most about the sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Callable, Iterator, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from drirl_jax import config as config_lib
+from drirl_jax import cost, optimizer, rollout, sharding
+from drirl_jax import main as command
+from drirl_jax.models import families, hf, reward
+from drirl_jax.models.architecture import Config
+from drirl_jax.models.transformer import Transformer
+from drirl_jax.stages import align, irl, objectives
+from drirl_jax.stages.base import POLICIES, Context
+from drirl_jax.types import Group, InputError, PyTree
+
+TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as v5e:8x8, v5p:2x2x4 or v6e:4x4.")
+MODEL = flags.DEFINE_string("model", None, "A preset of models/families.py, where config.policy.init is not at hand.")
+PLAN = flags.DEFINE_string("plan_json", None, "Write the figures to this file too.")
+
+
+class Chip(NamedTuple):
+    """A TPU chip: bytes of memory, bfloat16 operations a second, bytes a second over all its links, cycles a second."""
+
+    memory: float
+    flops: float
+    links: float
+    clock: float
+
+
+# As Google publishes them (cloud.google.com/tpu/docs); the clock follows from the operations a cycle.
+CHIPS = {
+    "v5e": Chip(16 * 2**30, 197e12, 200e9, 1.5e9),
+    "v5p": Chip(95 * 2**30, 459e12, 600e9, 1.75e9),
+    "v6e": Chip(32 * 2**30, 918e12, 448e9, 1.75e9),
+}
+
+
+class Program(NamedTuple):
+    """A jitted function of the run.
+
+    Attributes:
+        name: what it does.
+        times: how often it runs in a step of the alignment; 0 for the other stages.
+        traced: () -> what `jax.jit(f).trace(*args)` gives.
+        args: its arguments, shapes with their places.
+        loop: how often its while loops run, if it has any.
+    """
+
+    name: str
+    times: int
+    traced: Callable
+    args: tuple
+    loop: int = 1
+
+
+def described(tree: PyTree, spec: Callable = lambda path, x: sharding.axes_of(path, x.ndim)) -> PyTree:
+    """Shapes and types of a tree with their places on the mesh: parameters by their paths."""
+    mesh = jax.sharding.get_mesh()
+
+    def one(path, x):
+        where = jax.sharding.NamedSharding(mesh, sharding.spec(x.shape, spec(path, x)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def dealt(tree: PyTree) -> PyTree:
+    """The same of a batch: by its first axis, the prompts."""
+    return described(tree, lambda path, x: ("prompts",))
+
+
+def ids(*shape: int) -> jax.ShapeDtypeStruct:
+    """A batch's array of whole numbers."""
+    return dealt(jax.ShapeDtypeStruct(shape, jnp.int32))
+
+
+def group(P: int, S: int, G: int, T: int) -> Group:
+    """The shapes of a group."""
+    return Group(ids(P, S), ids(P), ids(P, G, T), ids(P, G), ids(P))
+
+
+def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[Program]]:
+    """What lies on the devices all the time (trunk, train state, reward bank), and the functions; on the mesh that is
+    set."""
+    c, T, S = config.align, config.sampler.max_new, config.data.max_prompt
+    # Nothing here may run: the mesh is of devices that are not there.
+    model = described(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
+    context = Context(config, model, None, None, {})
+    policy, objective, roles = POLICIES[config.policy.tune], objectives.OBJECTIVES[c.objective], objectives.ROLES
+    transformation = align.transformation_of(config)
+
+    def init(model):
+        params = policy.init(config.policy, model, jax.random.key(0))
+        return optimizer.init(transformation, objectives.init(objective, params, model))
+
+    def init_rewards(model):
+        return irl.init_rewards(dataclasses.replace(context, model=model))
+
+    train = described(jax.eval_shape(init, model))
+    rewards = described(jax.eval_shape(init_rewards, model))
+    statistics = described(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
+    bank = reward.Bank(rewards, statistics, statistics)
+
+    def sample(name, times, model, P, G, T, temperature):
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (P, G)))
+        options = dict(max_new=T, temperature=temperature, eos=(0,))
+        args = (model, ids(P, S), ids(P), keys)
+        return Program(name, times, lambda: rollout.sample.trace(*args, **options), args, T)
+
+    def aligned() -> Iterator[Program]:
+        merged = model
+        if config.policy.tune == "lora":
+            args = (model, train.params.policy)
+            merged = described(jax.eval_shape(policy.merged, *args))
+            yield Program("merge", 1, lambda: policy.merged.trace(*args), args)
+        P, G, shared = c.batch, c.group, context.shared
+        yield sample("sample", 1, merged, P, G, T, config.sampler.temperature)
+        whole = group(P, S, G + 1 + roles[config.grpo.contrast].counts, T)
+        begun = None
+        if shared.layers:
+            yield Program("trunk", 1, lambda: align.begin.trace(model, whole, layers=shared.layers), (model, whole))
+            begun = dealt(jax.eval_shape(lambda m, g: align.begin(m, g, layers=shared.layers), model, whole))
+        args = (model, bank, whole, begun if shared.rewards else None)
+        yield Program("rewards", 1, lambda: jax.jit(reward.score).trace(*args), args)
+
+        def scored(model, params, group, begun, logp, value, alpha):
+            kept, answered = jnp.ones(alpha.shape, bool), np.zeros(P, bool)
+            found = objectives.Scored(group, logp, value, alpha, kept, begun, shared.policy, answered)
+            return objective.batch(dataclasses.replace(context, model=model), model, params, found)[0]
+
+        def floats(*shape):
+            return dealt(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+        members = whole.response.shape[1]
+        batch = jax.eval_shape(
+            scored, model, train.params, whole, begun, floats(P, G, T), floats(P, members), floats(P, G)
+        )
+        if config.grpo.beta_kl > 0 and c.objective in ("grpo", "ppo"):
+            sampled = (model, group(P, S, G, T), config.sampler.temperature, begun and dealt(_first(begun, G)))
+            yield Program("reference", 1, lambda: objectives.logprobs.trace(*sampled), sampled)
+        updated = (train, model, dealt(batch))
+        yield Program("update", c.epochs, lambda: align.updater(config, transformation).trace(*updated), updated)
+
+    def learned() -> Iterator[Program]:
+        K, P = len(irl.negative_weights(config.irl)), config.irl.batch
+        pairs = irl.Pairs(group(P, S, 1 + K, T), ids(P, K), ids(P, K), ids(P, K))
+        optimiser = optimizer.make(config.irl.optimizer, config.irl.steps)
+        state = described(jax.eval_shape(lambda m: optimizer.init(optimiser, init_rewards(m)), model))
+        args = (state, model, pairs)
+        yield Program("irl update", 0, lambda: irl.updater(config, optimiser).trace(*args), args)
+        P = sharding.dealt(max(1, config.evals.batch // config.irl.samples))
+        yield sample("irl sample", 0, model, P, config.irl.samples, T, config.sampler.temperature)
+
+    def every() -> Iterator[Program]:
+        yield from aligned()
+        if "irl" in config.schedule:
+            yield from learned()
+        if "evals" in config.schedule:
+            e = config.evals
+            yield sample("evals sample", 0, model, sharding.dealt(e.batch), 1, e.max_new, e.temperature)
+
+    return [model, train, bank], every()
+
+
+def _first(begun, members: int):
+    return jax.eval_shape(lambda b: b.members(slice(members)), begun)
+
+
+def size(tree: PyTree) -> float:
+    """Bytes on each device of what is described."""
+    return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
+    """The figures of one program, a chip: see `table`. Where it does not fit, "needs" is the compiler's sentence."""
+    traced, chips = program.traced(), jax.sharding.get_mesh().size
+    jaxpr = cost.used(traced.jaxpr.jaxpr)
+    logical = cost.operations(jaxpr, lambda length: length or program.loop) / chips
+    told = {"name": program.name, "times": program.times, "flops": logical}
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return told | {"needs": " ".join(str(error).split())[:300]}
+    memory, traffic = compiled.memory_analysis(), cost.traffic(compiled.as_text(), program.loop)
+    beside = sum(size(tree) for tree in resident if not any(tree is arg for arg in program.args))
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    used += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    once = cost.operations(jaxpr, lambda length: 1) / chips
+    return told | {
+        "memory": used + beside,
+        "seconds": traffic.cycles / chip.clock,
+        "moved": traffic.moved,
+        "moving": sum(traffic.moved.values()) / chip.links,
+        "xla_flops_once": compiled.cost_analysis().get("flops", 0.0),
+        "flops_once": once,
+    }
+
+
+def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
+    """The figures of every program of the run on this slice.
+
+    Raises:
+        InputError: the slice is unknown, libtpu is not installed, or the mesh does not fit.
+    """
+    kind = topology.partition(":")[0]
+    config_lib.need(kind in CHIPS, f"--topology is {topology}: give one of {', '.join(CHIPS)} and a shape, as v5e:8x8.")
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:
+        raise InputError(
+            f"the TPU compiler knows no {topology} ({' '.join(str(error).split())[:120]}): pip install libtpu, and "
+            "give a shape that is made, as v5e:8x8."
+        ) from error
+    mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), devices)
+    with jax.set_mesh(mesh):
+        resident, every = programs(config, shape)
+        found = [measure(program, resident, CHIPS[kind]) for program in every]
+        return {"topology": topology, "mesh": dict(mesh.shape), "resident": sum(map(size, resident)), "programs": found}
+
+
+def table(result: dict) -> str:
+    """The figures as text, a chip: memory, operations, the compiler's time and the share of peak that it implies, bytes
+    moved and their time; then the alignment step, and what to change where something does not fit."""
+    chip = CHIPS[result["topology"].partition(":")[0]]
+    mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items())
+    lines = [
+        f"{result['topology']}, {mesh}; trunk, train state and rewards: {result['resident'] / 2**30:.2f} GiB a chip",
+        f"{'program':13}{'GiB':>8}{'TFLOP':>9}{'seconds':>9}{'of peak':>9}{'GB moved':>10}{'seconds':>9}  collectives",
+    ]
+    for row in result["programs"]:
+        if "needs" in row:
+            lines.append(f"{row['name']:13} does not fit: {row['needs']}")
+            continue
+        share = row["flops"] / row["seconds"] / chip.flops if row["seconds"] else 0.0
+        kinds = ", ".join(f"{kind} {moved / 1e9:.2f}" for kind, moved in sorted(row["moved"].items()))
+        lines.append(
+            f"{row['name']:13}{row['memory'] / 2**30:8.2f}{row['flops'] / 1e12:9.2f}{row['seconds']:9.3f}{share:9.0%}"
+            f"{sum(row['moved'].values()) / 1e9:10.2f}{row['moving']:9.3f}  {kinds}"
+        )
+    if any("needs" in row for row in result["programs"]):
+        lines.append("Does not fit: raise config.mesh.fsdp, align.accumulate or align.minibatches, lower align.batch, "
+                     "sampler.max_new or data.max_prompt, or take a larger slice.")  # fmt: skip
+        return "\n".join(lines)
+    step = [row for row in result["programs"] if row["times"]]
+    computing, moving = (sum(row["times"] * row[key] for row in step) for key in ("seconds", "moving"))
+    dearest = max(step, key=lambda row: row["times"] * max(row["seconds"], row["moving"]))
+    bound = "its collectives" if dearest["moving"] > dearest["seconds"] else "its computation"
+    fullest = max(result["programs"], key=lambda row: row["memory"])
+    lines.append(
+        f"A step: {max(computing, moving):.2f} to {computing + moving:.2f} s, most of it {dearest['name']} by {bound}; "
+        f"fullest in {fullest['name']}, {fullest['memory'] / chip.memory:.0%} of a chip's memory."
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    try:
+        for flag in (command.CONFIG, TOPOLOGY):
+            config_lib.need(flag.value is not None, f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
+        config = command.CONFIG.value
+        config_lib.validate(config)
+        if MODEL.value:
+            known = ", ".join(families.PRESETS)
+            config_lib.need(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {known}.")
+            shape = families.PRESETS[MODEL.value]
+        else:
+            shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
+        result = plan(config, shape._replace(dtype=config.policy.dtype), TOPOLOGY.value)
+    except InputError as error:
+        sys.exit(f"drirl_jax: {error}")
+    print(table(result))
+    if PLAN.value:
+        pathlib.Path(PLAN.value).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command.parse)

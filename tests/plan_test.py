@@ -1,0 +1,138 @@
+"""Costs by hand, the programs of a run traced, and, with libtpu, a plan by the TPU compiler."""
+
+import commands
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import quickstart
+from drirl_jax import bench, cost, plan, sharding
+from drirl_jax.models import families
+
+SHAPE = families.PRESETS["smollm2-135m"]
+
+
+def count(function, *shapes, trips=lambda length: length or 7):
+    jaxpr = jax.jit(function).trace(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr.jaxpr
+    return cost.operations(cost.used(jaxpr), trips)
+
+
+def test_operations_by_hand():
+    one = 2 * 3 * 4 * 4  # [3, 4] @ [4, 4]
+    assert count(lambda x, w: x @ w, (3, 4), (4, 4)) == one
+
+    def scanned(x, w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0]
+
+    def looped(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x)
+
+    def chosen(x, w):
+        return jax.lax.cond(x.sum() > 0, lambda: x @ w @ w, lambda: x @ w)
+
+    assert count(scanned, (3, 4), (4, 4)) == 5 * one and count(looped, (3, 4), (4, 4)) == 7 * one
+    assert count(scanned, (3, 4), (4, 4), trips=lambda length: 1) == one
+    assert count(chosen, (3, 4), (4, 4)) == 2 * one
+    # Forward and the gradient of the input; that of the weights is needed by nobody.
+    assert count(jax.grad(lambda x, w: (x @ w).sum()), (3, 4), (4, 4)) == one
+    # Recomputed in the backward pass: three products.
+    again = jax.checkpoint(lambda x, w: jnp.sin(x @ w) @ w)
+    assert count(jax.grad(lambda x, w: again(x, w).sum()), (3, 4), (4, 4)) == 3 * one
+
+
+HLO = """HloModule jit_f
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %p = (s32[], bf16[8,4]) parameter(0)
+  %a = bf16[2,4]{1,0} fusion(%p), kind=kLoop, calls=%inside, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %g = bf16[8,4]{1,0} all-gather(%a), dimensions={0}
+  %s = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%a), dimensions={0}
+  %d = bf16[8,4]{1,0} all-gather-done(%s)
+  ROOT %t = (s32[], bf16[8,4]) tuple(%p, %g)
+}
+
+%condition (p: (s32[], bf16[8,4])) -> pred[] {
+  %p = (s32[], bf16[8,4]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+%unknown (p: (s32[], bf16[8,4])) -> pred[] {
+  %p = (s32[], bf16[8,4]) parameter(0)
+  ROOT %c = pred[] custom(%p)
+}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %r = f32[] all-reduce(%x), to_apply=%add
+  %w = (s32[], bf16[8,4]) while(%x), condition=%condition, body=%body
+  %v = (s32[], bf16[8,4]) while(%w), condition=%unknown, body=%body
+  ROOT %o = bf16[8,4] fusion(%v), calls=%inside, backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+"""
+
+
+def test_loops_of_a_compiled_program_count_as_often_as_they_run():
+    told = cost.traffic(HLO, trips=3)
+    assert told.cycles == 7 + (5 + 3) * 100
+    # Each run of the body gathers [8, 4] of two bytes twice.
+    assert told.moved == {"all-reduce": 4.0, "all-gather": (5 + 3) * 2 * 64.0}
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """By name, operations of the programs of the quickstart on one device; its config."""
+    config = quickstart.get_config()
+    with jax.set_mesh(sharding.mesh_of(config.mesh, [4], jax.devices())):
+        resident, every = plan.programs(config, SHAPE)
+        found = {p.name: cost.operations(cost.used(p.traced().jaxpr.jaxpr), lambda n: n or p.loop) for p in every}
+        return found, config, [plan.size(tree) for tree in resident]
+
+
+def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced):
+    found, config, resident = traced
+    assert list(found) == [
+        "merge", "sample", "trunk", "rewards", "reference", "update", "irl update", "irl sample", "evals sample"
+    ]  # fmt: skip
+    assert resident[0] == 4 * 134_515_008  # the trunk
+    shape = bench.Shape(config.align.batch, config.data.max_prompt, config.align.group, config.sampler.max_new)
+    forward = bench.forward_flops(SHAPE, shape)
+    bottom = bench.forward_flops(SHAPE._replace(layers=20), shape._replace(G=shape.G + 2), logits=False)
+    top = bench.forward_flops(SHAPE._replace(layers=10), shape)
+    # The bench counts no padding, no masked half of a score and no last token of a response.
+    assert bottom < found["trunk"] < 1.15 * bottom and top < found["reference"] < 1.15 * top
+    assert forward < found["sample"] < 1.15 * forward
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_plans_the_quickstart():
+    pytest.importorskip("libtpu")
+    config = quickstart.get_config()
+    config.policy.dtype = "bfloat16"
+    result = plan.plan(config, SHAPE._replace(dtype="bfloat16"), "v5e:2x2")
+    assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    for row in result["programs"]:
+        assert 0 < row["seconds"] and result["resident"] < row["memory"] < 16 * 2**30
+        if row["name"] in ("trunk", "rewards", "reference", "update", "irl update"):
+            # XLA counts what is elementwise too.
+            assert row["flops_once"] <= row["xla_flops_once"] < 1.05 * row["flops_once"]
+    assert "A step: " in plan.table(result)
+
+
+def test_what_does_not_fit_is_said_with_what_to_change():
+    row = {"name": "update", "times": 1, "flops": 1.0, "needs": "Used 20G of 16G hbm."}
+    text = plan.table({"topology": "v5e:2x2", "mesh": {"fsdp": 4}, "resident": 1.0, "programs": [row]})
+    assert "update        does not fit: Used 20G" in text and "raise config.mesh.fsdp" in text
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--topology=v9:2x2", "--model=smollm2-135m"], "--topology is v9:2x2: give one of v5e, v5p, v6e"),
+        (["--topology=v5e:2x2", "--model=other"], "--model is other: choose one of llama2-7b"),
+        (["--model=smollm2-135m"], "--topology is missing"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(flags, message):
+    commands.refused(message, plan, "--config=configs/quickstart.py", *flags)
