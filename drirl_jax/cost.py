@@ -130,5 +130,5 @@ def _received(result: str, started: bool) -> float:
 def _trips(condition: str, blocks: dict[str, str], unknown: float) -> float:
     """The constant with which a loop's condition compares its counter."""
     text = condition + "".join(blocks.get(name, "") for name in re.findall(r"calls=%?([\w.\-]+)", condition))
-    constants = [int(n) for n in re.findall(r"s32\[\][^=]*? constant\((\d+)\)", text)]
+    constants = [int(n) for n in re.findall(r"[su]32\[\][^=]*? constant\((\d+)\)", text)]
     return float(constants[0]) if len(constants) == 1 and "compare" in text else unknown

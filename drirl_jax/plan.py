@@ -123,7 +123,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
 
     def sample(name, times, model, P, G, T, temperature):
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (P, G)))
-        options = dict(max_new=T, temperature=temperature, eos=(0,))
+        options = dict(max_new=T, temperature=temperature, eos=(0,), compact=())  # no row ends before the others
         args = (model, ids(P, S), ids(P), keys)
         return Program(name, times, lambda: rollout.sample.trace(*args, **options), args, T)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from drirl_jax.models.transformer import ACTIVATIONS, Transformer, cast, embed, 
 from drirl_jax.sharding import constrain
 from drirl_jax.types import Array
 
-FILLED = 64  # decoding reads the own cache in steps of so many entries, or of a quarter if that is more
+FILLED = 64  # a CPU reads the own cache in steps of so many entries, or of a quarter if that is more
 
 
 def prefill(model: Transformer, prompt_PS: Array, prefix: tuple[int, ...] = ()):
@@ -145,7 +146,10 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
         own_k = jax.lax.dynamic_update_slice(own_k, own_heads_first(k[:, :, None])[None], at)
         own_v = jax.lax.dynamic_update_slice(own_v, own_heads_first(v[:, :, None])[None], at)
         attend = [attend_to_first(size) for size in sizes]
-        attended = jax.lax.switch(t // step, attend, q[:, :, None], prompt_k, prompt_v, own_k, own_v, i, local)
+        given = (q[:, :, None], prompt_k, prompt_v, own_k, own_v, i, local)
+        # For a branch a TPU copies the whole cache, in every layer, which costs more than reading one layer's whole.
+        filled = partial(jax.lax.switch, t // step, attend)
+        attended = jax.lax.platform_dependent(*given, cpu=filled, default=attend[-1])
         attended = constrain(rearrange(attended[:, :, 0], "p g h d -> p g (h d)"), "weights_stay", None, "heads")
         out = constrain(jnp.einsum("pgi,io->pgo", attended, block.o), "weights_stay", None, "width")
         x_PGD += norm("attn_post_norm", out) if config.post_norms else out

@@ -116,8 +116,12 @@ def updater(config: ConfigDict, transformation: optax.GradientTransformation) ->
     @partial(jax.jit, donate_argnums=0)
     def updated(train_state: TrainState, trunk, batch):
         stage_loss = partial(objective.loss, trunk, policy, config)
-        prompts = c.batch // c.minibatches
-        minibatches = jax.tree.map(lambda x: x.reshape(c.minibatches, prompts, *x.shape[1:]), batch)
+
+        # Not -1: without a shared prefix its array is empty.
+        def split(x):
+            return x.reshape(c.minibatches, x.shape[0] // c.minibatches, *x.shape[1:])
+
+        minibatches = jax.tree.map(split, batch)
         train_state, scalars = jax.lax.scan(
             lambda state, part: optimizer.step(transformation, stage_loss, state, part, c.accumulate),
             train_state,
