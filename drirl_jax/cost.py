@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 from jax.extend import core
 from jax.interpreters import partial_eval
@@ -96,28 +96,46 @@ def traffic(hlo: str, trips: float) -> Traffic:
     return total(entry)
 
 
+INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+
+
 def _computation(body: str, blocks: dict[str, str], trips: float) -> _Computation:
     cycles, moved, calls = 0.0, {}, []
+    # The compiler lays one collective into several fusions, to overlap it with them: it has one channel.
+    for kind, size in dict(_collectives(body, blocks)).values():
+        moved[kind] = moved.get(kind, 0.0) + size
     for line in body.splitlines():
-        found = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", line)
+        found = INSTRUCTION.match(line)
         if not found:
             continue
-        result, opcode = found.groups()
         if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
             cycles += int(estimate[1])
-        kind = opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            moved[kind] = moved.get(kind, 0.0) + _received(result, started=opcode != kind)
-        if opcode == "while":
+        if found[2] == "while":
             inner, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
             calls.append((inner, _trips(blocks[condition], blocks, trips)))
-        elif opcode == "conditional":
+        elif found[2] == "conditional":
             named = re.search(r"branch_computations=\{([^}]*)\}", line)
             branches = re.findall(r"[\w.\-]+", named[1]) if named else re.findall(r"_computation=%?([\w.\-]+)", line)
             calls.append((max(branches, key=lambda name: len(blocks[name])), 1.0))
-        elif opcode in ("call", "async-start"):
+        elif found[2] in ("call", "async-start"):
             calls += [(name, 1.0) for name in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line)]
     return _Computation(cycles, moved, calls)
+
+
+def _collectives(body: str, blocks: dict[str, str]) -> Iterator[tuple[str, tuple[str, float]]]:
+    """(channel, (kind, bytes received)) of the collectives in a computation, and in what its fusions hold."""
+    for line in body.splitlines():
+        found = INSTRUCTION.match(line)
+        if not found:
+            continue
+        result, opcode = found.groups()
+        kind = opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            channel = re.search(r"channel_id=(\d+)", line)
+            yield channel[1] if channel else line, (kind, _received(result, started=opcode != kind))
+        elif opcode == "fusion":
+            for name in re.findall(r"calls=%?([\w.\-]+)", line):
+                yield from _collectives(blocks.get(name, ""), blocks)
 
 
 def _received(result: str, started: bool) -> float:

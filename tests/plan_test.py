@@ -48,7 +48,17 @@ HLO = """HloModule jit_f
   %g = bf16[8,4]{1,0} all-gather(%a), dimensions={0}
   %s = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%a), dimensions={0}
   %d = bf16[8,4]{1,0} all-gather-done(%s)
+  %e = bf16[2,4]{1,0} fusion(%d), kind=kCustom, calls=%part.1
+  %f = bf16[2,4]{1,0} fusion(%e), kind=kCustom, calls=%part.2
   ROOT %t = (s32[], bf16[8,4]) tuple(%p, %g)
+}
+
+%part.1 (p: bf16[2,4]) -> bf16[2,4] {
+  %h = bf16[16,4]{1,0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%part.2 (p: bf16[2,4]) -> bf16[2,4] {
+  %h = bf16[16,4]{1,0} all-gather(%p), channel_id=3, dimensions={0}
 }
 
 %condition (p: (s32[], bf16[8,4])) -> pred[] {
@@ -76,8 +86,8 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
 def test_loops_of_a_compiled_program_count_as_often_as_they_run():
     told = cost.traffic(HLO, trips=3)
     assert told.cycles == 7 + (5 + 3) * 100
-    # Each run of the body gathers [8, 4] of two bytes twice.
-    assert told.moved == {"all-reduce": 4.0, "all-gather": (5 + 3) * 2 * 64.0}
+    # Each run of the body gathers [8, 4] of two bytes twice, and [16, 4] once, in two fusions.
+    assert told.moved == {"all-reduce": 4.0, "all-gather": (5 + 3) * (2 * 64.0 + 128.0)}
 
 
 @pytest.fixture(scope="module")

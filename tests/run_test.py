@@ -192,7 +192,7 @@ def test_of_four_processes_one_is_killed_and_the_run_ends_with_the_same_bits(pol
     while not (metrics.exists() and '"stage": "align", "step": 3,' in metrics.read_text()):
         assert process.poll() is None and time.time() < end
         time.sleep(0.05)
-    last = subprocess.run(["pkill", "-KILL", "-f", f"--workdir={tmp_path}/killed .*distributed.process=3"])
+    last = subprocess.run(["pkill", "-KILL", "-f", "--", f"--workdir={tmp_path}/killed .*distributed.process=3"])
     assert last.returncode == 0
     told, _ = process.communicate()
     assert process.returncode == 0 and "started again (1 of 3)" in told, told[-3000:]
