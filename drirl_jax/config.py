@@ -272,6 +272,7 @@ POSITIVE = (
     "align.group align.epochs align.minibatches align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch "
     "checkpoint.every checkpoint.keep sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
+NOT_NEGATIVE = "distributed.process mesh.data policy.layers reward.layers irl.contrast grpo.beta_kl ppo.value_weight"
 
 
 def get(config: ConfigDict, dotted: str):
@@ -363,15 +364,7 @@ def validate(config: ConfigDict) -> None:
     unknown = set(config.data.harmless) - set(config.data.categories)
     need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
     two_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
-    for key in (
-        "distributed.process",
-        "mesh.data",
-        "policy.layers",
-        "reward.layers",
-        "irl.contrast",
-        "grpo.beta_kl",
-        "ppo.value_weight",
-    ):
+    for key in NOT_NEGATIVE.split():
         need(get(config, key) >= 0, f"config.{key} is {get(config, key)}: it must not be negative.")
     contrasted = config.irl.contrast > 0 or objectives.ROLES[config.grpo.contrast].counts
     need(

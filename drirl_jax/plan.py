@@ -2,10 +2,11 @@
 
 python -m drirl_jax.plan --config configs/llama31_8b.py --topology v5e:8x8
 
-Needs `pip install libtpu`. Every jitted function that holds the model is compiled for the slice as config.mesh lays it
-out, with prompts of data.max_prompt tokens of their own (a prefix that they share is not counted) and responses of
-their full length. Times are the compiler's estimate of its fusions and, apart, the bytes of the collectives at the
-rate of all of a chip's links: a step takes at least the larger and at most about the sum.
+Needs `pip install libtpu`. For GRPO with rewards of the IRL stage, one by the prompt's category: every jitted function
+that holds the model is compiled for the slice as config.mesh lays it out, with prompts of data.max_prompt tokens of
+their own (a prefix that they share is not counted) and responses of their full length. Times are the compiler's
+estimate of its fusions and, apart, the bytes of the collectives at the rate of all of a chip's links: a step takes at
+least the larger and at most about the sum.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
         batch = jax.eval_shape(
             scored, model, train.params, whole, begun, floats(P, G, T), floats(P, members), floats(P, G)
         )
-        if config.grpo.beta_kl > 0 and c.objective in ("grpo", "ppo"):
+        if config.grpo.beta_kl > 0:
             sampled = (model, group(P, S, G, T), config.sampler.temperature, begun and dealt(_first(begun, G)))
             yield Program("reference", 1, lambda: objectives.logprobs.trace(*sampled), sampled)
         updated = (train, model, dealt(batch))
@@ -222,9 +223,14 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
     """The figures of every program of the run on this slice.
 
     Raises:
-        InputError: the slice is unknown, libtpu is not installed, or the mesh does not fit.
+        InputError: the config is of what is not planned, the slice is unknown, libtpu is not installed, or the mesh
+            does not fit.
     """
-    kind = topology.partition(":")[0]
+    kind, asked = topology.partition(":")[0], (config.align.objective, config.reward.source, config.reward.route)
+    config_lib.need(
+        asked == ("grpo", "irl", "category"),
+        f"a plan is of align.objective, reward.source and reward.route 'grpo', 'irl' and 'category', not of {asked}.",
+    )
     config_lib.need(kind in CHIPS, f"--topology is {topology}: give one of {', '.join(CHIPS)} and a shape, as v5e:8x8.")
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

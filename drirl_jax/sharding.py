@@ -143,11 +143,6 @@ def axes_of(path: Sequence, rank: int) -> tuple[str | None, ...]:
     return (*first, *(None,) * (rank - len(first) - len(last)), *last)
 
 
-def specs(tree: PyTree) -> PyTree:
-    """Where each array of the tree lies, by its path."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: spec(x.shape, axes_of(path, x.ndim)), tree)
-
-
 def place(tree: PyTree) -> PyTree:
     """The tree with its jax arrays where they belong; numpy arrays stay with the host.
 
@@ -206,9 +201,9 @@ def deal(x: Array | np.ndarray) -> Array:
 def fetch(tree: PyTree) -> PyTree:
     """The whole tree as numpy arrays, on every process."""
 
-    def whole(x):
+    def fetched(x):
         if isinstance(x, Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             return multihost_utils.process_allgather(x, tiled=True)
         return jax.device_get(x)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(fetched, tree)

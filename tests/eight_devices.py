@@ -1,4 +1,4 @@
-"""What XLA makes of the sampler and of an update on eight emulated devices, as JSON: run by sharding_test.py.
+"""The sampler and an update on eight emulated devices, told as JSON: run by sharding_test.py.
 
 python tests/eight_devices.py DATA,FSDP,TENSOR ...
 """
@@ -6,97 +6,67 @@ python tests/eight_devices.py DATA,FSDP,TENSOR ...
 import json
 import os
 import sys
-from functools import partial
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# On few cores XLA's threads, one a core, would wait for each other in collectives without end.
+os.environ |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from ml_collections import ConfigDict
 
-from drirl_jax import losses, optimizer, rollout, sharding
+from drirl_jax import plan, rollout, sharding
 from drirl_jax.config import default
 from drirl_jax.models.transformer import Config, Transformer
-from drirl_jax.stages import objectives
 from drirl_jax.stages.base import POLICIES
-from drirl_jax.types import Group, length_mask
 
 SHAPE = Config(vocab=4096, width=256, layers=4, heads=8, kv_heads=8, head_dim=32, ffn=768)
-P, G, S, T = 16, 8, 64, 64
 
 
-def placed(tree):
-    """Shapes of the tree, on the mesh by their paths."""
-    mesh = jax.sharding.get_mesh()
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, where)),
-        tree,
-        sharding.specs(tree),
-    )
+def programs(tune: str) -> dict[str, plan.Program]:
+    """By name, those of a step of 16 prompts x 8 responses, 64 + 64 tokens."""
+    config = default()
+    config.update({"policy": {"tune": tune}, "align": {"batch": 16}, "data": {"max_prompt": 64}})
+    return {program.name: program for program in plan.programs(config, SHAPE)[1]}
 
 
-def dealt(shape, dtype=jnp.int32):
-    where = NamedSharding(jax.sharding.get_mesh(), sharding.spec(shape, ("prompts",)))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+def told(program: plan.Program) -> dict:
+    """Bytes a device for what it keeps while it runs."""
+    return {"bytes": program.traced().lower().compile().memory_analysis().temp_size_in_bytes}
 
 
-def told(compiled, state=None):
-    """Bytes a device for what the function keeps while it runs, and which parts of its first result lie elsewhere than
-    the table says, and which are cut."""
-    out = {"bytes": compiled.memory_analysis().temp_size_in_bytes}
-    if state is not None:
-        wanted, got = jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(compiled.output_shardings[0])
-        found = [(jax.tree_util.keystr(path), x, s) for (path, x), s in zip(wanted, got, strict=True)]
-        out["elsewhere"] = [path for path, x, s in found if not s.is_equivalent_to(x.sharding, x.ndim)]
-        out["cut"] = [path for path, _, s in found if not s.is_fully_replicated]
-    return out
+def update(program: plan.Program) -> dict:
+    """The same, and which parts of the new state lie elsewhere than the old one's, and which are cut."""
+    compiled = program.traced().lower().compile()
+    wanted = jax.tree_util.tree_flatten_with_path(program.args[0])[0]
+    got = jax.tree.leaves(compiled.output_shardings[0])
+    found = [(jax.tree_util.keystr(path), x, s) for (path, x), s in zip(wanted, got, strict=True)]
+    return {
+        "bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "elsewhere": [path for path, x, s in found if not s.is_equivalent_to(x.sharding, x.ndim)],
+        "cut": [path for path, _, s in found if not s.is_fully_replicated],
+    }
 
 
-def sampler(model):
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (P, G)))
-    options = dict(max_new=T, temperature=1.0, eos=(1,), compact=(1 / 2,))
-    sample = rollout.sample.lower(model, dealt((P, S)), dealt((P,)), keys, **options)
-    return told(sample.compile())
+def responses(compact: tuple[float, ...]) -> list:
+    """What a small model says, its rows ending one after the other."""
+    model = sharding.place(Transformer(SHAPE._replace(vocab=64, width=32, layers=1, ffn=48), jax.random.key(0)))
+    prompt = sharding.deal(np.tile(np.arange(8, dtype=np.int32), (8, 1)) + np.arange(8, dtype=np.int32)[:, None])
+    keys = rollout.row_keys(jax.random.key(1), jnp.arange(8), 8)
+    length = sharding.deal(np.full(8, 8, np.int32))
+    out = rollout.sample(model, prompt, length, keys, max_new=48, temperature=1.0, eos=(3, 40), compact=compact)
+    return [np.asarray(x).tolist() for x in out[:3]]
 
 
-def update(model, tune):
-    config, policy = default(), POLICIES[tune]
-    transformation = optimizer.make(config.align.optimizer, 10)
-
-    def init(model):
-        params = policy.init(config.policy, model, jax.random.key(0))
-        return optimizer.init(transformation, objectives.init(objectives.OBJECTIVES["grpo"], params, model))
-
-    def weights(length_PG):
-        return losses.token_weights("sequence", length_mask(length_PG, T), G)
-
-    train = placed(jax.eval_shape(init, model))
-    group = Group(dealt((P, S)), dealt((P,)), dealt((P, G, T)), dealt((P, G)), dealt((P,)))
-    per_token = dealt((P, G, T), jnp.float32)
-    batch = objectives.Batch(
-        group,
-        dealt((P, G, 1), jnp.float32),
-        per_token,
-        per_token,
-        jax.tree.map(lambda x: dealt(x.shape, x.dtype), jax.eval_shape(weights, group.response_len)),
-    )
-
-    def updated(train, model, batch):
-        loss = partial(objectives.grpo_loss, model, policy, config)
-        return optimizer.step(transformation, loss, train, batch, 1)
-
-    return told(jax.jit(updated, donate_argnums=0).lower(train, model, batch).compile(), train)
-
-
-def main(meshes):
+def main(meshes: list[str]) -> None:
     out = {}
     for mesh in meshes:
-        shape = [int(n) for n in mesh.split(",")]
-        devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
-        with jax.set_mesh(jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)):
-            model = placed(jax.eval_shape(lambda: Transformer(SHAPE, jax.random.key(0))))
-            out[mesh] = {"sample": sampler(model)} | {tune: update(model, tune) for tune in POLICIES}
+        sizes = dict(zip(sharding.AXES, map(int, mesh.split(","))))
+        with jax.set_mesh(sharding.mesh_of(ConfigDict(sizes), [16], jax.devices())):
+            of = {tune: programs(tune) for tune in POLICIES}
+            out[mesh] = {"sample": told(of["full"]["sample"])} | {tune: update(of[tune]["update"]) for tune in of}
+            out[mesh]["responses"] = responses(rollout.COMPACT)
+            out[mesh]["uncompacted"] = responses(())
     print(json.dumps(out))
 
 

@@ -134,3 +134,12 @@ def test_an_update_returns_parameters_and_moments_where_the_table_says(compiled,
     for mesh in LESS:
         # Of each matrix, or of one half of a pair at least, the parameter and both moments.
         assert not compiled[mesh][tune]["elsewhere"] and len(compiled[mesh][tune]["cut"]) >= cut, mesh
+
+
+def test_rows_that_have_ended_are_dropped_on_each_device_without_a_change(compiled):
+    said, lengths, _ = compiled["1,1,1"]["uncompacted"]
+    # Rows end one after the other, so that each share of the batch is passed, and some last to the end.
+    flat = sorted(length for of_prompt in lengths for length in of_prompt)
+    assert flat[0] < 8 and flat[16] < flat[32] < flat[48] and flat[-1] == 48
+    for mesh in ("1,1,1", *LESS):
+        assert compiled[mesh]["responses"] == compiled["1,1,1"]["uncompacted"], mesh

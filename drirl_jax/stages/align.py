@@ -127,7 +127,8 @@ def updater(config: ConfigDict, transformation: optax.GradientTransformation) ->
             train_state,
             minibatches,
         )
-        return train_state, jax.tree.map(jnp.mean, scalars)
+        # Again behind the loop, whose result XLA lays out anew: the next step would be compiled for another layout.
+        return sharding.constrained(train_state), jax.tree.map(jnp.mean, scalars)
 
     return updated
 
