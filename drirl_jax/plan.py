@@ -189,7 +189,8 @@ def _first(begun, members: int):
 
 def size(tree: PyTree) -> float:
     """Bytes on each device of what is described."""
-    return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+    placed = [x for x in jax.tree.leaves(tree) if getattr(x, "sharding", None) is not None]  # not the few random keys
+    return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in placed))
 
 
 def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
@@ -205,12 +206,13 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
             raise
         return told | {"needs": " ".join(str(error).split())[:300]}
     memory, traffic = compiled.memory_analysis(), cost.traffic(compiled.as_text(), program.loop)
-    beside = sum(size(tree) for tree in resident if not any(tree is arg for arg in program.args))
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    used += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # Not the compiled arguments: what a program does not read of a tree lies there all the same.
+    held = sum(map(size, resident)) + sum(size(arg) for arg in program.args if not any(arg is t for t in resident))
+    works = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    works += memory.output_size_in_bytes - memory.alias_size_in_bytes
     once = cost.operations(jaxpr, lambda length: 1) / chips
     return told | {
-        "memory": used + beside,
+        "memory": held + works,
         "seconds": traffic.cycles / chip.clock,
         "moved": traffic.moved,
         "moving": sum(traffic.moved.values()) / chip.links,
