@@ -63,6 +63,7 @@ def get_config(part: str = ""):
         raise ValueError(f"the study has no part {part!r}: choose one of {', '.join(PARTS)}")
     study = ConfigDict()
     study.seeds = (0, 1, 2)
+    study.jobs = 1
     study.base = quickstart.get_config()
     study.base.grpo.update(PLAIN)
     study.reference = "grpo_static"

@@ -2,10 +2,11 @@
 
 python -m drirl_jax.study --config configs/study_smollm2.py --workdir runs/study
 
-The config has `base` (a run's config), `variants` (by name, what each changes), `seeds`, and `reference`, the variant
-that the others are compared with. Started again it goes on: what is finished is not run again. Runs whose rewards
-would be the same share them, and the evaluation of the base. Left in the workdir: VARIANT/SEED/ (each run's own),
-study.csv, study.md, study.html, study.png, and curves/VARIANT/ (the mean of the seeds over steps, by category).
+The config has `base` (a run's config), `variants` (by name, what each changes), `seeds`, `reference`, the variant that
+the others are compared with, and `jobs`, how many run at a time (on a CPU: an accelerator has room for one). Started
+again it goes on: what is finished is not run again. Runs whose rewards would be the same share them, and the evaluation
+of the base. Left in the workdir: VARIANT/SEED/ (each run's own), study.csv, study.md, study.html, study.png, and
+curves/VARIANT/ (the mean of the seeds over steps, by category).
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import csv
+import itertools
 import json
 import logging
 import multiprocessing
+import os
 import pathlib
+import queue
 import shutil
 import sys
 from typing import Callable, NamedTuple, Sequence
@@ -130,12 +134,17 @@ def reward_key(config: ConfigDict) -> str:
 
 def check(study: ConfigDict) -> None:
     """Raises InputError with one sentence for a study that cannot be run."""
-    missing = [key for key in ("base", "variants", "seeds", "reference") if key not in study]
+    missing = [key for key in ("base", "variants", "seeds", "reference", "jobs") if key not in study]
     config_lib.need(
         not missing, f"the config lacks {', '.join(missing)}, so it is no study: see configs/study_smollm2.py."
     )
     known = ", ".join(study.variants)
     config_lib.need(len(study.seeds) > 0, "seeds is empty: give at least one.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    config_lib.need(
+        1 <= study.jobs <= cores,
+        f"jobs is {study.jobs}: give 1, or at most the {cores} cores that this process may use and give away.",
+    )
     config_lib.need(BASE not in study.variants, f"a variant is called {BASE!r}, which is the policy they start from.")
     config_lib.need(
         study.reference in study.variants,
@@ -162,37 +171,72 @@ def take_base(source: pathlib.Path, config: ConfigDict, folder: pathlib.Path) ->
         temporary.replace(here)
 
 
+def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, pathlib.Path]]:
+    """Config and folder of every run, those that learn rewards first; the others' reward.init names what they take."""
+    learn, take = [], []
+    learned: dict[str, pathlib.Path] = {}
+    for seed, name in itertools.product(study.seeds, study.variants):
+        config, folder = config_of(study, name, seed), (workdir / name / str(seed)).absolute()
+        key = reward_key(config)
+        if (folder / "config.json").exists():  # begun before: it keeps the rewards that it took then
+            theirs = config_lib.recall(folder)
+            source, schedule = theirs.reward.init, theirs.schedule
+        else:
+            source = str(learned.get(key, "")) if "irl" in config.schedule else config.reward.init
+            schedule = tuple(stage for stage in config.schedule if stage != "irl" or not source)
+        with config.unlocked():
+            config.schedule, config.reward.init = schedule, source
+        if "irl" in schedule:
+            learned.setdefault(key, folder)
+        (learn if "irl" in schedule else take).append((config, folder))
+    return learn + take
+
+
+def _pin(cores: Sequence[int]) -> None:
+    """Leaves these cores to the process, all if none are named."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
 def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs what is not finished, one after the other, each in its own process.
+    """Runs what is not finished, study.jobs at a time, each in its own process.
+
+    Of several jobs each has its share of the cores for itself: a small model keeps one core busier than many.
 
     Raises:
         InputError: see `check`; or a folder of the workdir holds a run of another config.
     """
     check(study)
-    runs = [(name, seed) for seed in study.seeds for name in study.variants]
-    learned: dict[str, pathlib.Path] = {}
-    fresh = multiprocessing.get_context("spawn")
-    for number, (name, seed) in enumerate(runs, start=1):
-        config, folder = config_of(study, name, seed), (workdir / name / str(seed)).absolute()
-        key, learns = reward_key(config), "irl" in config.schedule
-        if (folder / "config.json").exists():  # begun before: it keeps the rewards that it took then
-            theirs = config_lib.recall(folder)
-            source, schedule = theirs.reward.init, theirs.schedule
-        else:
-            source = str(learned.get(key, "")) if learns else config.reward.init
-            schedule = tuple(stage for stage in config.schedule if stage != "irl" or not source)
-        with config.unlocked():
-            config.schedule, config.reward.init = schedule, source
+    runs, fresh = planned(study, workdir), multiprocessing.get_context("spawn")
+    free: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
+    for job in range(study.jobs):
+        free.put(sorted(os.sched_getaffinity(0))[job :: study.jobs] if study.jobs > 1 else ())
+
+    def run(number: int, config: ConfigDict, folder: pathlib.Path, rewards: concurrent.futures.Future | None) -> None:
+        if rewards:
+            rewards.result()
         if (folder / "evals" / "aligned.json").exists():
-            config_lib.remember(config, folder)
-        else:
-            log.info("run %d of %d: %s, seed %d", number, len(runs), name, seed)
-            if source:
-                take_base(pathlib.Path(source), config, folder)
-            with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
+            return config_lib.remember(config, folder)
+        log.info("run %d of %d: %s, seed %d", number, len(runs), folder.parent.name, config.seed)
+        if config.reward.init:
+            take_base(pathlib.Path(config.reward.init), config, folder)
+        cores = free.get()
+        try:
+            with concurrent.futures.ProcessPoolExecutor(1, fresh, _pin, (cores,)) as process:
                 process.submit(train.run, config, folder).result()
-        if "irl" in schedule:
-            learned.setdefault(key, folder)
+        finally:
+            free.put(cores)
+
+    begun: dict[str, concurrent.futures.Future] = {}
+    with concurrent.futures.ThreadPoolExecutor(study.jobs) as pool:
+        for number, (config, folder) in enumerate(runs, start=1):
+            begun[str(folder)] = pool.submit(run, number, config, folder, begun.get(config.reward.init))
+        try:
+            for one in begun.values():
+                one.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def results(study: ConfigDict, workdir: pathlib.Path) -> dict[str, list[tuple[dict, pathlib.Path]]]:

@@ -98,6 +98,8 @@ def test_every_variant_is_a_run_and_shares_rewards_where_they_are_the_same():
 
 @pytest.mark.parametrize("change, sentence", [
     ({"seeds": ()}, "seeds is empty"),
+    ({"jobs": 0}, "jobs is 0: give 1, or at most the"),
+    ({"jobs": 10**6}, "jobs is 1000000"),
     ({"reference": "nobody"}, "reference is 'nobody', which is no variant: choose one of dpo_s"),
     ({"base": {"schedule": ("irl", "align")}}, "variant 'dpo_s' of the study: config.schedule lacks 'evals'"),
     ({"base": {"dpo": {"beta": -1.0}}}, "variant 'dpo_s' of the study: config.dpo.beta is -1.0"),
@@ -127,6 +129,7 @@ def get_config():
     study.base.irl.eval_every = 2
     study.base.grpo.update({{"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0}})
     study.seeds = (0,)
+    study.jobs = {min(2, len(os.sched_getaffinity(0)))}
     study.reference = "static"
     study.variants = ConfigDict({{"static": {{"scaling": {{"combine": "none"}}}}, "scaled": {{}}}})
     return study
