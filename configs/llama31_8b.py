@@ -13,6 +13,7 @@ def get_config():
     c = default()
     c.policy.init = "meta-llama/Llama-3.1-8B-Instruct"
     c.policy.dtype = "bfloat16"
+    c.policy.attention = "splash"
     c.mesh.fsdp = 64
     c.data.max_prompt = 256
     c.sampler.max_new = 256

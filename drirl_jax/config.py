@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from drirl_jax import endpoint, losses, optimizer, scaling, text
 from drirl_jax.data import generators, pipeline
 from drirl_jax.evals import judges
-from drirl_jax.models import lora, reward
+from drirl_jax.models import flash, lora, reward
 from drirl_jax.stages import base, irl, objectives, sources
 from drirl_jax.types import InputError
 
@@ -55,6 +55,8 @@ def default() -> ConfigDict:
     c.policy.system = None  # None: the chat template's own system turn
     c.policy.tune = "lora"  # lora | full
     c.policy.dtype = "float32"  # float32 | bfloat16: of the computation; the weights that are trained stay float32
+    # einsum | splash: a TPU's flash attention, but of families with local layers | cudnn: a GPU's, in bfloat16
+    c.policy.attention = "einsum"
     c.policy.rank = 16
     c.policy.alpha = 32.0
     c.policy.targets = lora.TARGETS
@@ -238,6 +240,7 @@ TABLES = {
     "data.long_prompts": ("error", "drop"),
     "policy.tune": base.POLICIES,
     "policy.dtype": ("float32", "bfloat16"),
+    "policy.attention": flash.ATTENTION,
     "demos.generator": generators.GENERATORS,
     "demos.form": ("explain", "direct"),
     "demos.style": ("draft", "thought"),

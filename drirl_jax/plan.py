@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from drirl_jax import config as config_lib
 from drirl_jax import cost, optimizer, rollout, sharding
 from drirl_jax import main as command
-from drirl_jax.models import families, hf, reward
+from drirl_jax.models import families, flash, hf, reward
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl, objectives
@@ -54,6 +54,9 @@ CHIPS = {
     "v5p": Chip(95 * 2**30, 459e12, 600e9, 1.75e9),
     "v6e": Chip(32 * 2**30, 918e12, 448e9, 1.75e9),
 }
+
+
+KERNEL_RATE = 0.5  # of a chip's peak, assumed of kernels, whose cycles the compiler does not tell
 
 
 class Program(NamedTuple):
@@ -211,9 +214,10 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
     works = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     works += memory.output_size_in_bytes - memory.alias_size_in_bytes
     once = cost.operations(jaxpr, lambda length: 1) / chips
+    kernels = cost.operations(jaxpr, lambda length: length or program.loop, kernels=True) / chips
     return told | {
         "memory": held + works,
-        "seconds": traffic.cycles / chip.clock,
+        "seconds": traffic.cycles / chip.clock + kernels / (KERNEL_RATE * chip.flops),
         "moved": traffic.moved,
         "moving": sum(traffic.moved.values()) / chip.links,
         "xla_flops_once": compiled.cost_analysis().get("flops", 0.0),
@@ -295,7 +299,9 @@ def main(argv: list[str]) -> None:
             shape = families.PRESETS[MODEL.value]
         else:
             shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
-        result = plan(config, shape._replace(dtype=config.policy.dtype), TOPOLOGY.value)
+        shape = shape._replace(dtype=config.policy.dtype, attention=config.policy.attention)
+        flash.require(shape, "tpu")
+        result = plan(config, shape, TOPOLOGY.value)
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")
     print(table(result))

@@ -17,7 +17,7 @@ from drirl_jax import metrics, plots, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner
-from drirl_jax.models import encoder, families, hf, peft, reward
+from drirl_jax.models import encoder, families, flash, hf, peft, reward
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES, Context, Stage
@@ -73,7 +73,9 @@ def load_encoder(config: ConfigDict) -> encoder.TextEmbedder:
 def load_policy(config: ConfigDict) -> tuple[Transformer, Text]:
     """The policy to start from, and its tokens."""
     path = hf.resolve(config.policy.init)
-    model_config = families.config_from_hf(hf.read_config(path))._replace(dtype=config.policy.dtype)
+    chosen = {"dtype": config.policy.dtype, "attention": config.policy.attention}
+    model_config = families.config_from_hf(hf.read_config(path))._replace(**chosen)
+    flash.require(model_config, jax.default_backend())
     for key in ("policy.layers", "reward.layers"):
         layers, most = config_lib.get(config, key), model_config.layers
         config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")

@@ -23,6 +23,7 @@ LAYERS = [
     ["drirl_jax.metrics"],
     ["drirl_jax.models.architecture"],
     ["drirl_jax.models.attention"],
+    ["drirl_jax.models.flash"],
     ["drirl_jax.models.transformer"],
     ["drirl_jax.models.llama"],
     ["drirl_jax.models.mistral", "drirl_jax.models.qwen", "drirl_jax.models.gemma"],

@@ -4,6 +4,7 @@ import commands
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from configs import quickstart
 from drirl_jax import bench, cost, plan, sharding
@@ -40,6 +41,21 @@ def test_operations_by_hand():
     assert count(jax.grad(lambda x, w: again(x, w).sum()), (3, 4), (4, 4)) == 3 * one
 
 
+def test_kernels_are_counted_apart():
+    def double(x, o):
+        o[...] = x[...] @ jnp.ones((4, 4))
+
+    block = pl.BlockSpec((3, 4), lambda i: (i, 0))
+
+    def kernel(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(double, grid=(5,), in_specs=[block], out_specs=block, out_shape=shape)(x)
+
+    jaxpr = jax.jit(lambda x, w: kernel(x) @ w).trace(jnp.ones((15, 4)), jnp.ones((4, 4))).jaxpr.jaxpr
+    every = 2 * 15 * 4 * 4  # of the product outside, and of the kernel's five blocks
+    assert cost.operations(jaxpr, lambda n: n) == cost.operations(jaxpr, lambda n: n, kernels=True) == every
+
+
 HLO = """HloModule jit_f
 
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
@@ -50,6 +66,9 @@ HLO = """HloModule jit_f
   %d = bf16[8,4]{1,0} all-gather-done(%s)
   %e = bf16[2,4]{1,0} fusion(%d), kind=kCustom, calls=%part.1
   %f = bf16[2,4]{1,0} fusion(%e), kind=kCustom, calls=%part.2
+  %k = bf16[2,4]{1,0} custom-call(%f), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block": 4
+}}
   ROOT %t = (s32[], bf16[8,4]) tuple(%p, %g)
 }
 

@@ -45,6 +45,7 @@ class Config(NamedTuple):
         norm_eps: added to the mean square in every RMSNorm.
         tied: the embedding is the matrix of the vocabulary product too.
         dtype: of activations and products; weights, softmax, norms and log-probabilities stay float32.
+        attention: of groups, a row of flash.ATTENTION.
         family: row of families.FAMILIES, whose names the tensors have on disk.
         rope_scaling: None for plain RoPE.
         qkv_bias: queries, keys and values have biases.
@@ -71,6 +72,7 @@ class Config(NamedTuple):
     norm_eps: float = 1e-5
     tied: bool = True
     dtype: str = "float32"
+    attention: str = "einsum"
     family: str = "llama"
     rope_scaling: Linear | Llama3 | None = None
     qkv_bias: bool = False

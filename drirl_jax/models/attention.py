@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
 from drirl_jax.models.architecture import Config
-from drirl_jax.types import Array
+from drirl_jax.types import Array, length_mask
 
 
 def product(equation: str, *arrays: Array) -> Array:
@@ -79,7 +81,7 @@ def own_heads_first(x_PGTKd: Array) -> Array:
     return rearrange(x_PGTKd, "p g t k d -> p k g t d")
 
 
-def _scaled(config: Config, q: Array) -> Array:
+def scaled(config: Config, q: Array) -> Array:
     return q * (config.query_pre_attn_scalar or config.head_dim) ** -0.5
 
 
@@ -89,7 +91,7 @@ def prompt_attention(config: Config, q_PSHd, k_PKUd, v_PKUd, local=None) -> Arra
     Padding needs no mask: it stands behind every real query. For `local` see `seen`.
     """
     (P, S, H, _), (_, K, U, _) = q_PSHd.shape, k_PKUd.shape
-    q_PKNd = rearrange(_scaled(config, q_PSHd), "p s (k r) d -> p k (r s) d", k=K)
+    q_PKNd = rearrange(scaled(config, q_PSHd), "p s (k r) d -> p k (r s) d", k=K)
     score = softcap(product("pknd,pkud->pknu", q_PKNd, k_PKUd), config.attn_softcap).reshape(P, K, H // K, S, U)
     causal = seen(config, local, jnp.tril(jnp.ones((S, U), bool), U - S), np.arange(U - S, U), np.arange(U))
     weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PKUd.dtype)
@@ -114,7 +116,7 @@ def response_attention(
     """
     (P, G, Q, H, hd), K = q_PGQHd.shape, own_k.shape[1]
     scores_shape = (P, K, G, H // K, Q, -1)
-    q = rearrange(_scaled(config, q_PGQHd), "p g q (k r) d -> p k g (r q) d", k=K)
+    q = rearrange(scaled(config, q_PGQHd), "p g q (k r) d -> p k g (r q) d", k=K)
     to_prompt = product("pknd,pksd->pkns", q.reshape(P, K, -1, hd), prompt_k).reshape(scores_shape)
     to_own = product("pkgnd,pkgud->pkgnu", q, own_k).reshape(scores_shape)
     to_prompt, to_own = softcap(to_prompt, config.attn_softcap), softcap(to_own, config.attn_softcap)
@@ -129,3 +131,61 @@ def response_attention(
     mixed = jnp.einsum("pkns,pksd->pknd", to_prompt, prompt_v).reshape(P, K, G, -1, hd)
     mixed += jnp.einsum("pkgnu,pkgud->pkgnd", to_own, own_v)
     return rearrange(mixed.reshape(P, K, G, -1, Q, hd) / total, "p k g r q d -> p g q (k r) d")
+
+
+class Layout(NamedTuple):
+    """What the N = S + G·T positions of a group are, behind a prefix of R tokens that all prompts share."""
+
+    prefix: int
+    prompt: int
+    group: int
+    response: int
+    prompt_len_P: Array
+
+    def split(self, x_PN: Array) -> tuple[Array, Array]:
+        """[P, N, ...] as those of the prompts, [P, S, ...], and of the responses, [P, G, T, ...]."""
+        S = self.prompt
+        return x_PN[:, :S], rearrange(x_PN[:, S:], "p (g t) ... -> p g t ...", g=self.group)
+
+    def joined(self, x_PS: Array, x_PGT: Array) -> Array:
+        """What `split` has taken apart."""
+        return jnp.concatenate([x_PS, rearrange(x_PGT, "p g t ... -> p (g t) ...")], axis=1)
+
+    def position_PN(self) -> Array:
+        """Of each token in its own sequence, from 0 at the prefix's first."""
+        P, S, G = len(self.prompt_len_P), self.prompt, self.group
+        in_response = self.prompt_len_P[:, None] + jnp.tile(jnp.arange(self.response), G)
+        return self.prefix + jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), in_response], axis=1)
+
+
+def behind(before, k_PKSd: Array, v_PKSd: Array) -> tuple[Array, Array]:
+    """Keys and values of the prompts with those of the prefix before them, [P, KV, R + S, hd]; `before` holds the
+    latter once, once a prompt, or is None where there is no prefix."""
+    if before is None:
+        return k_PKSd, v_PKSd
+
+    def joined(first, rest):
+        return jnp.concatenate([jnp.broadcast_to(first, (rest.shape[0], *first.shape[1:])), rest], axis=2)
+
+    return joined(before[0], k_PKSd), joined(before[1], v_PKSd)
+
+
+def group_attention(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, local=None) -> Array:
+    """Attention of prompts and their responses, [P, N, H, hd]: the reference that `flash.ATTENTION`'s others equal.
+
+    Args:
+        q_PNHd, k_PNKd, v_PNKd: rotated queries and keys, and values, of the layout's positions.
+        before: keys and values of the prefix, see `behind`.
+        local: see `seen`.
+    """
+    (q_s, q_t), (k_s, k_t), (v_s, v_t) = (layout.split(x) for x in (q_PNHd, k_PNKd, v_PNKd))
+    k_s, v_s = behind(before, heads_first(k_s), heads_first(v_s))
+    attended_s = prompt_attention(config, q_s, k_s, v_s, local)
+    R, S, _, T, prompt_len_P = layout
+    position_PT = layout.position_PN()[:, S : S + T]
+    to_prompt_PTU = length_mask(R + prompt_len_P, R + S)[:, None]
+    to_prompt_PTU = seen(config, local, to_prompt_PTU, position_PT, np.arange(R + S))
+    to_own_TT = seen(config, local, jnp.tril(jnp.ones((T, T), bool)), np.arange(T), np.arange(T))
+    own_k, own_v = own_heads_first(k_t), own_heads_first(v_t)
+    attended_t = response_attention(config, q_t, k_s, v_s, to_prompt_PTU, own_k, own_v, to_own_TT)
+    return layout.joined(attended_s, attended_t)

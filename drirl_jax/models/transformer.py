@@ -11,26 +11,25 @@ from functools import partial
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.attention import (
+    Layout,
+    behind,
     heads_first,
     local_layers,
-    own_heads_first,
     product,
     prompt_attention,
-    response_attention,
     rope,
     rope_turns,
-    seen,
     softcap,
     turns_of,
 )
+from drirl_jax.models.flash import ATTENTION
 from drirl_jax.sharding import constrain, size
-from drirl_jax.types import Array, Group, length_mask
+from drirl_jax.types import Array, Group
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -152,18 +151,6 @@ def embed(model: Transformer, ids: Array) -> Array:
     return x if scale == 1 else x * scale
 
 
-def behind(before, k_PKSd, v_PKSd) -> tuple[Array, Array]:
-    """Keys and values of the prompts with those of the prefix before them, [P, KV, R + S, hd]; `before` holds the
-    latter once, once a prompt, or is None where there is no prefix."""
-    if before is None:
-        return k_PKSd, v_PKSd
-
-    def joined(first, rest):
-        return jnp.concatenate([jnp.broadcast_to(first, (rest.shape[0], *first.shape[1:])), rest], axis=2)
-
-    return joined(before[0], k_PKSd), joined(before[1], v_PKSd)
-
-
 def prompt_layer(config: Config, block: Block, x_PSD, turns, local, before, adapter, route_P):
     """Prompts [P, S, D] through one layer, perhaps behind a prefix: their new states, and keys and values of both."""
     q, k, v = block.qkv(config, x_PSD, turns_of(config, turns, local), adapter, route_P)
@@ -243,21 +230,12 @@ def _through(
         raise ValueError(f"a group behind layer {begun.layers} cannot go on to layer {last} of {config.layers}")
     if begun.layers == last:
         return begun
-    (P, S), (_, G, T), R = group.prompt.shape, group.response.shape, len(group.prefix)
-    response_position = group.prompt_len[:, None] + jnp.tile(jnp.arange(T), G)
-    position_PN = R + jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), response_position], axis=1)
-    turns, prefix_turns = rope_turns(config, position_PN), rope_turns(config, jnp.arange(R)[None])
-    prompt_mask_PU = length_mask(R + group.prompt_len, R + S)
-    causal_TT = jnp.tril(jnp.ones((T, T), bool))
-    position_PT, key_U, own_T = position_PN[:, S : S + T], np.arange(R + S), np.arange(T)
+    (_, S), (_, G, T), R = group.prompt.shape, group.response.shape, len(group.prefix)
+    layout = Layout(R, S, G, T, group.prompt_len)
+    turns, prefix_turns = rope_turns(config, layout.position_PN()), rope_turns(config, jnp.arange(R)[None])
+    attention = ATTENTION[config.attention].function
     # Without a bank all prompts share one adapter, so that one prefix serves them all.
     prefix = begun.prefix if route_P is not None else begun.prefix[:1]
-
-    def split(x):
-        return x[:, :S], rearrange(x[:, S:], "p (g t) ... -> p g t ...", g=G)
-
-    def joined(x_s, x_t):
-        return jnp.concatenate([x_s, rearrange(x_t, "p g t ... -> p (g t) ...")], axis=1)
 
     def layer(carry, inputs):
         prefix, x_PND = constrain(carry[0], "prompts"), constrain(carry[1], "prompts")
@@ -267,14 +245,8 @@ def _through(
         if R:
             prefix, before = prompt_layer(config, block, prefix, prefix_turns, local, None, low, route_P)
         q, k, v = block.qkv(config, x_PND, turns_of(config, turns, local), low, route_P)
-        (q_s, q_t), (k_s, k_t), (v_s, v_t) = split(q), split(k), split(v)
-        k_s, v_s = behind(before, heads_first(k_s), heads_first(v_s))
-        k_t, v_t = own_heads_first(k_t), own_heads_first(v_t)
-        attended_s = prompt_attention(config, q_s, k_s, v_s, local)
-        to_prompt_PTU = seen(config, local, prompt_mask_PU[:, None], position_PT, key_U)
-        to_own_TT = seen(config, local, causal_TT, own_T, own_T)
-        attended_t = response_attention(config, q_t, k_s, v_s, to_prompt_PTU, k_t, v_t, to_own_TT)
-        return (prefix, block.finish(config, x_PND, joined(attended_s, attended_t), low, route_P)), None
+        attended = attention(config, layout, q, k, v, before, local)
+        return (prefix, block.finish(config, x_PND, attended, low, route_P)), None
 
     if remat:
         layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
@@ -282,8 +254,8 @@ def _through(
     if (begun.layers, last) != (0, config.layers):
         blocks = jax.tree.map(lambda w: w[begun.layers : last], blocks)
     inputs = (blocks, adapter, local_layers(config, slice(begun.layers, last)))
-    (prefix, x_PND), _ = jax.lax.scan(layer, (prefix, joined(begun.prompt, begun.response)), inputs)
-    return Begun(jnp.broadcast_to(prefix, begun.prefix.shape), *split(x_PND), layers=last)
+    (prefix, x_PND), _ = jax.lax.scan(layer, (prefix, layout.joined(begun.prompt, begun.response)), inputs)
+    return Begun(jnp.broadcast_to(prefix, begun.prefix.shape), *layout.split(x_PND), layers=last)
 
 
 def last_real(x: Array, length: Array) -> Array:
