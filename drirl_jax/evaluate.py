@@ -38,6 +38,16 @@ JUDGES = flags.DEFINE_list("judges", None, f"Some of {', '.join(judges.JUDGES)};
 SHOTS = flags.DEFINE_integer("shots", None, "Solved problems before each question of gsm8k.", lower_bound=0)
 
 
+def is_run(path: pathlib.Path) -> bool:
+    """Whether it is the workdir of a run that has come to its end."""
+    return (path / "aligned").is_dir()
+
+
+def init_of(model: str) -> str:
+    """What config.policy.init is for this model: of a run its aligned policy."""
+    return str(pathlib.Path(model) / "aligned") if is_run(pathlib.Path(model)) else model
+
+
 def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict:
     """The config of the run that `model` is, or the given or default one, with these options in its evals.
 
@@ -45,15 +55,13 @@ def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict
         InputError: an option is wrong.
     """
     run = pathlib.Path(model)
-    is_run = (run / "aligned").is_dir()
-    config = config_lib.recall(run) if is_run else (given or config_lib.default()).copy_and_resolve_references()
-    if is_run and given is not None:
-        config.evals.update(given.evals)
-    config.evals.update(options)
-    if is_run:
-        config.policy.init = str(run / "aligned")
+    if is_run(run):
+        config = config_lib.recall(run)
+        config.evals.update(given.evals if given is not None else {})
     else:
-        config.policy.init = model
+        config = (given or config_lib.default()).copy_and_resolve_references()
+    config.evals.update(options)
+    config.policy.init = init_of(model)
     config_lib.need(config.evals.benchmarks, f"--benchmarks is missing: {', '.join(benchmarks.BENCHMARKS)}.")
     config_lib.validate(config)
     return config

@@ -47,6 +47,7 @@ LAYERS = [
         "drirl_jax.score",
         "drirl_jax.study",
     ],
+    ["drirl_jax.harness"],
 ]
 
 

@@ -30,9 +30,16 @@ class Answer(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of M options to one prompt: total [M] log-probability in nats, and tokens [M]."""
+    """Of M options to one prompt.
+
+    Attributes:
+        total: [M] log-probability in nats.
+        greedy: [M] whether the policy would say just this, taking the most likely token each time.
+        tokens: [M] their lengths.
+    """
 
     total: np.ndarray
+    greedy: np.ndarray
     tokens: np.ndarray
 
 
@@ -92,11 +99,19 @@ def respond(
 
 
 @jax.jit
-def total_logprobs(model: Transformer, group: Group) -> Array:
-    """[P, G] log-probability of each whole response, nats."""
+def option_logprobs(model: Transformer, group: Group) -> tuple[Array, Array]:
+    """[P, G] log-probability of each whole response, nats, and whether each of its tokens is the most likely one."""
     hidden = transformer.apply(model, group, remat=False)
     logp_PGT, _ = transformer.token_logprobs(model, hidden, group, 1.0)
-    return logp_PGT.sum(axis=-1, where=length_mask(group.response_len, group.response.shape[-1]))
+    mask_PGT = length_mask(group.response_len, group.response.shape[-1])
+    unembed_VD = transformer.cast(model.unembed, model.config)
+
+    def likeliest(hidden_PGD):
+        return jnp.argmax(transformer.product("pgd,vd->pgv", hidden_PGD, unembed_VD), axis=-1)
+
+    best_TPG = jax.lax.map(likeliest, jnp.moveaxis(transformer.predictors(hidden, group), 2, 0))
+    greedy_PG = jnp.all(jnp.moveaxis(best_TPG, 0, 2) == group.response, axis=-1, where=mask_PGT)
+    return logp_PGT.sum(axis=-1, where=mask_PGT), greedy_PG
 
 
 def score_options(
@@ -118,6 +133,6 @@ def score_options(
         response, length = pad([option for i in rows for option in options[i]], longest)
         response, length = response.reshape(len(rows), members, longest), length.reshape(len(rows), members)
         arrays = map(sharding.deal, (prompt, prompt_len, response, length, np.zeros(len(rows), np.int32)))
-        total = sharding.fetch(total_logprobs(model, Group(*arrays, prefix=prefix)))
-        found |= {int(i): Scores(total[n], length[n]) for n, i in enumerate(rows[:real])}
+        total, greedy = sharding.fetch(option_logprobs(model, Group(*arrays, prefix=prefix)))
+        found |= {int(i): Scores(total[n], greedy[n], length[n]) for n, i in enumerate(rows[:real])}
     return [found[i] for i in range(len(ids))]
