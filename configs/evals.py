@@ -2,7 +2,7 @@
 
 python -m drirl_jax.judge --fit LABELLED.jsonl --to judge.safetensors
 python -m drirl_jax.evaluate --config configs/evals.py --config.evals.classifier=judge.safetensors \
-    --model runs/quickstart --data FOLDER --limit 100 --workdir results
+    --policy runs/quickstart --data FOLDER --limit 100 --workdir results
 """
 
 from drirl_jax.config import default

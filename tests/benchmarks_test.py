@@ -6,6 +6,7 @@ import pathlib
 
 import commands
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from align_test import prepared
@@ -292,7 +293,7 @@ def test_benchmarks_in_a_run_change_nothing_and_the_best_policy_is_kept(policy, 
     first = max(measured, key=measured.get)
     kept = train.Checkpoints(tmp_path / "with" / "best", keep=1)
     assert kept.latest() == first
-    leaves = jax.tree.leaves(kept.restore({"params": products["with"][1], "value": np.float32(0)})["params"])
+    leaves = jax.tree.leaves(kept.restore({"params": products["with"][1], "value": jnp.zeros(())})["params"])
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(products["with"][1]), leaves)
 
 
@@ -314,12 +315,12 @@ def test_the_command(policy, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--benchmarks=xstest"], "--model is missing"),
-        (["--model=nowhere", "--benchmarks=xtest"], "xtest.*choose among"),
-        (["--model=nowhere", "--benchmarks=xstest", "--judges=rewards"], "xstest needs a judge"),
-        (["--model=nowhere", "--benchmarks=xstest", "--judges=phrases,classifier"], "fit one with"),
-        (["--model=nowhere", "--benchmarks=xstest"], "no model at nowhere|no folder nowhere"),
-        (["--model=nowhere", "--benchmarks="], "--benchmarks is missing"),
+        (["--benchmarks=xstest"], "--policy is missing"),
+        (["--policy=nowhere", "--benchmarks=xtest"], "xtest.*choose among"),
+        (["--policy=nowhere", "--benchmarks=xstest", "--judges=rewards"], "xstest needs a judge"),
+        (["--policy=nowhere", "--benchmarks=xstest", "--judges=phrases,classifier"], "fit one with"),
+        (["--policy=nowhere", "--benchmarks=xstest"], "no model at nowhere|no folder nowhere"),
+        (["--policy=nowhere", "--benchmarks="], "--benchmarks is missing"),
     ],
 )
 def test_what_the_command_refuses(flags, message, tmp_path):

@@ -74,6 +74,7 @@ def respond(
     max_new: int,
     temperature: float,
     key: Array,
+    prefix: tuple[int, ...] | None = None,
 ) -> list[Answer]:
     """One response to each prompt; row i's random numbers come from (key, i), whatever the batches.
 
@@ -81,8 +82,9 @@ def respond(
         ids: of the prompts: see `ids_of`.
         batch: prompts at a time, or a few more to deal them out evenly.
         max_new, temperature: see `rollout.sample`.
+        prefix: see `types.Group`; a program is compiled for each. None: what these prompts have in common.
     """
-    prefix = common_prefix(ids)
+    prefix = common_prefix(ids) if prefix is None else prefix
     rest = [row[len(prefix) :] for row in ids]
     found: dict[int, Answer] = {}
     for width, rows, real in _by_bucket([bucket(len(row)) for row in rest], batch):

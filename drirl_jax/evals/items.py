@@ -110,20 +110,30 @@ def _from_folder(data: str, of: Published) -> list[tuple[str, Row]]:
     path = find(data, of.files)
     if path is None:
         raise InputError(f"none of {', '.join(of.files)} in {data}: download it from {of.url} into this folder.")
+    found = table(path)
+    return [(at, row) for at, row in found if path.suffix != ".jsonl" or row.get("source", of.name) == of.name]
+
+
+def table(path: pathlib.Path) -> list[tuple[str, Row]]:
+    """("file, row n", row) of a JSONL, CSV or JSON file: a list of rows, or lists by name, which becomes their subset.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     if path.suffix == ".jsonl":
-        return [(where, row) for where, row in json_lines(path) if row.get("source", of.name) == of.name]
+        return list(json_lines(path))
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
-                table = list(csv.DictReader(file))
+                found = list(csv.DictReader(file))
         else:
-            table = json.loads(path.read_text("utf-8"))
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}): download it anew from {of.url}.") from error
-    if isinstance(table, dict):  # by subset
-        parts = {name: part for name, part in table.items() if isinstance(part, list)}
-        table = [row | {"subset": name} for name, part in parts.items() for row in part if isinstance(row, dict)]
-    return [(f"{path}, row {i}", row) for i, row in enumerate(table, start=1)]
+            found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read ({error}): check the path, or download it anew.") from error
+    if isinstance(found, dict):
+        parts = {name: part for name, part in found.items() if isinstance(part, list)}
+        found = [row | {"subset": name} for name, part in parts.items() for row in part if isinstance(row, dict)]
+    return [(f"{path}, row {i}", row) for i, row in enumerate(found, start=1)]
 
 
 def _from_hub(of: Published) -> list[tuple[str, Row]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import NamedTuple
 
-from drirl_jax.evals.items import Published, field, rows
+from drirl_jax.evals.items import field, table
 from drirl_jax.types import InputError
 
 ATTACKS = ("selfcipher",)  # sources of responses that are attacks
@@ -33,10 +33,8 @@ def read(path: pathlib.Path) -> list[Labelled]:
     Raises:
         InputError: there is no such file, or a row has no such columns.
     """
-    if not path.is_file():
-        raise InputError(f"no file {path} of labelled responses: check the path.")
     found: list[Labelled] = []
-    for where, row in rows(str(path.parent), Published((path.name,), hub="", url="where it comes from")):
+    for where, row in table(path):
         prompt, split = field(where, row, "prompt", "goal"), row.get("split", "")
         if "safe" in row:
             for kind in ("safe", "unsafe", "safe_under_attack"):

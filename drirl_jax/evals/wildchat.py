@@ -10,9 +10,8 @@ from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
 
 DATA = Published(
     ("wildchat.jsonl",),
-    hub="allenai/WildChat-1M-Full",
+    hub="",
     url="https://huggingface.co/datasets/allenai/WildChat-1M-Full (its toxic part, as JSON lines)",
-    split="train",
     name="wildchat",
 )
 

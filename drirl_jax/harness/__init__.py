@@ -32,17 +32,24 @@ class Policy:
         self.model, self.tokens = train.load_policy(config)
         self.name, self.batch = model, batch
 
-    def respond(self, chats: Sequence[Chat], max_new: int, temperature: float, seed: int = 0) -> list[Answer]:
-        """One answer to each chat, as `answers.respond`."""
+    def respond(
+        self,
+        chats: Sequence[Chat],
+        max_new: int,
+        temperature: float,
+        seed: int = 0,
+        prefix: tuple[int, ...] | None = None,
+    ) -> list[Answer]:
+        """One answer to each chat, as `answers.respond`: random numbers go by the chat's place among these."""
         ids = [answers.ids_of(self.tokens, chat) for chat in chats]
-        options = {"batch": min(self.batch, len(ids)), "max_new": max_new, "temperature": temperature}
+        options = {"batch": self.batch, "max_new": max_new, "temperature": temperature, "prefix": prefix}
         return answers.respond(self.model, self.tokens, ids, key=jax.random.key(seed), **options)
 
     def score(self, chats: Sequence[Chat], said: Sequence[str]) -> list[Scores]:
         """Of each chat the scores of the one text that is said, as `answers.score_options`."""
         ids = [answers.ids_of(self.tokens, chat) for chat in chats]
         options = [[self.tokens.response_ids(text, answers.LONGEST)[:-1]] for text in said]
-        return answers.score_options(self.model, ids, options, batch=min(self.batch, len(ids)))
+        return answers.score_options(self.model, ids, options, batch=self.batch)
 
 
 CHAT = "chat:"  # stands before a chat as JSON, where a harness passes strings

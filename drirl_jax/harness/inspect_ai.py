@@ -60,7 +60,8 @@ class DrirlJax(ModelAPI):
             if not mine.answer:
                 batch = [asked for asked in self.waiting if asked.options == options]
                 self.waiting = [asked for asked in self.waiting if asked.options != options]
-                found = await anyio.to_thread.run_sync(self.policy.respond, [of.chat for of in batch], *options)
+                # No prefix: each batch would have another one, and another program.
+                found = await anyio.to_thread.run_sync(self.policy.respond, [of.chat for of in batch], *options, ())
                 for asked, answer in zip(batch, found, strict=True):
                     asked.answer.append(answer)
         (answer,) = mine.answer
