@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import endpoint, losses, optimizer, scaling, text
 from drirl_jax.data import generators, pipeline
-from drirl_jax.evals import judges
+from drirl_jax.evals import benchmarks, judges
 from drirl_jax.models import flash, lora, reward
 from drirl_jax.stages import base, irl, objectives, sources
 from drirl_jax.types import InputError
@@ -199,10 +199,21 @@ def default() -> ConfigDict:
 
     c.evals = ConfigDict()
     c.evals.split = "test"
-    c.evals.judge = "phrases"
+    c.evals.judge = "phrases"  # of refusals: phrases | endpoint
     c.evals.temperature = 0.0
     c.evals.max_new = 64
     c.evals.batch = 32
+    # Benchmarks of evals/benchmarks.py, before and after the alignment; see docs/EVALS.md.
+    c.evals.benchmarks = ()
+    c.evals.every = 0  # steps of the alignment after which they are run too; 0: never
+    c.evals.best = ""  # BENCHMARK/METRIC whose best policy of those steps and the last is the product; "": the last is
+    c.evals.limit = 0  # items of each, the same ones every time; 0: all
+    c.evals.data = ""  # folder with their files as published; "": from the hub, by the package `datasets`
+    c.evals.shots = 0  # solved problems before each question of gsm8k
+    c.evals.benchmark_max_new = 0  # tokens of a response; 0: as many as each benchmark's protocol says
+    c.evals.judges = ("phrases",)  # phrases | classifier | endpoint | rewards; figures go by the first that can tell
+    c.evals.classifier = ""  # the file of judge "classifier", which `python -m drirl_jax.judge` fits
+    c.evals.endpoint = _endpoint()
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # steps
@@ -264,7 +275,7 @@ TABLES = {
     "grpo.contrast": objectives.ROLES,
     "grpo.reduce": losses.REDUCE,
     "grpo.ratio": losses.RATIO,
-    "evals.judge": judges.JUDGES,
+    "evals.judge": judges.telling("refusal"),
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
 POSITIVE = (
@@ -275,7 +286,10 @@ POSITIVE = (
     "align.group align.epochs align.minibatches align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch "
     "checkpoint.every checkpoint.keep sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
-NOT_NEGATIVE = "distributed.process mesh.data policy.layers reward.layers irl.contrast grpo.beta_kl ppo.value_weight"
+NOT_NEGATIVE = (
+    "distributed.process mesh.data policy.layers reward.layers irl.contrast grpo.beta_kl ppo.value_weight evals.every "
+    "evals.limit evals.shots evals.benchmark_max_new evals.temperature"
+)
 
 
 def get(config: ConfigDict, dotted: str):
@@ -319,6 +333,12 @@ def validate(config: ConfigDict) -> None:
         not (learned and config.reward.init),
         f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
     )
+    benchmarks.validate(config.evals)
+    need(
+        "rewards" not in config.evals.judges or learned or config.reward.init,
+        "config.evals.judges has 'rewards', which the IRL stage learns: put 'irl' into the schedule, or name a run in "
+        "config.reward.init.",
+    )
     shares = tuple(config.data.shares)
     d = config.distributed
     need(
@@ -339,6 +359,7 @@ def validate(config: ConfigDict) -> None:
         (config.judge, config.reward.source == "judge"),
         (config.scaling.endpoint, config.scaling.split == "llm"),
         (config.demos.endpoint, config.demos.generator == "endpoint"),
+        (config.evals.endpoint, "endpoint" in (config.evals.judge, *config.evals.judges)),
     ):
         if used:
             endpoint.check(section)

@@ -20,7 +20,7 @@ from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax import train
 from drirl_jax.data import drafts, generators, records
-from drirl_jax.evals.judges import JUDGES
+from drirl_jax.evals import judges
 from drirl_jax.types import InputError
 
 PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts.")
@@ -47,7 +47,7 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
         harmless=config.data.harmless,
         generate=generate,
         embed=embedder,
-        judge=JUDGES[config.evals.judge],
+        judge=judges.refuses(judges.Setting(config, out.with_suffix(".judgements.jsonl"))),
         model=config.policy.init if section.generator == "policy" else section.endpoint.model,
         seed=config.seed,
     )

@@ -267,7 +267,21 @@ def terminal_table(base: Mapping, aligned: Mapping, categories: Sequence[str], h
     console = rich.console.Console(width=100, markup=False)
     with console.capture() as captured:
         console.print(table)
+        if rows := _benchmarks(base, aligned):
+            console.print(_benchmark_table(rows))
     return captured.get()
+
+
+def _benchmark_table(rows: list[dict[str, str]]) -> rich.table.Table:
+    """The rows of `_benchmarks` for the terminal."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for name in ("benchmark", "metric", "judge"):
+        table.add_column(name)
+    for name in ("n", "before", "after"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(row[name] for name in ("benchmark", "metric", "judge", "n", "before", "after")))
+    return table
 
 
 def report(
@@ -285,7 +299,8 @@ def report(
 
     Args:
         workdir: the run's folder; with reliability.json in it the rewards' calibration is shown too.
-        base, aligned, categories, harmless: as of `before_after`.
+        base, aligned, categories, harmless: as of `before_after`; "benchmarks" in the first two, if any, are results of
+            `evals/benchmarks.py` by name.
         metrics: rows of metrics.jsonl.
         method: how the policy was aligned, in a few words.
         config_text, facts: shown at the end.
@@ -307,6 +322,7 @@ def report(
         overall=_overall(base["overall"], aligned["overall"]),
         images={name: base64.b64encode(path.read_bytes()).decode() for name, path in shown.items()},
         rows=[row | _texts(row) | {"pairs": _pairs(base, aligned, row["category"])} for row in rows],
+        benchmarks=_benchmarks(base, aligned),
         method=method,
         config=config_text,
         facts=facts,
@@ -350,6 +366,25 @@ def _overall(base: Mapping, aligned: Mapping) -> list[tuple[str, str, str]]:
     }
     held = {key: row for key, row in formats.items() if base.get(key) is not None}
     return [(name, text(base[key]), text(aligned[key])) for key, (name, text) in held.items()]
+
+
+def _benchmarks(base: Mapping, aligned: Mapping) -> list[dict[str, str]]:
+    """A row of text for each metric of each benchmark by each judge, its 95% interval behind it; none were run: []."""
+    rows = []
+    for name, before in base.get("benchmarks", {}).items():
+        for judge, of in before["judges"].items():
+            after = aligned["benchmarks"][name]["judges"][judge]
+            for metric, x in of["metrics"].items():
+                y = after["metrics"].get(metric)  # a metric may have no item in one of the two
+                row = {"benchmark": name, "metric": _words(metric), "judge": judge, "n": str(x["n"])}
+                rows.append(
+                    row | {"version": of.get("version", ""), "before": _bounds(x), "after": _bounds(y) if y else "–"}
+                )
+    return rows
+
+
+def _bounds(x: Mapping) -> str:
+    return f"{x['value']:.3f} ({x['low']:.3f} to {x['high']:.3f})"
 
 
 def _pairs(base: Mapping, aligned: Mapping, category: str, count: int = 2) -> list[dict]:

@@ -51,9 +51,13 @@ class Text:
 
         Equals `apply_chat_template` for ordinary text; control tokens written inside `prompt` stay text.
         """
+        return self.chat_ids(self._chat(prompt))
+
+    def chat_ids(self, chat: Sequence[dict[str, str]]) -> list[int]:
+        """`prompt_ids` of whole turns {"role", "content"}, whose system turn, if any, is the chat's own."""
         # A transformers older than 5.22 may ignore the option in silence, hence the bound in setup.py.
         return self.tokenizer.apply_chat_template(
-            self._chat(prompt),
+            list(chat),
             add_generation_prompt=True,
             sanitize_control_tokens=True,
             return_dict=False,

@@ -16,7 +16,7 @@ from drirl_jax import config as config_lib
 from drirl_jax import metrics, plots, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
-from drirl_jax.evals import runner
+from drirl_jax.evals import runner, watch
 from drirl_jax.models import encoder, families, flash, hf, peft, reward
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl
@@ -119,6 +119,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     # ------------------------------------------------------------------ check everything, then load everything
     started = time.time()
     context = dataclasses.replace(prepare(config), workdir=workdir)
+    asked = runner.questions_of(context)
     if sharding.writes():
         config_lib.remember(config, workdir)
     writer = metrics.MetricWriter(workdir, sharding.writes())
@@ -140,7 +141,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         return
 
     # ------------------------------------------------------------------------------------- stage 2: the policy
-    params = loop("align", align.make(context, bank), config, workdir, writer)
+    judges = runner.judges_of(context, bank)
+    params = loop("align", watch.watched(align.make(context, bank), context, asked, judges), config, workdir, writer)
     aligned = POLICIES[config.policy.tune].merged(context.model, params)
     export_policy(context, params, aligned, workdir)
     if "evals" not in config.schedule:
@@ -151,6 +153,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         path = workdir / "evals" / f"{name}.json"
         if not sharding.agreed(path.exists()):
             found = runner.evaluate(context, model, bank)
+            found["benchmarks"] = runner.benchmarked(context, model, asked, judges)
             if sharding.writes():
                 path.parent.mkdir(exist_ok=True)
                 temporary = path.with_suffix(".tmp")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from drirl_jax.config import default
 from drirl_jax.data import drafts, records
 from drirl_jax.endpoint import Reply
-from drirl_jax.evals.judges import refused_by_phrases
+from drirl_jax.evals.phrases import refused_by_phrases
 from drirl_jax.models import families, hf
 from drirl_jax.types import InputError
 

@@ -6,7 +6,7 @@ import pytest
 
 from drirl_jax.config import HARM_CATEGORIES
 from drirl_jax.data import records
-from drirl_jax.evals.judges import JUDGES, refused_by_phrases
+from drirl_jax.evals.phrases import refused_by_phrases
 
 # One response a line; "\n" stands for a line break.
 REFUSED = r"""
@@ -187,7 +187,7 @@ def test_the_starter_sets_demonstrations_cut_or_whole(keep_draft, words):
     wrong = []
     for record in records.read("starter", (*HARM_CATEGORIES, "harmless")):
         cut = record._replace(response=" ".join(record.response.split()[:words]))
-        refused = JUDGES["phrases"](record.prompt, records.demonstration(cut, keep_draft))
+        refused = refused_by_phrases(record.prompt, records.demonstration(cut, keep_draft))
         if refused != (record.category in HARM_CATEGORIES):
             wrong.append(record.id)
     assert not wrong

@@ -29,13 +29,26 @@ LAYERS = [
     ["drirl_jax.models.mistral", "drirl_jax.models.qwen", "drirl_jax.models.gemma"],
     ["drirl_jax.models"],
     ["drirl_jax.text", "drirl_jax.scaling", "drirl_jax.rollout"],
-    ["drirl_jax.data", "drirl_jax.evals.judges"],
+    ["drirl_jax.data"],
+    ["drirl_jax.evals.items"],
+    ["drirl_jax.evals.labelled", "drirl_jax.evals.phrases", "drirl_jax.evals.rewarded", "drirl_jax.evals.rubric"],
+    ["drirl_jax.evals.classifier"],
+    ["drirl_jax.evals.judges"],
     ["drirl_jax.stages"],
     ["drirl_jax.evals"],
     ["drirl_jax.config"],
     ["drirl_jax.train"],
     ["drirl_jax.main"],
-    ["drirl_jax.bench", "drirl_jax.demos", "drirl_jax.plan", "drirl_jax.score", "drirl_jax.study"],
+    [
+        "drirl_jax.bench",
+        "drirl_jax.demos",
+        "drirl_jax.evaluate",
+        "drirl_jax.judge",
+        "drirl_jax.plan",
+        "drirl_jax.score",
+        "drirl_jax.study",
+    ],
+    ["drirl_jax.harness"],
 ]
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a policy on held-out prompts: what share it refuses, and its rewards, by category."""
+"""Evaluation of a policy in a run: what share of held-out prompts it refuses, its rewards, and the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,43 @@ import numpy as np
 
 from drirl_jax import sharding
 from drirl_jax.data.examples import Examples
-from drirl_jax.evals.judges import JUDGES
-from drirl_jax.models import reward
+from drirl_jax.evals import benchmarks, judges
+from drirl_jax.evals.benchmarks import Questions
+from drirl_jax.models import hf, reward
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
 
 score = jax.jit(reward.score)
+
+
+def setting_of(context: Context, bank: reward.Bank | None) -> judges.Setting:
+    """What judges of a run are made from."""
+    memory = context.workdir and context.workdir / "judgements.jsonl"
+    rewards = (context.model, context.text, bank) if bank else None
+    return judges.Setting(context.config, memory, lambda: hf.resolve(context.config.encoder.init), rewards)
+
+
+def questions_of(context: Context) -> list[Questions]:
+    """Of each of config.evals.benchmarks. Raises InputError where the data of one is absent."""
+    c = context.config.evals
+    return [benchmarks.load(name, c, context.text) for name in c.benchmarks]
+
+
+def benchmarked(
+    context: Context, model: Transformer, asked: list[Questions], telling: dict[str, judges.Judge]
+) -> dict[str, dict]:
+    """{benchmark: `benchmarks.run`} of the policy, by these judges."""
+    key = context.key("benchmarks")
+    return {
+        questions.name: benchmarks.run(questions, model, context.text, context.config.evals, telling, key)
+        for questions in asked
+    }
+
+
+def judges_of(context: Context, bank: reward.Bank | None) -> dict[str, judges.Judge]:
+    """Those that config.evals.judges names."""
+    setting = setting_of(context, bank)
+    return {name: judges.JUDGES[name].make(setting) for name in context.config.evals.judges}
 
 
 def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> dict:
@@ -46,7 +77,8 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
         return None if rewards is None else float(rewards[rows].mean())
 
     texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]
-    refused = np.array([JUDGES[c.judge](*pair) for pair in zip(examples.prompt_text, texts)], bool)
+    judge = judges.JUDGES[c.judge].make(setting_of(context, bank))
+    refused = judge.refusal(examples.prompt_text, texts) > 0
     harmless = np.isin(examples.category, [names.index(name) for name in config.data.harmless])
 
     def share(rows):

@@ -22,7 +22,16 @@ from drirl_jax.types import Array, Group, PyTree, TrainState
 
 # Each use of random numbers has its own stream: key = fold_in(run key, purpose), then step, prompt and response index.
 PURPOSE = dict(
-    adapter=0, rewards=1, irl_samples=2, irl_cut=3, align_samples=4, evals=5, calibration=6, best_of=7, inner_samples=8
+    adapter=0,
+    rewards=1,
+    irl_samples=2,
+    irl_cut=3,
+    align_samples=4,
+    evals=5,
+    calibration=6,
+    best_of=7,
+    inner_samples=8,
+    benchmarks=9,
 )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from drirl_jax import sharding
 from drirl_jax.data.examples import Examples
 from drirl_jax.endpoint import Endpoint
-from drirl_jax.evals.judges import JUDGES
+from drirl_jax.evals import judges
 from drirl_jax.models import reward
 from drirl_jax.models.transformer import Begun
 from drirl_jax.stages.base import Context
@@ -94,7 +94,8 @@ def by_bank(context: Context) -> Score:
 
 def by_rules(context: Context) -> Score:
     """1 where the judge of config.evals finds what the prompt's kind asks for, a refusal or none, otherwise 0."""
-    data, refused = context.config.data, JUDGES[context.config.evals.judge]
+    data, memory = context.config.data, context.workdir and context.workdir / "judgements.jsonl"
+    refused = judges.refuses(judges.Setting(context.config, memory))
 
     def score(bank, examples, group, begun):
         answer = [data.categories[c] in data.harmless for c in examples.category]

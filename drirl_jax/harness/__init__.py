@@ -1,0 +1,65 @@
+"""The field's harnesses asking a policy of this project: lm_eval and inspect_ai (`pip install -e ".[harness]"`)."""
+
+from __future__ import annotations
+
+import json
+from typing import Sequence
+
+import jax
+
+from drirl_jax import config as config_lib
+from drirl_jax import evaluate, train
+from drirl_jax.endpoint import Chat
+from drirl_jax.evals import answers
+from drirl_jax.evals.answers import Answer, Scores
+from drirl_jax.evals.items import user
+
+
+class Policy:
+    """A policy as harnesses ask it: by chats.
+
+    Args:
+        model: the workdir of a run, or whatever config.policy.init may be.
+        batch: prompts at a time.
+
+    Raises:
+        InputError: there is no such model.
+    """
+
+    def __init__(self, model: str, batch: int = 32):
+        config = config_lib.default()
+        config.policy.init = evaluate.init_of(model)
+        self.model, self.tokens = train.load_policy(config)
+        self.name, self.batch = model, batch
+
+    def respond(
+        self,
+        chats: Sequence[Chat],
+        max_new: int,
+        temperature: float,
+        seed: int = 0,
+        prefix: tuple[int, ...] | None = None,
+    ) -> list[Answer]:
+        """One answer to each chat, as `answers.respond`: random numbers go by the chat's place among these."""
+        ids = [answers.ids_of(self.tokens, chat) for chat in chats]
+        options = {"batch": self.batch, "max_new": max_new, "temperature": temperature, "prefix": prefix}
+        return answers.respond(self.model, self.tokens, ids, key=jax.random.key(seed), **options)
+
+    def score(self, chats: Sequence[Chat], said: Sequence[str]) -> list[Scores]:
+        """Of each chat the scores of the one text that is said, as `answers.score_options`."""
+        ids = [answers.ids_of(self.tokens, chat) for chat in chats]
+        options = [[self.tokens.response_ids(text, answers.LONGEST)[:-1]] for text in said]
+        return answers.score_options(self.model, ids, options, batch=self.batch)
+
+
+CHAT = "chat:"  # stands before a chat as JSON, where a harness passes strings
+
+
+def rendered(chat: Chat) -> str:
+    """A chat as the string from which `chat_of` has it again: templates are for the policy's own tokenizer to fill."""
+    return CHAT + json.dumps(list(chat), ensure_ascii=False)
+
+
+def chat_of(context: str) -> Chat:
+    """The chat of `rendered`; any other string is what a user says."""
+    return json.loads(context.removeprefix(CHAT)) if context.startswith(CHAT) else user(context)

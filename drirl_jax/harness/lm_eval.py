@@ -1,0 +1,77 @@
+"""A policy of this project as a model of lm_eval (EleutherAI's Language Model Evaluation Harness).
+
+python -m drirl_jax.harness.lm_eval --model drirl_jax --model_args model=runs/quickstart --tasks gsm8k \
+    --apply_chat_template --fewshot_as_multiturn
+
+Policies are chat models: a context that no chat template was applied to is taken as what a user says.
+"""
+
+from __future__ import annotations
+
+import collections
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from drirl_jax.endpoint import Chat
+from drirl_jax.harness import Policy, chat_of, rendered
+
+MAX_NEW = 256  # of a task that does not say
+
+
+@register_model("drirl_jax")
+class DrirlJax(LM):
+    """See `Policy`; `batch_size` is its batch."""
+
+    def __init__(self, model: str, batch_size: int = 32, **others):
+        super().__init__()
+        self.policy = Policy(model, int(batch_size))
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.policy.name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Whose name it is, of several, plays no part: the policy's own."""
+        return self.policy.tokens.tokenizer.chat_template
+
+    def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
+        if not add_generation_prompt:
+            raise NotImplementedError("drirl_jax begins no answer for a policy: leave out the task's gen_prefix.")
+        return rendered(chat_history)
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        found: dict[int, str] = {}
+        alike = collections.defaultdict(list)
+        for i, request in enumerate(requests):
+            _, options = request.args
+            warmth = float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
+            alike[int(options.get("max_gen_toks", MAX_NEW)), warmth].append(i)
+        for (max_new, temperature), rows in alike.items():
+            chats = [chat_of(requests[i].args[0]) for i in rows]
+            for i, answer in zip(rows, self.policy.respond(chats, max_new, temperature), strict=True):
+                found[i] = cut(answer.text, requests[i].args[1].get("until", []))
+        return [found[i] for i in range(len(requests))]
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        contexts, said = zip(*(request.args for request in requests))
+        scores = self.policy.score([chat_of(context) for context in contexts], said)
+        return [(float(of.total[0]), bool(of.greedy[0])) for of in scores]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError(
+            "drirl_jax has chat policies, which have no log-likelihood of a text without a prompt."
+        )
+
+
+def cut(text: str, until: str | list[str]) -> str:
+    """The text up to the first of these strings."""
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.partition(stop)[0] if stop else text
+    return text
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
