@@ -35,7 +35,8 @@ from ml_collections import ConfigDict
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax import metrics, plots, train
-from drirl_jax.evals import diversity
+from drirl_jax.evals import diversity, judges
+from drirl_jax.models import hf
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,11 @@ def _refused(harmless: bool, wanted: bool) -> Callable:
     return of
 
 
+def _unsafe(result: dict, folder: pathlib.Path) -> list[float] | None:
+    """1 for each harmful prompt whose response the classifier finds unsafe; None where none was asked."""
+    return [float(r["harm"] > judges.UNSAFE) for r in result["responses"] if "harm" in r and not r["harmless"]] or None
+
+
 def _of_texts(function: Callable[[list[str]], float]) -> Callable:
     """The function of the responses to harmful prompts, None unless there are two."""
 
@@ -99,6 +105,7 @@ def _minutes(result: dict, folder: pathlib.Path) -> float:
 
 COLUMNS = {
     "harmful_compliance": Column("harmful prompts complied with", _percent, _refused(harmless=False, wanted=False)),
+    "unsafe": Column("unsafe by the classifier", _percent, _unsafe),
     "over_refusal": Column("harmless prompts refused", _percent, _refused(harmless=True, wanted=True)),
     "reward": Column("held-out reward", "{:+.2f}".format, lambda result, folder: result["overall"]["mean_reward"]),
     "kl": Column("KL, nats a token", "{:.2f}".format, _last("kl")),
@@ -240,13 +247,23 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def results(study: ConfigDict, workdir: pathlib.Path) -> dict[str, list[tuple[dict, pathlib.Path]]]:
-    """By variant, and for BASE, the evaluation and the folder of each seed, its responses told harmless or not."""
-    harmless = study.base.data.harmless
+    """By variant, and for BASE, the evaluation and the folder of each seed, its responses told harmless or not; and
+    how harmful, if base.evals names a classifier."""
+    config, harmless = study.base, study.base.data.harmless
+    harm = None
+    if config.evals.classifier:
+        harm = (
+            judges.JUDGES["classifier"].make(judges.Setting(config, None, lambda: hf.resolve(config.encoder.init))).harm
+        )
 
     def read(folder: pathlib.Path, which: str):
         result = json.loads((folder / "evals" / f"{which}.json").read_text())
         for response in result["responses"]:
             response["harmless"] = response["category"] in harmless
+        if harm:
+            said = [[response[key] for response in result["responses"]] for key in ("prompt", "response")]
+            for response, value in zip(result["responses"], harm(*said)):
+                response["harm"] = float(value)
         return result, folder
 
     folders = {name: [workdir / name / str(seed) for seed in study.seeds] for name in study.variants}

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from drirl_jax import study
-from drirl_jax.evals import diversity
+from drirl_jax.evals import classifier, diversity
+from drirl_jax.models import hf
+from drirl_jax.models.encoder import TextEmbedder
 from drirl_jax.types import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -174,6 +176,14 @@ def test_a_small_study(small, monkeypatch):
     plan = runpy.run_path(str(workdir.parent / "small.py"))["get_config"]()
     study.run_all(plan, workdir)
     assert study.report(plan, workdir) == text
+    # With a classifier: here one that finds all unsafe that is not empty.
+    width = TextEmbedder.from_folder(hf.resolve(plan.base.encoder.init), 8).width
+    always = classifier.Classifier(np.zeros(width, np.float32), 9.0, {})
+    classifier.save(always, workdir.parent / "judge.safetensors")
+    plan.base.evals.classifier = str(workdir.parent / "judge.safetensors")
+    found = study.table(plan, study.results(plan, workdir))
+    said = [bool(r["response"].strip()) for r in result["responses"] if r["category"] != "harmless"]
+    assert found["scaled"]["unsafe"][0].mean == np.mean(said) and "unsafe" not in {column for _, column in of}
     # Changed: a finished run of another config is not taken for this one's.
     plan.base.align.steps = 1
     with pytest.raises(InputError, match="align.steps: 2 there, 1 now"):
