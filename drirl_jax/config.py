@@ -7,6 +7,7 @@ is an error that suggests the right one. Options that name a choice are rows of 
 from __future__ import annotations
 
 import json
+import numbers
 import pathlib
 
 from ml_collections import ConfigDict
@@ -280,6 +281,8 @@ POSITIVE = (
     "guards.skips guards.sampler_gap guards.kl guards.reward_drift checkpoint.every checkpoint.keep "
     "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
+TUPLES = dict.fromkeys("schedule data.categories data.harmless policy.targets reward.targets".split(), str)
+TUPLES |= dict.fromkeys("data.shares reward.weights scaling.clip".split(), numbers.Real)
 NOT_NEGATIVE = "distributed.process mesh.data policy.layers reward.layers irl.contrast grpo.beta_kl ppo.value_weight"
 
 
@@ -303,6 +306,12 @@ def needs_rewards(config: ConfigDict) -> bool:
 
 def validate(config: ConfigDict) -> None:
     """Raises InputError with one sentence for a value that cannot be run."""
+    for key, kind in TUPLES.items():
+        given = get(config, key)
+        need(
+            all(isinstance(x, kind) for x in given),
+            f"config.{key} is {given}: give {'words' if kind is str else 'numbers'} alone.",
+        )
     stages, schedule = default().schedule, tuple(config.schedule)
     need(
         schedule and schedule == tuple(stage for stage in stages if stage in schedule),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import pathlib
 import signal
 import sys
@@ -23,7 +24,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, or file
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints, metrics, model and report.")
 REPLAY = flags.DEFINE_string("replay", None, "Run only the step that a guard has kept in this folder.")
 
-# Of a file system, not of the program: what to do about them.
+# Of a file system, not of the program: what to do about them. Orbax and safetensors tell of them in words alone.
 DISK = {
     errno.ENOSPC: "make room and start the same command again",
     errno.EDQUOT: "make room and start the same command again",
@@ -54,13 +55,15 @@ def main(argv: list[str]) -> None:
             train.run(CONFIG.value, workdir)
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        sys.exit(f"drirl_jax: {error.filename or WORKDIR.value}: {error.strerror}: {DISK[error.errno]}.")
     except process.Preempted as notice:
         logging.getLogger(__name__).warning("drirl_jax: asked to end: %s; started again, it goes on", notice)
         sys.exit(process.PREEMPTED)
+    except Exception as error:
+        disk = [code for code in DISK if code == getattr(error, "errno", None) or os.strerror(code) in str(error)]
+        if not disk:
+            raise
+        where = getattr(error, "filename", None) or WORKDIR.value
+        sys.exit(f"drirl_jax: {where}: {os.strerror(disk[0])}: {DISK[disk[0]]}.")
 
 
 def parse(argv: list[str]) -> list[str]:

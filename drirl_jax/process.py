@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): started again, the run goes on
 
 
-class Preempted(Exception):
-    """The machine is taken away; what was done is kept."""
+class Preempted(BaseException):
+    """The machine is taken away; what was done is kept. No error, which something on the way could take for its own."""
 
 
 def leave(*_) -> None:

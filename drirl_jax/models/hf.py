@@ -119,7 +119,11 @@ class Tensors(Mapping):
             self._file |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._file[name].get_tensor(name)
+        file = self._file[name]
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:  # a type numpy lacks
+            raise InputError(f"the tensor {name} cannot be read ({error}): save the model as bfloat16.") from error
 
     def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
         return name in self._file

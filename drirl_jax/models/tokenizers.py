@@ -39,7 +39,7 @@ def open_gguf(path: pathlib.Path) -> Gguf:
     try:
         stat = path.stat()
         return _parsed(path, stat.st_size, stat.st_mtime_ns)
-    except (ValueError, IndexError, FileNotFoundError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, FileNotFoundError) as error:
         raise InputError(f"{path} is not a readable GGUF file ({error}): download it again.") from error
 
 
