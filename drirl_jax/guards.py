@@ -60,10 +60,11 @@ def crossings(section: ConfigDict, first: Mapping, before: Mapping, now: Mapping
 
 
 def keep(folder: pathlib.Path, step: int, state: State, batch: PyTree) -> None:
-    """Writes the state before a step, and the batch that it collected, for `replay`."""
+    """Writes the state before a step, and the batch that it collected, for `replay`; once, as it is the same again."""
     for name, tree in {"state": state, "batch": batch}.items():
         with contextlib.closing(Checkpoints(folder / name, keep=1)) as kept:
-            kept.save(step, tree)
+            if kept.latest() is None:
+                kept.save(step, tree)
 
 
 def replay(folder: pathlib.Path, stage: Stage) -> tuple[int, dict[str, float]]:
