@@ -180,11 +180,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if not sharding.writes():
         return
     results = {name: json.loads((workdir / "evals" / f"{name}.json").read_text()) for name in ("base", "aligned")}
+    last_of = {row["stage"]: row for row in writer.read()}
     facts = {
         "drirl_jax": drirl_jax.__version__,
         "jax": jax.__version__,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "minutes": f"{(time.time() - started) / 60:.1f} (this start)",
+        "updates left out": f"{sum(row['skipped'] for row in last_of.values()):.0f} (not finite)",
     }
     shown = (config.data.categories, config.data.harmless)
     method = f"objective {config.align.objective}, rewards {config.reward.source}, scaling {config.scaling.combine}"

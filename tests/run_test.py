@@ -63,7 +63,7 @@ def test_a_run_leaves_its_products(whole, policy):
     # Four samples a prompt: a share of them is a whole number of quarters of the prompts, not a mean reward.
     assert all((row["wrong/insult"] * 4).is_integer() for row in rows[4:])
     html = (workdir / "report.html").read_text()
-    assert "data:image/png;base64" in html and "unfairness" in html
+    assert "data:image/png;base64" in html and "unfairness" in html and "0 (not finite)" in html
     assert "refused" in printed and str(workdir / "report.html") in printed
     assert list((workdir / "tensorboard").rglob("events*"))
     adapters = {str(file.parent.relative_to(workdir)) for file in workdir.rglob("adapter_model.safetensors")}

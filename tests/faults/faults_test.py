@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from drirl_jax import metrics, process
 
+ROOT = pathlib.Path(__file__).parents[2]
 REPLY = {"choices": [{"message": {"content": f"7 {KEY}"}, "finish_reason": "stop"}]}
 # Two records of a category, so that an epoch has two steps; two rounds of samples in the IRL stage.
 SMALL = ["--config.data.shares=(" + "0.03," * 8 + ")", "--config.data.minimum=2", "--config.irl.rounds=2"]
@@ -29,15 +30,15 @@ SMALL = ["--config.data.shares=(" + "0.03," * 8 + ")", "--config.data.minimum=2"
 class Runs:
     """Starts runs in processes that have their imports behind them."""
 
-    def __init__(self, policy, cache):
-        self.flags = ["--config=configs/tiny.py", f"--config.policy.init={policy}", *SMALL]
+    def __init__(self, policy, cache, told: pathlib.Path):
+        self.flags = [f"--config={ROOT}/configs/tiny.py", f"--config.policy.init={policy}", *SMALL]
         self.flags += [f"--config.compilation_cache={cache}"]
+        self.told = told
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["drirl_jax.main"])
 
     def begin(self, workdir, *flags, kill=None, patch=None):
-        told = workdir.with_suffix(".log")
-        args = ([*self.flags, f"--workdir={workdir}", *flags], told, kill, patch)
+        args = ([*self.flags, f"--workdir={workdir}", *flags], self.log(workdir), kill, patch)
         process = self.context.Process(target=moments.run, args=args)
         process.start()
         return process
@@ -46,12 +47,16 @@ class Runs:
         """The exit code, negative for a signal, and all that was told in this workdir's starts."""
         process = self.begin(workdir, *flags, kill=kill, patch=patch)
         process.join()
-        return process.exitcode, workdir.with_suffix(".log").read_text()
+        return process.exitcode, self.log(workdir).read_text()
+
+    def log(self, workdir):
+        """What was told in all starts of this workdir; it lies elsewhere, as that may be full."""
+        return self.told / f"{str(workdir).replace('/', '_')}.log"
 
 
 @pytest.fixture(scope="session")
-def runs(policy, cache):
-    return Runs(policy, cache)
+def runs(policy, cache, tmp_path_factory):
+    return Runs(policy, cache, tmp_path_factory.mktemp("told"))
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +168,7 @@ def test_sigterm_while_nothing_is_at_work_ends_the_run_at_once(runs, whole, tmp_
         assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(30)
+    process.join(300)
     assert process.exitcode == 75
     assert runs(tmp_path / "run")[0] == 0
     assert_same(whole, tmp_path / "run")
@@ -176,7 +181,7 @@ def test_sigterm_while_nothing_is_at_work_ends_the_run_at_once(runs, whole, tmp_
 def test_a_checkpoint_damaged_after_a_kill_is_told_of_and_the_bits_are_the_same(runs, whole, tmp_path):
     workdir = tmp_path / "run"
     assert runs(workdir, "--config.checkpoint.every=1", kill=moments.Kill("align: updating", 3))[0] == -signal.SIGKILL
-    last = max((workdir / "checkpoints" / "align").iterdir(), key=lambda path: int(path.name))
+    last = max((workdir / "checkpoints" / "align").glob("[1-9]"), key=lambda path: int(path.name))
     file = max((path for path in last.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
@@ -230,18 +235,19 @@ def test_a_second_run_on_a_workdir_is_refused(runs, whole):
 def test_a_planted_key_is_in_no_file(runs, server, tmp_path, monkeypatch):  # noqa: F811
     server.script = ["not JSON, " + KEY] + [json.dumps(REPLY)] * 200
     flags = [
-        "--config.schedule=('align',)", "--config.align.steps=1", "--config.reward.source=judge",
+        "--config.schedule=('align','evals')", "--config.align.steps=1", "--config.reward.source=judge",
         f"--config.judge.url=http://127.0.0.1:{server.server_port}/v1", "--config.judge.model=m",
         "--config.judge.key_env=PLANTED",
     ]  # fmt: skip
     plant = functools.partial(os.environ.__setitem__, "PLANTED", KEY)
     code, told = runs(tmp_path / "run", *flags, patch=plant)
-    assert code == 1 and "answers what is no chat completion" in told
+    assert code == 1 and "answers what is no chat completion" in told and KEY not in told
     code, told = runs(tmp_path / "run", *flags, patch=plant)
     assert code == 0, told[-2000:]
     assert any(sent == f"Bearer {KEY}" for _, sent, _ in server.asked)
     holding = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
-    assert not holding and (tmp_path / "run" / "judge.jsonl").exists()
+    assert not holding and KEY not in told
+    assert (tmp_path / "run" / "judge.jsonl").exists() and (tmp_path / "run" / "report.html").exists()
 
 
 # ----------------------------------------------------------------------------------------------- long runs
