@@ -53,7 +53,7 @@ def config_from_hf(hf: Mapping) -> Config:
     for name, most in SIZES.items():
         size = hf.get(name)
         if size is not None and not (type(size) is int and 0 < size <= most):
-            raise InputError(f"config.json has {name}={str(size)[:80]}: that is no size of a {kind} model.")
+            raise InputError(f"config.json has {name}={repr(size)[:80]}: that is no size of a {kind} model.")
     try:
         config = FAMILIES[kind].config_from_hf(hf)._replace(family=kind)
     except InputError:
