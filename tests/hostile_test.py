@@ -109,7 +109,7 @@ def smollm():
 
 @functools.cache
 def alphabet(encode):
-    """The bytes that the vocabulary has, as byte-level tokenizers write them. SmolLM2's lacks 0xF1, among others, and
+    """The bytes that the vocabulary has, as byte-level tokenizers write them. SmolLM2's lacks 0xF1, and
     its tokenizer leaves out what it lacks."""
     return {token for token in encode.tokenizer.get_vocab() if len(token) == 1}
 
