@@ -7,6 +7,7 @@ is an error that suggests the right one. Options that name a choice are rows of 
 from __future__ import annotations
 
 import json
+import numbers
 import pathlib
 
 from ml_collections import ConfigDict
@@ -215,6 +216,13 @@ def default() -> ConfigDict:
     c.evals.classifier = ""  # the file of judge "classifier", which `python -m drirl_jax.judge` fits
     c.evals.endpoint = _endpoint()
 
+    # What ends a run, or warns; may be changed for a run that has begun. See docs/RELIABILITY.md.
+    c.guards = ConfigDict()
+    c.guards.skips = 5  # updates in a row left out as loss, gradient or a reward is not finite, at which the run ends
+    c.guards.sampler_gap = 0.1  # mean |trainer's - sampler's log-probability| of a token in nats, above which it ends
+    c.guards.kl = 1.0  # KL divergence from the reference, in nats a token, above which it warns
+    c.guards.reward_drift = 3.0  # distance of the mean reward from the first step's, above which it warns
+
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # steps
     c.checkpoint.keep = 2
@@ -284,8 +292,12 @@ POSITIVE = (
     "data.minimum reward.router_temperature data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds "
     "irl.samples irl.policy_steps irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch "
     "align.group align.epochs align.minibatches align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch "
-    "checkpoint.every checkpoint.keep sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
+    "guards.skips guards.sampler_gap guards.kl guards.reward_drift checkpoint.every checkpoint.keep "
+    "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
+TUPLES = dict.fromkeys("schedule data.categories data.harmless policy.targets reward.targets".split(), str)
+TUPLES |= dict.fromkeys("evals.benchmarks evals.judges".split(), str)
+TUPLES |= dict.fromkeys("data.shares reward.weights scaling.clip".split(), numbers.Real)
 NOT_NEGATIVE = (
     "distributed.process mesh.data policy.layers reward.layers irl.contrast grpo.beta_kl ppo.value_weight evals.every "
     "evals.limit evals.shots evals.benchmark_max_new evals.temperature"
@@ -312,6 +324,12 @@ def needs_rewards(config: ConfigDict) -> bool:
 
 def validate(config: ConfigDict) -> None:
     """Raises InputError with one sentence for a value that cannot be run."""
+    for key, kind in TUPLES.items():
+        given = get(config, key)
+        need(
+            all(isinstance(x, kind) for x in given),
+            f"config.{key} is {given}: give {'words' if kind is str else 'numbers'} alone.",
+        )
     stages, schedule = default().schedule, tuple(config.schedule)
     need(
         schedule and schedule == tuple(stage for stage in stages if stage in schedule),
@@ -486,7 +504,7 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
     if path.exists():
         before, after = _flat(json.loads(path.read_text())), _flat(now)
         differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
-        differ = [k for k in differ if not k.startswith(("mesh.", "distributed."))]
+        differ = [k for k in differ if not k.startswith(("mesh.", "distributed.", "guards."))]
         if differ:
             changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
             raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")

@@ -21,6 +21,7 @@ from drirl_jax.types import InputError
 # A server that is busy, restarting or limits the rate; other errors stay errors however often one asks.
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT = 60.0  # seconds
+LARGEST = 2**24  # bytes of an answer
 
 Chat = Sequence[dict[str, str]]  # turns {"role", "content"}
 
@@ -52,6 +53,11 @@ def check(section: ConfigDict) -> None:
             f"an endpoint needs a url that begins with http:// or https:// and a model, not {section.url!r} and "
             f"{section.model!r}: set them in the config."
         )
+    if url.userinfo or url.query:
+        raise InputError(
+            "an endpoint's url holds a password or a query, which would be written into files: leave them out, and put "
+            "the key into the environment variable of key_env."
+        )
     if section.concurrency < 1 or section.retries < 0 or section.timeout <= 0 or section.backoff < 0:
         raise InputError(
             f"an endpoint has concurrency={section.concurrency}, retries={section.retries}, timeout={section.timeout}, "
@@ -64,8 +70,8 @@ class Endpoint:
 
     Args:
         section: url (such as http://localhost:8000/v1), model, key_env (an environment variable with the key, sent if
-            it is set), concurrency, timeout (seconds), retries (tries after the first) and backoff (seconds before the
-            first of them; doubled for each).
+            it is set), concurrency, timeout (seconds, of a whole answer), retries (tries after the first) and backoff
+            (seconds before the first of them; doubled for each).
         memory: a JSONL file in which every reply is kept: the same request is not sent again, also by a later process.
 
     Raises:
@@ -117,13 +123,14 @@ class Endpoint:
             start = time.perf_counter()
             wait = min(self.section.backoff * 2**attempt, LONGEST_WAIT)
             try:
-                answer = await client.post(url, json=request)
-            except httpx.TransportError as error:
+                async with asyncio.timeout(self.section.timeout), client.stream("POST", url, json=request) as answer:
+                    text = await self._read(answer)
+            except (httpx.TransportError, httpx.DecodingError, TimeoutError) as error:
                 why = self._hidden(f"{type(error).__name__} {error}".strip())
             else:
                 if answer.is_success:
-                    return self._parsed(answer, time.perf_counter() - start)
-                why = f"status {answer.status_code}: {self._hidden(answer.text)[:200]}"
+                    return self._parsed(answer, text, time.perf_counter() - start)
+                why = f"status {answer.status_code}: {_shown(text)}"
                 if answer.status_code not in PASSING:
                     raise InputError(f"{url} refuses the request ({why}): check the url, the model and the key.")
                 if answer.headers.get("retry-after", "").isdigit():
@@ -132,15 +139,29 @@ class Endpoint:
                 await asyncio.sleep(wait)
         raise InputError(f"{url} did not answer in {1 + self.section.retries} tries (at last {why}): is it running?")
 
-    def _parsed(self, answer: httpx.Response, seconds: float) -> Reply:
+    async def _read(self, answer: httpx.Response) -> str:
+        """The answer's text, without the key. Raises InputError where it is larger than any reply."""
+        body = bytearray()
+        async for piece in answer.aiter_bytes():
+            body += piece
+            if len(body) > LARGEST:
+                raise InputError(f"{answer.url} answers with more than {LARGEST} bytes: is it a chat endpoint?")
+        return self._hidden(body.decode("utf-8", "replace"))
+
+    def _parsed(self, answer: httpx.Response, text: str, seconds: float) -> Reply:
         try:
-            body = answer.json()
+            body = json.loads(text)
             choice = body["choices"][0]
+            content, finish = choice["message"]["content"] or "", choice.get("finish_reason") or ""
             tokens = (body.get("usage") or {}).get("completion_tokens", -1)
-            return Reply(choice["message"]["content"] or "", tokens, choice.get("finish_reason") or "", seconds)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            text = self._hidden(answer.text)[:200]
-            raise InputError(f"{answer.url} answers what is no chat completion ({error!r} in {text}).") from error
+            if not (isinstance(content, str) and isinstance(finish, str) and isinstance(tokens, int)):
+                raise TypeError("a field of another type")
+            # Half a surrogate pair can be written into no file.
+            content, finish = (self._hidden(said.encode("utf-8", "replace").decode()) for said in (content, finish))
+            return Reply(content, tokens, finish, seconds)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__} in {_shown(text)}"
+            raise InputError(f"{answer.url} answers what is no chat completion ({why}).") from error
 
     def _hidden(self, text: str) -> str:
         """The text without the key, which some servers repeat."""
@@ -152,6 +173,11 @@ class Endpoint:
             self.memory.parent.mkdir(parents=True, exist_ok=True)
             with self.memory.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"request": name} | reply._asdict(), ensure_ascii=False) + "\n")
+
+
+def _shown(text: str) -> str:
+    """The beginning of a text for a sentence, in one line and without what a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text[:200])
 
 
 def _remembered(memory: pathlib.Path | None) -> dict[str, Reply]:

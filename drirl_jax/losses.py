@@ -154,18 +154,22 @@ def policy_loss(
         ratio: a row of RATIO.
 
     Returns:
-        (scalar loss, {"kl", "clipped"}: mean k3, absent without a reference, and the share of sampled tokens whose
-        ratio lies outside the clip).
+        (scalar loss, {"kl", "clipped", "sampler_gap"}: mean k3, absent without a reference; the share of sampled tokens
+        whose ratio lies outside the clip; and the mean |log π - log π_sampler| of sampled tokens, in nats).
     """
     sampled = old_logp_PGT.shape[1]
     mask_PGT = mask_PMT[:, :sampled]
     # What stands at padding must not pass through exp: masked afterwards, an overflow would be inf · 0.
     logp_PMT = jnp.where(mask_PMT, logp_PMT, 0.0)
     logp_PGT, other_logp = logp_PMT[:, :sampled], logp_PMT[:, sampled:]
-    log_ratio_PGT = RATIO[ratio](logp_PGT - jnp.where(mask_PGT, old_logp_PGT, 0.0), mask_PGT)
+    moved_PGT = logp_PGT - jnp.where(mask_PGT, old_logp_PGT, 0.0)
+    log_ratio_PGT = RATIO[ratio](moved_PGT, mask_PGT)
     objective, outside = clipped_surrogate(log_ratio_PGT, advantage_PMT[:, :sampled], clip_low, clip_high)
     other = off_policy_surrogate(other_logp, advantage_PMT[:, sampled:])
-    scalars = {"clipped": weighted(outside, weights.sampled)}
+    scalars = {
+        "clipped": weighted(outside, weights.sampled),
+        "sampler_gap": weighted(jnp.abs(moved_PGT), weights.sampled),
+    }
     value = -weighted(jnp.concatenate([objective, other], axis=1), weights.members)
     if ref_logp_PGT is not None:
         scalars["kl"] = weighted(k3(logp_PGT, jnp.where(mask_PGT, ref_logp_PGT, 0.0)), weights.sampled)

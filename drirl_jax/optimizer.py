@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Callable, NamedTuple
 
 import jax
@@ -75,13 +76,14 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
 def init(transformation: optax.GradientTransformation, params: PyTree) -> TrainState:
     """A train state with no update taken, the optimiser's part of it made where it belongs."""
     opt_state = jax.jit(lambda params: sharding.constrained(transformation.init(params)))(params)
-    return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
+    return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
 def step(
     transformation: optax.GradientTransformation, loss: Callable, train: TrainState, batch: PyTree, parts: int
 ) -> tuple[TrainState, PyTree]:
-    """One update on a batch, its gradient averaged over `parts` micro-batches by lax.scan.
+    """One update on a batch, its gradient averaged over `parts` micro-batches by lax.scan; none where the loss or a
+    gradient is not finite, which is counted.
 
     Args:
         loss: (params, micro-batch) -> (scalar mean over the micro-batch, dict of scalars of the same kind).
@@ -105,5 +107,11 @@ def step(
     )
     ((value, scalars), grad), _ = jax.lax.scan(one, zero, micro)
     updates, opt_state = transformation.update(grad, train.opt_state, train.params)
-    state = TrainState(optax.apply_updates(train.params, updates), opt_state, train.step + 1)
-    return sharding.constrained(state), scalars | {"loss": value, "grad_norm": optax.global_norm(grad)}
+    norm = optax.global_norm(grad)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    state = TrainState(
+        optax.apply_updates(train.params, updates), opt_state, train.step + 1, train.skipped, jnp.zeros_like(train.step)
+    )
+    as_it_was = train._replace(skipped=train.skipped + 1, in_a_row=train.in_a_row + 1)
+    state = jax.tree.map(partial(jnp.where, finite), state, as_it_was)
+    return sharding.constrained(state), scalars | {"loss": value, "grad_norm": norm}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 import drirl_jax
 from drirl_jax import config as config_lib
-from drirl_jax import metrics, plots, sharding
+from drirl_jax import guards, metrics, plots, process, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner, watch
@@ -22,7 +23,7 @@ from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES, Context, Stage
 from drirl_jax.text import Text
-from drirl_jax.types import PyTree
+from drirl_jax.types import InputError, PyTree
 
 log = logging.getLogger(__name__)
 
@@ -107,20 +108,42 @@ def rewards(context: Context, workdir: pathlib.Path) -> reward.Bank:
     """The rewards that a run has left in this workdir. Raises InputError if they do not fit the context's config."""
     need_rewards(context.config, workdir)
     fresh = irl.init_rewards(context)
-    return Checkpoints(workdir / "rewards", keep=1).restore(reward.Bank(fresh, mean=fresh.bias, std=fresh.bias))
+    template = reward.Bank(fresh, mean=fresh.bias, std=fresh.bias)
+    return Checkpoints(workdir / "rewards", keep=1).restore(template)[1]
+
+
+def replay(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Runs the one step that a guard has kept in this folder, and prints its scalars.
+
+    Raises:
+        InputError: something that the user gave is wrong.
+    """
+    context, name = prepare(config), folder.name.partition("-")[0]
+    config_lib.need(name in ("irl", "align"), f"{folder} is no step that was kept: give a folder in {workdir}/replay.")
+    if name == "irl":
+        stage = irl.make(context)
+    else:
+        learned = "irl" in config.schedule or config.reward.init
+        stage = align.make(context, rewards(context, pathlib.Path(config.reward.init or workdir)) if learned else None)
+    step, scalars = guards.replay(folder, stage)
+    if sharding.writes():
+        print(json.dumps({"stage": name, "step": step} | scalars, indent=1))
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Runs the schedule; started again on the same workdir, it goes on where it was.
 
     Raises:
-        InputError: something that the user gave is wrong; before any long work wherever it can be known then.
+        InputError: something that the user gave is wrong; before any long work wherever it can be known then. Or a
+            guard has stopped the run.
+        Preempted: the run was asked to end, and has kept what it did.
     """
     # ------------------------------------------------------------------ check everything, then load everything
     started = time.time()
     context = dataclasses.replace(prepare(config), workdir=workdir)
     asked = runner.questions_of(context)
     if sharding.writes():
+        held = process.lock(workdir)  # noqa: F841  until the end of this function
         config_lib.remember(config, workdir)
     writer = metrics.MetricWriter(workdir, sharding.writes())
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
@@ -130,9 +153,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     # ------------------------------------------------------------------------------------------ stage 1: rewards
     bank = None
     if "irl" in config.schedule:
-        kept = Checkpoints(workdir / "rewards", keep=1)
-        if kept.latest() is None:
-            kept.save(0, loop("irl", irl.make(context), config, workdir, writer))
+        with contextlib.closing(Checkpoints(workdir / "rewards", keep=1)) as kept:
+            if kept.latest() is None:
+                kept.save(0, loop("irl", irl.make(context), config, workdir, writer))
     if "irl" in config.schedule or config.reward.init:
         bank = rewards(context, pathlib.Path(config.reward.init or workdir))
     if "irl" in config.schedule:
@@ -162,11 +185,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if not sharding.writes():
         return
     results = {name: json.loads((workdir / "evals" / f"{name}.json").read_text()) for name in ("base", "aligned")}
+    last_of = {row["stage"]: row for row in writer.read()}
     facts = {
         "drirl_jax": drirl_jax.__version__,
         "jax": jax.__version__,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "minutes": f"{(time.time() - started) / 60:.1f} (this start)",
+        "updates left out": f"{sum(row['skipped'] for row in last_of.values()):.0f} (not finite)",
     }
     shown = (config.data.categories, config.data.harmless)
     method = f"objective {config.align.objective}, rewards {config.reward.source}, scaling {config.scaling.combine}"
@@ -206,35 +231,50 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, wri
     A checkpoint holds the state after a number of finished steps, and all that follows is a function of that state and
     the config: so a run that was killed repeats the steps since its last checkpoint and ends with the same bits.
     """
-    # ---------------------------------------------------------------------------------------- start, or go on
-    checkpoints = Checkpoints(workdir / "checkpoints" / name, config.checkpoint.keep)
-    state = sharding.place(stage.init())
-    done = checkpoints.latest() or 0
-    if done:
-        state = checkpoints.restore(state)
-    writer.rewind(config.schedule, name, done)
-    progress = metrics.Progress(name, total=stage.steps, start=done, shown=sharding.writes())
-    shown: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        # ------------------------------------------------------------------------------------ start, or go on
+        asked_to_leave = stack.enter_context(process.notice())
+        checkpoints = Checkpoints(workdir / "checkpoints" / name, config.checkpoint.keep)
+        stack.callback(checkpoints.close)
+        done, state = 0, sharding.place(stage.init())
+        if checkpoints.latest():
+            done, state = checkpoints.restore(state)
+        writer.rewind(config.schedule, name, done)
+        rows = [row for row in writer.read() if row["stage"] == name]
+        first, before = (rows[0], rows[-1]) if rows else ({}, {})
+        progress = metrics.Progress(name, total=stage.steps, start=done, shown=sharding.writes())
+        stack.callback(progress.close)
+        shown: dict[str, float] = {}
 
-    for step in range(done, stage.steps):
-        # ------------------------------------------------------------------------------ collect and update
-        clock = [time.perf_counter()]
-        batch, carry, scalars = stage.collect(state, step)
-        clock.append(time.perf_counter())
-        train, trained = stage.update(state.train, batch)
-        scalars |= {key: float(value) for key, value in jax.device_get(trained).items()}
-        clock.append(time.perf_counter())
-        state = state._replace(train=train, carry=carry)
+        for step in range(done, stage.steps):
+            # -------------------------------------------------------------------------- collect and update
+            clock = [time.perf_counter()]
+            batch, carry, scalars = stage.collect(state, step)
+            clock.append(time.perf_counter())
+            train, trained = stage.update(state.train, batch)
+            trained |= {"skipped": train.skipped, "skipped_in_a_row": train.in_a_row}
+            scalars |= {key: float(value) for key, value in jax.device_get(trained).items()}
+            clock.append(time.perf_counter())
+            if why := guards.reason(config.guards, scalars):
+                folder = workdir / "replay" / f"{name}-{step + 1}"
+                guards.keep(folder, step + 1, state._replace(train=train), batch)
+                raise InputError(f"stopped at step {step + 1} of {name}: {why} --replay={folder} runs it alone.")
+            state = state._replace(train=train, carry=carry)
 
-        # --------------------------------------------------------------------- log, evaluate, checkpoint
-        scalars |= stage.evaluate(state, step + 1)
-        writer.write(name, step + 1, scalars)
-        writer.timing(name, step + 1, {"collect": clock[1] - clock[0], "update": clock[2] - clock[1]})
-        shown |= {key: scalars[key] for key in stage.show if key in scalars}
-        progress.show(shown)
-        if (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.steps:
-            checkpoints.save(step + 1, state)
+            # ----------------------------------------------------------------- log, evaluate, checkpoint
+            scalars |= stage.evaluate(state, step + 1)
+            writer.write(name, step + 1, scalars)
+            writer.timing(name, step + 1, {"collect": clock[1] - clock[0], "update": clock[2] - clock[1]})
+            first = first or scalars
+            for sentence in guards.crossings(config.guards, first, before, scalars) if sharding.writes() else ():
+                log.warning("step %d of %s: %s", step + 1, name, sentence)
+            before = scalars
+            shown |= {key: scalars[key] for key in stage.show if key in scalars}
+            progress.show(shown)
+            leave = asked_to_leave(step + 1)
+            if leave or (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.steps:
+                checkpoints.save(step + 1, state)
+            if leave:
+                raise process.Preempted(f"step {step + 1} of {name} is kept")
 
-    progress.close()
-    checkpoints.close()
     return stage.finish(state)

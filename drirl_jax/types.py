@@ -65,11 +65,20 @@ class Group:
 
 
 class TrainState(NamedTuple):
-    """What an update replaces: the trained parameters, the optimiser's state and the number of updates."""
+    """What an update replaces.
+
+    Attributes:
+        params: the trained parameters.
+        opt_state: the optimiser's.
+        step: the number of updates.
+        skipped, in_a_row: how many more were left out as they were not finite: in all, and since the last that was not.
+    """
 
     params: PyTree
     opt_state: PyTree
     step: Array
+    skipped: Array
+    in_a_row: Array
 
 
 def length_mask(length: Array, size: int) -> Array:

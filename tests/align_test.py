@@ -1,5 +1,6 @@
 """Steps of the align stage on a tiny run's context: every objective, and options that whole runs leave out."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -19,8 +20,9 @@ from drirl_jax.stages.base import Context, Shared
 
 def kept_and_restored(stage, state, folder):
     """The state as a run that was killed finds it again."""
-    Checkpoints(folder, keep=1).save(1, state)
-    again = Checkpoints(folder, keep=1).restore(sharding.place(stage.init()))
+    with contextlib.closing(Checkpoints(folder, keep=1)) as kept:
+        kept.save(1, state)
+    _, again = Checkpoints(folder, keep=1).restore(sharding.place(stage.init()))
     jax.tree.map(np.testing.assert_array_equal, state, again)
     return again
 

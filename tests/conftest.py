@@ -14,7 +14,7 @@ from drirl_jax.models.transformer import Transformer
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that of two processes neither waits long for the other's last file."""
-    first = ["run_test.py", "objectives_test.py", "align_test.py"]
+    first = ["run_test.py", "faults_test.py", "objectives_test.py", "align_test.py"]
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(drirl_jax.__file__).parent
 # Bottom first. A module may import from lines above its own, and from its own line where that is a package.
 LAYERS = [
     ["drirl_jax", "drirl_jax.types"],
-    ["drirl_jax.sharding"],
+    ["drirl_jax.sharding", "drirl_jax.process"],
     [
         "drirl_jax.equations",
         "drirl_jax.losses",
@@ -35,7 +35,7 @@ LAYERS = [
     ["drirl_jax.evals.classifier"],
     ["drirl_jax.evals.judges"],
     ["drirl_jax.stages"],
-    ["drirl_jax.evals"],
+    ["drirl_jax.evals", "drirl_jax.guards"],
     ["drirl_jax.config"],
     ["drirl_jax.train"],
     ["drirl_jax.main"],

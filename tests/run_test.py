@@ -1,11 +1,10 @@
-"""Whole runs on a random two-layer model, as a user starts them: to the report, killed and resumed, and refused."""
+"""Whole runs on a random two-layer model, as a user starts them: to the report, on several devices, and refused."""
 
 import collections
 import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -64,7 +63,7 @@ def test_a_run_leaves_its_products(whole, policy):
     # Four samples a prompt: a share of them is a whole number of quarters of the prompts, not a mean reward.
     assert all((row["wrong/insult"] * 4).is_integer() for row in rows[4:])
     html = (workdir / "report.html").read_text()
-    assert "data:image/png;base64" in html and "unfairness" in html
+    assert "data:image/png;base64" in html and "unfairness" in html and "0 (not finite)" in html
     assert "refused" in printed and str(workdir / "report.html") in printed
     assert list((workdir / "tensorboard").rglob("events*"))
     adapters = {str(file.parent.relative_to(workdir)) for file in workdir.rglob("adapter_model.safetensors")}
@@ -107,42 +106,6 @@ def same_but_for_rounding(a: pathlib.Path, b: pathlib.Path):
         for before, after in zip(one, other, strict=True):
             assert before.pop("reward") == pytest.approx(after.pop("reward"), abs=2e-5)
             assert before == after
-
-
-@pytest.mark.parametrize(
-    "kills",
-    [
-        (("irl", 3), ("align", 1)),
-        pytest.param((("irl", 1), ("irl", 2), ("irl", 4), ("align", 2), ("align", 3)), marks=pytest.mark.slow),
-    ],
-    ids=len,
-)
-def test_a_run_killed_in_each_stage_ends_with_the_same_bits(whole, policy, tmp_path, kills):
-    workdir = tmp_path / "killed"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    for stage, step in kills:
-        process = subprocess.Popen(
-            command(policy, workdir),
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        wanted = f'"stage": "{stage}", "step": {step},'
-        end = time.time() + 240
-        while process.poll() is None and time.time() < end:
-            metrics = workdir / "metrics.jsonl"
-            if metrics.exists() and wanted in metrics.read_text():
-                break
-            time.sleep(0.02)
-        assert process.poll() is None, f"the run ended before {stage} step {step}"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    with (workdir / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": "align", "st')  # a line torn by the kill
-    done = start(policy, workdir)
-    assert done.returncode == 0, done.stderr[-3000:]
-    same_run(whole[0], workdir)
 
 
 # Functions that hold the model, and for how many shapes a run calls them; the sampler: in irl, align and evals.

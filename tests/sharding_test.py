@@ -36,7 +36,7 @@ def test_each_matrix_is_found_by_its_path_in_any_tree():
     assert found[".norm"] == found[".blocks.attn_norm"] == ()
 
     rewards = jax.eval_shape(lambda m: reward.init_lora(m, jax.random.key(0), 3, rank=2, alpha=4), model)
-    found = axes(TrainState(rewards, None, None))
+    found = axes(TrainState(rewards, *[None] * 4))
     assert found[".params.adapter['q'].a"] == (None, "categories", None, "width")
     assert found[".params.adapter['q'].b"] == (None, "categories", None, "heads")
     assert found[".params.adapter['down'].a"] == (None, "categories", None, "ffn")

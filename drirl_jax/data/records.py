@@ -24,6 +24,7 @@ from drirl_jax.types import InputError
 
 STARTER = "starter"  # in the place of a path: the packaged files
 SPLITS = ("train", "valid", "test")
+SHOWN = 80  # characters of a text that a sentence about it shows
 
 PathLike = str | os.PathLike
 
@@ -67,7 +68,8 @@ def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str], option
             record = _record(value, where, categories, optional)
             if record.id in first_at:
                 raise InputError(
-                    f"{where}: the id {record.id!r} was used before at {first_at[record.id]}: give each record its own"
+                    f"{where}: the id {_shown(record.id)} was used before at {first_at[record.id]}: give each record "
+                    "its own"
                 )
             first_at[record.id] = where
             records.append(record)
@@ -120,7 +122,7 @@ def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
             value = json.loads(text) if text.strip() else None
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: not UTF-8 text ({error.reason}): save the file as UTF-8") from error
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of too many digits, and brackets without end
             raise InputError(f"{where}: not JSON ({error}): write one JSON object a line") from error
         if not text.strip():
             continue
@@ -143,6 +145,11 @@ def _files(path: PathLike, known: Sequence[str]) -> list[pathlib.Path]:
     return [path]
 
 
+def _shown(text: str) -> str:
+    """The text as a sentence may show it, whatever it holds and however long it is."""
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")
+
+
 def _record(value: dict[str, Any], where: str, known: Sequence[str], optional: Sequence[str]) -> Record:
     """The record of a JSON object; InputError if a field breaks the schema. Optional fields may be missing or empty."""
     value = dict.fromkeys(optional, "") | Record._field_defaults | value
@@ -158,11 +165,11 @@ def _record(value: dict[str, Any], where: str, known: Sequence[str], optional: S
             raise InputError(f"{where}: the field {field!r} holds half a surrogate pair: write valid Unicode")
     record = Record(**{field: value[field] for field in Record._fields})
     if record.category not in known:
-        near = difflib.get_close_matches(record.category, known, n=1)
+        near = difflib.get_close_matches(record.category[:SHOWN], known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"{where}: unknown category {record.category!r}: {hint}known are {', '.join(known)}")
+        raise InputError(f"{where}: unknown category {_shown(record.category)}: {hint}known are {', '.join(known)}")
     if record.split not in SPLITS:
-        raise InputError(f"{where}: unknown split {record.split!r}: use one of {', '.join(SPLITS)}")
+        raise InputError(f"{where}: unknown split {_shown(record.split)}: use one of {', '.join(SPLITS)}")
     for field, name in (("id", "id"), ("prompt", "prompt"), ("response", "demonstration (response)")):
         if field not in optional and not getattr(record, field).strip():
             raise InputError(f"{where}: the {name} is empty: write one or drop the line")

@@ -31,7 +31,7 @@ def watched(stage: Stage, context: Context, asked: list[Questions], judges: dict
     def best(state: State):
         """The best policy so far and its value; None before there is any."""
         template = {"params": stage.finish(state), "value": jnp.zeros(())}
-        return None if kept.latest() is None else kept.restore(template)
+        return None if kept.latest() is None else kept.restore(template)[1]
 
     def evaluate(state: State, step: int) -> dict[str, float]:
         scalars = stage.evaluate(state, step)

@@ -32,6 +32,10 @@ FAMILIES = {
     "gemma2": Family(gemma.gemma2_from_hf, gemma.LAYER),
     "gemma3_text": Family(gemma.gemma3_from_hf, gemma.LAYER),
 }
+# What a config may say at most, before anything is made of such a size.
+SIZES = {"num_hidden_layers": 2**12} | dict.fromkeys(
+    "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim".split(), 2**24
+)
 TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 # Public models' sizes, from their published config.json.
 PRESETS = llama.PRESETS | mistral.PRESETS | qwen.PRESETS | gemma.PRESETS
@@ -46,10 +50,24 @@ def config_from_hf(hf: Mapping) -> Config:
     kind = hf.get("model_type")
     if kind not in FAMILIES:
         raise InputError(f"config.json has model_type={kind!r}: supported are {', '.join(FAMILIES)}.")
+    for name, most in SIZES.items():
+        size = hf.get(name)
+        if size is not None and not (type(size) is int and 0 < size <= most):
+            raise InputError(f"config.json has {name}={repr(size)[:80]}: that is no size of a {kind} model.")
     try:
-        return FAMILIES[kind].config_from_hf(hf)._replace(family=kind)
+        config = FAMILIES[kind].config_from_hf(hf)._replace(family=kind)
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"config.json lacks the field {error}: it does not describe a {kind} model.") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(f"config.json has a field that no {kind} model can have ({error}).") from error
+    if config.heads % config.kv_heads or config.head_dim % 2 or not config.head_dim:
+        raise InputError(
+            f"config.json has {config.heads} heads of width {config.head_dim} for {config.kv_heads} of keys: the last "
+            "must divide the first, and the width be even."
+        )
+    return config
 
 
 @partial(jax.jit, donate_argnums=0)

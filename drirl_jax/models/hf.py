@@ -10,7 +10,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import gguf
 import huggingface_hub
@@ -119,7 +119,11 @@ class Tensors(Mapping):
             self._file |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._file[name].get_tensor(name)
+        file = self._file[name]
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:  # a type numpy lacks
+            raise InputError(f"the tensor {name} cannot be read ({error}): save the model as bfloat16.") from error
 
     def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
         return name in self._file
@@ -290,7 +294,13 @@ def _open_llama(path: pathlib.Path) -> tokenizers.Gguf:
 
 
 def _gguf_config(path: pathlib.Path) -> dict:
-    _, meta, stored = _open_llama(path)
+    try:
+        return _config_of(*_open_llama(path))
+    except KeyError as error:
+        raise InputError(f"{path} lacks the field {error} of a Llama model: download it again.") from error
+
+
+def _config_of(path: pathlib.Path, meta: dict, stored: Sequence) -> dict:
     if meta.get("llama.rope.scaling.type", "none") != "none":
         raise InputError(
             f"{path} scales RoPE ({meta['llama.rope.scaling.type']}), which is not read from GGUF: use the "

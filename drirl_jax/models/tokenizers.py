@@ -39,7 +39,7 @@ def open_gguf(path: pathlib.Path) -> Gguf:
     try:
         stat = path.stat()
         return _parsed(path, stat.st_size, stat.st_mtime_ns)
-    except (ValueError, IndexError, FileNotFoundError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, FileNotFoundError) as error:
         raise InputError(f"{path} is not a readable GGUF file ({error}): download it again.") from error
 
 
@@ -55,9 +55,15 @@ def from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer that a GGUF file carries, with its chat template.
 
     Raises:
-        InputError: it is not a byte-level BPE tokenizer with a known way of cutting text.
+        InputError: it is not a byte-level BPE tokenizer with a known way of cutting text, or not whole.
     """
-    meta = open_gguf(path).meta
+    try:
+        return _from_meta(path, open_gguf(path).meta)
+    except (KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{path} carries no whole tokenizer ({error!r}): download it again.") from error
+
+
+def _from_meta(path: pathlib.Path, meta: dict[str, Any]) -> transformers.PreTrainedTokenizerFast:
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise InputError(

@@ -24,7 +24,7 @@ from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, 
 from drirl_jax.stages.objectives import OBJECTIVES, ROLES, Scored
 from drirl_jax.stages.sources import SOURCES
 from drirl_jax.text import SPLIT, whole_text
-from drirl_jax.types import Array, InputError, TrainState
+from drirl_jax.types import Array, TrainState
 
 PART_BUCKETS = (4, 8, 16, 32)  # shapes of the coefficient computation: most parts of a text in the batch
 
@@ -101,6 +101,14 @@ def calibrate(context: Context, options: scaling.Options, split: Callable, model
 
 
 begin = jax.jit(transformer.begin, static_argnames="layers")
+BEFORE = ("sampler_gap",)  # scalars of a step's first update, when the policy still is the one that was sampled
+
+
+@jax.jit
+def guarded(reward_PM: Array, alpha_PG: Array, stats: scaling.Stats, before: scaling.Stats):
+    """(α, statistics); where a reward is not finite, an α that makes the loss so too, and the statistics before."""
+    finite = jnp.isfinite(reward_PM).all()
+    return jnp.where(finite, alpha_PG, jnp.nan), jax.tree.map(partial(jnp.where, finite), stats, before)
 
 
 def transformation_of(config: ConfigDict) -> optax.GradientTransformation:
@@ -127,8 +135,9 @@ def updater(config: ConfigDict, transformation: optax.GradientTransformation) ->
             train_state,
             minibatches,
         )
+        told = jax.tree.map(jnp.mean, scalars) | {name: scalars[name][0] for name in BEFORE if name in scalars}
         # Again behind the loop, whose result XLA lays out anew: the next step would be compiled for another layout.
-        return sharding.constrained(train_state), jax.tree.map(jnp.mean, scalars)
+        return sharding.constrained(train_state), told
 
     return updated
 
@@ -192,20 +201,24 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
         stats = state.carry
         if step == 0 and not options.rule("baseline").moves:
             stats = stats._replace(delta=calibrate(context, options, split, model, demo_parts))
-        alpha_PG, stats, info = scaling.coefficients(options, stats, parts, reward_PG, demo_reward_P, group.category)
+        alpha_PG, moved, info = scaling.coefficients(options, stats, parts, reward_PG, demo_reward_P, group.category)
+        alpha_PG, stats = guarded(reward_PM, alpha_PG, moved, stats)
         context.clock.mark("hardness", alpha_PG)
         kept = info["kept"] if config.scaling.drop_masked else jnp.ones_like(info["kept"])
         answered = np.isin(examples.category, harmless)
         scored = Scored(group, out.logp, reward_PM, alpha_PG, kept, begun, shared.policy, answered)
         batch, more = objective.batch(context, model, params, scored)
-        return batch, stats, describe(names, examples, out, reward_PG, info | more)
+        scalars = describe(names, examples, out, reward_PG, info | more)
+        return batch, stats, scalars | {"bad_rewards": float(np.sum(~np.isfinite(sharding.fetch(reward_PM))))}
 
     updated = updater(config, transformation)
 
     def update(train_state: TrainState, batch):
-        for _ in range(c.epochs):
+        train_state, scalars = updated(train_state, context.model, batch)
+        first = {name: scalars[name] for name in BEFORE if name in scalars}
+        for _ in range(1, c.epochs):
             train_state, scalars = updated(train_state, context.model, batch)
-        return train_state, scalars
+        return train_state, scalars | first
 
     return Stage(
         steps=c.steps,
@@ -219,14 +232,8 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
 
 
 def describe(names, examples: Examples, out: Rollout, reward_PG, info) -> dict[str, float]:
-    """The scalars of a batch, by category. Raises InputError for a reward that is not finite."""
+    """The scalars of a batch, by category."""
     reward_PG, info, out = sharding.fetch((reward_PG, info, out))
-    if not np.isfinite(reward_PG).all():
-        p, g = np.argwhere(~np.isfinite(reward_PG))[0]
-        raise InputError(
-            f"the reward of category {names[examples.category[p]]} is {reward_PG[p, g]} for a response to record "
-            f"{examples.id[p]}: did the IRL stage diverge? Lower config.irl.optimizer.learning_rate."
-        )
     shown = {
         "reward": reward_PG,
         "length": out.response_len,

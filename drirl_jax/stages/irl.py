@@ -201,7 +201,8 @@ def make(context: Context) -> Stage:
         rows = np.asarray(batches[step])
         responses, lengths = carry.train
         drawn = (responses[rows], lengths[rows], contrasted, [config.seed, step])
-        return pairs_of(train.take(rows), train, *drawn), carry, {}
+        inner_skipped = {"inner_skipped": float(carry.inner.train.skipped)} if inner else {}
+        return pairs_of(train.take(rows), train, *drawn), carry, inner_skipped
 
     def new_round(state: State, number: int) -> Carry:
         """Fresh samples, of the inner policy after it has taken its steps, or of the one that stays as it is."""

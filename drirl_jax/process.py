@@ -1,0 +1,71 @@
+"""A run as a process: alone in its workdir, and ready to leave when its machine is taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import pathlib
+import signal
+import threading
+from typing import Callable, Iterator, TextIO
+
+import jax
+from jax.experimental import multihost_utils
+
+from drirl_jax.types import InputError
+
+log = logging.getLogger(__name__)
+
+PREEMPTED = 75  # exit code (EX_TEMPFAIL): started again, the run goes on
+
+
+class Preempted(BaseException):
+    """The machine is taken away; what was done is kept. No error, which something on the way could take for its own."""
+
+
+def leave(*_) -> None:
+    """The handler of SIGTERM where nothing is at work that is not kept already."""
+    raise Preempted("the run was asked to end")
+
+
+@contextlib.contextmanager
+def notice() -> Iterator[Callable[[int], bool]]:
+    """Inside, SIGTERM is noted and does no more.
+
+    Yields:
+        number of finished steps -> whether to leave now, on all processes alike; asked once after every step.
+    """
+    if jax.process_count() > 1:  # jax notes the signal itself, and agrees on a step with the other processes
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def lock(workdir: pathlib.Path) -> TextIO:
+    """Makes the workdir and takes it for this process, until the file that is returned is closed or the process dies.
+
+    Raises:
+        InputError: another process has it, or nothing can be written there.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a")
+    except OSError as error:
+        raise InputError(
+            f"the workdir {workdir} cannot be written ({error.strerror}): take another --workdir."
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another run is at work in {workdir}: wait until it has ended, or take another --workdir."
+        ) from error
+    except OSError as error:  # a file system without locks
+        log.warning("%s cannot be locked (%s): see that no second run is started there", workdir, error.strerror)
+    return file

@@ -1,0 +1,152 @@
+"""Guards: updates that are not finite, warnings, stops, replay; the loop on a stage that takes no time."""
+
+import os
+import pathlib
+import re
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from drirl_jax import config as config_lib
+from drirl_jax import guards, metrics, optimizer, process, train
+from drirl_jax.stages.base import Stage, State
+from drirl_jax.types import InputError
+
+CHAIN = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1), optimizer.average(0))
+
+
+def loss(params, batch):
+    value = jnp.mean((batch["x"] @ params["w"] - 1) ** 2)
+    return value, {"kl": jnp.mean(batch["kl"]), "reward": jnp.mean(batch["reward"])}
+
+
+@jax.jit
+def update(state, batch):
+    return optimizer.step(CHAIN, loss, state, batch, 2)
+
+
+def batch_of(step, bad=()):
+    x = np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
+    return {"x": x * np.float32(np.nan if step + 1 in bad else 1), "kl": np.zeros(4), "reward": np.zeros(4)}
+
+
+def fresh():
+    return optimizer.init(CHAIN, {"w": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30], ids=str)  # the last: the loss overflows, and so the gradient
+def test_an_update_that_is_not_finite_is_left_out_and_counted(bad):
+    before, _ = update(fresh(), batch_of(0))
+    spoilt = batch_of(1)
+    spoilt["x"][3, 1] = bad
+    left_out, scalars = update(before, spoilt)
+    for name in ("params", "opt_state", "step"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(left_out, name), getattr(before, name))
+    assert (int(left_out.skipped), int(left_out.in_a_row)) == (1, 1) and not np.isfinite(float(scalars["loss"]))
+    after, _ = update(left_out, batch_of(2))
+    want, _ = update(before, batch_of(2))
+    jax.tree.map(np.testing.assert_array_equal, after[:3], want[:3])
+    assert (int(after.skipped), int(after.in_a_row)) == (1, 0)
+
+
+def stage(steps=6, bad=(), **scalars):
+    """A stage of `steps` least-squares steps; scalars: name -> its value at each step."""
+
+    def collect(state, step):
+        batch = batch_of(step, bad)
+        return batch | {name: np.full(4, values[step]) for name, values in scalars.items()}, state.carry + 1, {}
+
+    return Stage(steps, lambda: State(fresh(), jnp.zeros(())), collect, update, lambda *_: {}, lambda s: s, ("loss",))
+
+
+def run(workdir, stage, **options):
+    config = config_lib.default()
+    config.checkpoint.every = 2
+    config.guards.update(options)
+    return train.loop("align", stage, config, workdir, metrics.MetricWriter(workdir))
+
+
+def test_a_step_left_out_is_told_and_the_run_goes_on(tmp_path):
+    state = run(tmp_path, stage(bad=(2, 5)))
+    assert [row["skipped"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 2, 2]
+    assert int(state.train.step) == 4 and np.isfinite(state.train.params["w"]).all()
+
+
+def test_several_in_a_row_stop_the_run_and_the_last_can_be_run_again(tmp_path):
+    with pytest.raises(InputError, match="stopped at step 4 of align: .* not finite 2 times in a row") as stop:
+        run(tmp_path, stage(bad=(3, 4, 5)), skips=2)
+    folder = tmp_path / "replay" / "align-4"
+    assert f"--replay={folder}" in str(stop.value)
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["loss"] is None
+    step, scalars = guards.replay(folder, stage())  # what it collects now is finite: the batch kept is the one updated
+    assert step == 4 and np.isnan(scalars["loss"])
+    with pytest.raises(InputError, match="stopped at step 4"):  # started again, it finds the same
+        run(tmp_path, stage(bad=(3, 4, 5)), skips=2)
+    run(tmp_path, stage(bad=(3, 4, 5)), skips=4)  # a limit may be changed
+    assert metrics.read(tmp_path / "metrics.jsonl")[-1]["skipped"] == 3
+    with pytest.raises(InputError, match="no step was kept in"):
+        guards.replay(tmp_path / "nowhere", stage())
+
+
+def test_the_count_in_a_row_goes_on_after_a_kill(tmp_path):
+    bad = (2, 3, 4)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, stage(bad=bad)._replace(evaluate=lambda state, step: 1 / 0 if step == 3 else {}), skips=3)
+    with pytest.raises(InputError, match="stopped at step 4 of align"):
+        run(tmp_path, stage(bad=bad), skips=3)
+
+
+def test_warnings_come_once_for_each_crossing_also_after_a_restart(tmp_path, caplog):
+    kl, reward = [0.1, 2.0, 3.0, 0.2, 4.0, 4.0], [1.0, 0.0, 6.0, 6.0, 1.0, 1.0]
+    run(tmp_path, stage(3, kl=kl, reward=reward))
+    run(tmp_path, stage(6, kl=kl, reward=reward))
+    told = re.findall(r"step (\d) of align: the (KL|mean reward)", caplog.text)
+    assert told == [("2", "KL"), ("3", "mean reward"), ("5", "KL")]
+
+
+def test_log_probabilities_that_differ_and_rewards_that_are_not_finite_stop_the_run():
+    limits = config_lib.default().guards
+    fine = {"skipped_in_a_row": 0.0, "sampler_gap": 0.09}
+    assert guards.reason(limits, fine) is None and guards.reason(limits, {"skipped_in_a_row": 4.0}) is None
+    assert "differ from the sampler's by 0.11 nats" in guards.reason(limits, fine | {"sampler_gap": 0.11})
+    told = guards.reason(limits, {"skipped_in_a_row": 5.0, "bad_rewards": 2.0})
+    assert told.startswith("2 rewards are not finite") and "irl.optimizer.learning_rate" in told
+
+
+# ---------------------------------------------------------------------------------------------- the process
+
+
+def test_sigterm_keeps_the_step_that_is_done(tmp_path):
+    def signalled(state, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(process.Preempted, match="step 3 of align is kept"):
+        run(tmp_path / "left", stage()._replace(evaluate=signalled))
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert (tmp_path / "left" / "checkpoints" / "align" / "3").is_dir()
+    found, want = run(tmp_path / "left", stage()), run(tmp_path / "whole", stage())
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    assert (tmp_path / "left" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_a_workdir_is_one_run_s(tmp_path):
+    held = process.lock(tmp_path / "run")
+    with pytest.raises(InputError, match="another run is at work in .*run: wait until it has ended"):
+        process.lock(tmp_path / "run")
+    held.close()
+    process.lock(tmp_path / "run").close()
+
+
+def test_a_workdir_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in ("/proc/run", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match="the workdir .*run cannot be written .*: take another --workdir"):
+            process.lock(pathlib.Path(workdir))
