@@ -281,7 +281,7 @@ def test_benchmarks_in_a_run_change_nothing_and_the_best_policy_is_kept(policy, 
         writer = metrics.MetricWriter(context.workdir)
         best = train.loop("align", stage, context.config, context.workdir, writer)
         rows[name] = writer.read()
-        last = train.Checkpoints(context.workdir / "checkpoints" / "align", keep=2).restore(plain.init())
+        last = train.Checkpoints(context.workdir / "checkpoints" / "align", keep=2).restore(plain.init())[1]
         products[name] = plain.finish(last), best
     jax.tree.map(np.testing.assert_array_equal, products["without"][0], products["with"][0])
     measured = {row["step"]: row["hhh/accuracy"] for row in rows["with"] if "hhh/accuracy" in row}
@@ -293,7 +293,7 @@ def test_benchmarks_in_a_run_change_nothing_and_the_best_policy_is_kept(policy, 
     first = max(measured, key=measured.get)
     kept = train.Checkpoints(tmp_path / "with" / "best", keep=1)
     assert kept.latest() == first
-    leaves = jax.tree.leaves(kept.restore({"params": products["with"][1], "value": jnp.zeros(())})["params"])
+    leaves = jax.tree.leaves(kept.restore({"params": products["with"][1], "value": jnp.zeros(())})[1]["params"])
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(products["with"][1]), leaves)
 
 
