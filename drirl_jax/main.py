@@ -66,12 +66,13 @@ def main(argv: list[str]) -> None:
         sys.exit(f"drirl_jax: {where}: {os.strerror(disk[0])}: {DISK[disk[0]]}.")
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Absl's flags, the config file among them; what is wrong with them is one sentence, as everywhere."""
+def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
+    """Absl's flags, config files among them; what is wrong with them is one sentence, as everywhere."""
     try:
         rest = flags.FLAGS(argv)
-        if CONFIG.value is not None:
-            CONFIG.value.lock()  # a file that failed to load says so when it is first touched
+        for file in files:
+            if file.value is not None:
+                file.value.lock()  # a file that failed to load says so when it is first touched
         return rest
     except flags.Error as error:  # of a config file that raises, the whole traceback
         sys.exit(f"drirl_jax: {str(error).strip().splitlines()[-1]}")

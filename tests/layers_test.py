@@ -38,8 +38,10 @@ LAYERS = [
     ["drirl_jax.evals", "drirl_jax.guards"],
     ["drirl_jax.config"],
     ["drirl_jax.train"],
+    ["drirl_jax.attacks"],
     ["drirl_jax.main"],
     [
+        "drirl_jax.attack",
         "drirl_jax.bench",
         "drirl_jax.demos",
         "drirl_jax.evaluate",

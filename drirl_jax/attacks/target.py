@@ -1,0 +1,118 @@
+"""The attacked model: what it answers to messages, and how likely it finds the beginning of an answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Callable, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from drirl_jax import rollout, sharding, text
+from drirl_jax.data.records import Record
+from drirl_jax.endpoint import Endpoint
+from drirl_jax.models import transformer
+from drirl_jax.models.transformer import Begun, Transformer
+from drirl_jax.stages.base import row_batches
+from drirl_jax.types import Array, Group, InputError
+
+BUCKET = 32  # prompts are padded to a multiple of so many tokens, so that few shapes are compiled
+
+
+class Outcome(NamedTuple):
+    """How an attack on one prompt ended.
+
+    Attributes:
+        id: of the prompt's record.
+        message: what the user's turn said at last.
+        response: the model's greedy answer to it.
+        queries: messages that the model has read, candidates whose loss was computed among them.
+        found: further numbers of the attack.
+    """
+
+    id: str
+    message: str
+    response: str
+    queries: int
+    found: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A model loaded here, and what it is attacked with.
+
+    Attributes:
+        model, text: the model and its tokens.
+        options: see `options.py`.
+        judges: (prompt, response) -> whether it is safe, by name; the first tells a search when to stop.
+        attacker: the model that helps some attacks, if there is one.
+    """
+
+    model: Transformer
+    text: text.Text
+    options: ConfigDict
+    judges: dict[str, Callable[[str, str], bool]]
+    attacker: Endpoint | None = None
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+        """Prompts [P, S] and their lengths [P], S a multiple of BUCKET.
+
+        Raises:
+            InputError: one is longer than options.max_prompt.
+        """
+        longest = max(map(len, rows))
+        if longest > self.options.max_prompt:
+            raise InputError(
+                f"an attack's message has {longest} tokens, above options.max_prompt = {self.options.max_prompt}: "
+                "raise it, or shorten the prompts or the templates."
+            )
+        return tuple(sharding.deal(x) for x in text.pad(rows, -(-longest // BUCKET) * BUCKET))
+
+    def answers(self, messages: Sequence[str]) -> list[str]:
+        """The model's greedy answer to each message, options.batch at a time."""
+        ids, said = [self.text.prompt_ids(message) for message in messages], []
+        for rows, real in row_batches(len(ids), min(self.options.batch, len(ids))):
+            keys = rollout.row_keys(jax.random.key(0), jnp.asarray(rows), 1)  # unused at temperature 0
+            out = rollout.sample(
+                self.model, *self.padded([ids[i] for i in rows]), keys,
+                max_new=self.options.max_new, temperature=0.0, eos=self.text.eos_ids,
+            )  # fmt: skip
+            response, length = sharding.fetch((out.response[:, 0], out.response_len[:, 0]))
+            said += [self.text.decode(response[i], length[i]) for i in range(real)]
+        return said
+
+    def safe(self, prompt: str, response: str) -> bool:
+        """What the first judge says: an attack that searches stops at the first response that is not safe."""
+        return next(iter(self.judges.values()))(prompt, response)
+
+    def goal(self) -> list[int]:
+        """The ids of options.target at the beginning of an answer."""
+        return self.text.response_ids(self.options.target, self.options.max_prompt)[:-1]
+
+    def rng(self, row: Record) -> np.random.Generator:
+        """Random numbers of this prompt alone, whichever were attacked before it."""
+        return np.random.default_rng([self.options.seed, zlib.crc32(row.id.encode())])
+
+
+def losses(model: Transformer, group: Group, goal: int, begun: Begun | None = None) -> Array:
+    """Cross-entropy of each response's last `goal` tokens, their mean in nats, [P, G].
+
+    Only their states are multiplied with the vocabulary. Responses fill their width.
+
+    Args:
+        begun: the group's embeddings, where they are not those of its tokens.
+    """
+    P, G, _ = group.response.shape
+    prompt_PSD, response_PGTD = transformer.apply(model, group, begun=begun)
+    read_PGMD = transformer.predictors((prompt_PSD, response_PGTD), group)[:, :, -goal:]
+    logp_PN, _ = transformer.logprobs(
+        transformer.cast(model.unembed, model.config), read_PGMD.reshape(P, G * goal, -1),
+        group.response[:, :, -goal:].reshape(P, -1), 1.0, 256, model.config.final_softcap,
+    )  # fmt: skip
+    return -logp_PN.reshape(P, G, goal).mean(-1)
+
+
+read = jax.jit(losses, static_argnames="goal")
