@@ -33,6 +33,7 @@ LAYERS = [
     ["drirl_jax.stages"],
     ["drirl_jax.evals"],
     ["drirl_jax.config"],
+    ["drirl_jax.configs"],
     ["drirl_jax.train"],
     ["drirl_jax.main"],
     ["drirl_jax.bench", "drirl_jax.demos", "drirl_jax.plan", "drirl_jax.score", "drirl_jax.study"],
