@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["drirl_jax", "drirl_jax.*"]),
-    package_data={"drirl_jax": ["data/starter/*.jsonl", "templates/*"]},
+    package_data={"drirl_jax": ["data/starter/*", "templates/*"]},
     install_requires=[
         "absl-py",
         "einops",
@@ -54,6 +54,10 @@ setup(
             "transformers[serving]",
             "trl==1.16.0",
             "peft==0.21.2",
+            "nbclient",
+            "nbformat",
+            "ipykernel",
         ],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
 )
