@@ -25,7 +25,7 @@ EXAMPLES = {
     "family": ("tests/families_test.py", "drirl_jax/models/families.py"),
     "benchmark": ("tests/benchmarks_test.py", "drirl_jax/evals/benchmarks.py"),
 }
-CHOSEN = "harmonic or raft or seed_oss or published_files or layers"
+CHOSEN = "harmonic_test or raft_test or layers_test or published_files or (seed_oss and alone)"
 
 
 @pytest.mark.parametrize("name", GUIDES)
