@@ -14,8 +14,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["drirl_jax", "drirl_jax.*"]),
-    package_data={"drirl_jax": ["data/starter/*.jsonl", "templates/*"]},
+    # drirl_jax/configs is a link to configs/, which a .zip of the source does not keep.
+    packages=sorted({*find_packages(include=["drirl_jax", "drirl_jax.*"]), "drirl_jax.configs"}),
+    package_dir={"drirl_jax.configs": "configs"},
+    package_data={"drirl_jax": ["data/starter/*", "templates/*"]},
     install_requires=[
         "absl-py",
         "einops",
@@ -57,6 +59,10 @@ setup(
             "transformers[serving]",
             "trl==1.16.0",
             "peft==0.21.2",
+            "nbclient",
+            "nbformat",
+            "ipykernel",
         ],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
 )

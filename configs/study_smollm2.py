@@ -9,8 +9,8 @@ rewards.
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
 from drirl_jax.config import HARM_CATEGORIES
+from drirl_jax.configs import quickstart
 
 STATIC = {"combine": "none"}
 PLAIN = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0, "reduce": "sequence"}

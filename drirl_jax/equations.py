@@ -93,6 +93,9 @@ def group_advantage(reward_PG: Array, eps: float = 1e-6) -> Array:
 
     Returns:
         [P, G] advantages, mean 0 in each group and standard deviation at most 1.
+
+    >>> group_advantage(jnp.array([[3.0, 1.0, 1.0, 3.0]]), eps=0.0).tolist()  # mean 2, std 1
+    [[1.0, -1.0, -1.0, 1.0]]
     """
     centred_PG = reward_PG - reward_PG.mean(axis=-1, keepdims=True)
     std_P1 = jnp.sqrt(jnp.mean(centred_PG**2, axis=-1, keepdims=True))
@@ -125,6 +128,10 @@ def align_response(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array)
 
     Returns:
         [P, G] W in [-1, 1].
+
+    >>> s = jnp.array([[[[1.0, 0.0], [0.5, 0.25]]]])  # two parts of a response by two of the demonstration
+    >>> align_response(s, jnp.ones((1, 1, 2), bool), jnp.ones((1, 2), bool)).item()  # (1 + ½) / 2
+    0.75
     """
     best_PGK = jnp.max(jnp.where(demo_mask_PL[:, None, None, :], s_PGKL, -jnp.inf), axis=-1)
     return jnp.mean(best_PGK, axis=-1, where=response_mask_PGK)
@@ -265,6 +272,10 @@ def running_mean(mean_C: Array, seen_C: Array, batch_C: Array, present_C: Array,
 
     Returns:
         ([C] new means, [C] bool new seen).
+
+    >>> mean, seen, batch = jnp.array([4.0, 0.0]), jnp.array([True, False]), jnp.array([8.0, 8.0])
+    >>> running_mean(mean, seen, batch, jnp.array(True), decay=0.75)[0].tolist()  # ¾·4 + ¼·8, and a first batch
+    [5.0, 8.0]
     """
     moved_C = jnp.where(seen_C, decay * mean_C + (1 - decay) * batch_C, batch_C)
     return jnp.where(present_C, moved_C, mean_C), seen_C | present_C

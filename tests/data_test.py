@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from drirl_jax.data import builder, convert, examples, pipeline, records
@@ -186,12 +187,27 @@ def test_no_held_out_prompt_of_the_starter_set_is_close_to_a_training_prompt():
     assert [p for p, cosine in zip(held_out, nearest) if cosine > 0.85] == []
 
 
+def test_starter_sets_card_counts_right():
+    counts = collections.Counter((r.category, r.split) for r in records.read("starter", CATEGORIES))
+    card = (pathlib.Path(records.__file__).parent / "starter" / "README.md").read_text("utf-8")
+    for category in CATEGORIES:
+        numbers = [str(counts[category, split]) for split in records.SPLITS]
+        assert " | ".join([f"| `{category}`", *numbers]) in card
+
+
 def test_starter_set_follows_the_categories_in_use():
     found = {r.category for r in records.read("starter", ["insult", "mental_health"])}
     assert found == {"insult", "mental_health"}
 
 
 # ------------------------------------------------------------------------------------------------ builder
+
+
+def test_the_builder_is_found_by_its_name(tmp_path):
+    options = {"config": builder.config("starter", CATEGORIES), "file_format": "array_record"}
+    source = tfds.data_source("safety_demos", split="valid", data_dir=tmp_path, builder_kwargs=options)
+    wanted = {r.id for r in records.read("starter", CATEGORIES) if r.split == "valid"}
+    assert {source[i]["id"].decode() for i in range(len(source))} == wanted
 
 
 def test_builder_over_the_starter_set(tmp_path):

@@ -1,5 +1,7 @@
 """Every function of equations.py: against values derived by hand and against the float64 numpy method."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import method_numpy as mn
@@ -301,6 +303,11 @@ def test_the_means_move_after_the_coefficients():
         got, stats, _ = scaling.coefficients(scaling.Options(), stats, *batch)
         np.testing.assert_allclose((got[0, 0], stats.gap[1]), (alpha, mean), rtol=1e-5)
         assert stats.seen.tolist() == [False, True] and stats.gap[0] == 0
+
+
+def test_the_docstrings_examples():
+    failed, tried = doctest.testmod(eq)
+    assert tried >= 5 and not failed
 
 
 # ---- combination -----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 
 def texts(context: Context, group: Group) -> list[list[str]]:
-    """[P][M] the responses as text."""
+    """The responses as text: P lists of M."""
     response, length = sharding.fetch((group.response, group.response_len))
     return [[context.text.decode(*row) for row in zip(*of_prompt)] for of_prompt in zip(response, length)]
 

@@ -1,0 +1,1 @@
+"""Configs of whole runs, installed as drirl_jax.configs: each module's `get_config` starts from `config.default`."""
