@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import csv
-import itertools
 import json
 import logging
 import multiprocessing
@@ -182,10 +181,12 @@ def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, 
     """Config and folder of every run, those that learn rewards first; the others' reward.init names what they take."""
     learn, take = [], []
     learned: dict[str, pathlib.Path] = {}
-    for seed, name in itertools.product(study.seeds, study.variants):
-        config, folder = config_of(study, name, seed), (workdir / name / str(seed)).absolute()
+    runs = [(seed, name, (workdir / name / str(seed)).absolute()) for seed in study.seeds for name in study.variants]
+    # Those that were begun come first: others may take the rewards that they have learned.
+    for seed, name, folder in sorted(runs, key=lambda run: not (run[2] / "config.json").exists()):
+        config = config_of(study, name, seed)
         key = reward_key(config)
-        if (folder / "config.json").exists():  # begun before: it keeps the rewards that it took then
+        if (folder / "config.json").exists():  # it keeps the rewards that it took then
             theirs = config_lib.recall(folder)
             source, schedule = theirs.reward.init, theirs.schedule
         else:

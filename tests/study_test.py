@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from drirl_jax import config as config_lib
 from drirl_jax import study
 from drirl_jax.evals import classifier, diversity
 from drirl_jax.models import hf
@@ -96,6 +97,29 @@ def test_every_variant_is_a_run_and_shares_rewards_where_they_are_the_same():
     plan.variants.wrong = {"align": {"stps": 3}}
     with pytest.raises(InputError, match="variant 'wrong' of the study is wrong.*stps"):
         study.config_of(plan, "wrong", 0)
+
+
+def test_rewards_come_from_the_run_that_was_begun_else_from_the_first(tmp_path):
+    plan = config()
+    for name in list(plan.variants):
+        if name not in ("dpo_s", "grpo_one_reward", "grpo_s"):
+            del plan.variants[name]
+    plan.seeds = (0, 1)
+
+    def planned():
+        return {
+            f"{folder.parent.name}/{folder.name}": (of.reward.init.removeprefix(f"{tmp_path}/"), "irl" in of.schedule)
+            for of, folder in study.planned(plan, tmp_path)
+        }
+
+    assert planned() == {
+        "dpo_s/0": ("", True), "grpo_one_reward/0": ("", True), "dpo_s/1": ("", True), "grpo_one_reward/1": ("", True),
+        "grpo_s/0": ("dpo_s/0", False), "grpo_s/1": ("dpo_s/1", False),
+    }  # fmt: skip
+    assert list(planned())[:4] == ["dpo_s/0", "grpo_one_reward/0", "dpo_s/1", "grpo_one_reward/1"]
+    config_lib.remember(study.config_of(plan, "grpo_s", 1), tmp_path / "grpo_s" / "1")
+    assert planned()["grpo_s/1"] == ("", True) and planned()["dpo_s/1"] == ("grpo_s/1", False)
+    assert planned()["dpo_s/0"] == ("", True)
 
 
 @pytest.mark.parametrize("change, sentence", [
