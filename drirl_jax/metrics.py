@@ -15,8 +15,10 @@ import time
 from typing import Iterator, Mapping, Sequence
 
 import jax
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from drirl_jax.types import PyTree
 
@@ -29,7 +31,7 @@ class MetricWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         self.metrics, self.seconds = workdir / "metrics.jsonl", workdir / "timing.jsonl"
         self.folder = workdir / "tensorboard"
-        self.events: dict[str, tensorboardX.SummaryWriter] = {}
+        self.events: dict[str, EventsWriter] = {}
 
     def write(self, stage: str, step: int, scalars: Mapping[str, float]) -> None:
         """Appends {"stage", "step", ...} to metrics.jsonl, in full precision; null for what is not finite."""
@@ -66,7 +68,7 @@ class MetricWriter:
         self._open(stage, first=step + 1)
 
     def close(self) -> None:
-        """Writes out what TensorBoard's writers still hold; the interpreter's exit does the same."""
+        """Closes TensorBoard's files, which hold all that was written."""
         for events in self.events.values():
             events.close()
         self.events.clear()
@@ -82,15 +84,19 @@ class MetricWriter:
             self._open(stage, first=step)
         for key, value in finite.items():
             if value is not None:
-                self.events[stage].add_scalar(f"{stage}/{key}", value, step)
+                summary = scalar(f"{stage}/{key}", value)
+                self.events[stage].write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self.events[stage].flush()
 
     def _open(self, stage: str, first: int) -> None:
         # A folder a stage, since a purge hides the later steps of everything in its folder. The first step is
         # in the file's name, which else has only the time in seconds: a run started again at once must not
-        # overwrite its past.
-        self.events[stage] = tensorboardX.SummaryWriter(
-            str(self.folder / stage), purge_step=first, flush_secs=10, filename_suffix=f".{first}"
-        )
+        # overwrite its past. Not tensorboardX's SummaryWriter: its thread dies when the clock jumps back by weeks,
+        # and the run then waits for it without end.
+        folder = self.folder / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        events = self.events[stage] = EventsWriter(str(folder / "events"), f".{first}")
+        events.write_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
 
 
 class Clock:
