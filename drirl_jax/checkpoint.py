@@ -22,6 +22,8 @@ from drirl_jax.types import Array, InputError, PyTree
 
 log = logging.getLogger(__name__)
 
+NEVER = 10**8  # seconds: orbax measures a write by the clock, and one that jumps is no slow disk
+
 
 def _flat(tree: PyTree) -> dict:
     """The leaves by path, but for those of no elements, which orbax does not store."""
@@ -58,7 +60,8 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, keep: int):
         self.folder = folder.absolute()
-        self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=ocp.AsyncOptions(timeout_secs=NEVER))
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
         """The number of finished steps in the newest checkpoint, or None; waits for one that is being written."""
