@@ -22,7 +22,8 @@ from drirl_jax.types import Array, InputError, PyTree
 
 log = logging.getLogger(__name__)
 
-NEVER = 10**8  # seconds: orbax measures a write by the clock, and one that jumps is no slow disk
+# Folders made in the background would leave threads that wait for 20 minutes where one cannot be made.
+ASYNC = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
 def _flat(tree: PyTree) -> dict:
@@ -60,7 +61,7 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, keep: int):
         self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=ocp.AsyncOptions(timeout_secs=NEVER))
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=ASYNC)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
