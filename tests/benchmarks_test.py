@@ -184,6 +184,14 @@ def test_not_attempted_is_none_of_the_attempted():
     assert found["not_attempted"] == 1 and "correct_of_attempted" not in found
 
 
+def test_verdicts_of_any_type_of_number_can_be_written():
+    # A classifier's are float32, which JSON does not know.
+    items = [Item(str(i), user("?"), harmful=True) for i in range(2)]
+    judge = judges.Judge("v", {}, harm=lambda prompts, said: np.array([0.25, 1], np.float32))
+    found = benchmarks.judged(BENCHMARKS["strongreject"], items, ["a", "b"], {"classifier": judge}, [{}, {}])
+    assert json.loads(json.dumps(found))["responses"][0]["classifier"] == {"harm": 0.25, "goodness": 0.75}
+
+
 def test_intervals():
     # Wilson at 5 of 10: (0.5 + 0.19208 ± 1.96 √(0.025 + 0.009604)) / 1.38416 = (0.69208 ± 0.36461) / 1.38416.
     share = benchmarks.interval([0.0, 1.0] * 5)

@@ -171,7 +171,8 @@ def judged(
     verdicts = {name: getattr(judge, benchmark.asks)(*columns) for name, judge in able.items()}
     told = {}
     for name, verdict in verdicts.items() or [(NO_JUDGE, [None] * len(items))]:
-        values = [benchmark.measure(*row) for row in zip(items, said, verdict)]
+        measured = [benchmark.measure(*row) for row in zip(items, said, verdict)]
+        values = [{metric: float(x) for metric, x in of.items()} for of in measured]
         about = {"version": able[name].version, "facts": dict(able[name].facts)} if name in able else {}
         told[name] = about | {"metrics": summary(values), "subsets": by_subset(items, values)}
         for row, of, value in zip(rows, verdict, values):
