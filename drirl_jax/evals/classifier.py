@@ -106,7 +106,7 @@ def load(path: str) -> Classifier:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"no classifier at config.evals.classifier = {path!r} ({type(error).__name__}): fit one with "
-            "python -m drirl_jax.judge --fit LABELLED.jsonl --out FILE.safetensors."
+            "python -m drirl_jax.judge --fit LABELLED.jsonl --to FILE.safetensors."
         ) from error
 
 
