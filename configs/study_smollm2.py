@@ -35,15 +35,21 @@ PARTS = {
         "dpo_static": {"align": DPO, "scaling": STATIC},
         "dpo_s": {"align": DPO},
         "sft": {"align": SFT, "scaling": STATIC},
+    },
+    "rewards": {
         "grpo_one_reward": {"reward": {"one_for_all": True}},
         "grpo_sum_of_rewards": {"reward": {"route": "linear"}},
     },
-    "scaling": {
+    "combine": {
         "grpo_sum": {"scaling": {"combine": "sum"}},
         "grpo_data": {"scaling": {"combine": "data"}},
         "grpo_model": {"scaling": {"combine": "model"}},
+    },
+    "similarity": {
         "grpo_whole_text": {"scaling": {"similarity": "response"}},
         "grpo_plain_cosine": {"scaling": {"similarity": "plain"}},
+    },
+    "sweeps": {
         **{f"grpo_drop_{drop}": {"scaling": {"drop": drop / 100}} for drop in (0, 40)},
         **{f"grpo_decay_{decay}": {"scaling": {"decay": decay / 100}} for decay in (50, 99)},
     },
