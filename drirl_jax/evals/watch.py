@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -48,7 +50,10 @@ def watched(stage: Stage, context: Context, asked: list[Questions], judges: dict
         return scalars
 
     def finish(state: State):
-        found = best(state) if kept is not None else None
+        if kept is None:
+            return stage.finish(state)
+        with contextlib.closing(kept):
+            found = best(state)
         return stage.finish(state) if found is None else found["params"]
 
     return stage._replace(evaluate=evaluate, finish=finish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Callable, Mapping, NamedTuple
 
@@ -36,6 +37,9 @@ FAMILIES = {
 SIZES = {"num_hidden_layers": 2**12} | dict.fromkeys(
     "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim".split(), 2**24
 )
+# Fields of Config by what they must be.
+COUNTS = "vocab width layers heads kv_heads head_dim ffn".split()
+MEASURES = "rope_theta norm_eps attn_softcap final_softcap window".split()
 TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 # Public models' sizes, from their published config.json.
 PRESETS = llama.PRESETS | mistral.PRESETS | qwen.PRESETS | gemma.PRESETS
@@ -62,12 +66,27 @@ def config_from_hf(hf: Mapping) -> Config:
         raise InputError(f"config.json lacks the field {error}: it does not describe a {kind} model.") from error
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"config.json has a field that no {kind} model can have ({error}).") from error
-    if config.heads % config.kv_heads or config.head_dim % 2 or not config.head_dim:
+    _need_numbers(config)
+    if config.heads % config.kv_heads or config.head_dim % 2:
         raise InputError(
             f"config.json has {config.heads} heads of width {config.head_dim} for {config.kv_heads} of keys: the last "
             "must divide the first, and the width be even."
         )
     return config
+
+
+def _need_numbers(config: Config) -> None:
+    """Raises InputError unless sizes are positive whole numbers and the others finite and not negative."""
+    scaling = config.rope_scaling._asdict() if config.rope_scaling else {}
+    wrong = {
+        name: value
+        for name, value in (config._asdict() | scaling).items()
+        if (name in COUNTS and not (type(value) is int and value > 0))
+        or (name in [*MEASURES, *scaling] and not (type(value) in (int, float) and 0 <= value < math.inf))
+    }
+    if wrong:
+        told = ", ".join(f"{name}={repr(value)[:80]}" for name, value in wrong.items())
+        raise InputError(f"config.json does not describe a {config.family} model: it comes to {told}.")
 
 
 @partial(jax.jit, donate_argnums=0)

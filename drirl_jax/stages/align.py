@@ -208,8 +208,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
         answered = np.isin(examples.category, harmless)
         scored = Scored(group, out.logp, reward_PM, alpha_PG, kept, begun, shared.policy, answered)
         batch, more = objective.batch(context, model, params, scored)
-        scalars = describe(names, examples, out, reward_PG, info | more)
-        return batch, stats, scalars | {"bad_rewards": float(np.sum(~np.isfinite(sharding.fetch(reward_PM))))}
+        return batch, stats, describe(names, examples, out, reward_PM, info | more)
 
     updated = updater(config, transformation)
 
@@ -231,9 +230,10 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
     )
 
 
-def describe(names, examples: Examples, out: Rollout, reward_PG, info) -> dict[str, float]:
-    """The scalars of a batch, by category."""
-    reward_PG, info, out = sharding.fetch((reward_PG, info, out))
+def describe(names, examples: Examples, out: Rollout, reward_PM, info) -> dict[str, float]:
+    """The scalars of a batch, by category; of the M rewards of a prompt its samples' come first."""
+    reward_PM, info, out = sharding.fetch((reward_PM, info, out))
+    reward_PG = reward_PM[:, : out.response_len.shape[1]]
     shown = {
         "reward": reward_PG,
         "length": out.response_len,
@@ -245,5 +245,6 @@ def describe(names, examples: Examples, out: Rollout, reward_PG, info) -> dict[s
         scalars |= by_category(value, examples.category, names, name)
     return scalars | {
         "reward_std": float(reward_PG.std(axis=1).mean()),
+        "bad_rewards": float((~np.isfinite(reward_PM)).sum()),
         "stopped": float((out.finish == FINISH.index("stop")).mean()),
     }
