@@ -124,9 +124,9 @@ def test_where_none_is_whole_or_fits_nothing_is_put_aside(two, tmp_path):
 @pytest.mark.slow
 def test_a_step_does_not_wait_for_the_disk(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path, keep=1)) as kept:
-        kept.save(1, tree(1))
+        kept.save(1, tree(1, size=9000))  # which compiles the checksums
         kept.manager.wait_until_finished()
-        state = tree(2, size=9000)
+        state = jax.block_until_ready(tree(2, size=9000))
         start = time.perf_counter()
         kept.save(2, state)
         blocked = time.perf_counter() - start
