@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import pathlib
 import signal
@@ -18,6 +19,7 @@ from drirl_jax.types import InputError
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): started again, the run goes on
+ASKED = itertools.count(1)  # JAX agrees on one of these, so they must not begin anew with every stage
 
 
 class Preempted(BaseException):
@@ -37,7 +39,7 @@ def notice() -> Iterator[Callable[[int], bool]]:
         number of finished steps -> whether to leave now, on all processes alike; asked once after every step.
     """
     if jax.process_count() > 1:  # jax notes the signal itself, and agrees on a step with the other processes
-        yield multihost_utils.reached_preemption_sync_point
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(ASKED))
         return
     asked = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())

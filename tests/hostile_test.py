@@ -21,8 +21,8 @@ from endpoint_test import KEY, ask, section, server  # noqa: F401  a fixture
 from gguf_tokenizer_test import tiny_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from text_test import CHATML, SPECIAL, special_ids
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from text_test import CHATML, SPECIAL, byte_level, special_ids
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from drirl_jax import config as config_lib
@@ -89,14 +89,7 @@ def accepted(function, *args):
 @functools.cache
 def every_control_token():
     """A byte-level tokenizer in which all of them are special."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["user assistant system the lock is safe"] * 4, trainer)
+    tokenizer = byte_level(CONTROL, 400)
     return text.Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML))
 
 

@@ -132,7 +132,7 @@ def test_eight_devices_give_the_run_of_one(whole, policy, tmp_path, mesh):
 
 def several(count, policy, workdir, *flags):
     """`launch/multiprocess.sh` with so many processes."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable, "GRACE": "60"}
     return subprocess.Popen(
         ["bash", "launch/multiprocess.sh", str(count), *command(policy, workdir, *flags)[3:]],
         cwd=ROOT, env=environment | {"NPROC": "64"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -160,6 +160,22 @@ def test_of_four_processes_one_is_killed_and_the_run_ends_with_the_same_bits(pol
     told, _ = process.communicate()
     assert process.returncode == 0 and "started again (1 of 3)" in told, told[-3000:]
     same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["irl", "align"])
+def test_of_two_processes_one_is_asked_to_end_and_both_leave_at_the_same_step(whole, policy, tmp_path, stage):
+    process, end = several(2, policy, tmp_path / "run"), time.time() + 400
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and f'"stage": "{stage}", "step": 1,' in metrics.read_text()):
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.01)
+    last = subprocess.run(["pkill", "-TERM", "-f", "--", f"--workdir={tmp_path}/run .*distributed.process=1"])
+    assert last.returncode == 0
+    told, _ = process.communicate()
+    assert process.returncode == 0 and "started again (1 of 3)" in told, told[-3000:]
+    assert re.search(r"asked to end: step \d of (irl|align) is kept; started again, it goes on", told), told[-3000:]
+    same_but_for_rounding(whole[0], tmp_path / "run")
 
 
 def test_another_seed_is_another_run(whole, policy, tmp_path):

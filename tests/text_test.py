@@ -42,16 +42,22 @@ HOSTILE = [
 ]
 
 
-@functools.cache
-def backend(bos=False):
+def byte_level(special, size):
+    """A small byte-level tokenizer in which these are special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(["user assistant system the lock is safe"] * 4, trainer)
+    return tokenizer
+
+
+@functools.cache
+def backend(bos=False):
+    tokenizer = byte_level(SPECIAL, 320)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
