@@ -1,22 +1,34 @@
-"""Llama-3.1-8B-Instruct with adapters, for a slice of 64 v5e chips or more; another slice: config.mesh and the batches.
+"""Llama-3.1-8B-Instruct with adapters on 4 to 256 TPU chips, or, as `:gpus`, on a node of eight GPUs of 80 GB.
 
-python -m drirl_jax.plan --config configs/llama31_8b.py --topology v5e:8x8 --model llama3.1-8b
-python -m drirl_jax.main --config configs/llama31_8b.py --workdir runs/llama31_8b
+python -m drirl_jax.plan --config configs/llama31_8b.py:64 --topology v5e:8x8 --model llama3.1-8b
+python -m drirl_jax.main --config configs/llama31_8b.py:64 --workdir runs/llama31_8b
 
 Planned with the TPU compiler (docs/SCALE.md), not yet run.
 """
 
 from drirl_jax.config import default
 
+MOST_CUT, FEWEST = 64, 16  # parts that weights are cut into at most; prompts of a step at least
 
-def get_config():
+
+def get_config(chips: str = "64"):
+    """So many chips: a prompt of a step for each, weights cut over all up to 64; to sample, over 8, by heads.
+
+    Raises:
+        ValueError: it is no such number.
+    """
     c = default()
     c.policy.init = "meta-llama/Llama-3.1-8B-Instruct"
     c.policy.dtype = "bfloat16"
-    c.policy.attention = "splash"
-    c.mesh.fsdp = 64
     c.data.max_prompt = 256
-    c.sampler.max_new = 256
-    c.align.batch = c.irl.batch = c.evals.batch = 64
-    c.evals.max_new = 256
+    c.sampler.max_new = c.evals.max_new = 256
+    if chips == "gpus":
+        number, c.policy.attention, c.sampler.mesh.tensor = 8, "cudnn", 1
+    else:
+        number, c.policy.attention = int(chips), "splash"
+        c.sampler.mesh.tensor = min(8, number)
+    c.mesh.fsdp = min(number, MOST_CUT)
+    c.align.batch = c.irl.batch = max(number, FEWEST)
+    c.align.accumulate = c.irl.accumulate = c.align.batch // number
+    c.evals.batch = max(number, 64)
     return c

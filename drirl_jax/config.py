@@ -100,6 +100,11 @@ def default() -> ConfigDict:
         "mixed"  # mixed | kinds (ours) | single | natural (unbalanced, as the data is): see data/pipeline.py
     )
     c.sampler.harmless_share = 0.5  # of the prompts, for batch="kinds"
+    # The same devices laid out anew while responses are drawn; tensor = 0: as in config.mesh.
+    c.sampler.mesh = ConfigDict()
+    c.sampler.mesh.data = 0
+    c.sampler.mesh.fsdp = 1
+    c.sampler.mesh.tensor = 0
 
     c.reward = ConfigDict()
     # irl | rules: 1 for a refusal of a harmful prompt or none of a harmless one, otherwise 0 | judge: grades of
@@ -287,8 +292,8 @@ TABLES = {
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
 POSITIVE = (
-    "distributed.processes mesh.fsdp mesh.tensor demos.per_category demos.attempts demos.step_words demos.max_new "
-    "demos.batch policy.rank reward.rank "
+    "distributed.processes mesh.fsdp mesh.tensor sampler.mesh.fsdp demos.per_category demos.attempts "
+    "demos.step_words demos.max_new demos.batch policy.rank reward.rank "
     "data.minimum reward.router_temperature data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds "
     "irl.samples irl.policy_steps irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch "
     "align.group align.epochs align.minibatches align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch "
@@ -299,8 +304,8 @@ TUPLES = dict.fromkeys("schedule data.categories data.harmless policy.targets re
 TUPLES |= dict.fromkeys("evals.benchmarks evals.judges".split(), str)
 TUPLES |= dict.fromkeys("data.shares reward.weights scaling.clip".split(), numbers.Real)
 NOT_NEGATIVE = (
-    "distributed.process mesh.data policy.layers reward.layers irl.contrast grpo.beta_kl ppo.value_weight evals.every "
-    "evals.limit evals.shots evals.benchmark_max_new evals.temperature"
+    "distributed.process mesh.data sampler.mesh.data sampler.mesh.tensor policy.layers reward.layers irl.contrast "
+    "grpo.beta_kl ppo.value_weight evals.every evals.limit evals.shots evals.benchmark_max_new evals.temperature"
 )
 
 
@@ -504,7 +509,7 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
     if path.exists():
         before, after = _flat(json.loads(path.read_text())), _flat(now)
         differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
-        differ = [k for k in differ if not k.startswith(("mesh.", "distributed.", "guards."))]
+        differ = [k for k in differ if not k.startswith(("mesh.", "sampler.mesh.", "distributed.", "guards."))]
         if differ:
             changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
             raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")

@@ -31,7 +31,7 @@ from drirl_jax.models import families, flash, hf, reward
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl, objectives
-from drirl_jax.stages.base import POLICIES, Context
+from drirl_jax.stages.base import POLICIES, Context, moved
 from drirl_jax.types import Group, InputError, PyTree
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as v5e:8x8, v5p:2x2x4 or v6e:4x4.")
@@ -68,6 +68,7 @@ class Program(NamedTuple):
         traced: () -> what `jax.jit(f).trace(*args)` gives.
         args: its arguments, shapes with their places.
         loop: how often its while loops run, if it has any.
+        mesh: the one it runs on, if not the one that is set.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Program(NamedTuple):
     traced: Callable
     args: tuple
     loop: int = 1
+    mesh: jax.sharding.Mesh | None = None
 
 
 def described(tree: PyTree, spec: Callable = lambda path, x: sharding.axes_of(path, x.ndim)) -> PyTree:
@@ -125,11 +127,18 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
     statistics = described(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
     bank = reward.Bank(rewards, statistics, statistics)
 
-    def sample(name, times, model, P, G, T, temperature):
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (P, G)))
-        options = dict(max_new=T, temperature=temperature, eos=(0,), compact=())  # no row ends before the others
-        args = (model, ids(P, S), ids(P), keys)
-        return Program(name, times, lambda: rollout.sample.trace(*args, **options), args, T)
+    sampling = sharding.sampling_mesh(config.sampler.mesh, c.batch, jax.sharding.get_mesh())
+
+    def sample(name, times, model, P, G, T, temperature) -> Iterator[Program]:
+        if sampling:
+            held = (model,)
+            yield Program(f"{name}: move", times, lambda: moved.trace(*held), held, mesh=sampling)
+            model = jax.eval_shape(moved, model)
+        with jax.set_mesh(sampling or jax.sharding.get_mesh()):
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (P, G)))
+            options = dict(max_new=T, temperature=temperature, eos=(0,), compact=())  # no row ends before the others
+            args = (described(model), ids(P, S), ids(P), keys)
+        yield Program(name, times, lambda: rollout.sample.trace(*args, **options), args, T, sampling)
 
     def aligned() -> Iterator[Program]:
         merged = model
@@ -138,7 +147,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
             merged = described(jax.eval_shape(policy.merged, *args))
             yield Program("merge", 1, lambda: policy.merged.trace(*args), args)
         P, G, shared = c.batch, c.group, context.shared
-        yield sample("sample", 1, merged, P, G, T, config.sampler.temperature)
+        yield from sample("sample", 1, merged, P, G, T, config.sampler.temperature)
         whole = group(P, S, G + 1 + roles[config.grpo.contrast].counts, T)
         begun = None
         if shared.layers:
@@ -173,7 +182,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
         args = (state, model, pairs)
         yield Program("irl update", 0, lambda: irl.updater(config, optimiser).trace(*args), args)
         P = sharding.dealt(max(1, config.evals.batch // config.irl.samples))
-        yield sample("irl sample", 0, model, P, config.irl.samples, T, config.sampler.temperature)
+        yield from sample("irl sample", 0, model, P, config.irl.samples, T, config.sampler.temperature)
 
     def every() -> Iterator[Program]:
         yield from aligned()
@@ -181,7 +190,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
             yield from learned()
         if "evals" in config.schedule:
             e = config.evals
-            yield sample("evals sample", 0, model, sharding.dealt(e.batch), 1, e.max_new, e.temperature)
+            yield from sample("evals sample", 0, model, sharding.dealt(e.batch), 1, e.max_new, e.temperature)
 
     return [model, train, bank], every()
 
@@ -198,6 +207,9 @@ def size(tree: PyTree) -> float:
 
 def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
     """The figures of one program, a chip: see `table`. Where it does not fit, "needs" is the compiler's sentence."""
+    if program.mesh is not None:
+        with jax.set_mesh(program.mesh):
+            return measure(program._replace(mesh=None), resident, chip)
     traced, chips = program.traced(), jax.sharding.get_mesh().size
     jaxpr = cost.used(traced.jaxpr.jaxpr)
     logical = cost.operations(jaxpr, lambda length: length or program.loop) / chips
@@ -259,16 +271,16 @@ def table(result: dict) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items())
     lines = [
         f"{result['topology']}, {mesh}; trunk, train state and rewards: {result['resident'] / 2**30:.2f} GiB a chip",
-        f"{'program':13}{'GiB':>8}{'TFLOP':>9}{'seconds':>9}{'of peak':>9}{'GB moved':>10}{'seconds':>9}  collectives",
+        f"{'program':18}{'GiB':>8}{'TFLOP':>9}{'seconds':>9}{'of peak':>9}{'GB moved':>10}{'seconds':>9}  collectives",
     ]
     for row in result["programs"]:
         if "needs" in row:
-            lines.append(f"{row['name']:13} does not fit: {row['needs']}")
+            lines.append(f"{row['name']:18} does not fit: {row['needs']}")
             continue
         share = row["flops"] / row["seconds"] / chip.flops if row["seconds"] else 0.0
         kinds = ", ".join(f"{kind} {moved / 1e9:.2f}" for kind, moved in sorted(row["moved"].items()))
         lines.append(
-            f"{row['name']:13}{row['memory'] / 2**30:8.2f}{row['flops'] / 1e12:9.2f}{row['seconds']:9.3f}{share:9.0%}"
+            f"{row['name']:18}{row['memory'] / 2**30:8.2f}{row['flops'] / 1e12:9.2f}{row['seconds']:9.3f}{share:9.0%}"
             f"{sum(row['moved'].values()) / 1e9:10.2f}{row['moving']:9.3f}  {kinds}"
         )
     if any("needs" in row for row in result["programs"]):

@@ -30,6 +30,7 @@ RULES = {
     "prompts": ("data", "fsdp"),
     "weights_stay": ("data",),  # prompts where it is they that are gathered, not the weights: if a prompt has few rows
     "width": ("fsdp",),
+    "spread_width": ("data", "fsdp"),  # on the way from one mesh to another
     "heads": ("tensor",),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
@@ -68,8 +69,10 @@ def agreed(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
-def mesh_of(section: ConfigDict, prompts: Sequence[int], devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    """The mesh that config.mesh asks for.
+def mesh_of(
+    section: ConfigDict, prompts: Sequence[int], devices: Sequence[jax.Device], name: str = "config.mesh"
+) -> jax.sharding.Mesh:
+    """The mesh that config.mesh asks for, or another section of this name.
 
     Args:
         section: data, fsdp and tensor; data = 0 takes as many of the remaining devices as can share the prompts.
@@ -87,18 +90,34 @@ def mesh_of(section: ConfigDict, prompts: Sequence[int], devices: Sequence[jax.D
         data = section.data
     if data * cut > count:
         raise InputError(
-            f"config.mesh asks for {data} x {section.fsdp} x {section.tensor} devices and there are {count}: lower one."
+            f"{name} asks for {data} x {section.fsdp} x {section.tensor} devices and there are {count}: lower one."
         )
     for of in prompts:
         if of % (data * section.fsdp):
             raise InputError(
-                f"config.mesh deals prompts out to {data * section.fsdp} (data x fsdp), which does not divide the {of} "
+                f"{name} deals prompts out to {data * section.fsdp} (data x fsdp), which does not divide the {of} "
                 "of a micro-batch: change it, or align.batch, align.minibatches, irl.batch or an accumulate."
             )
     if data * cut < count:
-        log.warning("%d of %d devices are used: config.mesh and the batch sizes allow no more", data * cut, count)
+        log.warning("%d of %d devices are used: %s and the batch sizes allow no more", data * cut, count, name)
     grid = np.array(devices[: data * cut]).reshape(data, section.fsdp, section.tensor)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def sampling_mesh(section: ConfigDict, prompts: int, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | None:
+    """The mesh of the same devices that config.sampler.mesh asks for; None where it leaves them as they are.
+
+    Raises:
+        InputError: it is not of all of them, or the prompts cannot be dealt out.
+    """
+    if section.tensor == 0:
+        return None
+    other = mesh_of(section, [prompts], list(mesh.devices.flat), "config.sampler.mesh")
+    if other.size != mesh.size:
+        raise InputError(
+            f"config.sampler.mesh is of {other.size} devices, config.mesh of {mesh.size}: they must be the same ones."
+        )
+    return other
 
 
 def size(axis: str | None) -> int:
@@ -160,7 +179,7 @@ def place(tree: PyTree) -> PyTree:
         for n, axis in zip(x.shape, axes):
             if axis != "categories" and n % size(axis):
                 raise InputError(
-                    f"config.mesh cuts {axis} into {size(axis)} ({' x '.join(RULES[axis])}), which does not divide the "
+                    f"the mesh cuts {axis} into {size(axis)} ({' x '.join(RULES[axis])}), which does not divide the "
                     f"{n} of {jax.tree_util.keystr(path)}: choose other sizes."
                 )
         return _put(x, axes)

@@ -41,7 +41,9 @@ def prepare(config: ConfigDict) -> Context:
         cache = pathlib.Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.set_mesh(sharding.mesh_of(config.mesh, config_lib.micro_batches(config), jax.devices()))
+    mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), jax.devices())
+    sampling = sharding.sampling_mesh(config.sampler.mesh, config.align.batch, mesh)
+    jax.set_mesh(mesh)
     by_split = builder.load(config.data.path, config.data.categories)
     shares = dict(zip(config.data.categories, config.data.shares))
     trained = [category for category in config.data.categories if shares.get(category, 1.0) > 0]
@@ -63,6 +65,7 @@ def prepare(config: ConfigDict) -> Context:
         text=tokens,
         embedder=encode,
         examples=examples.tokenise(by_split, tokens, config),
+        sampling=sampling,
     )
 
 

@@ -152,7 +152,7 @@ def test_the_tpu_compiler_plans_the_quickstart():
 def test_what_does_not_fit_is_said_with_what_to_change():
     row = {"name": "update", "times": 1, "flops": 1.0, "needs": "Used 20G of 16G hbm."}
     text = plan.table({"topology": "v5e:2x2", "mesh": {"fsdp": 4}, "resident": 1.0, "programs": [row]})
-    assert "update        does not fit: Used 20G" in text and "raise config.mesh.fsdp" in text
+    assert "update             does not fit: Used 20G" in text and "raise config.mesh.fsdp" in text
 
 
 @pytest.mark.parametrize(

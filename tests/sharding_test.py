@@ -108,6 +108,15 @@ def test_a_mesh_that_cannot_be_is_refused(asked, prompts, message):
         sharding.mesh_of(asked, prompts, jax.devices() * 8)
 
 
+def test_the_mesh_for_sampling_is_of_the_same_devices():
+    mesh = sharding.mesh_of(section(fsdp=8), [16], jax.devices() * 8)
+    assert sharding.sampling_mesh(section(tensor=0), 16, mesh) is None
+    assert tuple(sharding.sampling_mesh(section(tensor=2), 16, mesh).shape.values()) == (4, 1, 2)
+    for asked, prompts in ((section(tensor=2), 3), (section(data=2, tensor=2), 16)):
+        with pytest.raises(InputError, match="config.sampler.mesh is of . devices, config.mesh of 8"):
+            sharding.sampling_mesh(asked, prompts, mesh)
+
+
 # By how much less memory a device takes: the residual streams lie whole along the tensor axis, weights along data.
 LESS = {"1,8,1": 6, "1,1,8": 2.5, "2,2,2": 4}
 

@@ -20,7 +20,7 @@ from drirl_jax.models import reward, transformer
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.rollout import FINISH, Rollout
 from drirl_jax.stages import objectives
-from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw, draw_all, group_of
+from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw, draw_all, group_of, laid_out
 from drirl_jax.stages.objectives import OBJECTIVES, ROLES, Scored
 from drirl_jax.stages.sources import SOURCES
 from drirl_jax.text import SPLIT, whole_text
@@ -183,7 +183,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
         if not objective.offline(config):
             model = policy.merged(context.model, params.policy)
         out = draw(
-            context, model, examples, context.key(purpose, step),
+            context, laid_out(context, model), examples, context.key(purpose, step),
             group=c.group, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
         samples = group_of(examples, *context.clock.mark("rollout", (out.response, out.response_len)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any, Callable, NamedTuple
@@ -46,7 +47,7 @@ class Shared(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a run holds fixed: config, trunk (which is also the reference), tokens, encoder and examples; its clock, and
-    its workdir, if it has one."""
+    its workdir, if it has one; the mesh to sample on, where that is another."""
 
     config: ConfigDict
     model: Transformer
@@ -55,6 +56,7 @@ class Context:
     examples: dict[str, Examples]
     clock: Clock = dataclasses.field(default_factory=Clock)
     workdir: pathlib.Path | None = None
+    sampling: jax.sharding.Mesh | None = None
 
     @property
     def shared(self) -> Shared:
@@ -134,12 +136,37 @@ def group_of(examples: Examples, response, response_len) -> Group:
     return Group(*(sharding.deal(x) for x in arrays), prefix=examples.prefix)
 
 
+def laid_out(context: Context, model: Transformer) -> Transformer:
+    """The model as sampling wants it: every token reads all weights, which should not have to be gathered first."""
+    if context.sampling is None:
+        return model
+    with jax.set_mesh(context.sampling):
+        return moved(model)
+
+
+@jax.jit
+def moved(model: Transformer) -> Transformer:
+    """The model on the mesh that is set, its matrices in the type of the computation."""
+
+    def cast(path, x):
+        axes = sharding.axes_of(path, x.ndim)
+        # By way of matrices that are cut on both sides: else each would be whole on every device for a moment.
+        between = ["spread_width" if axis == "width" else axis for axis in axes]
+        return sharding.constrain(x.astype(model.config.dtype), *between) if axes else x
+
+    return sharding.constrained(jax.tree_util.tree_map_with_path(cast, model))
+
+
 def draw(context: Context, model: Transformer, examples: Examples, key: Array, **options) -> rollout.Rollout:
-    """Responses of the model to every example, one batch: see `rollout.sample` for max_new and temperature."""
+    """Responses of the model, `laid_out`, to every example, one batch: see `rollout.sample` for further options."""
     group = options.pop("group")
     keys = rollout.row_keys(key, jnp.asarray(examples.index), group)
-    prompt, length = sharding.deal(examples.prompt), sharding.deal(examples.prompt_len)
-    return rollout.sample(model, prompt, length, keys, eos=context.text.eos_ids, prefix=examples.prefix, **options)
+    with jax.set_mesh(context.sampling) if context.sampling else contextlib.nullcontext():
+        keys = sharding.whole(keys) if context.sampling else keys
+        prompt, length = sharding.deal(examples.prompt), sharding.deal(examples.prompt_len)
+        options |= dict(eos=context.text.eos_ids, prefix=examples.prefix)
+        out = rollout.sample(model, prompt, length, keys, **options)
+    return jax.tree.map(sharding.deal, out) if context.sampling else out
 
 
 def row_batches(total: int, size: int):
@@ -152,7 +179,7 @@ def row_batches(total: int, size: int):
 
 def draw_all(context: Context, model: Transformer, examples: Examples, key: Array, batch: int, **options):
     """`draw` over all the examples, `batch` prompts at a time: a Rollout of numpy arrays."""
-    pieces = []
+    pieces, model = [], laid_out(context, model)
     for rows, real in row_batches(len(examples.id), batch):
         out = sharding.fetch(draw(context, model, examples.take(rows), key, **options))
         pieces.append(jax.tree.map(lambda x: x[:real], out))

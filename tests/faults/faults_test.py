@@ -235,6 +235,10 @@ def test_a_second_run_on_a_workdir_is_refused(runs, whole):
         held.close()
 
 
+def plant():
+    os.environ["PLANTED"] = KEY
+
+
 @pytest.mark.slow
 def test_a_planted_key_is_in_no_file(runs, server, tmp_path, monkeypatch):  # noqa: F811
     server.script = ["not JSON, " + KEY] + [json.dumps(REPLY)] * 200
@@ -243,7 +247,6 @@ def test_a_planted_key_is_in_no_file(runs, server, tmp_path, monkeypatch):  # no
         f"--config.judge.url=http://127.0.0.1:{server.server_port}/v1", "--config.judge.model=m",
         "--config.judge.key_env=PLANTED",
     ]  # fmt: skip
-    plant = functools.partial(os.environ.__setitem__, "PLANTED", KEY)
     code, told = runs(tmp_path / "run", *flags, patch=plant)
     assert code == 1 and "answers what is no chat completion" in told and KEY not in told
     code, told = runs(tmp_path / "run", *flags, patch=plant)
