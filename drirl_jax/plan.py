@@ -24,8 +24,8 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
+from drirl_jax import checks, cost, optimizer, rollout, sharding
 from drirl_jax import config as config_lib
-from drirl_jax import cost, optimizer, rollout, sharding
 from drirl_jax import main as command
 from drirl_jax.models import families, flash, hf, reward
 from drirl_jax.models.architecture import Config
@@ -292,7 +292,7 @@ def main(argv: list[str]) -> None:
         for flag in (command.CONFIG, TOPOLOGY):
             config_lib.need(flag.value is not None, f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
         config = command.CONFIG.value
-        config_lib.validate(config)
+        checks.validate(config)
         if MODEL.value:
             known = ", ".join(families.PRESETS)
             config_lib.need(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {known}.")

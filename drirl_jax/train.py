@@ -13,8 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 import drirl_jax
+from drirl_jax import checks, guards, metrics, plots, process, sharding, workdirs
 from drirl_jax import config as config_lib
-from drirl_jax import guards, metrics, plots, process, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner, watch
@@ -34,7 +34,7 @@ def prepare(config: ConfigDict) -> Context:
     Raises:
         InputError: something that the user gave is wrong.
     """
-    config_lib.validate(config)
+    checks.validate(config)
     sharding.connect(config.distributed)
     jax.config.update("jax_debug_nans", config.debug_nans)
     if config.compilation_cache:
@@ -98,7 +98,7 @@ def need_rewards(config: ConfigDict, workdir: pathlib.Path) -> None:
         folder.is_dir() and Checkpoints(folder, keep=1).latest() is not None,
         f"no rewards in {folder}: name the workdir of a run whose IRL stage has ended.",
     )
-    theirs = config_lib.recall(workdir)
+    theirs = workdirs.recall(workdir)
     for key in COMMON:
         here, there = (config_lib.get(of, key) for of in (config, theirs))
         config_lib.need(here == there, f"the rewards in {folder} are of config.{key} = {there!r}, not {here!r}.")
@@ -144,7 +144,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     asked = runner.questions_of(context)
     if sharding.writes():
         held = process.lock(workdir)  # noqa: F841  until the end of this function
-        config_lib.remember(config, workdir)
+        workdirs.remember(config, workdir)
     writer = metrics.MetricWriter(workdir, sharding.writes())
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
     if sharding.writes():

@@ -37,6 +37,7 @@ LAYERS = [
     ["drirl_jax.stages"],
     ["drirl_jax.evals", "drirl_jax.guards"],
     ["drirl_jax.config"],
+    ["drirl_jax.checks", "drirl_jax.workdirs"],
     ["drirl_jax.configs"],
     ["drirl_jax.train"],
     ["drirl_jax.attacks"],
