@@ -77,20 +77,9 @@ class Program(NamedTuple):
     loop: int = 1
 
 
-def described(tree: PyTree, spec: Callable = lambda path, x: sharding.axes_of(path, x.ndim)) -> PyTree:
-    """Shapes and types of a tree with their places on the mesh: parameters by their paths."""
-    mesh = jax.sharding.get_mesh()
-
-    def one(path, x):
-        where = jax.sharding.NamedSharding(mesh, sharding.spec(x.shape, spec(path, x)))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
 def dealt(tree: PyTree) -> PyTree:
     """The same of a batch: by its first axis, the prompts."""
-    return described(tree, lambda path, x: ("prompts",))
+    return sharding.described(tree, lambda path, x: ("prompts",))
 
 
 def ids(*shape: int) -> jax.ShapeDtypeStruct:
@@ -108,7 +97,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
     set."""
     c, T, S = config.align, config.sampler.max_new, config.data.max_prompt
     # Nothing here may run: the mesh is of devices that are not there.
-    model = described(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
+    model = sharding.described(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
     context = Context(config, model, None, None, {})
     policy, objective, roles = POLICIES[config.policy.tune], objectives.OBJECTIVES[c.objective], objectives.ROLES
     transformation = align.transformation_of(config)
@@ -120,9 +109,9 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
     def init_rewards(model):
         return irl.init_rewards(dataclasses.replace(context, model=model))
 
-    train = described(jax.eval_shape(init, model))
-    rewards = described(jax.eval_shape(init_rewards, model))
-    statistics = described(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
+    train = sharding.described(jax.eval_shape(init, model))
+    rewards = sharding.described(jax.eval_shape(init_rewards, model))
+    statistics = sharding.described(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
     bank = reward.Bank(rewards, statistics, statistics)
 
     def sample(name, times, model, P, G, T, temperature):
@@ -135,7 +124,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
         merged = model
         if config.policy.tune == "lora":
             args = (model, train.params.policy)
-            merged = described(jax.eval_shape(policy.merged, *args))
+            merged = sharding.described(jax.eval_shape(policy.merged, *args))
             yield Program("merge", 1, lambda: policy.merged.trace(*args), args)
         P, G, shared = c.batch, c.group, context.shared
         yield sample("sample", 1, merged, P, G, T, config.sampler.temperature)
@@ -169,7 +158,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
         K, P = len(irl.negative_weights(config.irl)), config.irl.batch
         pairs = irl.Pairs(group(P, S, 1 + K, T), ids(P, K), ids(P, K), ids(P, K))
         optimiser = optimizer.make(config.irl.optimizer, config.irl.steps)
-        state = described(jax.eval_shape(lambda m: optimizer.init(optimiser, init_rewards(m)), model))
+        state = sharding.described(jax.eval_shape(lambda m: optimizer.init(optimiser, init_rewards(m)), model))
         args = (state, model, pairs)
         yield Program("irl update", 0, lambda: irl.updater(config, optimiser).trace(*args), args)
         P = sharding.dealt(max(1, config.evals.batch // config.irl.samples))
@@ -190,12 +179,6 @@ def _first(begun, members: int):
     return jax.eval_shape(lambda b: b.members(slice(members)), begun)
 
 
-def size(tree: PyTree) -> float:
-    """Bytes on each device of what is described."""
-    placed = [x for x in jax.tree.leaves(tree) if getattr(x, "sharding", None) is not None]  # not the few random keys
-    return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in placed))
-
-
 def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
     """The figures of one program, a chip: see `table`. Where it does not fit, "needs" is the compiler's sentence."""
     traced, chips = program.traced(), jax.sharding.get_mesh().size
@@ -210,7 +193,8 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
         return told | {"needs": " ".join(str(error).split())[:300]}
     memory, traffic = compiled.memory_analysis(), cost.traffic(compiled.as_text(), program.loop)
     # Not the compiled arguments: what a program does not read of a tree lies there all the same.
-    held = sum(map(size, resident)) + sum(size(arg) for arg in program.args if not any(arg is t for t in resident))
+    apart = [arg for arg in program.args if not any(arg is tree for tree in resident)]
+    held = sum(map(sharding.held, [*resident, *apart]))
     works = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     works += memory.output_size_in_bytes - memory.alias_size_in_bytes
     once = cost.operations(jaxpr, lambda length: 1) / chips
@@ -249,7 +233,8 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
     with jax.set_mesh(mesh):
         resident, every = programs(config, shape)
         found = [measure(program, resident, CHIPS[kind]) for program in every]
-        return {"topology": topology, "mesh": dict(mesh.shape), "resident": sum(map(size, resident)), "programs": found}
+        held = sum(map(sharding.held, resident))
+        return {"topology": topology, "mesh": dict(mesh.shape), "resident": held, "programs": found}
 
 
 def table(result: dict) -> str:

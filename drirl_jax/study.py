@@ -446,8 +446,6 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    log.setLevel(logging.INFO)
     try:
         for flag in (command.CONFIG, command.WORKDIR):
             if flag.value is None:

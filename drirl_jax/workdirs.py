@@ -17,20 +17,32 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         InputError: the workdir holds a run of a different config; names the keys that differ.
     """
-    now = json.loads(config.to_json_best_effort(sort_keys=True))
-    path = workdir / "config.json"
-    if path.exists():
-        before, after = _flat(json.loads(path.read_text())), _flat(now)
-        differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
-        differ = [k for k in differ if not k.startswith(("mesh.", "distributed.", "guards."))]
-        if differ:
-            changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
-            raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
+    if belongs(config, workdir):
         return
+    path = workdir / "config.json"
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(_plain(config), indent=1, sort_keys=True) + "\n")
     temporary.replace(path)
+
+
+def belongs(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Whether the workdir has this config; False where it has none. Raises InputError like `remember`."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return False
+    before, after = _flat(json.loads(path.read_text())), _flat(_plain(config))
+    differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    differ = [k for k in differ if not k.startswith(("mesh.", "distributed.", "guards."))]
+    if differ:
+        changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
+        raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
+    return True
+
+
+def _plain(config: ConfigDict) -> dict:
+    """The config as JSON has it."""
+    return json.loads(config.to_json_best_effort(sort_keys=True))
 
 
 def recall(workdir: pathlib.Path) -> ConfigDict:
