@@ -30,7 +30,16 @@ COUNTED = Machine(flops=1.0, bandwidth=math.inf)  # of which the floor's seconds
 
 
 def of(config: ConfigDict, workdir: pathlib.Path) -> dict:
-    """The plan of a run; checks what `train.run` checks, starts nothing and writes nothing.
+    """`planned` from a config; checks what `train.run` checks, starts nothing and writes nothing.
+
+    Raises:
+        InputError: something that the user gave is wrong.
+    """
+    return planned(train.prepare(config, load=False), workdir)
+
+
+def planned(context: Context, workdir: pathlib.Path) -> dict:
+    """The plan of a run from its context, whose model may be shapes alone.
 
     Returns:
         {"workdir", "devices", "mesh", "policy", "parameters": {"policy", "trained", "rewards", "encoder"}, "records":
@@ -41,7 +50,7 @@ def of(config: ConfigDict, workdir: pathlib.Path) -> dict:
     Raises:
         InputError: something that the user gave is wrong.
     """
-    context = train.prepare(config, load=False)
+    config = context.config
     harmless = [config.data.categories.index(name) for name in config.data.harmless]
     contrasted = {"irl": config.irl.contrast > 0, "align": objectives.ROLES[config.grpo.contrast].counts}
     for stage, splits in {"irl": ("train", "valid"), "align": ("train",)}.items():

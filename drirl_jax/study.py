@@ -31,7 +31,7 @@ from absl import app
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, metrics, plots, train, workdirs
+from drirl_jax import checks, console, metrics, plots, train, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import diversity, judges
@@ -200,8 +200,9 @@ def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, 
     return learn + take
 
 
-def _pin(cores: Sequence[int]) -> None:
-    """Leaves these cores to the process, all if none are named."""
+def _enter(cores: Sequence[int], mode: str) -> None:
+    """Leaves these cores to the process, all if none are named; it speaks as the study does."""
+    console.speak(mode)
     if cores:
         os.sched_setaffinity(0, cores)
 
@@ -230,7 +231,7 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
             take_base(pathlib.Path(config.reward.init), config, folder)
         cores = free.get()
         try:
-            with concurrent.futures.ProcessPoolExecutor(1, fresh, _pin, (cores,)) as process:
+            with concurrent.futures.ProcessPoolExecutor(1, fresh, _enter, (cores, console.mode())) as process:
                 process.submit(train.run, config, folder).result()
         finally:
             free.put(cores)
