@@ -59,7 +59,7 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
     asked = runner.questions_of(context)
     process.require_free(workdir)
     begun = status.of(workdir) if workdirs.belongs(config, workdir) else None
-    shapes = _shapes(context)
+    shapes = placed(context)
     mesh = jax.sharding.get_mesh()
     # Emulated devices share the cores on which the rate is measured.
     alone = mesh.size == 1 or jax.default_backend() != "cpu"
@@ -91,7 +91,7 @@ def _records(context: Context) -> dict[str, dict[str, int]]:
     return {split: {name: count[i] for i, name in enumerate(names)} for split, count in counted.items()}
 
 
-def _shapes(context: Context) -> dict[str, PyTree]:
+def placed(context: Context) -> dict[str, PyTree]:
     """What lies on the devices, as shapes with their places: the policy, what is trained of it, rewards, states."""
     config, key = context.config, jax.random.key(0)
     policy, objective = POLICIES[config.policy.tune], objectives.OBJECTIVES[config.align.objective]
