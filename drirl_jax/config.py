@@ -1,22 +1,14 @@
-"""Every option with its default, and the checks that need no data.
+"""Every option with its default.
 
 A config file in configs/ starts from `default()` and changes what it must; the result is locked, so that a misspelt key
-is an error that suggests the right one. Options that name a choice are rows of the table that implements it (TABLES).
+is an error that suggests the right one. checks.py says which values can be run.
 """
 
 from __future__ import annotations
 
-import json
-import numbers
-import pathlib
-
 from ml_collections import ConfigDict
 
-from drirl_jax import endpoint, losses, optimizer, scaling, text
-from drirl_jax.data import generators, pipeline
-from drirl_jax.evals import benchmarks, judges
-from drirl_jax.models import flash, lora, reward
-from drirl_jax.stages import base, irl, objectives, sources
+from drirl_jax.models import lora
 from drirl_jax.types import InputError
 
 HARM_CATEGORIES = (
@@ -259,56 +251,6 @@ def _endpoint() -> ConfigDict:
     return e
 
 
-# Options that name a choice, and the table whose rows they may be.
-TABLES = {
-    "data.long_prompts": ("error", "drop"),
-    "policy.tune": base.POLICIES,
-    "policy.dtype": ("float32", "bfloat16"),
-    "policy.attention": flash.ATTENTION,
-    "demos.generator": generators.GENERATORS,
-    "demos.form": ("explain", "direct"),
-    "demos.style": ("draft", "thought"),
-    "sampler.batch": pipeline.BATCHES,
-    "reward.kind": reward.KINDS,
-    "reward.source": sources.SOURCES,
-    "reward.route": sources.ROUTES,
-    "reward.normalize": reward.NORMALIZE,
-    "irl.loss": irl.LOSSES,
-    "irl.cut": ("common", "none"),
-    "irl.policy": ("frozen", "alternate"),
-    "irl.optimizer.name": optimizer.OPTIMIZERS,
-    "irl.optimizer.schedule": optimizer.SCHEDULES,
-    "align.optimizer.name": optimizer.OPTIMIZERS,
-    "align.optimizer.schedule": optimizer.SCHEDULES,
-    "align.objective": objectives.OBJECTIVES,
-    "dpo.pairs": objectives.PAIRS,
-    "dpo.alpha_on": losses.ALPHA_ON,
-    "scaling.split": (*text.SPLIT, "llm"),
-    "grpo.demonstration": objectives.ROLES,
-    "grpo.contrast": objectives.ROLES,
-    "grpo.reduce": losses.REDUCE,
-    "grpo.ratio": losses.RATIO,
-    "evals.judge": judges.telling("refusal"),
-} | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
-
-POSITIVE = (
-    "distributed.processes mesh.fsdp mesh.tensor sampler.mesh.fsdp demos.per_category demos.attempts "
-    "demos.step_words demos.max_new demos.batch policy.rank reward.rank "
-    "data.minimum reward.router_temperature data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds "
-    "irl.samples irl.policy_steps irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch "
-    "align.group align.epochs align.minibatches align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch "
-    "guards.skips guards.sampler_gap guards.kl guards.reward_drift checkpoint.every checkpoint.keep "
-    "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
-).split()
-TUPLES = dict.fromkeys("schedule data.categories data.harmless policy.targets reward.targets".split(), str)
-TUPLES |= dict.fromkeys("evals.benchmarks evals.judges".split(), str)
-TUPLES |= dict.fromkeys("data.shares reward.weights scaling.clip".split(), numbers.Real)
-NOT_NEGATIVE = (
-    "distributed.process mesh.data sampler.mesh.data sampler.mesh.tensor policy.layers reward.layers irl.contrast "
-    "grpo.beta_kl ppo.value_weight evals.every evals.limit evals.shots evals.benchmark_max_new evals.temperature"
-)
-
-
 def get(config: ConfigDict, dotted: str):
     """The value at a dotted key such as "irl.loss"."""
     for name in dotted.split("."):
@@ -322,225 +264,9 @@ def need(true: bool, sentence: str) -> None:
         raise InputError(sentence)
 
 
-def needs_rewards(config: ConfigDict) -> bool:
-    """Whether the align stage reads rewards that IRL learned."""
-    return objectives.OBJECTIVES[config.align.objective].samples and sources.SOURCES[config.reward.source].bank
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises InputError with one sentence for a value that cannot be run."""
-    for key, kind in TUPLES.items():
-        given = get(config, key)
-        need(
-            all(isinstance(x, kind) for x in given),
-            f"config.{key} is {given}: give {'words' if kind is str else 'numbers'} alone.",
-        )
-    stages, schedule = default().schedule, tuple(config.schedule)
-    need(
-        schedule and schedule == tuple(stage for stage in stages if stage in schedule),
-        f"config.schedule is {schedule}: give {stages}, or some of them in this order.",
-    )
-    for key, rows in TABLES.items():
-        need(
-            get(config, key) in rows,
-            f"config.{key} is {get(config, key)!r}: choose one of {', '.join(rows)}.",
-        )
-    need("evals" not in schedule or "align" in schedule, "config.schedule has 'evals', which needs 'align' before it.")
-    learned = "irl" in schedule
-    need(
-        learned or config.reward.init or "align" not in schedule or not needs_rewards(config),
-        f"config.schedule is {schedule}, but config.reward.source={config.reward.source!r} needs rewards: put 'irl' "
-        "first, or name a finished run in config.reward.init.",
-    )
-    need(
-        not (learned and config.reward.init),
-        f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
-    )
-    benchmarks.validate(config.evals)
-    need(
-        "rewards" not in config.evals.judges or learned or config.reward.init,
-        "config.evals.judges has 'rewards', which the IRL stage learns: put 'irl' into the schedule, or name a run in "
-        "config.reward.init.",
-    )
-    shares = tuple(config.data.shares)
-    d = config.distributed
-    need(
-        d.auto or d.process < d.processes,
-        f"config.distributed.process is {d.process}, but there are {d.processes} processes, numbered from 0.",
-    )
-    need(
-        d.auto or d.processes == 1 or ":" in d.coordinator,
-        f"config.distributed.coordinator is {d.coordinator!r}: give the HOST:PORT of process 0.",
-    )
-    need(
-        not shares or (len(shares) == len(config.data.categories) and min(shares) >= 0 and 0 < max(shares) <= 1),
-        f"config.data.shares is {shares}: give a number in [0, 1] for each of the {len(config.data.categories)} "
-        "categories, one of them above 0, or () for all records.",
-    )
-    need(config.demos.separator.strip(), "config.demos.separator is blank: it must tell the draft from the answer.")
-    for section, used in (
-        (config.judge, config.reward.source == "judge"),
-        (config.scaling.endpoint, config.scaling.split == "llm"),
-        (config.demos.endpoint, config.demos.generator == "endpoint"),
-        (config.evals.endpoint, "endpoint" in (config.evals.judge, *config.evals.judges)),
-    ):
-        if used:
-            endpoint.check(section)
-    need(
-        not config.reward.one_for_all or config.reward.route == "category",
-        f"config.reward.route is {config.reward.route!r}, but config.reward.one_for_all leaves no choice: set it to "
-        "'category'.",
-    )
-    weights = len(config.reward.weights)
-    need(
-        weights in (0, len(config.data.categories)),
-        f"config.reward.weights has {weights} numbers: give one for each of the {len(config.data.categories)} "
-        "categories, or () for equal ones.",
-    )
-    for key in POSITIVE:
-        need(get(config, key) > 0, f"config.{key} is {get(config, key)}: it must be above 0.")
-    for key in ("irl", "align"):
-        share = config[key].optimizer.average
-        need(0 <= share <= 1, f"config.{key}.optimizer.average is {share}: it must lie in [0, 1].")
-    for key in ("policy", "reward"):
-        unknown = set(config[key].targets) - set(lora.TARGETS)
-        need(
-            not unknown,
-            f"config.{key}.targets names {sorted(unknown)}: choose among {', '.join(lora.TARGETS)}.",
-        )
-    unknown = set(config.data.harmless) - set(config.data.categories)
-    need(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
-    two_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
-    for key in NOT_NEGATIVE.split():
-        need(get(config, key) >= 0, f"config.{key} is {get(config, key)}: it must not be negative.")
-    contrasted = config.irl.contrast > 0 or objectives.ROLES[config.grpo.contrast].counts
-    need(
-        two_kinds or not (contrasted or config.sampler.batch == "kinds"),
-        "config.irl.contrast, grpo.contrast and sampler.batch='kinds' need harmful and harmless categories: see "
-        "config.data.harmless.",
-    )
-    own, other = (objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast"))
-    need(
-        other <= own,
-        f"config.grpo.contrast is {config.grpo.contrast!r}: it may have no part that config.grpo.demonstration "
-        f"({config.grpo.demonstration!r}) has not.",
-    )
-    need(
-        len(set(config.data.categories)) == len(config.data.categories),
-        "config.data.categories repeats a name.",
-    )
-    wrong = config.grpo.harmless_wrong
-    need(0 <= wrong <= 1, f"config.grpo.harmless_wrong is {wrong}: it must lie in [0, 1].")
-    need(
-        wrong == 1 or other.counts,
-        f"config.grpo.harmless_wrong is {wrong}, but it takes the reward of a demonstration of the other kind to tell: "
-        "set config.grpo.contrast to 'baseline' or 'member'.",
-    )
-    share = config.sampler.harmless_share
-    need(0 < share < 1, f"config.sampler.harmless_share is {share}: it must lie in (0, 1).")
-    need(0 <= config.scaling.drop < 1, f"config.scaling.drop is {config.scaling.drop}: it must lie in [0, 1).")
-    need(
-        0 <= config.scaling.decay < 1,
-        f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).",
-    )
-    need(
-        config.irl.policy == "frozen" or (config.irl.rounds > 1 and needs_rewards(config)),
-        "config.irl.policy is 'alternate', but the inner policy never moves: it needs config.irl.rounds of 2 or more, "
-        "and an align.objective and a reward.source that read rewards.",
-    )
-    need(config.scaling.threshold > 0, f"config.scaling.threshold is {config.scaling.threshold}: it must be above 0.")
-    clip = tuple(config.scaling.clip)
-    need(
-        not clip or (len(clip) == 2 and 0 < clip[0] < clip[1]),
-        f"config.scaling.clip is {clip}: give the lowest and the highest α, as (0.5, 2.0), or () for no bounds.",
-    )
-    need(
-        config.scaling.baseline != "group" or config.scaling.per == "response",
-        "config.scaling.baseline='group' compares a response with its own group, so that the mean over the group says "
-        "nothing: set config.scaling.per to 'response'.",
-    )
-    objective = config.align.objective
-    need(
-        objective == "grpo" or config.grpo.demonstration == "apart",
-        f"config.grpo.demonstration is {config.grpo.demonstration!r}, but config.align.objective is {objective!r}, "
-        "which compares no group: set it to 'apart', and grpo.contrast too.",
-    )
-    need(
-        objectives.OBJECTIVES[objective].samples or config.scaling.combine == "none",
-        f"config.align.objective is {objective!r}, which has no samples whose hardness could scale it: set "
-        "config.scaling.combine to 'none'.",
-    )
-    need(
-        config.align.group > 1 or config.grpo.demonstration != "apart" or objective != "grpo",
-        "config.align.group is 1: a group-relative advantage needs at least 2 responses, or the demonstration in the "
-        "group (config.grpo.demonstration).",
-    )
-    need(
-        config.align.group > 1 or objective != "dpo" or config.dpo.pairs != "self",
-        "config.align.group is 1: config.dpo.pairs='self' needs a best and a worst of at least 2 responses.",
-    )
-    for key in ("ppo.gamma", "ppo.lam"):
-        need(0 <= get(config, key) <= 1, f"config.{key} is {get(config, key)}: it must lie in [0, 1].")
-    batch, parts = config.align.batch, config.align.minibatches
-    need(batch % parts == 0, f"config.align.minibatches ({parts}) must divide config.align.batch ({batch}).")
-    for key, batch in (("irl", config.irl.batch), ("align", config.align.batch // config.align.minibatches)):
-        parts = config[key].accumulate
-        need(batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide the {batch} prompts of an update.")
-    rounds, steps = config.irl.rounds, config.irl.steps
-    need(steps % rounds == 0, f"config.irl.rounds ({rounds}) must divide config.irl.steps ({steps}).")
-
-
 def micro_batches(config: ConfigDict) -> list[int]:
     """Of how many prompts the micro-batches of the scheduled stages are."""
     c = config
     prompts = {"irl": c.irl.batch // c.irl.accumulate}
     prompts["align"] = c.align.batch // c.align.minibatches // c.align.accumulate
     return [of for stage, of in prompts.items() if stage in c.schedule]
-
-
-def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes workdir/config.json, or checks that it says the same: a workdir belongs to one config, on any machines.
-
-    Raises:
-        InputError: the workdir holds a run of a different config; names the keys that differ.
-    """
-    now = json.loads(config.to_json_best_effort(sort_keys=True))
-    path = workdir / "config.json"
-    if path.exists():
-        before, after = _flat(json.loads(path.read_text())), _flat(now)
-        differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
-        differ = [k for k in differ if not k.startswith(("mesh.", "sampler.mesh.", "distributed.", "guards."))]
-        if differ:
-            changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
-            raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
-
-
-def recall(workdir: pathlib.Path) -> ConfigDict:
-    """The config that `remember` wrote. Raises InputError if there is none, or one that this version does not know."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise InputError(f"no config.json in {workdir}: name the workdir of a run.")
-    config = default()
-    try:
-        config.update(_tuples(json.loads(path.read_text())))
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is of another version of drirl_jax ({error}).") from error
-    return config
-
-
-def _tuples(tree):
-    """JSON has lists where a config has tuples."""
-    if isinstance(tree, dict):
-        return {name: _tuples(sub) for name, sub in tree.items()}
-    return tuple(tree) if isinstance(tree, list) else tree
-
-
-def _flat(tree, prefix=""):
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}{name}.").items()}

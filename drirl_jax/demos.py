@@ -16,9 +16,8 @@ import sys
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from drirl_jax import config as config_lib
+from drirl_jax import checks, train
 from drirl_jax import main as command
-from drirl_jax import train
 from drirl_jax.data import drafts, generators, records
 from drirl_jax.evals import judges
 from drirl_jax.types import InputError
@@ -33,7 +32,7 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
     Raises:
         InputError: something that the user gave is wrong, or too few demonstrations pass.
     """
-    config_lib.validate(config)
+    checks.validate(config)
     rows = records.read(prompts, config.data.categories, optional=("draft", "response"))
     section = config.demos
     records.require(rows, config.data.categories, "train", section.per_category)

@@ -6,6 +6,7 @@ The key is read from the environment and stands in no file, no log and no messag
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from typing import NamedTuple, Sequence
 import httpx
 from ml_collections import ConfigDict
 
+from drirl_jax import sharding
+from drirl_jax.metrics import Progress
 from drirl_jax.types import InputError
 
 # A server that is busy, restarting or limits the rate; other errors stay errors however often one asks.
@@ -106,13 +109,16 @@ class Endpoint:
         missing = {name: request for name, request in zip(names, requests) if name not in self.known}
         at_once = asyncio.Semaphore(self.section.concurrency)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        async with httpx.AsyncClient(headers=headers, timeout=self.section.timeout) as client:
+        bar = Progress("replies", len(missing), shown=sharding.writes(), unit="reply", brief=True)
+        client = httpx.AsyncClient(headers=headers, timeout=self.section.timeout)
 
-            async def one(name: str, request: dict) -> None:
-                async with at_once:
-                    self._keep(name, await self._ask(client, request))
+        async def one(name: str, request: dict) -> None:
+            async with at_once:
+                self._keep(name, await self._ask(client, request))
+            bar.show()
 
-            async with asyncio.TaskGroup() as group:  # the first error ends the others
+        with contextlib.closing(bar):
+            async with client, asyncio.TaskGroup() as group:  # the first error ends the others
                 for name, request in missing.items():
                     group.create_task(one(name, request))
         return [self.known[name] for name in names]

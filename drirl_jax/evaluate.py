@@ -22,9 +22,9 @@ import rich.table
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from drirl_jax import checks, sharding, train, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
-from drirl_jax import sharding, train
 from drirl_jax.evals import benchmarks, judges
 from drirl_jax.models import hf
 from drirl_jax.stages.base import PURPOSE
@@ -56,14 +56,14 @@ def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict
     """
     run = pathlib.Path(model)
     if is_run(run):
-        config = config_lib.recall(run)
+        config = workdirs.recall(run)
         config.evals.update(given.evals if given is not None else {})
     else:
         config = (given or config_lib.default()).copy_and_resolve_references()
     config.evals.update(options)
     config.policy.init = init_of(model)
     config_lib.need(config.evals.benchmarks, f"--benchmarks is missing: {', '.join(benchmarks.BENCHMARKS)}.")
-    config_lib.validate(config)
+    checks.validate(config)
     return config
 
 
@@ -112,7 +112,7 @@ def judges_of(model: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str
     if "rewards" in config.evals.judges:
         if not (pathlib.Path(model) / "rewards").is_dir():
             raise InputError(f"the judge 'rewards' needs a run with rewards, and {model} is none.")
-        of_run = config_lib.recall(pathlib.Path(model))
+        of_run = workdirs.recall(pathlib.Path(model))
         context = train.prepare(of_run)
         bank = train.rewards(context, pathlib.Path(of_run.reward.init or model))
         rewards = (context.model, context.text, bank)

@@ -16,6 +16,7 @@ import sys
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from drirl_jax import checks
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import classifier, judges, labelled
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
             told = fit(config, pathlib.Path(FIT.value), out)
         else:
             config.evals.update({"judges": tuple(RATERS.value), "classifier": CLASSIFIER.value or ""})
-            config_lib.validate(config)
+            checks.validate(config)
             told = compare(config, pathlib.Path(COMPARE.value), out.with_suffix(".judgements.jsonl"))
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from drirl_jax import console, sharding
 from drirl_jax.types import PyTree
 
 
@@ -123,23 +124,57 @@ class Clock:
 
 
 class Progress:
-    """A bar on stderr with the rate and the scalars that matter; every 10 s where that is no terminal."""
+    """A bar on stderr with the rate, the time left and the scalars that matter; every 10 s where that is no terminal.
 
-    def __init__(self, stage: str, total: int, start: int = 0, shown: bool = True):
+    None where the console is quiet, and an object a step on stdout where it speaks JSON.
+
+    Args:
+        stage: what is done.
+        total, start: how many steps there are, and how many are done already.
+        shown: whether this process speaks.
+        unit: of the steps.
+        brief: for what belongs to something greater: shown only once it has taken 2 s, and gone when it ends.
+    """
+
+    def __init__(
+        self, stage: str, total: int, start: int = 0, shown: bool = True, *, unit: str = "step", brief: bool = False
+    ):
         patience = 0.1 if sys.stderr.isatty() else 10
+        self.objects = shown and console.mode() == "json"
+        self.brief, self.started, self.told = brief, time.monotonic(), time.monotonic()
         self.bar = tqdm.tqdm(
-            desc=stage, total=total, initial=start, unit="step", mininterval=patience, dynamic_ncols=True,
-            disable=not shown,
+            desc=stage, total=total, initial=start, unit=unit, mininterval=patience, dynamic_ncols=True,
+            disable=not shown or console.mode() != "text", delay=2 if brief else 0, leave=not brief,
         )  # fmt: skip
+        self.stage, self.total, self.start, self.done = stage, total, start, start
 
-    def show(self, scalars: Mapping[str, float]) -> None:
+    def show(self, scalars: Mapping[str, float] | None = None) -> None:
         """One step on, with these scalars beside the bar in 3 significant digits."""
-        self.bar.set_postfix({key: f"{value:.3g}" for key, value in scalars.items()}, refresh=False)
+        self.done += 1
+        now = time.monotonic()
+        if self.objects and (not self.brief or now - self.told > 10):
+            self.told = now
+            left = (now - self.started) / (self.done - self.start) * (self.total - self.done)
+            facts = {"stage": self.stage, "done": self.done, "of": self.total, "seconds_left": round(left, 1)}
+            console.say("progress", **facts, **(scalars or {}))
+        if scalars:
+            self.bar.set_postfix({key: f"{value:.3g}" for key, value in scalars.items()}, refresh=False)
         self.bar.update()
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
         self.bar.close()
+
+
+def tracked(items: Sequence, doing: str, unit: str) -> Iterator:
+    """The items one by one, with a bar once they have taken a while."""
+    progress = Progress(doing, len(items), shown=sharding.writes(), unit=unit, brief=True)
+    try:
+        for item in items:
+            yield item
+            progress.show()
+    finally:
+        progress.close()
 
 
 def read(path: pathlib.Path) -> list[dict]:

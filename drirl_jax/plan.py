@@ -24,8 +24,8 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
+from drirl_jax import checks, cost, optimizer, rollout, sharding
 from drirl_jax import config as config_lib
-from drirl_jax import cost, optimizer, rollout, sharding
 from drirl_jax import main as command
 from drirl_jax.models import families, flash, hf, reward
 from drirl_jax.models.architecture import Config
@@ -79,20 +79,9 @@ class Program(NamedTuple):
     mesh: jax.sharding.Mesh | None = None
 
 
-def described(tree: PyTree, spec: Callable = lambda path, x: sharding.axes_of(path, x.ndim)) -> PyTree:
-    """Shapes and types of a tree with their places on the mesh: parameters by their paths."""
-    mesh = jax.sharding.get_mesh()
-
-    def one(path, x):
-        where = jax.sharding.NamedSharding(mesh, sharding.spec(x.shape, spec(path, x)))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
 def dealt(tree: PyTree) -> PyTree:
     """The same of a batch: by its first axis, the prompts."""
-    return described(tree, lambda path, x: ("prompts",))
+    return sharding.described(tree, lambda path, x: ("prompts",))
 
 
 def ids(*shape: int) -> jax.ShapeDtypeStruct:
@@ -110,7 +99,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
     set."""
     c, T, S = config.align, config.sampler.max_new, config.data.max_prompt
     # Nothing here may run: the mesh is of devices that are not there.
-    model = described(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
+    model = sharding.described(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
     context = Context(config, model, None, None, {})
     policy, objective, roles = POLICIES[config.policy.tune], objectives.OBJECTIVES[c.objective], objectives.ROLES
     transformation = align.transformation_of(config)
@@ -122,9 +111,9 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
     def init_rewards(model):
         return irl.init_rewards(dataclasses.replace(context, model=model))
 
-    train = described(jax.eval_shape(init, model))
-    rewards = described(jax.eval_shape(init_rewards, model))
-    statistics = described(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
+    train = sharding.described(jax.eval_shape(init, model))
+    rewards = sharding.described(jax.eval_shape(init_rewards, model))
+    statistics = sharding.described(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
     bank = reward.Bank(rewards, statistics, statistics)
 
     sampling = sharding.sampling_mesh(config.sampler.mesh, c.batch, jax.sharding.get_mesh())
@@ -137,14 +126,14 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
         with jax.set_mesh(sampling or jax.sharding.get_mesh()):
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (P, G)))
             options = dict(max_new=T, temperature=temperature, eos=(0,), compact=())  # no row ends before the others
-            args = (described(model), ids(P, S), ids(P), keys)
+            args = (sharding.described(model), ids(P, S), ids(P), keys)
         yield Program(name, times, lambda: rollout.sample.trace(*args, **options), args, T, sampling)
 
     def aligned() -> Iterator[Program]:
         merged = model
         if config.policy.tune == "lora":
             args = (model, train.params.policy)
-            merged = described(jax.eval_shape(policy.merged, *args))
+            merged = sharding.described(jax.eval_shape(policy.merged, *args))
             yield Program("merge", 1, lambda: policy.merged.trace(*args), args)
         P, G, shared = c.batch, c.group, context.shared
         yield from sample("sample", 1, merged, P, G, T, config.sampler.temperature)
@@ -178,7 +167,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
         K, P = len(irl.negative_weights(config.irl)), config.irl.batch
         pairs = irl.Pairs(group(P, S, 1 + K, T), ids(P, K), ids(P, K), ids(P, K))
         optimiser = optimizer.make(config.irl.optimizer, config.irl.steps)
-        state = described(jax.eval_shape(lambda m: optimizer.init(optimiser, init_rewards(m)), model))
+        state = sharding.described(jax.eval_shape(lambda m: optimizer.init(optimiser, init_rewards(m)), model))
         args = (state, model, pairs)
         yield Program("irl update", 0, lambda: irl.updater(config, optimiser).trace(*args), args)
         P = sharding.dealt(max(1, config.evals.batch // config.irl.samples))
@@ -199,12 +188,6 @@ def _first(begun, members: int):
     return jax.eval_shape(lambda b: b.members(slice(members)), begun)
 
 
-def size(tree: PyTree) -> float:
-    """Bytes on each device of what is described."""
-    placed = [x for x in jax.tree.leaves(tree) if getattr(x, "sharding", None) is not None]  # not the few random keys
-    return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in placed))
-
-
 def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
     """The figures of one program, a chip: see `table`. Where it does not fit, "needs" is the compiler's sentence."""
     if program.mesh is not None:
@@ -222,7 +205,8 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
         return told | {"needs": " ".join(str(error).split())[:300]}
     memory, traffic = compiled.memory_analysis(), cost.traffic(compiled.as_text(), program.loop)
     # Not the compiled arguments: what a program does not read of a tree lies there all the same.
-    held = sum(map(size, resident)) + sum(size(arg) for arg in program.args if not any(arg is t for t in resident))
+    apart = [arg for arg in program.args if not any(arg is tree for tree in resident)]
+    held = sum(map(sharding.held, [*resident, *apart]))
     works = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     works += memory.output_size_in_bytes - memory.alias_size_in_bytes
     once = cost.operations(jaxpr, lambda length: 1) / chips
@@ -261,7 +245,8 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
     with jax.set_mesh(mesh):
         resident, every = programs(config, shape)
         found = [measure(program, resident, CHIPS[kind]) for program in every]
-        return {"topology": topology, "mesh": dict(mesh.shape), "resident": sum(map(size, resident)), "programs": found}
+        held = sum(map(sharding.held, resident))
+        return {"topology": topology, "mesh": dict(mesh.shape), "resident": held, "programs": found}
 
 
 def table(result: dict) -> str:
@@ -304,7 +289,7 @@ def main(argv: list[str]) -> None:
         for flag in (command.CONFIG, TOPOLOGY):
             config_lib.need(flag.value is not None, f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
         config = command.CONFIG.value
-        config_lib.validate(config)
+        checks.validate(config)
         if MODEL.value:
             known = ", ".join(families.PRESETS)
             config_lib.need(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {known}.")

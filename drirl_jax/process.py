@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import itertools
 import logging
+import os
 import pathlib
 import signal
 import threading
@@ -14,12 +15,14 @@ from typing import Callable, Iterator, TextIO
 import jax
 from jax.experimental import multihost_utils
 
+from drirl_jax import status
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): started again, the run goes on
 ASKED = itertools.count(1)  # JAX agrees on one of these, so they must not begin anew with every stage
+TAKEN = "another run is at work in {}: wait until it has ended, or take another --workdir."
 
 
 class Preempted(BaseException):
@@ -49,6 +52,15 @@ def notice() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def require_free(workdir: pathlib.Path) -> None:
+    """Raises InputError where `lock` would, but takes and makes nothing."""
+    place = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise InputError(f"the workdir {workdir} cannot be written: take another --workdir.")
+    if status.held(workdir):
+        raise InputError(TAKEN.format(workdir))
+
+
 def lock(workdir: pathlib.Path) -> TextIO:
     """Makes the workdir and takes it for this process, until the file that is returned is closed or the process dies.
 
@@ -65,9 +77,7 @@ def lock(workdir: pathlib.Path) -> TextIO:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise InputError(
-            f"another run is at work in {workdir}: wait until it has ended, or take another --workdir."
-        ) from error
+        raise InputError(TAKEN.format(workdir)) from error
     except OSError as error:  # a file system without locks
         log.warning("%s cannot be locked (%s): see that no second run is started there", workdir, error.strerror)
     return file

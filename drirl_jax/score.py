@@ -19,9 +19,8 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from drirl_jax import config as config_lib
 from drirl_jax import main as command
-from drirl_jax import train
+from drirl_jax import train, workdirs
 from drirl_jax.data import examples, records
 from drirl_jax.data.records import Record
 from drirl_jax.evals import runner
@@ -43,7 +42,7 @@ def load(workdir: pathlib.Path, rows: list[Record]) -> tuple[Context, reward.Ban
     Raises:
         InputError: the workdir holds no run with rewards, or a prompt is too long.
     """
-    config = config_lib.recall(workdir)
+    config = workdirs.recall(workdir)
     context = train.prepare(config)
     given = examples.tokenise({"given": rows}, context.text, config)
     if len(given["given"].id) < len(rows):
@@ -65,7 +64,7 @@ def policy(context: Context, workdir: pathlib.Path, base: bool) -> Transformer:
 
 def of_responses(workdir: pathlib.Path, path: pathlib.Path) -> list[dict]:
     """The records of the file with "reward"."""
-    rows = records.read(path, config_lib.recall(workdir).data.categories, optional=("draft",))
+    rows = records.read(path, workdirs.recall(workdir).data.categories, optional=("draft",))
     context, bank = load(workdir, rows)
     given = context.examples["given"]
     found = runner.rewards_of(context, bank, given, given.demo[:, None], given.demo_len[:, None])[:, 0]
@@ -74,7 +73,7 @@ def of_responses(workdir: pathlib.Path, path: pathlib.Path) -> list[dict]:
 
 def best_of(workdir: pathlib.Path, path: pathlib.Path, n: int, base: bool) -> list[dict]:
     """The records of the file with the response of the highest reward among n, "reward", "mean" and "lowest"."""
-    rows = records.read(path, config_lib.recall(workdir).data.categories, optional=("draft", "response"))
+    rows = records.read(path, workdirs.recall(workdir).data.categories, optional=("draft", "response"))
     context, bank = load(workdir, rows)
     given, config = context.examples["given"], context.config
     out = draw_all(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Sequence
+from typing import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -173,18 +173,21 @@ def place(tree: PyTree) -> PyTree:
     """
 
     def put(path, x):
-        if not isinstance(x, Array):
-            return x
-        axes = axes_of(path, x.ndim)
-        for n, axis in zip(x.shape, axes):
-            if axis != "categories" and n % size(axis):
-                raise InputError(
-                    f"the mesh cuts {axis} into {size(axis)} ({' x '.join(RULES[axis])}), which does not divide the "
-                    f"{n} of {jax.tree_util.keystr(path)}: choose other sizes."
-                )
-        return _put(x, axes)
+        return _put(x, _cut(path, x)) if isinstance(x, Array) else x
 
     return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def _cut(path: Sequence, x) -> tuple[str | None, ...]:
+    """`axes_of` a parameter. Raises InputError where the mesh does not divide it."""
+    axes = axes_of(path, x.ndim)
+    for n, axis in zip(x.shape, axes):
+        if axis != "categories" and n % size(axis):
+            raise InputError(
+                f"the mesh cuts {axis} into {size(axis)} ({' x '.join(RULES[axis])}), which does not divide the "
+                f"{n} of {jax.tree_util.keystr(path)}: choose other sizes."
+            )
+    return axes
 
 
 def zeros(shapes: PyTree) -> PyTree:
@@ -210,6 +213,28 @@ def _put(x: Array | np.ndarray, axes: Sequence[str | None]) -> Array:
 def constrained(tree: PyTree) -> PyTree:
     """`place` inside a jitted function."""
     return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *axes_of(path, x.ndim)), tree)
+
+
+def described(tree: PyTree, axes: Callable = _cut) -> PyTree:
+    """Shapes and types of a tree with their places on the mesh that is set: parameters by their paths, or as `axes`
+    (path, leaf) -> logical axes says.
+
+    Raises:
+        InputError: see `place`.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def one(path, x):
+        where = NamedSharding(mesh, spec(x.shape, axes(path, x)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def held(tree: PyTree) -> float:
+    """Bytes on each device of what is described."""
+    placed = [x for x in jax.tree.leaves(tree) if getattr(x, "sharding", None) is not None]  # not the few random keys
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in placed))
 
 
 def deal(x: Array | np.ndarray) -> Array:

@@ -31,9 +31,9 @@ from absl import app
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from drirl_jax import checks, console, metrics, plots, train, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
-from drirl_jax import metrics, plots, train
 from drirl_jax.evals import diversity, judges
 from drirl_jax.models import hf
 from drirl_jax.types import InputError
@@ -159,7 +159,7 @@ def check(study: ConfigDict) -> None:
     for name in study.variants:
         config = config_of(study, name, study.seeds[0])
         try:
-            config_lib.validate(config)
+            checks.validate(config)
             config_lib.need(
                 "evals" in config.schedule, "config.schedule lacks 'evals', so there is nothing to compare."
             )
@@ -170,7 +170,7 @@ def check(study: ConfigDict) -> None:
 def take_base(source: pathlib.Path, config: ConfigDict, folder: pathlib.Path) -> None:
     """Copies the evaluation of the untrained policy from the run whose rewards are taken, where it is the same."""
     evaluated, here = (run / "evals" / "base.json" for run in (source, folder))
-    if evaluated.exists() and not here.exists() and config_lib.recall(source).evals == config.evals:
+    if evaluated.exists() and not here.exists() and workdirs.recall(source).evals == config.evals:
         here.parent.mkdir(parents=True, exist_ok=True)
         temporary = here.with_suffix(".tmp")
         shutil.copyfile(evaluated, temporary)
@@ -187,7 +187,7 @@ def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, 
         config = config_of(study, name, seed)
         key = reward_key(config)
         if (folder / "config.json").exists():  # it keeps the rewards that it took then
-            theirs = config_lib.recall(folder)
+            theirs = workdirs.recall(folder)
             source, schedule = theirs.reward.init, theirs.schedule
         else:
             source = str(learned.get(key, "")) if "irl" in config.schedule else config.reward.init
@@ -200,8 +200,9 @@ def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, 
     return learn + take
 
 
-def _pin(cores: Sequence[int]) -> None:
-    """Leaves these cores to the process, all if none are named."""
+def _enter(cores: Sequence[int], mode: str) -> None:
+    """Leaves these cores to the process, all if none are named; it speaks as the study does."""
+    console.speak(mode)
     if cores:
         os.sched_setaffinity(0, cores)
 
@@ -224,13 +225,13 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
         if rewards:
             rewards.result()
         if (folder / "evals" / "aligned.json").exists():
-            return config_lib.remember(config, folder)
+            return workdirs.remember(config, folder)
         log.info("run %d of %d: %s, seed %d", number, len(runs), folder.parent.name, config.seed)
         if config.reward.init:
             take_base(pathlib.Path(config.reward.init), config, folder)
         cores = free.get()
         try:
-            with concurrent.futures.ProcessPoolExecutor(1, fresh, _pin, (cores,)) as process:
+            with concurrent.futures.ProcessPoolExecutor(1, fresh, _enter, (cores, console.mode())) as process:
                 process.submit(train.run, config, folder).result()
         finally:
             free.put(cores)
@@ -446,8 +447,6 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    log.setLevel(logging.INFO)
     try:
         for flag in (command.CONFIG, command.WORKDIR):
             if flag.value is None:

@@ -13,8 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 import drirl_jax
+from drirl_jax import checks, console, guards, metrics, plots, process, sharding, workdirs
 from drirl_jax import config as config_lib
-from drirl_jax import guards, metrics, plots, process, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner, watch
@@ -28,23 +28,27 @@ from drirl_jax.types import InputError, PyTree
 log = logging.getLogger(__name__)
 
 
-def prepare(config: ConfigDict) -> Context:
+def prepare(config: ConfigDict, load: bool = True) -> Context:
     """Checks the config and all that it names, then loads it; joins the processes, sets the mesh and jax itself up.
+
+    Args:
+        load: False checks as much, but writes nothing, and reads of the policy's files the shapes alone: the context's
+            model are these.
 
     Raises:
         InputError: something that the user gave is wrong.
     """
-    config_lib.validate(config)
+    checks.validate(config)
     sharding.connect(config.distributed)
     jax.config.update("jax_debug_nans", config.debug_nans)
-    if config.compilation_cache:
+    if config.compilation_cache and load:
         cache = pathlib.Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), jax.devices())
     sampling = sharding.sampling_mesh(config.sampler.mesh, config.align.batch, mesh)
     jax.set_mesh(mesh)
-    by_split = builder.load(config.data.path, config.data.categories)
+    by_split = (builder.load if load else records.by_split)(config.data.path, config.data.categories)
     shares = dict(zip(config.data.categories, config.data.shares))
     trained = [category for category in config.data.categories if shares.get(category, 1.0) > 0]
     if "train" in by_split:
@@ -58,7 +62,7 @@ def prepare(config: ConfigDict) -> Context:
     if config.reward.init:
         need_rewards(config, pathlib.Path(config.reward.init))
     encode = load_encoder(config)
-    model, tokens = load_policy(config)
+    model, tokens = load_policy(config, load)
     return Context(
         config=config,
         model=model,
@@ -74,8 +78,8 @@ def load_encoder(config: ConfigDict) -> encoder.TextEmbedder:
     return encoder.TextEmbedder.from_folder(hf.resolve(config.encoder.init), config.encoder.max_tokens)
 
 
-def load_policy(config: ConfigDict) -> tuple[Transformer, Text]:
-    """The policy to start from, and its tokens."""
+def load_policy(config: ConfigDict, load: bool = True) -> tuple[Transformer, Text]:
+    """The policy to start from, and its tokens; with `load` False the policy's shapes alone, once they are checked."""
     path = hf.resolve(config.policy.init)
     chosen = {"dtype": config.policy.dtype, "attention": config.policy.attention}
     model_config = families.config_from_hf(hf.read_config(path))._replace(**chosen)
@@ -84,7 +88,10 @@ def load_policy(config: ConfigDict) -> tuple[Transformer, Text]:
         layers, most = config_lib.get(config, key), model_config.layers
         config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")
     tokens = Text(hf.load_tokenizer(path), config.policy.system)
-    return families.from_hf(hf.read_tensors(path), model_config), tokens
+    if load:
+        return families.from_hf(hf.read_tensors(path), model_config), tokens
+    families.check(hf.read_shapes(path), model_config)
+    return families.shapes_of(model_config), tokens
 
 
 # What a run must have in common with the one whose rewards it takes.
@@ -101,7 +108,7 @@ def need_rewards(config: ConfigDict, workdir: pathlib.Path) -> None:
         folder.is_dir() and Checkpoints(folder, keep=1).latest() is not None,
         f"no rewards in {folder}: name the workdir of a run whose IRL stage has ended.",
     )
-    theirs = config_lib.recall(workdir)
+    theirs = workdirs.recall(workdir)
     for key in COMMON:
         here, there = (config_lib.get(of, key) for of in (config, theirs))
         config_lib.need(here == there, f"the rewards in {folder} are of config.{key} = {there!r}, not {here!r}.")
@@ -130,7 +137,8 @@ def replay(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path) -> N
         stage = align.make(context, rewards(context, pathlib.Path(config.reward.init or workdir)) if learned else None)
     step, scalars = guards.replay(folder, stage)
     if sharding.writes():
-        print(json.dumps({"stage": name, "step": step} | scalars, indent=1))
+        told = {"stage": name, "step": step} | scalars
+        console.result(json.dumps(told, indent=1), **told)
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -147,7 +155,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     asked = runner.questions_of(context)
     if sharding.writes():
         held = process.lock(workdir)  # noqa: F841  until the end of this function
-        config_lib.remember(config, workdir)
+        workdirs.remember(config, workdir)
     writer = metrics.MetricWriter(workdir, sharding.writes())
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
     if sharding.writes():
@@ -201,8 +209,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     report = plots.report(
         workdir, results["base"], results["aligned"], writer.read(), *shown, method, str(config), facts
     )
-    print(plots.terminal_table(results["base"], results["aligned"], *shown))
-    print(f"report: {report}\naligned model: {workdir / 'aligned'}")
+    table = plots.terminal_table(results["base"], results["aligned"], *shown)
+    console.result(
+        f"{table}\nreport: {report}\naligned model: {workdir / 'aligned'}",
+        report=str(report), model=str(workdir / "aligned"),
+        **{name: result["overall"] for name, result in results.items()},
+    )  # fmt: skip
 
 
 def export_rewards(context: Context, bank: reward.Bank, workdir: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from drirl_jax import sharding, train
 from drirl_jax.checkpoint import Checkpoints
-from drirl_jax.config import validate
+from drirl_jax.checks import validate
 from drirl_jax.models import reward
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import Context, Shared

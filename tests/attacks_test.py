@@ -20,7 +20,7 @@ import pytest
 from transformer_test import tiny
 
 from drirl_jax import config as config_lib
-from drirl_jax import endpoint
+from drirl_jax import endpoint, workdirs
 from drirl_jax.attacks import autodan, gcg, options, pair, runner, templates
 from drirl_jax.attacks import target as target_lib
 from drirl_jax.data.records import Record
@@ -467,7 +467,7 @@ def test_flags_that_cannot_be_run_are_one_sentence(tmp_path):
 def test_a_run_is_attacked_by_its_own_config(tmp_path):
     c = config_lib.default()
     c.policy.system = "Be kind."
-    config_lib.remember(c, tmp_path)
+    workdirs.remember(c, tmp_path)
     assert runner.config_of(str(tmp_path), c).policy.init == str(tmp_path)  # no aligned model: a folder
     (tmp_path / "aligned").mkdir()
     found = runner.config_of(str(tmp_path), None)

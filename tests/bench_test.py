@@ -9,7 +9,7 @@ import commands
 import numpy as np
 import pytest
 
-from drirl_jax import bench
+from drirl_jax import bench, floor
 from drirl_jax.models.transformer import Config
 from drirl_jax.stages.base import Shared
 
@@ -21,33 +21,33 @@ def test_forward_operations_by_hand():
     # 3 x 6: 30. One prompt of 2 tokens, 2 responses of 3 (2 fed): 6 positions. Predicted: 1 + 2·2 = 5 tokens.
     # Pairs: prompt 1 + 2; each response sees 3 and 4 keys: 3 + 2·7 = 17.
     model = Config(vocab=5, width=2, layers=1, heads=2, kv_heads=1, head_dim=1, ffn=3)
-    shape = bench.Shape(P=1, S=2, G=2, T=3)
-    assert bench.forward_flops(model, shape) == 2 * 30 * 6 + 2 * 2 * 5 * 5 + 4 * 2 * 1 * 17
-    assert bench.forward_flops(model, shape, logits=False) == 2 * 30 * 6 + 4 * 2 * 1 * 17
+    shape = floor.Shape(P=1, S=2, G=2, T=3)
+    assert floor.forward_flops(model, shape) == 2 * 30 * 6 + 2 * 2 * 5 * 5 + 4 * 2 * 1 * 17
+    assert floor.forward_flops(model, shape, logits=False) == 2 * 30 * 6 + 4 * 2 * 1 * 17
     # Two prompts and a prefix of 2 tokens: 14 positions; pairs 1 + 2, a prompt 3 + 4, a response 5 and 6, twice each.
     two = shape._replace(P=2, R=2)
-    assert bench.forward_flops(model, two, logits=False) == 2 * 30 * 14 + 4 * 2 * 1 * (3 + 2 * (7 + 2 * 11))
+    assert floor.forward_flops(model, two, logits=False) == 2 * 30 * 14 + 4 * 2 * 1 * (3 + 2 * (7 + 2 * 11))
 
 
 def test_the_floor_takes_the_slower_of_operations_and_bytes():
     model = Config(vocab=5, width=2, layers=1, heads=2, kv_heads=1, head_dim=1, ffn=3)
-    shape, size = bench.Shape(P=1, S=2, G=2, T=3), 50
-    quick, slow = bench.Machine(flops=1e3, bandwidth=1e30), bench.Machine(flops=1e30, bandwidth=1e3)
-    forward = bench.forward_flops(model, shape) / 1e3
-    full = bench.floor(model, shape, quick, size=size, tuned=size)
+    shape, size = floor.Shape(P=1, S=2, G=2, T=3), 50
+    quick, slow = floor.Machine(flops=1e3, bandwidth=1e30), floor.Machine(flops=1e30, bandwidth=1e3)
+    forward = floor.forward_flops(model, shape) / 1e3
+    full = floor.floor(model, shape, quick, size=size, tuned=size)
     np.testing.assert_allclose([full["rollout"], full["reference"], full["update"]], [forward, forward, 3 * forward])
-    np.testing.assert_allclose(bench.floor(model, shape, quick, size=size, tuned=4)["update"], 2 * forward)
+    np.testing.assert_allclose(floor.floor(model, shape, quick, size=size, tuned=4)["update"], 2 * forward)
     # Two demonstrations more to learn from are two responses more.
-    more = bench.floor(model, shape, quick, size=size, tuned=size, trained=2)["update"]
-    np.testing.assert_allclose(more, 3 * bench.forward_flops(model, shape._replace(G=4)) / 1e3)
+    more = floor.floor(model, shape, quick, size=size, tuned=size, trained=2)["update"]
+    np.testing.assert_allclose(more, 3 * floor.forward_flops(model, shape._replace(G=4)) / 1e3)
     # Where the rewards leave the only layer as it is, the group passes it once, for them and for the reference; a
     # policy that is tuned whole does not take part.
-    once = bench.floor(model, shape, quick, size=size, tuned=size, shared=Shared(1, policy=False, rewards=True))
-    alone = bench.floor(model, shape, quick, size=size, tuned=size)
+    once = floor.floor(model, shape, quick, size=size, tuned=size, shared=Shared(1, policy=False, rewards=True))
+    alone = floor.floor(model, shape, quick, size=size, tuned=size)
     assert once["trunk"] == alone["rewards"] and once["rewards"] == 0 and once["update"] == alone["update"]
     np.testing.assert_allclose(once["reference"], 2 * 2 * 5 * 5 / 1e3)  # the logits
     # Weights for each of 3 tokens; keys and values of 1 x 1, 4 bytes each, of the 2 · 7 pairs; AdamW moves 7 floats.
-    bound = bench.floor(model, shape, slow, size=size, tuned=size)
+    bound = floor.floor(model, shape, slow, size=size, tuned=size)
     np.testing.assert_allclose(bound["rollout"], (4 * 50 * 3 + 8 * 14) / 1e3)
     np.testing.assert_allclose(bound["update"], 28 * 50 / 1e3)
 

@@ -205,6 +205,7 @@ def test_a_gguf_file_gives_the_tensors_and_config_that_were_put_in(tmp_path, tie
     config = hf.read_config(path)
     assert (TINY | {"tie_word_embeddings": tied, "head_dim": 8}).items() <= config.items()
     assert_same(hf.read_tensors(path), state(peer))
+    assert hf.read_shapes(path) == {name: tensor.shape for name, tensor in state(peer).items()}
     again = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config)).eval()
     torch = pytest.importorskip("torch")
     again.load_state_dict({k: torch.tensor(v) for k, v in hf.read_tensors(path).items()}, strict=not tied)
@@ -348,11 +349,15 @@ def broken(tmp_path, kind):
         ("no tokenizer", "has no tokenizer"),
     ],
 )
-def test_a_broken_folder_is_one_clear_sentence(tmp_path, kind, message):
+@pytest.mark.parametrize("load", [True, False])
+def test_a_broken_folder_is_one_clear_sentence(tmp_path, kind, message, load):
     folder = broken(tmp_path, kind)
     with pytest.raises(InputError, match=message):
         config = families.config_from_hf(hf.read_config(folder))
-        families.from_hf(hf.read_tensors(folder), config)
+        if load:
+            families.from_hf(hf.read_tensors(folder), config)
+        else:
+            families.check(hf.read_shapes(folder), config)
         hf.load_tokenizer(folder)
 
 

@@ -25,8 +25,8 @@ from text_test import CHATML, SPECIAL, byte_level, special_ids
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from drirl_jax import checks, endpoint, text
 from drirl_jax import config as config_lib
-from drirl_jax import endpoint, text
 from drirl_jax.data import records
 from drirl_jax.models import families, hf, tokenizers
 from drirl_jax.types import InputError
@@ -208,7 +208,7 @@ CHANGES = st.lists(
 def test_configs_are_valid_or_refused(changes):
     config = config_lib.default()
     config.update_from_flattened_dict(dict(changes))
-    accepted(config_lib.validate, config)
+    accepted(checks.validate, config)
 
 
 # ------------------------------------------------------------------------------------------------- model files

@@ -9,8 +9,9 @@ ROOT = pathlib.Path(drirl_jax.__file__).parent
 
 # Bottom first. A module may import from lines above its own, and from its own line where that is a package.
 LAYERS = [
-    ["drirl_jax", "drirl_jax.types"],
+    ["drirl_jax", "drirl_jax.types", "drirl_jax.console", "drirl_jax.status"],
     ["drirl_jax.sharding", "drirl_jax.process"],
+    ["drirl_jax.metrics"],
     [
         "drirl_jax.equations",
         "drirl_jax.losses",
@@ -20,7 +21,6 @@ LAYERS = [
         "drirl_jax.endpoint",
         "drirl_jax.plots",
     ],
-    ["drirl_jax.metrics"],
     ["drirl_jax.models.architecture"],
     ["drirl_jax.models.attention"],
     ["drirl_jax.models.flash"],
@@ -35,10 +35,12 @@ LAYERS = [
     ["drirl_jax.evals.classifier"],
     ["drirl_jax.evals.judges"],
     ["drirl_jax.stages"],
-    ["drirl_jax.evals", "drirl_jax.guards"],
+    ["drirl_jax.evals", "drirl_jax.guards", "drirl_jax.floor"],
     ["drirl_jax.config"],
+    ["drirl_jax.checks", "drirl_jax.workdirs"],
     ["drirl_jax.configs"],
     ["drirl_jax.train"],
+    ["drirl_jax.preview"],
     ["drirl_jax.attacks"],
     ["drirl_jax.main"],
     [

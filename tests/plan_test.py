@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from configs import quickstart
-from drirl_jax import bench, cost, plan, sharding
+from drirl_jax import cost, floor, plan, sharding
 from drirl_jax.models import families
 
 SHAPE = families.PRESETS["smollm2-135m"]
@@ -116,7 +116,7 @@ def traced():
     with jax.set_mesh(sharding.mesh_of(config.mesh, [4], jax.devices())):
         resident, every = plan.programs(config, SHAPE)
         found = {p.name: cost.operations(cost.used(p.traced().jaxpr.jaxpr), lambda n: n or p.loop) for p in every}
-        return found, config, [plan.size(tree) for tree in resident]
+        return found, config, [sharding.held(tree) for tree in resident]
 
 
 def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced):
@@ -125,10 +125,10 @@ def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced
         "merge", "sample", "trunk", "rewards", "reference", "update", "irl update", "irl sample", "evals sample"
     ]  # fmt: skip
     assert resident[0] == 4 * 134_515_008  # the trunk
-    shape = bench.Shape(config.align.batch, config.data.max_prompt, config.align.group, config.sampler.max_new)
-    forward = bench.forward_flops(SHAPE, shape)
-    bottom = bench.forward_flops(SHAPE._replace(layers=20), shape._replace(G=shape.G + 2), logits=False)
-    top = bench.forward_flops(SHAPE._replace(layers=10), shape)
+    shape = floor.Shape(config.align.batch, config.data.max_prompt, config.align.group, config.sampler.max_new)
+    forward = floor.forward_flops(SHAPE, shape)
+    bottom = floor.forward_flops(SHAPE._replace(layers=20), shape._replace(G=shape.G + 2), logits=False)
+    top = floor.forward_flops(SHAPE._replace(layers=10), shape)
     # The bench counts no padding, no masked half of a score and no last token of a response.
     assert bottom < found["trunk"] < 1.15 * bottom and top < found["reference"] < 1.15 * top
     assert forward < found["sample"] < 1.15 * forward

@@ -12,9 +12,10 @@ import time
 import commands
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from drirl_jax import main
+from drirl_jax import console, main, status
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -363,9 +364,29 @@ def test_a_workdir_of_another_config_is_refused(whole, policy):
     assert (whole[0] / "metrics.jsonl").read_text() == before
 
 
+def test_the_status_and_the_plan_of_a_finished_run(whole, policy, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")}
+    argv = command(policy, whole[0], "--dry_run", "--log=json")[2:]
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", argv)
+        main.main(main.parse(argv))
+    console.speak("text")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (found,) = [event for event in events if event["event"] == "result"]
+    assert events[-1] == {"event": "end", "exit": 0}
+    assert [(stage["stage"], stage["finished"], stage["seconds"]) for stage in found["stages"]] == [
+        ("irl", True, 0.0), ("align", True, 0.0), ("evals", True, 0.0)
+    ]  # fmt: skip
+    told = status.of(whole[0])
+    assert told["finished"] and not told["at_work"] and told["checkpoints"] == {"irl": [2, 4], "align": [2, 4]}
+    assert told["last"]["stage"] == "align" and told["stages"][1]["seconds_a_step"] > 0
+    assert "align       4 of 4, done" in status.text(told)
+    assert before == {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")}
+
+
 def test_flags_that_say_too_little_or_what_is_not_there():
     for flags, message in (
-        ([], "--config is missing"),
+        ([], "--config is missing.*configs/quickstart.py, .*configs/tiny.py"),
         (["--config=configs/tiny.py"], "--workdir is missing"),
         (["--config=configs/nowhere.py", "--workdir=x"], "nowhere"),
         (["--config=configs/study_smollm2.py:mian"], "no part 'mian': choose one of main"),

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from drirl_jax import scaling
-from drirl_jax.config import default, validate
+from drirl_jax.checks import validate
+from drirl_jax.config import default
 from drirl_jax.types import InputError
 
 

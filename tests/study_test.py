@@ -12,8 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from drirl_jax import config as config_lib
-from drirl_jax import study
+from drirl_jax import study, workdirs
 from drirl_jax.evals import classifier, diversity
 from drirl_jax.models import hf
 from drirl_jax.models.encoder import TextEmbedder
@@ -73,7 +72,7 @@ def config(part=""):
 
 
 def test_every_variant_is_a_run_and_shares_rewards_where_they_are_the_same():
-    from drirl_jax.config import validate
+    from drirl_jax.checks import validate
 
     plan = config()
     parts = importlib.import_module("configs.study_smollm2").PARTS
@@ -117,7 +116,7 @@ def test_rewards_come_from_the_run_that_was_begun_else_from_the_first(tmp_path):
         "grpo_s/0": ("dpo_s/0", False), "grpo_s/1": ("dpo_s/1", False),
     }  # fmt: skip
     assert list(planned())[:4] == ["dpo_s/0", "grpo_one_reward/0", "dpo_s/1", "grpo_one_reward/1"]
-    config_lib.remember(study.config_of(plan, "grpo_s", 1), tmp_path / "grpo_s" / "1")
+    workdirs.remember(study.config_of(plan, "grpo_s", 1), tmp_path / "grpo_s" / "1")
     assert planned()["grpo_s/1"] == ("", True) and planned()["dpo_s/1"] == ("grpo_s/1", False)
     assert planned()["dpo_s/0"] == ("", True)
 

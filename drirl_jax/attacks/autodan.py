@@ -38,7 +38,7 @@ def fitness(target: Target, prompt: str, population: Sequence[str]) -> np.ndarra
     """[N] losses of the target behind the prompt in each template; the lower the fitter."""
     ids = [target.text.prompt_ids(template.replace(SLOT, prompt)) for template in population]
     goal, pieces = target.goal(), []
-    for rows, real in row_batches(len(ids), min(target.options.batch, len(ids))):
+    for rows, real in row_batches(len(ids), min(target.options.batch, len(ids)), "losses"):
         P, M = len(rows), len(goal)
         response = np.broadcast_to(np.array(goal, np.int32), (P, 1, M))
         arrays = (response, np.full((P, 1), M, np.int32), np.zeros(P, np.int32))

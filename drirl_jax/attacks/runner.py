@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax import config as config_lib
-from drirl_jax import endpoint, metrics, plots, sharding, train
+from drirl_jax import endpoint, metrics, plots, sharding, train, workdirs
 from drirl_jax.attacks import autodan, gcg, options, pair, templates
 from drirl_jax.attacks.target import Outcome, Target
 from drirl_jax.config import need
@@ -73,7 +73,7 @@ def config_of(model: str, given: ConfigDict | None) -> ConfigDict:
     aligned = pathlib.Path(model) / "aligned"
     is_run = aligned.is_dir()
     need(not (is_run and given), f"--model {model} is a run, which has a config of its own: leave --config out.")
-    config = config_lib.recall(pathlib.Path(model)) if is_run else given or config_lib.default()
+    config = workdirs.recall(pathlib.Path(model)) if is_run else given or config_lib.default()
     config.policy.init = str(aligned) if is_run else model
     return config
 
@@ -102,7 +102,7 @@ def attack_model(
     target = Target(*train.load_policy(config), o, judges_of(config, o, workdir), attacker)
     if sharding.writes():
         said = {"model": config.policy, "data": data, "categories": config.data.categories, "options": o}
-        config_lib.remember(ConfigDict(said), workdir)
+        workdirs.remember(ConfigDict(said), workdir)
     return run(target, rows, names, workdir)
 
 

@@ -74,7 +74,7 @@ class Target:
     def answers(self, messages: Sequence[str]) -> list[str]:
         """The model's greedy answer to each message, options.batch at a time."""
         ids, said = [self.text.prompt_ids(message) for message in messages], []
-        for rows, real in row_batches(len(ids), min(self.options.batch, len(ids))):
+        for rows, real in row_batches(len(ids), min(self.options.batch, len(ids)), "answers"):
             keys = rollout.row_keys(jax.random.key(0), jnp.asarray(rows), 1)  # unused at temperature 0
             out = rollout.sample(
                 self.model, *self.padded([ids[i] for i in rows]), keys,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from typing import Sequence
 
 import grain
 import tensorflow_datasets as tfds
 
+from drirl_jax import console
 from drirl_jax.data import records
 from drirl_jax.data.records import PathLike, Record
 
@@ -68,8 +71,11 @@ def load(
     """
     demos = config(paths, categories)
     builder = SafetyDemos(config=demos, data_dir=data_dir)
+    if console.mode() != "text":
+        tfds.disable_progress_bar()
     try:
-        builder.download_and_prepare(file_format="array_record")
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it does on stdout, which is for the result
+            builder.download_and_prepare(file_format="array_record")
     except OSError:
         if not builder.data_path.is_dir():
             raise

@@ -9,6 +9,7 @@ import numpy as np
 
 from drirl_jax import text
 from drirl_jax.data import records
+from drirl_jax.metrics import tracked
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
     rows: dict[str, list] = {split: [] for split in by_split}
     number, dropped, cut = 0, 0, 0
     for split, of_split in by_split.items():
-        for record in of_split:
+        for record in tracked(of_split, f"tokens of {split}", "record"):
             prompt = tokens.prompt_ids(record.prompt)
             if len(prompt) > config.data.max_prompt:
                 if config.data.long_prompts == "error":

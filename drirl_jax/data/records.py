@@ -78,6 +78,14 @@ def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str], option
     return records
 
 
+def by_split(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> dict[str, list[Record]]:
+    """The records of `read` by split, each split in their order; a split without records is absent."""
+    splits = collections.defaultdict(list)
+    for record in read(paths, categories):
+        splits[record.split].append(record)
+    return dict(splits)
+
+
 def require(records: Sequence[Record], categories: Sequence[str], split: str, minimum: int) -> None:
     """Checks that each category has at least `minimum` demonstrations in `split`.
 

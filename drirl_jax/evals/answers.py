@@ -61,7 +61,7 @@ def _by_bucket(keys: Sequence, batch: int):
     """(key, row numbers filled up by repeats, how many are real) of all rows, those of one key together."""
     for key in sorted(set(keys)):
         of_key = np.array([i for i, k in enumerate(keys) if k == key])
-        for rows, real in row_batches(len(of_key), batch):
+        for rows, real in row_batches(len(of_key), batch, f"prompts of {key}"):
             yield key, of_key[rows], real
 
 

@@ -114,7 +114,7 @@ def rewards_of(context: Context, bank: reward.Bank, examples: Examples, response
     """[N, G] rewards of responses [N, G, T] to the examples, read at most at config.sampler.max_new tokens."""
     config, pieces = context.config, []
     response, read = response[..., : config.sampler.max_new], np.minimum(response_len, config.sampler.max_new)
-    for rows, real in row_batches(len(examples.id), config.evals.batch):
+    for rows, real in row_batches(len(examples.id), config.evals.batch, "rewards"):
         group = group_of(examples.take(rows), response[rows], read[rows])
         pieces.append(sharding.fetch(score(context.model, bank, group))[:real])
     return np.concatenate(pieces)

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from drirl_jax import sharding
+from drirl_jax.metrics import tracked
 from drirl_jax.types import Array, InputError, length_mask
 
 TOP = {
@@ -266,10 +267,10 @@ class TextEmbedder:
         chunks = [order[start : start + ROWS[-1]] for start in range(0, len(order), ROWS[-1])]
         padded = [map(sharding.deal, self._pad([ids[i] for i in chunk])) for chunk in chunks]
         # Every chunk is launched before the first is fetched.
-        outputs = sharding.fetch([self._run(self.encoder, *arrays) for arrays in padded])
+        outputs = [self._run(self.encoder, *arrays) for arrays in padded]
         embedded: dict[int, np.ndarray] = {}
-        for chunk, output_NE in zip(chunks, outputs):
-            embedded |= zip(chunk, output_NE)
+        for chunk, output_NE in tracked(list(zip(chunks, outputs)), "embeddings", "batch"):
+            embedded |= zip(chunk, sharding.fetch(output_NE))
         return [embedded[i] for i in range(len(texts))]
 
     def _cut(self, ids: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import partial
 from typing import Callable, Mapping, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from drirl_jax import sharding
+from drirl_jax.metrics import Progress, tracked
 from drirl_jax.models import gemma, llama, mistral, qwen
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
@@ -89,6 +91,33 @@ def _need_numbers(config: Config) -> None:
         raise InputError(f"config.json does not describe a {config.family} model: it comes to {told}.")
 
 
+def shapes_of(config: Config) -> Transformer:
+    """The decoder's parameters as shapes alone."""
+    return jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+
+
+def check(shapes: Mapping[str, tuple[int, ...]], config: Config) -> None:
+    """Raises InputError where `from_hf` would, told by the shapes of the tensors under Hugging Face names."""
+    model = shapes_of(config)
+    wanted = {theirs: getattr(model, ours).shape for ours, theirs in TOP.items() if hasattr(model, ours)}
+    for ours, theirs in FAMILIES[config.family].layer.items():
+        if hasattr(model.blocks, ours):
+            wanted |= {theirs.format(i): getattr(model.blocks, ours).shape[1:] for i in range(config.layers)}
+    for name, shape in wanted.items():
+        _need(name, shapes)
+        _fits(name, shapes[name], shape)
+
+
+def _need(name: str, tensors: Mapping) -> None:
+    if name not in tensors:
+        raise InputError(f"the weights lack the tensor {name}: is the model folder complete?")
+
+
+def _fits(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise InputError(f"the tensor {name} has shape {list(found)}, but config.json asks for {list(wanted)}.")
+
+
 @partial(jax.jit, donate_argnums=0)
 def _with_layer(stack, i, layer):
     return stack.at[i].set(layer.astype(stack.dtype))
@@ -103,32 +132,28 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32
     Raises:
         InputError: a tensor is missing or misshapen.
     """
-    model = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
-
-    def need(name):
-        if name not in tensors:
-            raise InputError(f"the weights lack the tensor {name}: is the model folder complete?")
+    model = shapes_of(config)
 
     def take(name, shape):
-        need(name)
+        _need(name, tensors)
         tensor = tensors[name]
-        if tensor.shape != tuple(shape):
-            raise InputError(
-                f"the tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}."
-            )
+        _fits(name, tensor.shape, shape)
         return tensor
 
-    for ours, theirs in FAMILIES[config.family].layer.items():
-        if hasattr(model.blocks, ours):
+    layer = {ours: theirs for ours, theirs in FAMILIES[config.family].layer.items() if hasattr(model.blocks, ours)}
+    total = len(layer) * config.layers
+    with contextlib.closing(Progress("weights", total, shown=sharding.writes(), unit="tensor", brief=True)) as progress:
+        for ours, theirs in layer.items():
             shape = getattr(model.blocks, ours).shape
             # Whatever sizes the config tells, no room is made for weights that are not there.
             for i in range(config.layers):
-                need(theirs.format(i))
+                _need(theirs.format(i), tensors)
             take(theirs.format(0), shape[1:])
             stack = sharding.zeros({ours: jax.ShapeDtypeStruct(shape, dtype)})[ours]
             for i in range(config.layers):
                 # Each has its place before the next is read.
                 stack = jax.block_until_ready(_with_layer(stack, i, take(theirs.format(i), shape[1:])))
+                progress.show()
             setattr(model.blocks, ours, nnx.Param(stack))
     for ours, theirs in TOP.items():
         if hasattr(model, ours):
@@ -139,7 +164,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32
 def to_hf(model: Transformer) -> dict[str, np.ndarray]:
     """Tensors under Hugging Face names, the inverse of `from_hf`."""
     tensors = {theirs: np.asarray(getattr(model, ours)[...]) for ours, theirs in TOP.items() if hasattr(model, ours)}
-    for ours, theirs in FAMILIES[model.config.family].layer.items():
+    for ours, theirs in tracked(list(FAMILIES[model.config.family].layer.items()), "fetching weights", "matrix"):
         if hasattr(model.blocks, ours):
             stacked = np.asarray(getattr(model.blocks, ours)[...])
             tensors |= {theirs.format(i): stacked[i] for i in range(model.config.layers)}

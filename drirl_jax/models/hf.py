@@ -20,6 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from drirl_jax.metrics import tracked
 from drirl_jax.models import tokenizers
 from drirl_jax.types import InputError
 
@@ -125,6 +126,10 @@ class Tensors(Mapping):
         except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:  # a type numpy lacks
             raise InputError(f"the tensor {name} cannot be read ({error}): save the model as bfloat16.") from error
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, which the file's header tells."""
+        return tuple(self._file[name].get_slice(name).get_shape())
+
     def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
         return name in self._file
 
@@ -159,6 +164,16 @@ def read_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     if not files:
         raise InputError(f"the model folder {path} has no weights: put the model's *.safetensors there.")
     return Tensors(files)
+
+
+def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by Hugging Face name, from the files' headers. Raises what `read_tensors` does."""
+    if path.suffix == ".gguf":
+        _, meta, stored = _open_llama(path)
+        names = _gguf_names(path, meta, stored)
+        return {names[tensor.name]: tuple(int(n) for n in reversed(tensor.shape)) for tensor in stored}
+    tensors = read_tensors(path)
+    return {name: tensors.shape(name) for name in tensors}
 
 
 def load_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
@@ -231,7 +246,7 @@ def _save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shard
         files[-1].append(name)
         filled += size[name]
     where = {}
-    for i, names in enumerate(files, 1):
+    for i, names in enumerate(tracked(files, "export", "file"), 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
         save_file({name: np.ascontiguousarray(tensors[name]) for name in names}, folder / file, {"format": "pt"})
         where |= dict.fromkeys(names, file)
@@ -331,21 +346,28 @@ def _config_of(path: pathlib.Path, meta: dict, stored: Sequence) -> dict:
     }
 
 
-def _gguf_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    _, meta, stored = _open_llama(path)
-    heads = meta["llama.attention.head_count"]
-    kv_heads = meta.get("llama.attention.head_count_kv", heads)
-    rotated = {"attn_q.weight": heads, "attn_k.weight": kv_heads}
+def _gguf_names(path: pathlib.Path, meta: dict, stored: Sequence) -> dict[str, str]:
+    """Hugging Face's names of the tensors, by GGUF's."""
     names = dict(GGUF_TENSORS)
     for i in range(meta["llama.block_count"]):
         names |= {f"blk.{i}.{key}": f"model.layers.{i}.{name}" for key, name in GGUF_LAYER_TENSORS.items()}
-    tensors = {}
     for tensor in stored:
         if tensor.name not in names:
             raise InputError(
                 f"{path} has the tensor {tensor.name}, which no plain Llama model has: use the model's "
                 "Hugging Face folder."
             )
+    return names
+
+
+def _gguf_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    _, meta, stored = _open_llama(path)
+    heads = meta["llama.attention.head_count"]
+    kv_heads = meta.get("llama.attention.head_count_kv", heads)
+    rotated = {"attn_q.weight": heads, "attn_k.weight": kv_heads}
+    names = _gguf_names(path, meta, stored)
+    tensors = {}
+    for tensor in stored:
         values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         kind = tensor.name.split(".", 2)[-1]
         if kind in rotated:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import rollout, sharding
 from drirl_jax.data.examples import Examples
-from drirl_jax.metrics import Clock
+from drirl_jax.metrics import Clock, tracked
 from drirl_jax.models import lora
 from drirl_jax.models.encoder import TextEmbedder
 from drirl_jax.models.transformer import Transformer
@@ -169,18 +169,18 @@ def draw(context: Context, model: Transformer, examples: Examples, key: Array, *
     return jax.tree.map(sharding.deal, out) if context.sampling else out
 
 
-def row_batches(total: int, size: int):
+def row_batches(total: int, size: int, doing: str):
     """Row numbers of all of `total` rows, `size` at a time, or a few more to deal them out evenly, and how many are
-    real: the last is filled up by repeats."""
+    real: the last is filled up by repeats. `doing` names what takes so long, for the progress bar."""
     size = sharding.dealt(size)
-    for start in range(0, total, size):
+    for start in tracked(range(0, total, size), doing, "batch"):
         yield np.arange(start, start + size) % total, min(size, total - start)
 
 
 def draw_all(context: Context, model: Transformer, examples: Examples, key: Array, batch: int, **options):
     """`draw` over all the examples, `batch` prompts at a time: a Rollout of numpy arrays."""
     pieces, model = [], laid_out(context, model)
-    for rows, real in row_batches(len(examples.id), batch):
+    for rows, real in row_batches(len(examples.id), batch, "sampling"):
         out = sharding.fetch(draw(context, model, examples.take(rows), key, **options))
         pieces.append(jax.tree.map(lambda x: x[:real], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *pieces)

@@ -224,7 +224,7 @@ def make(context: Context) -> Stage:
     def scores(rewards, examples: Examples, samples, contrasted: bool) -> dict[str, np.ndarray]:
         """Raw rewards of all the pairs where they are read (demo, negative [N, K]), and of whole texts [N, 1 + K]."""
         pieces = []
-        for rows, real in row_batches(len(examples.id), config.evals.batch):
+        for rows, real in row_batches(len(examples.id), config.evals.batch, "rewards"):
             drawn = (*(x[rows] for x in samples), contrasted, [config.seed, int(rows[0])])
             pairs = pairs_of(examples.take(rows), examples, *drawn)
             score_PGT = token_scores(context.model, rewards, pairs.group)

@@ -1,0 +1,70 @@
+"""How a command speaks: text and bars, only warnings and the result, or one JSON object a line on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from typing import Any, TextIO
+
+MODES = ("text", "quiet", "json")
+_mode = "text"
+
+
+def mode() -> str:
+    """The row of MODES in which this process speaks."""
+    return _mode
+
+
+def speak(as_: str) -> None:
+    """Chooses how this process speaks from now on, its log records too.
+
+    Args:
+        as_: a row of MODES. In "json" stdout has one object a line, each with "event": "log", "progress", "result" or
+            "error"; what a number is that is not finite is null.
+    """
+    global _mode
+    _mode = as_
+    handler = _Lines() if as_ == "json" else _Sentences(sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    for name in ("drirl_jax", "__main__"):  # the latter is the command's own module
+        logging.getLogger(name).setLevel(logging.WARNING if as_ == "quiet" else logging.INFO)
+
+
+def say(event: str, **facts: Any) -> None:
+    """One object on stdout, whatever the mode."""
+    print(json.dumps({"event": event} | _finite(facts), ensure_ascii=False), flush=True)
+
+
+def result(text: str, **facts: Any) -> None:
+    """What the command was asked for: the text, or in mode "json" the facts."""
+    if _mode == "json":
+        say("result", **facts)
+    else:
+        print(text)
+
+
+def coloured(file: TextIO) -> bool:
+    """Whether colours are wanted there: on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say("log", level=record.levelname.lower(), message=record.getMessage())
+
+
+class _Sentences(logging.StreamHandler):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"\033[33m{text}\033[0m" if record.levelno >= logging.WARNING and coloured(self.stream) else text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(sub) for key, sub in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(sub) for sub in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

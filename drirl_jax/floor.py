@@ -1,0 +1,116 @@
+"""What a step costs at least: operations of its phases, from their shapes, and the seconds that a machine needs."""
+
+from __future__ import annotations
+
+import time
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from drirl_jax.models import transformer
+from drirl_jax.stages.base import Shared
+
+
+class Machine(NamedTuple):
+    """What was measured of the machine: float operations a second of a matrix product, bytes a second of a read."""
+
+    flops: float
+    bandwidth: float
+
+
+class Shape(NamedTuple):
+    """Shape of a step: prompts, their own tokens, responses of each, their tokens; tokens of the shared prefix."""
+
+    P: int
+    S: int
+    G: int
+    T: int
+    R: int = 0
+
+
+def forward_flops(model: transformer.Config, shape: Shape, logits: bool = True) -> float:
+    """Operations of one forward pass, the prefix once, the prompt once per group; a response's last token is not fed.
+
+    2 · positions · weights + 2 D V · predicted tokens + 4 H hd · (query, key) pairs, over all layers.
+    """
+    P, S, G, T, R = shape
+    attention = 2 * model.width * (model.heads + model.kv_heads) * model.head_dim
+    weights = model.layers * (attention + 3 * model.width * model.ffn)
+    pairs = R * (R + 1) / 2 + P * S * (R + (S + 1) / 2) + P * G * sum(R + S + t + 1 for t in range(T - 1))
+    predicted = P + P * G * (T - 1) if logits else 0
+    fed = R + P * S + P * G * (T - 1)
+    return (
+        2 * weights * fed
+        + 2 * model.width * model.vocab * predicted
+        + 4 * model.layers * model.heads * model.head_dim * pairs
+    )
+
+
+def floor(
+    model: transformer.Config,
+    shape: Shape,
+    machine: Machine,
+    *,
+    size: int,
+    tuned: int,
+    shared: Shared = Shared(0, False, False),
+    scored: int = 1,
+    trained: int = 0,
+) -> dict[str, float]:
+    """Least seconds of each phase: its operations at the measured rate, or its bytes where those take longer.
+
+    Args:
+        size, tuned: number of the model's parameters, and of those that are trained (float32).
+        shared: which layers a group passes once, as phase "trunk".
+        scored, trained: demonstrations of a group that get a reward, and that the update learns from.
+
+    Returns:
+        phase -> seconds, for the phases that the model's own work bounds; hardness is not among them.
+    """
+    P, S, G, T, R = shape
+    bottom = model._replace(layers=shared.layers)
+    top = {takes_part: model._replace(layers=model.layers - shared.layers * takes_part) for takes_part in (False, True)}
+    cache_row = 8 * model.layers * model.kv_heads * model.head_dim
+    read = 4 * size * T + cache_row * P * G * sum(R + S + t + 1 for t in range(T - 1))
+    # A frozen weight has no gradient of its own: forward, and the gradient of its input.
+    passes = 3 if tuned == size else 2
+    return {
+        "rollout": max(forward_flops(model, shape) / machine.flops, read / machine.bandwidth),
+        "trunk": forward_flops(bottom, shape._replace(G=G + scored), logits=False) / machine.flops,
+        "reference": forward_flops(top[True], shape) / machine.flops,
+        "rewards": forward_flops(top[shared.rewards], shape._replace(G=G + scored), logits=False) / machine.flops,
+        "update": passes * forward_flops(top[shared.policy], shape._replace(G=G + trained)) / machine.flops
+        + 7 * 4 * tuned / machine.bandwidth,
+    }
+
+
+def irl_floor(model: transformer.Config, shape: Shape, machine: Machine, adapted: int) -> float:
+    """Least seconds of an update of the rewards: forward, and backward through the layers that have adapters.
+
+    Args:
+        shape: of the pairs, G = 1 + the negatives of each demonstration.
+    """
+    forward = forward_flops(model, shape, logits=False)
+    return (forward + forward_flops(model._replace(layers=adapted), shape, logits=False)) / machine.flops
+
+
+def fastest(function: Callable, *args, repeats: int = 7) -> float:
+    """Seconds of the fastest of some calls, after one that compiles."""
+    jax.block_until_ready(function(*args))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def measure_machine(model: transformer.Config) -> Machine:
+    """The best rate of a matrix product of this model's shapes and type, and of a product that reads 256 MiB once."""
+    rates = []
+    for rows, inner, out in ((2048, model.width, model.ffn), (2048, model.ffn, model.width), (2048, 2048, 2048)):
+        a, w = (jnp.full((n, inner), 0.5, model.dtype) for n in (rows, out))
+        rates.append(2 * rows * inner * out / fastest(jax.jit(lambda a, w: a @ w.T), a, w))
+    matrix, vector = jnp.zeros((8192, 8192)), jnp.zeros(8192)
+    return Machine(max(rates), matrix.nbytes / fastest(jax.jit(jnp.matmul), matrix, vector))
