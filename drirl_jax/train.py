@@ -12,9 +12,8 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-import drirl_jax
 from drirl_jax import config as config_lib
-from drirl_jax import guards, metrics, plots, process, sharding
+from drirl_jax import guards, metrics, pages, process, report, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner, watch
@@ -145,6 +144,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if sharding.writes():
         held = process.lock(workdir)  # noqa: F841  until the end of this function
         config_lib.remember(config, workdir)
+        pages.note(workdir, facts := pages.facts_of(context.examples, config.data.categories))
     writer = metrics.MetricWriter(workdir, sharding.writes())
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
     if sharding.writes():
@@ -184,22 +184,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                 temporary.replace(path)
     if not sharding.writes():
         return
-    results = {name: json.loads((workdir / "evals" / f"{name}.json").read_text()) for name in ("base", "aligned")}
-    last_of = {row["stage"]: row for row in writer.read()}
-    facts = {
-        "drirl_jax": drirl_jax.__version__,
-        "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "minutes": f"{(time.time() - started) / 60:.1f} (this start)",
-        "updates left out": f"{sum(row['skipped'] for row in last_of.values()):.0f} (not finite)",
-    }
-    shown = (config.data.categories, config.data.harmless)
-    method = f"objective {config.align.objective}, rewards {config.reward.source}, scaling {config.scaling.combine}"
-    report = plots.report(
-        workdir, results["base"], results["aligned"], writer.read(), *shown, method, str(config), facts
-    )
-    print(plots.terminal_table(results["base"], results["aligned"], *shown))
-    print(f"report: {report}\naligned model: {workdir / 'aligned'}")
+    pages.note(workdir, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
+    done = pages.read(workdir)
+    path = report.report(done)
+    print(report.terminal_table(done))
+    print(f"report: {path}\naligned model: {workdir / 'aligned'}")
 
 
 def export_rewards(context: Context, bank: reward.Bank, workdir: pathlib.Path) -> None:

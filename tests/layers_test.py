@@ -10,7 +10,7 @@ ROOT = pathlib.Path(drirl_jax.__file__).parent
 # Bottom first. A module may import from lines above its own, and from its own line where that is a package.
 LAYERS = [
     ["drirl_jax", "drirl_jax.types"],
-    ["drirl_jax.sharding", "drirl_jax.process"],
+    ["drirl_jax.sharding", "drirl_jax.process", "drirl_jax.intervals"],
     [
         "drirl_jax.equations",
         "drirl_jax.losses",
@@ -38,6 +38,9 @@ LAYERS = [
     ["drirl_jax.evals", "drirl_jax.guards"],
     ["drirl_jax.config"],
     ["drirl_jax.configs"],
+    ["drirl_jax.pages"],
+    ["drirl_jax.compare"],
+    ["drirl_jax.report"],
     ["drirl_jax.train"],
     ["drirl_jax.attacks"],
     ["drirl_jax.main"],
