@@ -121,6 +121,8 @@ def differences(*configs: ConfigDict) -> dict[str, tuple]:
 
 def written(option: Any) -> str:
     """The value of an option as text."""
+    if isinstance(option, list) and option:
+        return ", ".join(map(written, option))
     return option if isinstance(option, str) and option else json.dumps(option, ensure_ascii=False)
 
 

@@ -279,7 +279,7 @@ def percent(share: float) -> str:
 
 def told(curve: Curve) -> str:
     """What a curve shows, in words."""
-    title = curve.title.replace("$", "").replace("\\alpha", "α").replace("\\pi", "π")
+    title = curve.title.replace("$", "").replace("\\alpha^D", "αᴰ").replace("\\alpha^M", "αᴹ").replace("\\pi", "π")
     return f"{title} by {STEPS[curve.stage]}"
 
 

@@ -207,9 +207,9 @@ def responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
 
 
 def coefficients(run: Run, category: str) -> str:
-    """α^D and α^M of the category's training prompts at the end, in words; "" where the metrics have none."""
+    """αᴰ and αᴹ of the category's training prompts at the end, in words; "" where the metrics have none."""
     parts = []
-    for key, letter in (("alpha_d", "α^D"), ("alpha_m", "α^M")):
+    for key, letter in (("alpha_d", "αᴰ"), ("alpha_m", "αᴹ")):
         values = [row[f"{key}/{category}"] for row in run.rows("align") if row.get(f"{key}/{category}") is not None]
         if values:
             parts.append(f"{letter} {np.mean(values[-RECENT:]):.2f}")

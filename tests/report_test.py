@@ -141,8 +141,8 @@ def test_responses_are_the_first_by_id_with_every_judges_verdict(hostile):
     assert "phrases: refusal 1, refused 1" in page and "endpoint: refusal 0, refused 0" in page
     assert page.source.count("<summary>6 more</summary>") == 2 and "<summary>18 more</summary>" in page.source
     # Mean over the eight steps of 0.1, 0.2, ...: 0.45; harmless prompts have none in these metrics.
-    assert "α^D 0.45 and α^M 0.45 for its training prompts" in page
-    assert "α^D 0.90 and α^M 0.90 for its training prompts" in page and page.source.count("α^D") == 4
+    assert "αᴰ 0.45 and αᴹ 0.45 for its training prompts" in page
+    assert "αᴰ 0.90 and αᴹ 0.90 for its training prompts" in page and page.source.count("αᴰ") == 3
     assert "xstest endpoint/phrases before 4 50% 0.00" in " ".join(" ".join(" ".join(row) for row in page.rows).split())
 
 
@@ -160,9 +160,7 @@ def test_a_run_without_rewards_has_dashes(tmp_path):
     assert report.terminal_table(run).splitlines()[-2].split()[-2:] == ["–", "–"]
 
 
-@pytest.mark.parametrize(
-    "held", [(), ("metrics.jsonl",), ("evals", "facts.json"), ("timing.jsonl", "reliability.json")]
-)
+@pytest.mark.parametrize("held", [(), ("timing.jsonl",), ("evals", "facts.json", "reliability.json")])
 def test_what_is_missing_is_left_out(tmp_path, held):
     whole = small_run.write(tmp_path / "whole")
     part = tmp_path / "part"
@@ -171,10 +169,9 @@ def test_what_is_missing_is_left_out(tmp_path, held):
         (shutil.copytree if (whole / name).is_dir() else shutil.copy)(whole / name, part / name)
     page = Page(report.report(pages.read(part)))
     assert ("not evaluated yet" in page) == ("evals" not in held)
-    assert ("No step has been taken yet" in page) == ("metrics.jsonl" not in held)
+    assert "No step has been taken yet" in page and "No rewards have been evaluated" in page
     assert ("No step has been timed yet" in page) == ("timing.jsonl" not in held)
     assert ("has not noted its records" in page) == ("facts.json" not in held)
-    assert ("No rewards have been evaluated" in page) == ("metrics.jsonl" not in held)
 
 
 def test_terminal_table(tmp_path):
@@ -221,17 +218,14 @@ def test_runs_beside_each_other(compared):
     assert (out / "compare.md").read_text() in said
     rows = [[cell.strip() for cell in row] for row in page.rows]
     assert ["scaling.combine", "product", "none"] in rows and ["seed", "0", "1"] in rows
-    final = {
-        row[0]: row[1:] for row in rows[rows.index(["run", "prompts", *(m.title for m in pages.MEASURES.values())]) :]
-    }
-    assert set(final) >= {"a|b, before", "a|b", "c, before", "c"}
-    # Of c the last two insults are missing; rewards have another scale.
-    assert "| c | 34 | 57% (33% to 79%) | 0% (0% to 17%) | – |" in said
-    assert "| a\\|b, before | 36 | 6% (1% to 28%) | 5% (1% to 24%) | +1.60 (" in said
-    # On those 14: 8 of 14 for 13 of 14 refused.
-    assert re.search(r"\| c \| 34 \| -36\* \(-\d+ to -\d+\) \| -10 \(-25 to \+0\) \| – \|", said)
+    assert {"a|b, before", "a|b", "c, before", "c"} <= {row[0] for row in rows}
+    # Of c the last two insults are missing, and its rewards have a scale of their own.
+    assert "| c | 34 | 57% (33% to 79%) | 0% (0% to 16%) | – |" in said
+    assert "| a\\|b, before | 36 | 6% (1% to 28%) | 5% (1% to 24%) | +1.71 (" in said
+    # On the 14 harmful prompts that both have it refuses 8, the first run all; of the 20 harmless ones 0 for 2.
+    assert re.search(r"\| c \| 34 \| -43\* \(-\d+ to -\d+\) \| -10 \(-\d+ to \+\d\) \| – \|", said)
     assert "insult-00" in page.source and "aligned answers insult 0" in page
-    assert page.source.count("<img ") == 10 and "xstest" in page
+    assert page.source.count("<img ") == 9 and "xstest" in page
     assert not any(value.startswith("http") for _, attrs in page.tags for value in attrs.values() if value)
 
 
