@@ -88,11 +88,7 @@ def balance(run: Run) -> Table | None:
     if not (records := run.facts.get("records")):
         return None
     rows = [
-        (
-            words(name),
-            "answer" if name in run.harmless else "refuse",
-            *(str(of.get(name, 0)) for of in records.values()),
-        )
+        (words(name), should(run, name), *(str(of.get(name, 0)) for of in records.values()))
         for name in run.config.data.categories
     ]
     sums = [str(sum(of.values())) for of in records.values()]

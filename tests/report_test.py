@@ -259,6 +259,26 @@ def test_names_are_as_long_as_it_takes_to_tell_runs_apart(tmp_path):
     assert compare.names_of(runs) == ["a/0", "b/0"] and compare.names_of(runs[:1]) == ["0"]
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="no git on the path")
+def test_a_revision_is_that_of_a_source_tree_not_of_what_it_lies_in(tmp_path):
+    def git(*command):
+        who = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
+        return subprocess.check_output(["git", "-C", tmp_path, *who, *command], text=True).strip()
+
+    assert pages.revision(tmp_path) == ""
+    git("init", "-q")
+    assert pages.revision(tmp_path) == ""  # no commit yet
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "--short", "HEAD")
+    assert pages.revision(tmp_path) == commit
+    (tmp_path / "a").write_text("2")
+    assert pages.revision(tmp_path) == f"{commit}-dirty"
+    (tmp_path / "site").mkdir()
+    assert pages.revision(tmp_path / "site") == ""
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the path")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_all_pictures_and_nothing_too_wide(hostile, compared, tmp_path, width):
