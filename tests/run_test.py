@@ -65,9 +65,8 @@ def test_a_run_leaves_its_products(whole, policy):
     html = (workdir / "report.html").read_text()
     assert "data:image/png;base64" in html and "unfairness" in html and "0 (not finite)" in html
     facts = json.loads((workdir / "facts.json").read_text())
-    assert sum(facts["records"]["test"].values()) == 140 and set(facts["records"]["train"]) == set(
-        result["by_category"]
-    )
+    assert sum(facts["records"]["test"].values()) == 140
+    assert set(facts["records"]["train"]) == set(result["by_category"])
     assert "Records by category and split" in html and "No step has been timed" not in html and facts["device"] in html
     assert "refused" in printed and str(workdir / "report.html") in printed
     assert list((workdir / "tensorboard").rglob("events*"))
