@@ -141,7 +141,7 @@ def responses(named: Mapping[str, Run]) -> Iterator[tuple[str, list[Prompt]]]:
     before = {key_of(row): row for row in first.base["responses"]}
     after = {name: {key_of(row): row for row in run.aligned["responses"]} for name, run in named.items()}
     shared = set(before).intersection(*after.values())
-    for category in sorted(first.base["by_category"], key=lambda name: (name in first.harmless, name)):
+    for category in first.evaluated:
         prompts = [
             Prompt(
                 *key,

@@ -56,6 +56,12 @@ class Run(NamedTuple):
     def harmless(self) -> tuple[str, ...]:
         return self.config.data.harmless
 
+    @property
+    def evaluated(self) -> list[str]:
+        """The categories that were evaluated, in the config's order, the harmful ones first."""
+        found = [name for name in self.config.data.categories if name in self.base["by_category"]]
+        return sorted(found, key=lambda name: name in self.harmless)
+
     def rows(self, stage: str) -> list[dict]:
         """The stage's rows of metrics.jsonl."""
         return [row for row in self.metrics if row["stage"] == stage]

@@ -189,7 +189,7 @@ def responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
     """(category, its coefficients, its first prompts by id: a fixed rule, so that nobody picks)."""
     after = {row["id"]: row for row in run.aligned["responses"]}
     judge = run.config.evals.judge
-    for name in sorted(run.base["by_category"], key=lambda name: (name in run.harmless, name)):
+    for name in run.evaluated:
         rows = sorted((row for row in run.base["responses"] if row["category"] == name), key=lambda row: row["id"])
         prompts = [
             Prompt(
