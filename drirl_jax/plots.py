@@ -1,19 +1,15 @@
-"""Metrics and evaluations to figures, an HTML report that can be sent alone, and a table for the terminal."""
+"""Metrics and evaluations to figures."""
 
 from __future__ import annotations
 
-import base64
-import json
 import pathlib
 from typing import Mapping, NamedTuple, Sequence
 
-import jinja2
 import matplotlib
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 from matplotlib.figure import Figure
+
+from drirl_jax.intervals import wilson
 
 INK, SOFT, BASE, ALIGNED = "#1c2127", "#6b7480", "#c0c7cf", "#3b94cf"
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and three more; then the dashes change.
@@ -70,24 +66,10 @@ STEPS = {"irl": "IRL step", "align": "alignment step"}
 MEAN = "all categories"  # the line of the metric itself
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share (E. B. Wilson 1927); 95% at z = 1.96.
-
-    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),  p = successes / n
-
-    Args:
-        successes, n: 0 <= successes <= n, n >= 1.
-    """
-    p = successes / n
-    centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    whole = 1 + z**2 / n
-    return max(0.0, (centre - spread) / whole), min(1.0, (centre + spread) / whole)
-
-
 def headline(base: Mapping, aligned: Mapping) -> str:
     """The result in words, from the evaluations' numbers; a kind of prompt without a number stays out."""
     parts = [
-        f"{kind} prompts refused: {_percent(base['overall'][key])} → {_percent(aligned['overall'][key])}"
+        f"{kind} prompts refused: {percent(base['overall'][key])} → {percent(aligned['overall'][key])}"
         for kind, key in (("harmful", "harmful_refused"), ("harmless", "harmless_refused"))
         if base["overall"][key] is not None
     ]
@@ -105,7 +87,7 @@ def before_after(
         harmless: those whose prompts should be answered; they stand apart, below the harmful ones.
         path: the PNG to write.
     """
-    rows = _rows(base, aligned, categories, harmless)
+    rows = category_rows(base, aligned, categories, harmless)
     kinds = {
         "Harmful prompts (to be refused)": [row for row in rows if not row["harmless"]],
         "Harmless prompts (to be answered)": [row for row in rows if row["harmless"]],
@@ -135,8 +117,8 @@ def _bars(axes, rows: list[dict]) -> None:
         axes.errorbar(share, y + offset, xerr=error, fmt="none", ecolor=INK, elinewidth=1.0, capsize=2.5)
         for at, end, value in zip(y + offset, high, share):
             weight = "bold" if name == "after" else "normal"
-            axes.text(end + 0.012, at, _percent(value), va="center", fontsize=8.5, weight=weight)
-    axes.set_yticks(y, [f"{row['label']}  (n = {row['n']})" for row in rows], color=INK)
+            axes.text(end + 0.012, at, percent(value), va="center", fontsize=8.5, weight=weight)
+    axes.set_yticks(y, [f"{_label(row['category'])}  (n = {row['n']})" for row in rows], color=INK)
     axes.set(xlim=(0, 1.06), ylim=(len(rows) - 0.5, -0.5))
     axes.xaxis.set_major_formatter(_percent_tick)
     axes.tick_params(axis="y", length=0)
@@ -154,14 +136,8 @@ def training_curves(metrics: list[dict], categories: Sequence[str], folder: path
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {name: (curve, _lines(metrics, curve, categories)) for name, curve in CURVES.items()}
     held = {name: (curve, lines) for name, (curve, lines) in drawn.items() if lines}
-    paths = {name: folder / f"{name}.png" for name in held}
     with matplotlib.rc_context(STYLE):
-        for name, (curve, lines) in held.items():
-            figure = Figure(figsize=(8.4, 3.8), layout="constrained")
-            _draw(figure.subplots(), curve, lines, categories)
-            if len(lines) > 1:
-                _legend(figure, loc="outside right center")
-            figure.savefig(paths[name])
+        paths = {name: _alone(*of, categories, folder / f"{name}.png") for name, of in held.items()}
         if held:
             columns = min(3, len(held))
             height = -(-len(held) // columns)
@@ -174,6 +150,24 @@ def training_curves(metrics: list[dict], categories: Sequence[str], folder: path
             _legend(figure, loc="outside lower center", ncols=min(3, columns + 1))
             paths["curves"] = folder / "curves.png"
             figure.savefig(paths["curves"])
+    return paths
+
+
+def overlaid(runs: Mapping[str, list[dict]], folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Draws a PNG for each of CURVES that a run's metrics hold, a line for each run over all categories; the paths by
+    name.
+
+    Args:
+        runs: by name the rows of metrics.jsonl.
+        folder: where the PNGs go; it is made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    with matplotlib.rc_context(STYLE):
+        for name, curve in CURVES.items():
+            found = {run: _lines(metrics, curve, ()) for run, metrics in runs.items()}
+            if lines := {run: of[MEAN] for run, of in found.items() if of}:
+                paths[name] = _alone(curve, lines, list(runs), folder / f"{name}.png")
     return paths
 
 
@@ -194,7 +188,7 @@ def reliability(curves: Mapping[str, list[dict]], path: pathlib.Path) -> pathlib
                 if name == "all"
                 else {"color": COLOURS[i % len(COLOURS)], "alpha": 0.6}
             )
-            label = MEAN if name == "all" else _words(name)
+            label = MEAN if name == "all" else _label(name)
             axes.plot([b["confidence"] for b in bins], [b["right"] for b in bins], marker="o", label=label, **look)
         axes.set(xlabel="how sure the reward is of a pair", ylabel="pairs ranked right", title="Held-out pairs")
         for axis in (axes.xaxis, axes.yaxis):
@@ -222,7 +216,17 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.array([np.nanmean(last) if np.isfinite(last[-1]) else np.nan for last in recent])
 
 
-def _draw(axes, curve: Curve, lines: Mapping[str, tuple], categories: Sequence[str]) -> None:
+def _alone(curve: Curve, lines: Mapping[str, tuple], names: Sequence[str], path: pathlib.Path) -> pathlib.Path:
+    """Draws one curve's figure, to be read on a phone too; returns the path."""
+    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+    _draw(figure.subplots(), curve, lines, names)
+    if len(lines) > 1:
+        _legend(figure, loc="outside lower center", ncols=3)
+    figure.savefig(path)
+    return path
+
+
+def _draw(axes, curve: Curve, lines: Mapping[str, tuple], names: Sequence[str]) -> None:
     most = max(len(steps) for steps, _ in lines.values())
     window = max(1, most // 25)
     marker = {"marker": "o", "markersize": 3.5} if most <= 12 else {}
@@ -234,10 +238,10 @@ def _draw(axes, curve: Curve, lines: Mapping[str, tuple], categories: Sequence[s
         if name == MEAN:
             look = {"color": INK, "linewidth": 2.2}
         else:
-            i = categories.index(name)
+            i = names.index(name)
             colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
             look = {"color": colour, "linewidth": 1.1, "alpha": 0.85, "linestyle": dashes}
-        axes.plot(steps, _running_mean(values, window), label=_words(name), **look, **marker)
+        axes.plot(steps, _running_mean(values, window), label=_label(name), **look, **marker)
     axes.set_title(curve.title)
     axes.set_xlabel(STEPS[curve.stage] + (f" (means of {window} steps)" if window > 1 else ""))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -251,92 +255,11 @@ def _legend(figure: Figure, **where) -> None:
     figure.legend(named.values(), named.keys(), fontsize=8.5, **where)
 
 
-def terminal_table(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> str:
-    """The before/after table for the terminal; arguments as of `before_after`."""
-    table = rich.table.Table(title=headline(base, aligned), title_justify="left", box=rich.box.SIMPLE_HEAD)
-    table.add_column("category")
-    for name in ("n", "refused\nbefore", "refused\nafter", "reward\nbefore", "reward\nafter"):
-        table.add_column(name, justify="right")
-    rows = _rows(base, aligned, categories, harmless)
-    for row, following in zip(rows, [*rows[1:], rows[-1]]):
-        texts = _texts(row)
-        shares = [f"{texts[name]['refused']} ({texts[name]['interval']})" for name in ("before", "after")]
-        rewards = [texts[name]["reward"] for name in ("before", "after")]
-        end_section = row["harmless"] != following["harmless"]
-        table.add_row(row["label"], str(row["n"]), *shares, *rewards, end_section=end_section)
-    console = rich.console.Console(width=100, markup=False)
-    with console.capture() as captured:
-        console.print(table)
-        if rows := _benchmarks(base, aligned):
-            console.print(_benchmark_table(rows))
-    return captured.get()
-
-
-def _benchmark_table(rows: list[dict[str, str]]) -> rich.table.Table:
-    """The rows of `_benchmarks` for the terminal."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    for name in ("benchmark", "metric", "judge"):
-        table.add_column(name)
-    for name in ("n", "before", "after"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(row[name] for name in ("benchmark", "metric", "judge", "n", "before", "after")))
-    return table
-
-
-def report(
-    workdir: pathlib.Path,
-    base: Mapping,
-    aligned: Mapping,
-    metrics: list[dict],
-    categories: Sequence[str],
-    harmless: Sequence[str],
-    method: str,
-    config_text: str,
-    facts: Mapping[str, str],
-) -> pathlib.Path:
-    """Writes plots/*.png and report.html, one file with its pictures inside; returns the report's path.
-
-    Args:
-        workdir: the run's folder; with reliability.json in it the rewards' calibration is shown too.
-        base, aligned, categories, harmless: as of `before_after`; "benchmarks" in the first two, if any, are results of
-            `evals/benchmarks.py` by name.
-        metrics: rows of metrics.jsonl.
-        method: how the policy was aligned, in a few words.
-        config_text, facts: shown at the end.
-    """
-    paths = training_curves(metrics, categories, workdir / "plots")
-    paths["before_after"] = workdir / "plots" / "before_after.png"
-    before_after(base, aligned, categories, harmless, paths["before_after"])
-    if (curves := workdir / "reliability.json").exists():
-        paths["reliability"] = reliability(json.loads(curves.read_text()), workdir / "plots" / "reliability.png")
-    shown = {name: paths[name] for name in ("before_after", "curves", "reliability") if name in paths}
-    rows = _rows(base, aligned, categories, harmless)
-    # Responses are untrusted text: everything is escaped.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("drirl_jax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["signed"] = _signed
-    html = environment.get_template("report.html.jinja").render(
-        headline=headline(base, aligned),
-        overall=_overall(base["overall"], aligned["overall"]),
-        images={name: base64.b64encode(path.read_bytes()).decode() for name, path in shown.items()},
-        rows=[row | _texts(row) | {"pairs": _pairs(base, aligned, row["category"])} for row in rows],
-        benchmarks=_benchmarks(base, aligned),
-        method=method,
-        config=config_text,
-        facts=facts,
-    )
-    path = workdir / "report.html"
-    path.write_text(html, encoding="utf-8")
-    return path
-
-
-def _rows(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> list[dict]:
+def category_rows(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> list[dict]:
     """A row for each category that was evaluated, the harmful ones first: the numbers that are shown."""
     rows = []
     for category in sorted((c for c in categories if c in base["by_category"]), key=lambda c: c in harmless):
-        row = {"category": category, "label": _words(category), "harmless": category in harmless}
+        row = {"category": category, "label": words(category), "harmless": category in harmless}
         for name, result in (("before", base), ("after", aligned)):
             of = result["by_category"][category]
             row[name] = of | {"interval": wilson(round(of["refused"] * of["n"]), of["n"])}
@@ -344,68 +267,26 @@ def _rows(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: 
     return rows
 
 
-def _texts(row: Mapping) -> dict[str, dict[str, str]]:
-    """{"before", "after": {"refused", "interval", "reward"}} of a row of `_rows`, as text."""
-    return {
-        name: {
-            "refused": _percent(row[name]["refused"]),
-            "interval": "{:.0f}–{:.0f}%".format(*(100 * bound for bound in row[name]["interval"])),
-            "reward": _signed(row[name]["reward"]),
-        }
-        for name in ("before", "after")
-    }
+def words(name: str) -> str:
+    """A category's or metric's name to be read."""
+    return name.replace("_", " ").replace(" and ", " & ")
 
 
-def _overall(base: Mapping, aligned: Mapping) -> list[tuple[str, str, str]]:
-    """(name, before, after) of the overall numbers that there are."""
-    formats = {
-        "harmful_refused": ("harmful prompts refused", _percent),
-        "harmless_refused": ("harmless prompts refused", _percent),
-        "mean_reward": ("mean reward", _signed),
-        "mean_length": ("mean length, tokens", "{:.0f}".format),
-    }
-    held = {key: row for key, row in formats.items() if base.get(key) is not None}
-    return [(name, text(base[key]), text(aligned[key])) for key, (name, text) in held.items()]
-
-
-def _benchmarks(base: Mapping, aligned: Mapping) -> list[dict[str, str]]:
-    """A row of text for each metric of each benchmark by each judge, its 95% interval behind it; none were run: []."""
-    rows = []
-    for name, before in base.get("benchmarks", {}).items():
-        for judge, of in before["judges"].items():
-            after = aligned["benchmarks"][name]["judges"][judge]
-            for metric, x in of["metrics"].items():
-                y = after["metrics"].get(metric)  # a metric may have no item in one of the two
-                row = {"benchmark": name, "metric": _words(metric), "judge": judge, "n": str(x["n"])}
-                rows.append(
-                    row | {"version": of.get("version", ""), "before": _bounds(x), "after": _bounds(y) if y else "–"}
-                )
-    return rows
-
-
-def _bounds(x: Mapping) -> str:
-    return f"{x['value']:.3f} ({x['low']:.3f} to {x['high']:.3f})"
-
-
-def _pairs(base: Mapping, aligned: Mapping, category: str, count: int = 2) -> list[dict]:
-    """A category's first prompts by id, with both responses: a fixed rule, so that nobody picks."""
-    after = {row["id"]: row for row in aligned["responses"]}
-    rows = [row for row in base["responses"] if row["category"] == category]
-    rows.sort(key=lambda row: row["id"])
-    return [{"before": row, "after": after[row["id"]]} for row in rows[:count]]
-
-
-def _words(category: str) -> str:
-    return category.replace("_", " ").replace(" and ", " & ")
-
-
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in [0, 1] in whole percents."""
     return f"{100 * share:.0f}%"
 
 
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}"
+def told(curve: Curve) -> str:
+    """What a curve shows, in words."""
+    title = curve.title.replace("$", "").replace("\\alpha^D", "αᴰ").replace("\\alpha^M", "αᴹ").replace("\\pi", "π")
+    return f"{title} by {STEPS[curve.stage]}"
+
+
+def _label(name: str) -> str:
+    """A name in a figure, where dollars would begin a formula."""
+    return words(name).replace("$", r"\$")
 
 
 def _percent_tick(value: float, _) -> str:
-    return _percent(value)
+    return percent(value)

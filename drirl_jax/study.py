@@ -11,7 +11,6 @@ curves/VARIANT/ (the mean of the seeds over steps, by category).
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
 import csv
 import json
@@ -24,23 +23,22 @@ import shutil
 import sys
 from typing import Callable, NamedTuple, Sequence
 
-import jinja2
 import numpy as np
-import scipy.stats
 from absl import app
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, console, metrics, plots, train, workdirs
+from drirl_jax import checks, console, metrics, pages, plots, train, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import diversity, judges
+from drirl_jax.intervals import Interval, difference, interval
 from drirl_jax.models import hf
+from drirl_jax.plots import percent
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 BASE = "base"  # the policy that all runs start from
-RESAMPLES = 2000
 # Sections and keys of the config that the rewards of a run depend on.
 REWARDS_DEPEND_ON = (
     "seed data demos irl policy.init policy.system policy.dtype sampler.max_new sampler.temperature sampler.batch "
@@ -55,10 +53,6 @@ class Column(NamedTuple):
     title: str
     text: Callable[[float], str]
     of: Callable[[dict, pathlib.Path], Sequence[float] | float | None]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%"
 
 
 def _refused(harmless: bool, wanted: bool) -> Callable:
@@ -103,15 +97,15 @@ def _minutes(result: dict, folder: pathlib.Path) -> float:
 
 
 COLUMNS = {
-    "harmful_compliance": Column("harmful prompts complied with", _percent, _refused(harmless=False, wanted=False)),
-    "unsafe": Column("unsafe by the classifier", _percent, _unsafe),
-    "over_refusal": Column("harmless prompts refused", _percent, _refused(harmless=True, wanted=True)),
+    "harmful_compliance": Column("harmful prompts complied with", percent, _refused(harmless=False, wanted=False)),
+    "unsafe": Column("unsafe by the classifier", percent, _unsafe),
+    "over_refusal": Column("harmless prompts refused", percent, _refused(harmless=True, wanted=True)),
     "reward": Column("held-out reward", "{:+.2f}".format, lambda result, folder: result["overall"]["mean_reward"]),
     "kl": Column("KL, nats a token", "{:.2f}".format, _last("kl")),
     "length": Column("tokens", "{:.0f}".format, lambda result, folder: result["overall"]["mean_length"]),
     "distinct_2": Column("distinct 2-grams", "{:.2f}".format, _of_texts(lambda texts: diversity.distinct(texts, 2))),
     "self_bleu": Column("self-BLEU", "{:.2f}".format, _of_texts(diversity.self_bleu)),
-    "opening": Column("commonest opening", _percent, _of_texts(lambda texts: diversity.commonest_opening(texts)[1])),
+    "opening": Column("commonest opening", percent, _of_texts(lambda texts: diversity.commonest_opening(texts)[1])),
     "minutes": Column("minutes of alignment", "{:.1f}".format, _minutes),
 }
 TRAINING_ONLY = ("kl", "minutes")  # which the base does not have
@@ -273,39 +267,6 @@ def results(study: ConfigDict, workdir: pathlib.Path) -> dict[str, list[tuple[di
     return found | {name: [read(folder, "aligned") for folder in of] for name, of in folders.items()}
 
 
-class Interval(NamedTuple):
-    """A mean with a 95% interval; NaN bounds where one number alone says nothing about noise."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def interval(values: Sequence, seed: int = 0) -> Interval:
-    """Mean with a 95% interval: by bootstrap over seeds and prompts, or over seeds alone by Student's t.
-
-    Args:
-        values: of each seed a number, or a list with one for each prompt (the same prompts for all seeds).
-    """
-    table = np.asarray(values, float)
-    if table.ndim == 2:
-        rng = np.random.default_rng(seed)
-        seeds = rng.integers(0, len(table), (RESAMPLES, len(table)))
-        prompts = rng.integers(0, table.shape[1], (RESAMPLES, table.shape[1]))
-        means = [table[s][:, p].mean() for s, p in zip(seeds, prompts)]
-        return Interval(float(table.mean()), *map(float, np.quantile(means, (0.025, 0.975))))
-    if len(table) < 2:
-        return Interval(float(table.mean()), float("nan"), float("nan"))
-    # Resampling three seeds would give the least and the most of them: too narrow.
-    reach = scipy.stats.t.ppf(0.975, len(table) - 1) * table.std(ddof=1) / len(table) ** 0.5
-    return Interval(float(table.mean()), float(table.mean() - reach), float(table.mean() + reach))
-
-
-def difference(values: Sequence, reference: Sequence) -> Interval:
-    """Interval of the difference of means, the same prompts and seeds drawn for both."""
-    return interval(np.asarray(values, float) - np.asarray(reference, float))
-
-
 def table(study: ConfigDict, found: dict) -> dict[str, dict[str, tuple[Interval, Interval | None]]]:
     """By variant and column: its interval, and that of its difference from the reference.
 
@@ -337,28 +298,24 @@ def table(study: ConfigDict, found: dict) -> dict[str, dict[str, tuple[Interval,
 
 def told(key: str, cell: tuple[Interval, Interval | None] | None) -> str:
     """A cell as text: mean, interval, and * where the difference from the reference is beyond noise."""
-    if cell is None:
-        return "–"
-    (mean, low, high), beside = cell
-    text = COLUMNS[key].text
-    star = "*" if beside and (beside.low > 0 or beside.high < 0) else ""
-    return f"{text(mean)}{star}" + ("" if np.isnan(low) else f" ({text(low)}–{text(high)})")
+    own, beside = cell or (None, None)
+    return pages.told(own, COLUMNS[key].text, "*" if pages.beyond_noise(beside) else "")
 
 
-def markdown(study: ConfigDict, rows: dict) -> str:
-    """The table in Markdown, with a note on how to read it."""
-    head = ["variant", *(column.title for column in COLUMNS.values())]
-    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    lines += [
-        f"| {name} | " + " | ".join(told(key, cells.get(key)) for key in COLUMNS) + " |" for name, cells in rows.items()
-    ]
-    note = (
+def written(rows: dict) -> pages.Table:
+    """The table as text."""
+    cells = [(name, *(told(key, of.get(key)) for key in COLUMNS)) for name, of in rows.items()]
+    return pages.Table("Final numbers", ("variant", *(column.title for column in COLUMNS.values())), cells)
+
+
+def note_of(study: ConfigDict) -> str:
+    """How to read the table."""
+    return (
         f"Means over seeds ({len(study.seeds)}) with 95% intervals: of shares by bootstrap over seeds and prompts, of "
         "the other columns by Student's t over seeds. * The interval of the difference from "
         f"{study.reference}, on the same seeds and prompts, leaves out 0; of twenty cells without any effect one is to "
         "be expected to do so."
     )
-    return "\n".join([*lines, "", note, ""])
 
 
 def write_csv(rows: dict, path: pathlib.Path) -> None:
@@ -408,41 +365,25 @@ def draw_curves(study: ConfigDict, found: dict, folder: pathlib.Path) -> dict[st
     return drawn
 
 
-def _embedded(picture: pathlib.Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-
-
-PAGE = """<!doctype html><meta charset="utf-8"><title>drirl_jax study</title>
-<style>body{font:15px system-ui;margin:2rem}td,th{padding:.3rem .6rem;text-align:right}td:first-child{text-align:left}
-table{border-collapse:collapse}tr{border-bottom:1px solid #ddd}img{max-width:100%}</style>
-<h1>Variants compared</h1><img alt="Compliance and over-refusal by variant" src="{{ picture }}">
-<table><tr>{% for title in head %}<th>{{ title }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table><p>{{ note }}</p>
-{% for name, curves in curves.items() %}<details><summary>{{ name }}: mean of the seeds over steps</summary>
-<img alt="Training curves of {{ name }}" src="{{ curves }}"></details>{% endfor %}"""
-
-
 def report(study: ConfigDict, workdir: pathlib.Path) -> str:
     """Writes study.csv, study.md, study.png, study.html and curves/; returns the table in Markdown."""
     found = results(study, workdir)
-    rows = table(study, found)
-    write_csv(rows, workdir / "study.csv")
-    text = markdown(study, rows)
+    cells = table(study, found)
+    write_csv(cells, workdir / "study.csv")
+    shown, note = written(cells), note_of(study)
+    text = f"{shown.markdown()}\n\n{note}\n"
     (workdir / "study.md").write_text(text, encoding="utf-8")
-    draw(rows, workdir / "study.png")
-    page = (
-        jinja2.Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(
-            picture=_embedded(workdir / "study.png"),
-            curves={name: _embedded(path) for name, path in draw_curves(study, found, workdir / "curves").items()},
-            head=["variant", *(column.title for column in COLUMNS.values())],
-            rows=[[name, *(told(key, cells.get(key)) for key in COLUMNS)] for name, cells in rows.items()],
-            note=text.strip().splitlines()[-1],
-        )
+    draw(cells, workdir / "study.png")
+    drawn = draw_curves(study, found, workdir / "curves")
+    pages.write(
+        "study.html.jinja",
+        workdir / "study.html",
+        title="Variants compared",
+        overview=pages.Picture.of(workdir / "study.png", "Compliance and over-refusal by variant, with intervals"),
+        results=shown,
+        note=note,
+        curves={name: pages.Picture.of(path, f"Training curves of {name}") for name, path in drawn.items()},
     )
-    (workdir / "study.html").write_text(page, encoding="utf-8")
     return text
 
 

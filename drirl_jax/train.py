@@ -12,8 +12,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-import drirl_jax
-from drirl_jax import checks, console, guards, metrics, plots, process, sharding, workdirs
+from drirl_jax import checks, console, guards, metrics, pages, process, report, sharding, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
@@ -156,6 +155,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if sharding.writes():
         held = process.lock(workdir)  # noqa: F841  until the end of this function
         workdirs.remember(config, workdir)
+        pages.note(workdir, facts := pages.facts_of(context.examples, config.data.categories))
     writer = metrics.MetricWriter(workdir, sharding.writes())
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
     if sharding.writes():
@@ -195,25 +195,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                 temporary.replace(path)
     if not sharding.writes():
         return
-    results = {name: json.loads((workdir / "evals" / f"{name}.json").read_text()) for name in ("base", "aligned")}
-    last_of = {row["stage"]: row for row in writer.read()}
-    facts = {
-        "drirl_jax": drirl_jax.__version__,
-        "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "minutes": f"{(time.time() - started) / 60:.1f} (this start)",
-        "updates left out": f"{sum(row['skipped'] for row in last_of.values()):.0f} (not finite)",
-    }
-    shown = (config.data.categories, config.data.harmless)
-    method = f"objective {config.align.objective}, rewards {config.reward.source}, scaling {config.scaling.combine}"
-    report = plots.report(
-        workdir, results["base"], results["aligned"], writer.read(), *shown, method, str(config), facts
-    )
-    table = plots.terminal_table(results["base"], results["aligned"], *shown)
+    pages.note(workdir, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
+    done = pages.read(workdir)
+    path = report.report(done)
     console.result(
-        f"{table}\nreport: {report}\naligned model: {workdir / 'aligned'}",
-        report=str(report), model=str(workdir / "aligned"),
-        **{name: result["overall"] for name, result in results.items()},
+        f"{report.terminal_table(done)}\nreport: {path}\naligned model: {workdir / 'aligned'}",
+        report=str(path), model=str(workdir / "aligned"),
+        base=done.base["overall"], aligned=done.aligned["overall"],
     )  # fmt: skip
 
 

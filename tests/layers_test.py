@@ -10,7 +10,7 @@ ROOT = pathlib.Path(drirl_jax.__file__).parent
 # Bottom first. A module may import from lines above its own, and from its own line where that is a package.
 LAYERS = [
     ["drirl_jax", "drirl_jax.types", "drirl_jax.console", "drirl_jax.status"],
-    ["drirl_jax.sharding", "drirl_jax.process"],
+    ["drirl_jax.sharding", "drirl_jax.process", "drirl_jax.intervals"],
     ["drirl_jax.metrics"],
     [
         "drirl_jax.equations",
@@ -39,6 +39,9 @@ LAYERS = [
     ["drirl_jax.config"],
     ["drirl_jax.checks", "drirl_jax.workdirs"],
     ["drirl_jax.configs"],
+    ["drirl_jax.pages"],
+    ["drirl_jax.compare"],
+    ["drirl_jax.report"],
     ["drirl_jax.train"],
     ["drirl_jax.preview"],
     ["drirl_jax.attacks"],

@@ -65,6 +65,10 @@ def test_a_run_leaves_its_products(whole, policy):
     assert all((row["wrong/insult"] * 4).is_integer() for row in rows[4:])
     html = (workdir / "report.html").read_text()
     assert "data:image/png;base64" in html and "unfairness" in html and "0 (not finite)" in html
+    facts = json.loads((workdir / "facts.json").read_text())
+    assert sum(facts["records"]["test"].values()) == 140
+    assert set(facts["records"]["train"]) == set(result["by_category"])
+    assert "Records by category and split" in html and "No step has been timed" not in html and facts["device"] in html
     assert "refused" in printed and str(workdir / "report.html") in printed
     assert list((workdir / "tensorboard").rglob("events*"))
     adapters = {str(file.parent.relative_to(workdir)) for file in workdir.rglob("adapter_model.safetensors")}

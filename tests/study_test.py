@@ -14,6 +14,7 @@ import pytest
 
 from drirl_jax import study, workdirs
 from drirl_jax.evals import classifier, diversity
+from drirl_jax.intervals import Interval
 from drirl_jax.models import hf
 from drirl_jax.models.encoder import TextEmbedder
 from drirl_jax.types import InputError
@@ -33,27 +34,11 @@ def test_diversity_by_hand():
     assert diversity.commonest_opening([*same, *other]) == ("i can't help with", 4 / 7)
 
 
-def test_intervals():
-    # Over seeds: mean 2, deviation 1, so 2 ± t(0.975, 2) / √3 = 2 ± 4.3027 / 1.7321. One seed says nothing about noise.
-    np.testing.assert_allclose(study.interval([1.0, 2.0, 3.0]), (2, 2 - 2.4841, 2 + 2.4841), atol=1e-4)
-    assert study.interval([0.5])[0] == 0.5 and np.isnan(study.interval([0.5])[1:]).all()
-    # With prompts it is about that of a share of 100 prompts.
-    rng = np.random.default_rng(0)
-    prompts = (rng.random((3, 100)) < 0.3).astype(float)
-    mean, low, high = study.interval(prompts.tolist())
-    assert mean == pytest.approx(prompts.mean()) and low < mean < high and 0.08 < high - low < 0.25
-    # A difference on the same prompts is surer than the two shares.
-    worse = np.minimum(prompts + (rng.random((3, 100)) < 0.1), 1)
-    gap = study.difference(worse.tolist(), prompts.tolist())
-    assert gap.low > 0 and gap.high - gap.low < high - low
-    assert study.difference([1.0, 2.0], [1.0, 2.0]) == (0, 0, 0)
-
-
 def test_a_star_says_that_a_difference_is_beyond_noise():
-    own, beyond, within = study.Interval(0.3, 0.2, 0.4), study.Interval(0.1, 0.01, 0.2), study.Interval(0.1, -0.1, 0.3)
-    nothing = study.Interval(0.1, float("nan"), float("nan"))
+    own, beyond, within = Interval(0.3, 0.2, 0.4), Interval(0.1, 0.01, 0.2), Interval(0.1, -0.1, 0.3)
+    nothing = Interval(0.1, float("nan"), float("nan"))
     cells = [study.told("over_refusal", (own, beside)) for beside in (beyond, within, None, nothing)]
-    assert cells == ["30%* (20%–40%)", *["30% (20%–40%)"] * 3] and study.told("kl", None) == "–"
+    assert cells == ["30%* (20% to 40%)", *["30% (20% to 40%)"] * 3] and study.told("kl", None) == "–"
     assert study.told("over_refusal", (nothing, nothing)) == "10%"
 
 

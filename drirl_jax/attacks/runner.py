@@ -13,13 +13,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax import config as config_lib
-from drirl_jax import endpoint, metrics, plots, sharding, train, workdirs
+from drirl_jax import endpoint, metrics, sharding, train, workdirs
 from drirl_jax.attacks import autodan, gcg, options, pair, templates
 from drirl_jax.attacks.target import Outcome, Target
 from drirl_jax.config import need
 from drirl_jax.data import records
 from drirl_jax.data.records import Record
 from drirl_jax.evals.judges import JUDGES, UNSAFE, Setting
+from drirl_jax.intervals import wilson
 from drirl_jax.models import hf
 
 # (target, records) -> an Outcome of each record, in their order. docs/ATTACKS.md says what each is.
@@ -182,7 +183,7 @@ def rates_of(name: str, found: Sequence[dict]) -> list[Rate]:
             of = [result for result in found if category in ("all", result["category"])]
             successes = sum(not result["safe"][judge] for result in of)
             cost = (float(np.mean([result[key] for result in of])) for key in ("queries", "seconds"))
-            rates.append(Rate(name, judge, category, successes, len(of), *plots.wilson(successes, len(of)), *cost))
+            rates.append(Rate(name, judge, category, successes, len(of), *wilson(successes, len(of)), *cost))
     return rates
 
 

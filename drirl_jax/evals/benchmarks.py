@@ -26,8 +26,8 @@ from drirl_jax.evals import (
 )
 from drirl_jax.evals.items import Benchmark, Item
 from drirl_jax.evals.judges import JUDGES, UNSAFE, Judge, agreement, telling
+from drirl_jax.intervals import wilson
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.plots import wilson
 from drirl_jax.text import Text
 from drirl_jax.types import Array, InputError
 

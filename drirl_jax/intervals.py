@@ -1,0 +1,81 @@
+"""95% intervals of what was measured: shares, means, and differences on the same prompts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import numpy as np
+import scipy.stats
+
+RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A mean with a 95% interval; NaN bounds where one number alone says nothing about noise."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share (E. B. Wilson 1927); 95% at z = 1.96.
+
+    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),  p = successes / n
+
+    Args:
+        successes, n: 0 <= successes <= n, n >= 1.
+    """
+    p = successes / n
+    centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    whole = 1 + z**2 / n
+    return max(0.0, (centre - spread) / whole), min(1.0, (centre + spread) / whole)
+
+
+def paired_shares(after: Sequence[float], before: Sequence[float]) -> Interval:
+    """The difference of two shares of the same prompts with Newcombe's 95% interval (R. G. Newcombe 1998, method 10).
+
+    With Wilson's intervals (l, u) of the shares p, and φ their correlation over prompts:
+    low = p' - p - √((p' - l')² - 2φ(p' - l')(u - p) + (u - p)²), high the same with l and u in each other's place.
+
+    Args:
+        after, before: of each prompt 0 or 1; at least one prompt.
+    """
+    now, then, n = np.asarray(after, bool), np.asarray(before, bool), len(after)
+    both, neither = int((now & then).sum()), int((~now & ~then).sum())
+    product = both * neither - int((now & ~then).sum()) * int((then & ~now).sum())
+    product = max(product - n / 2, 0) if product > 0 else product
+    spread = float(now.sum() * (~now).sum() * then.sum() * (~then).sum()) ** 0.5
+    correlation = product / spread if spread else 0.0
+    (low, high), (low_then, high_then) = (wilson(int(x.sum()), n) for x in (now, then))
+    p, q = float(now.mean()), float(then.mean())
+
+    def reach(a: float, b: float) -> float:
+        return max(a**2 - 2 * correlation * a * b + b**2, 0.0) ** 0.5
+
+    return Interval(p - q, p - q - reach(p - low, high_then - q), p - q + reach(high - p, q - low_then))
+
+
+def interval(values: Sequence, seed: int = 0) -> Interval:
+    """Mean with a 95% interval: by bootstrap over seeds and prompts, or over seeds alone by Student's t.
+
+    Args:
+        values: of each seed a number, or a list with one for each prompt (the same prompts for all seeds).
+    """
+    table = np.asarray(values, float)
+    if table.ndim == 2:
+        rng = np.random.default_rng(seed)
+        seeds = rng.integers(0, len(table), (RESAMPLES, len(table)))
+        prompts = rng.integers(0, table.shape[1], (RESAMPLES, table.shape[1]))
+        means = [table[s][:, p].mean() for s, p in zip(seeds, prompts)]
+        return Interval(float(table.mean()), *map(float, np.quantile(means, (0.025, 0.975))))
+    if len(table) < 2:
+        return Interval(float(table.mean()), float("nan"), float("nan"))
+    # Resampling three seeds would give the least and the most of them: too narrow.
+    reach = scipy.stats.t.ppf(0.975, len(table) - 1) * table.std(ddof=1) / len(table) ** 0.5
+    return Interval(float(table.mean()), float(table.mean() - reach), float(table.mean() + reach))
+
+
+def difference(values: Sequence, reference: Sequence) -> Interval:
+    """Interval of the difference of means, the same prompts and seeds drawn for both."""
+    return interval(np.asarray(values, float) - np.asarray(reference, float))
