@@ -54,6 +54,7 @@ class Run(NamedTuple):
 
     @property
     def harmless(self) -> tuple[str, ...]:
+        """The categories whose prompts should be answered."""
         return self.config.data.harmless
 
     @property
@@ -250,6 +251,7 @@ class Picture(NamedTuple):
 
     @classmethod
     def of(cls, path: pathlib.Path, alt: str) -> Picture:
+        """The picture in this PNG."""
         return cls(alt, base64.b64encode(path.read_bytes()).decode())
 
 
