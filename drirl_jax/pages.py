@@ -53,6 +53,7 @@ class Run(NamedTuple):
 
     @property
     def harmless(self) -> tuple[str, ...]:
+        """The categories whose prompts should be answered."""
         return self.config.data.harmless
 
     @property
@@ -249,6 +250,7 @@ class Picture(NamedTuple):
 
     @classmethod
     def of(cls, path: pathlib.Path, alt: str) -> Picture:
+        """The picture in this PNG."""
         return cls(alt, base64.b64encode(path.read_bytes()).decode())
 
 
