@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import numbers
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from drirl_jax import endpoint, losses, optimizer, scaling, text
+from drirl_jax import endpoint, losses, optimizer, scaling, sinks, text
 from drirl_jax.data import generators, pipeline
 from drirl_jax.evals import benchmarks, judges
 from drirl_jax.models import flash, lora, reward
@@ -223,6 +224,11 @@ def default() -> ConfigDict:
     c.guards.kl = 1.0  # KL divergence from the reference, in nats a token, above which it warns
     c.guards.reward_drift = 3.0  # distance of the mean reward from the first step's, above which it warns
 
+    # Where scalars go beside metrics.jsonl; may be changed for a run that has begun. See docs/metrics.md.
+    c.metrics = ConfigDict()
+    c.metrics.sinks = ("tensorboard",)  # tensorboard | wandb | mlflow, or several
+    c.metrics.project = "drirl_jax"  # the project of W&B, the experiment of MLflow
+
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # steps
     c.checkpoint.keep = 2
@@ -296,7 +302,7 @@ POSITIVE = (
     "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
 TUPLES = dict.fromkeys("schedule data.categories data.harmless policy.targets reward.targets".split(), str)
-TUPLES |= dict.fromkeys("evals.benchmarks evals.judges".split(), str)
+TUPLES |= dict.fromkeys("evals.benchmarks evals.judges metrics.sinks".split(), str)
 TUPLES |= dict.fromkeys("data.shares reward.weights scaling.clip".split(), numbers.Real)
 NOT_NEGATIVE = (
     "distributed.process mesh.data policy.layers reward.layers irl.contrast grpo.beta_kl ppo.value_weight evals.every "
@@ -351,6 +357,9 @@ def validate(config: ConfigDict) -> None:
         not (learned and config.reward.init),
         f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
     )
+    unknown = set(config.metrics.sinks) - set(sinks.SINKS)
+    need(not unknown, f"config.metrics.sinks names {sorted(unknown)}: choose among {', '.join(sinks.SINKS)}.")
+    need(config.metrics.project.strip(), "config.metrics.project is blank: name a project.")
     benchmarks.validate(config.evals)
     need(
         "rewards" not in config.evals.judges or learned or config.reward.init,
@@ -502,9 +511,9 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
     now = json.loads(config.to_json_best_effort(sort_keys=True))
     path = workdir / "config.json"
     if path.exists():
-        before, after = _flat(json.loads(path.read_text())), _flat(now)
+        before, after = _flat(json.loads(path.read_text())), flat(config)
         differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
-        differ = [k for k in differ if not k.startswith(("mesh.", "distributed.", "guards."))]
+        differ = [k for k in differ if not k.startswith(("mesh.", "distributed.", "guards.", "metrics."))]
         if differ:
             changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
             raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
@@ -526,6 +535,11 @@ def recall(workdir: pathlib.Path) -> ConfigDict:
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} is of another version of drirl_jax ({error}).") from error
     return config
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """The options by dotted key, as JSON has them."""
+    return _flat(json.loads(config.to_json_best_effort(sort_keys=True)))
 
 
 def _tuples(tree):

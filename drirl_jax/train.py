@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import drirl_jax
 from drirl_jax import config as config_lib
-from drirl_jax import guards, metrics, plots, process, sharding
+from drirl_jax import guards, metrics, plots, process, sharding, sinks
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner, watch
@@ -140,12 +140,22 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """
     # ------------------------------------------------------------------ check everything, then load everything
     started = time.time()
+    config_lib.validate(config)
+    for name in config.metrics.sinks:
+        sinks.SINKS[name].require()
     context = dataclasses.replace(prepare(config), workdir=workdir)
     asked = runner.questions_of(context)
     if sharding.writes():
         held = process.lock(workdir)  # noqa: F841  until the end of this function
         config_lib.remember(config, workdir)
-    writer = metrics.MetricWriter(workdir, sharding.writes())
+    chosen = (config.metrics.sinks, config.metrics.project, config_lib.flat(config))
+    with metrics.MetricWriter(workdir, sharding.writes(), *chosen) as writer:
+        stages(context, asked, workdir, writer, started)
+
+
+def stages(context: Context, asked: list, workdir: pathlib.Path, writer: metrics.MetricWriter, started: float) -> None:
+    """The schedule's stages in turn, from rewards to report; see `run`."""
+    config = context.config
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
     if sharding.writes():
         log.info("%s, %d prompts, %s", jax.devices()[0], prompts, config.policy.init)

@@ -19,6 +19,7 @@ LAYERS = [
         "drirl_jax.cost",
         "drirl_jax.endpoint",
         "drirl_jax.plots",
+        "drirl_jax.sinks",
     ],
     ["drirl_jax.metrics"],
     ["drirl_jax.models.architecture"],
