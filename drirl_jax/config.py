@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import numbers
 import pathlib
-from typing import Any
+from typing import Any, Collection
 
 from ml_collections import ConfigDict
 
@@ -261,7 +261,7 @@ def _endpoint() -> ConfigDict:
 
 
 # Options that name a choice, and the table whose rows they may be.
-TABLES = {
+TABLES: dict[str, Collection[str]] = {
     "data.long_prompts": ("error", "drop"),
     "policy.tune": base.POLICIES,
     "policy.dtype": ("float32", "bfloat16"),
