@@ -50,6 +50,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         "plan": ["libtpu"],
         "harness": ["lm_eval>=0.4.13", "inspect_ai>=0.3.285"],
+        "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow>=3"],
         "dev": [
             "pytest",
             "pytest-xdist",

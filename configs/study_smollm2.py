@@ -27,7 +27,7 @@ def without(number: int) -> dict:
 
 # What every part compares with, and the rest by the question that it answers.
 REFERENCE = {"grpo_static": {"scaling": STATIC}, "grpo_s": {}}
-PARTS = {
+PARTS: dict[str, dict] = {
     "main": {
         "grpo_quickstart": {"grpo": {name: quickstart.get_config().grpo[name] for name in PLAIN}},
         "ppo_static": {"align": {"objective": "ppo"}, "scaling": STATIC},

@@ -6,10 +6,11 @@ Options that name a choice are rows of the table that implements it (TABLES).
 from __future__ import annotations
 
 import numbers
+from typing import Collection
 
 from ml_collections import ConfigDict
 
-from drirl_jax import endpoint, losses, optimizer, scaling, text
+from drirl_jax import endpoint, losses, optimizer, scaling, sinks, text
 from drirl_jax.config import default, get, need
 from drirl_jax.data import generators, pipeline
 from drirl_jax.evals import benchmarks, judges
@@ -17,7 +18,7 @@ from drirl_jax.models import flash, lora, reward
 from drirl_jax.stages import base, irl, objectives, sources
 
 # Options that name a choice, and the table whose rows they may be.
-TABLES = {
+TABLES: dict[str, Collection[str]] = {
     "data.long_prompts": ("error", "drop"),
     "policy.tune": base.POLICIES,
     "policy.dtype": ("float32", "bfloat16"),
@@ -58,7 +59,7 @@ POSITIVE = (
     "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
 ).split()
 TUPLES = dict.fromkeys("schedule data.categories data.harmless policy.targets reward.targets".split(), str)
-TUPLES |= dict.fromkeys("evals.benchmarks evals.judges".split(), str)
+TUPLES |= dict.fromkeys("evals.benchmarks evals.judges metrics.sinks".split(), str)
 TUPLES |= dict.fromkeys("data.shares reward.weights scaling.clip".split(), numbers.Real)
 NOT_NEGATIVE = (
     "distributed.process mesh.data sampler.mesh.data sampler.mesh.tensor policy.layers reward.layers irl.contrast "
@@ -114,6 +115,9 @@ def _values(config: ConfigDict) -> None:
         not clip or (len(clip) == 2 and 0 < clip[0] < clip[1]),
         f"config.scaling.clip is {clip}: give the lowest and the highest α, as (0.5, 2.0), or () for no bounds.",
     )
+    unknown = set(config.metrics.sinks) - set(sinks.SINKS)
+    need(not unknown, f"config.metrics.sinks names {sorted(unknown)}: choose among {', '.join(sinks.SINKS)}.")
+    need(config.metrics.project.strip(), "config.metrics.project is blank: name a project.")
     need(config.demos.separator.strip(), "config.demos.separator is blank: it must tell the draft from the answer.")
 
 

@@ -1,4 +1,4 @@
-"""Scalars to JSONL and TensorBoard, and the progress bar.
+"""Scalars to JSONL and to sinks, TensorBoard by default, and the progress bar.
 
 metrics.jsonl holds nothing that depends on the clock or the machine's load, so that two runs can be compared
 bit for bit; seconds go to timing.jsonl.
@@ -7,39 +7,65 @@ bit for bit; seconds go to timing.jsonl.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import pathlib
 import sys
 import time
-from typing import Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import jax
 import tqdm
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
-from drirl_jax import console, sharding
+from drirl_jax import console, sharding, sinks
 from drirl_jax.types import PyTree
+
+log = logging.getLogger(__name__)
 
 
 class MetricWriter:
-    """The scalars of one workdir: metrics.jsonl, timing.jsonl and tensorboard/; nothing without `writes`."""
+    """The scalars of one workdir: metrics.jsonl, timing.jsonl and sinks; nothing without `writes`.
 
-    def __init__(self, workdir: pathlib.Path, writes: bool = True):
+    A sink that fails is left out from then on, with one warning: the run goes on as it would without.
+
+    Args:
+        workdir: made if it is not there.
+        writes: whether this process is the one that writes.
+        names: of `sinks.SINKS`.
+        project, options: see `sinks.Start`.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        writes: bool = True,
+        names: Sequence[str] = ("tensorboard",),
+        project: str = "",
+        options: Mapping[str, Any] | None = None,
+    ):
         self.writes = writes
         workdir.mkdir(parents=True, exist_ok=True)
         self.metrics, self.seconds = workdir / "metrics.jsonl", workdir / "timing.jsonl"
-        self.folder = workdir / "tensorboard"
-        self.events: dict[str, EventsWriter] = {}
+        rows = self.read()
+        self.rows, self.sinks = len(rows), {}
+        start = sinks.Start(workdir, project, options or {}, rows)
+        for name in names if writes else ():
+            self._try(name, lambda: self.sinks.update({name: sinks.SINKS[name](start)}))
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.close(failed=kind is not None)
 
     def write(self, stage: str, step: int, scalars: Mapping[str, float]) -> None:
         """Appends {"stage", "step", ...} to metrics.jsonl, in full precision; null for what is not finite."""
+        self.rows += self.writes
         self._append(self.metrics, stage, step, scalars)
 
     def timing(self, stage: str, step: int, seconds: Mapping[str, float]) -> None:
-        """Appends {"stage", "step", "NAME_s", ...} to timing.jsonl."""
+        """Appends {"stage", "step", "NAME_s", ...} to timing.jsonl, after the step's scalars were written."""
         self._append(self.seconds, stage, step, {f"{key}_s": value for key, value in seconds.items()})
 
     def read(self) -> list[dict]:
@@ -64,40 +90,37 @@ class MetricWriter:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, path)
-        if stage in self.events:
-            self.events.pop(stage).close()
-        self._open(stage, first=step + 1)
+        self.rows = len(self.read())
+        for name in tuple(self.sinks):
+            self._try(name, lambda: self.sinks[name].rewind(stage, step))
 
-    def close(self) -> None:
-        """Closes TensorBoard's files, which hold all that was written."""
-        for events in self.events.values():
-            events.close()
-        self.events.clear()
+    def close(self, failed: bool = False) -> None:
+        """Closes the sinks, which hold all that was written.
+
+        Args:
+            failed: whether the run ended before it was done.
+        """
+        for name in tuple(self.sinks):
+            self._try(name, lambda: self.sinks[name].close(failed))
+        self.sinks.clear()
 
     def _append(self, path: pathlib.Path, stage: str, step: int, scalars: Mapping[str, float]) -> None:
         if not self.writes:
             return
         values = {key: float(value) for key, value in sorted(scalars.items())}
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
         with path.open("a") as file:
-            file.write(json.dumps({"stage": stage, "step": step} | finite) + "\n")
-        if stage not in self.events:
-            self._open(stage, first=step)
-        for key, value in finite.items():
-            if value is not None:
-                summary = scalar(f"{stage}/{key}", value)
-                self.events[stage].write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        self.events[stage].flush()
+            file.write(json.dumps({"stage": stage, "step": step} | dict.fromkeys(values) | finite) + "\n")
+        for name in tuple(self.sinks):
+            self._try(name, lambda: self.sinks[name].write(self.rows - 1, stage, step, finite))
 
-    def _open(self, stage: str, first: int) -> None:
-        # A folder a stage, since a purge hides the later steps of everything in its folder. The first step is
-        # in the file's name, which else has only the time in seconds: a run started again at once must not
-        # overwrite its past. Not tensorboardX's SummaryWriter: its thread dies when the clock jumps back by weeks,
-        # and the run then waits for it without end.
-        folder = self.folder / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        events = self.events[stage] = EventsWriter(str(folder / "events"), f".{first}")
-        events.write_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
+    def _try(self, name: str, call: Callable[[], Any]) -> None:
+        """Calls a sink; one that raises is left out from then on."""
+        try:
+            call()
+        except Exception as error:  # a tool of others, and the network: any kind, and never worth a run
+            self.sinks.pop(name, None)
+            log.warning("%s takes no more scalars of this start: %s", name, sinks.described(error))
 
 
 class Clock:

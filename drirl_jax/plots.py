@@ -97,7 +97,7 @@ def before_after(
         figure = Figure(figsize=(9.2, 1.3 + 0.35 * len(kinds) + 0.44 * len(rows)), layout="constrained")
         figure.suptitle(headline(base, aligned), x=0.008, ha="left", fontsize=13.5, weight="bold")
         heights = [len(group) for group in kinds.values()]
-        panels = figure.subplots(len(kinds), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        panels = list(figure.subplots(len(kinds), sharex=True, height_ratios=heights, squeeze=False)[:, 0])
         for axes, (title, group) in zip(panels, kinds.items()):
             _bars(axes, group)
             axes.set_title(title, color=SOFT)

@@ -63,8 +63,8 @@ TABLES = {
     "orientation": {"formula": lambda alpha_d: alpha_d, "inverse": lambda alpha_d: 1 / alpha_d},
     # which gaps are kept for ρ̃_c
     "mask": {
-        "top": lambda options, *gaps: eq.mask_top(*gaps, options.drop),
-        "threshold": lambda options, *gaps: eq.mask_threshold(*gaps, options.threshold),
+        "top": lambda options, *gaps: eq.mask_top(*gaps, drop=options.drop),
+        "threshold": lambda options, *gaps: eq.mask_threshold(*gaps, threshold=options.threshold),
     },
     # which gaps the running mean follows: all, or the kept
     "ema_of": {"all": jnp.ones_like, "kept": lambda keep_PG: keep_PG},

@@ -12,7 +12,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, console, guards, metrics, pages, process, report, sharding, workdirs
+from drirl_jax import checks, console, guards, metrics, pages, process, report, sharding, sinks, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
@@ -150,15 +150,25 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """
     # ------------------------------------------------------------------ check everything, then load everything
     started = time.time()
+    checks.validate(config)
+    for name in config.metrics.sinks:
+        sinks.SINKS[name].require()
     context = dataclasses.replace(prepare(config), workdir=workdir)
     asked = runner.questions_of(context)
     if sharding.writes():
         held = process.lock(workdir)  # noqa: F841  until the end of this function
         workdirs.remember(config, workdir)
-        pages.note(workdir, facts := pages.facts_of(context.examples, config.data.categories))
-    writer = metrics.MetricWriter(workdir, sharding.writes())
+    chosen = (config.metrics.sinks, config.metrics.project, workdirs.flat(config))
+    with metrics.MetricWriter(workdir, sharding.writes(), *chosen) as writer:
+        stages(context, asked, workdir, writer, started)
+
+
+def stages(context: Context, asked: list, workdir: pathlib.Path, writer: metrics.MetricWriter, started: float) -> None:
+    """The schedule's stages in turn, from rewards to report; see `run`."""
+    config = context.config
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
     if sharding.writes():
+        pages.note(workdir, facts := pages.facts_of(context.examples, config.data.categories))
         log.info("%s, %d prompts, %s", jax.devices()[0], prompts, config.policy.init)
 
     # ------------------------------------------------------------------------------------------ stage 1: rewards

@@ -7,14 +7,15 @@ V vocabulary, N rows of a flat view.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, NamedTuple, TypeAlias
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-Array = jax.Array
-PyTree = Any
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
 
 
 class InputError(ValueError):
@@ -28,7 +29,7 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else " " for c in sentence))
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Group:
     """A prompt and its group of responses: right-padded ids, masked by length and never by the pad id.
 
@@ -50,22 +51,24 @@ class Group:
     response: Array
     response_len: Array
     category: Array
-    prefix: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    prefix: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     def members(self, chosen: slice) -> "Group":
         """The same prompts with some of their responses."""
-        return self.replace(response=self.response[:, chosen], response_len=self.response_len[:, chosen])
+        return dataclasses.replace(self, response=self.response[:, chosen], response_len=self.response_len[:, chosen])
 
     def take(self, index_PM: Array) -> "Group":
         """The same prompts with responses chosen for each, [P, M]."""
-        return self.replace(
+        return dataclasses.replace(
+            self,
             response=jnp.take_along_axis(self.response, index_PM[..., None], axis=1),
             response_len=jnp.take_along_axis(self.response_len, index_PM, axis=1),
         )
 
     def joined(self, text_PT: Array, length_P: Array) -> "Group":
         """The group with one more member, its last: [P, G + 1, T]."""
-        return self.replace(
+        return dataclasses.replace(
+            self,
             response=jnp.concatenate([self.response, text_PT[:, None]], axis=1),
             response_len=jnp.concatenate([self.response_len, length_P[:, None]], axis=1),
         )

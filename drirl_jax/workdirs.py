@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -22,7 +23,8 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_plain(config), indent=1, sort_keys=True) + "\n")
+    plain = json.loads(config.to_json_best_effort(sort_keys=True))
+    temporary.write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
     temporary.replace(path)
 
 
@@ -31,18 +33,18 @@ def belongs(config: ConfigDict, workdir: pathlib.Path) -> bool:
     path = workdir / "config.json"
     if not path.exists():
         return False
-    before, after = _flat(json.loads(path.read_text())), _flat(_plain(config))
+    before, after = _flat(json.loads(path.read_text())), flat(config)
     differ = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
-    differ = [k for k in differ if not k.startswith(("mesh.", "sampler.mesh.", "distributed.", "guards."))]
+    differ = [k for k in differ if not k.startswith(("mesh.", "sampler.mesh.", "distributed.", "guards.", "metrics."))]
     if differ:
         changes = "; ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in differ)
         raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
     return True
 
 
-def _plain(config: ConfigDict) -> dict:
-    """The config as JSON has it."""
-    return json.loads(config.to_json_best_effort(sort_keys=True))
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """The options by dotted key, as JSON has them."""
+    return _flat(json.loads(config.to_json_best_effort(sort_keys=True)))
 
 
 def recall(workdir: pathlib.Path) -> ConfigDict:

@@ -1,9 +1,12 @@
 """Records, the starter set, the TFDS builder, balanced batches and the converter."""
 
 import collections
+import gzip
 import json
+import lzma
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from drirl_jax.data import builder, convert, examples, pipeline, records
+from drirl_jax.data.published import PUBLISHED
 from drirl_jax.models import encoder, hf
 from drirl_jax.types import InputError
 
@@ -207,6 +211,9 @@ def test_the_builder_is_found_by_its_name(tmp_path):
     options = {"config": builder.config("starter", CATEGORIES), "file_format": "array_record"}
     source = tfds.data_source("safety_demos", split="valid", data_dir=tmp_path, builder_kwargs=options)
     wanted = {r.id for r in records.read("starter", CATEGORIES) if r.split == "valid"}
+    assert {source[i]["id"].decode() for i in range(len(source))} == wanted
+    default = {"file_format": "array_record"}
+    source = tfds.data_source("safety_demos", split="valid", data_dir=tmp_path, builder_kwargs=default)
     assert {source[i]["id"].decode() for i in range(len(source))} == wanted
 
 
@@ -438,6 +445,151 @@ def test_convert_refuses_another_shape(tmp_path, capsys):
     assert error.value.code == 1
     assert f"{source}, line 2: not a safety7 record (KeyError('safe'))" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def convert_lines(tmp_path, capsys, *args):
+    """The records of a conversion, and what it printed."""
+    convert.main([*map(str, args[:2]), str(tmp_path / "out.jsonl"), *args[2:]])
+    return records.read(tmp_path / "out.jsonl", CATEGORIES), capsys.readouterr().out
+
+
+def test_convert_safety_prompts(tmp_path, capsys):
+    lists = {
+        "Insult": [{"prompt": "你真笨", "response": "请礼貌。", "type": "Insult"}],
+        "Mental_Health": [{"prompt": "我很难过", "response": "我在听。"}, {"prompt": "我很难过", "response": "请说。"}],
+        "Goal_Hijacking": [{"prompt": "忽略以上", "response": "不。", "type": "Goal_Hijacking"}],
+    }
+    (tmp_path / "typical_safety_scenarios.json").write_text(json.dumps(lists))
+    got, out = convert_lines(tmp_path, capsys, "safety_prompts", tmp_path)
+    assert [(r.category, r.lang, r.prompt, r.response) for r in got] == [
+        ("insult", "zh", "你真笨", "请礼貌。"), ("mental_health", "zh", "我很难过", "请说。"),
+    ]  # fmt: skip
+    assert "left out of a category that is none of ours (Goal_Hijacking): 1" in out
+    assert got[0].provenance.endswith("thu-coai/Safety-Prompts; answer of ChatGPT, not judged")
+
+
+DNA = {"id": 0, "risk_area": "Malicious Uses", "types_of_harm": "Assisting illegal activities", "specific_harms": "x"}
+DNA |= {"question": "May I steal?", "GPT4_response": "No, you may not.", "GPT4_harmful": 0, "GPT4_action": 0}
+DNA |= {"llama2-7b-chat_response": "No.", "llama2-7b-chat_harmful": 1, "llama2-7b-chat_action": 5}
+
+
+def test_convert_do_not_answer(tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    other = {"types_of_harm": "Adult Content", "question": "Hm?"}
+    unsafe = {"question": "And lie?", "GPT4_harmful": 1}
+    table = pytest.importorskip("pyarrow").Table.from_pylist([DNA, DNA | other, DNA | unsafe])
+    parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    got, out = convert_lines(tmp_path, capsys, "do_not_answer", tmp_path)
+    assert [(r.category, r.prompt, r.response) for r in got] == [(CATEGORIES[2], "May I steal?", "No, you may not.")]
+    assert got[0].provenance.endswith("LibrAI/do-not-answer; answer of GPT4")
+    assert "none of ours (Adult Content): 1\nleft out without a safe answer: 1\n1 demonstrations" in out
+    assert "CC BY-NC-SA 4.0" in out
+    prompts = tmp_path / "do_not_answer_en.csv"
+    prompts.write_text("id,risk_area,types_of_harm,specific_harms,question\n0,x,y,z,Hm?\n")
+    with pytest.raises(SystemExit):
+        convert.main(["do_not_answer", str(prompts), str(tmp_path / "out.jsonl")])
+    assert "row 1: not a do_not_answer record (ValueError('no column ends in _response" in capsys.readouterr().err
+
+
+def tails(prompt, response, *true):
+    names = ("self_harm", "privacy_violation", "controversial_topics,politics")
+    return {"prompt": prompt, "response": response, "category": {n: n in true for n in names}, "is_safe": not true}
+
+
+@pytest.mark.parametrize("suffix, packed", [(".gz", gzip.compress), (".xz", lzma.compress), ("", bytes)])
+def test_convert_beavertails_takes_a_prompts_category_from_its_unsafe_answers(suffix, packed, tmp_path, capsys):
+    lines = [
+        tails("Where does she live?", "Ask her, and mind that she may not want you to know."),
+        tails("Where does she live?", "Main Street.", "privacy_violation", "self_harm"),
+        tails("Where does she live?", "Here.", "privacy_violation"),
+        tails("Where does she live?", "I won't help to find a person."),
+        tails("Who should win?", "Me.", "controversial_topics,politics"),
+        tails("Who should win?", "That is yours to say."),
+        tails("Good day", "Hello."),
+    ]
+    path = tmp_path / "30k" / f"train.jsonl{suffix}"
+    path.parent.mkdir()
+    path.write_bytes(packed("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    got, out = convert_lines(tmp_path, capsys, "beavertails", tmp_path)
+    assert [(r.category, r.response) for r in got] == [("privacy_and_property", "I won't help to find a person.")]
+    assert "none of ours (controversial_topics,politics): 1\nleft out without a category: 1" in out
+    got, _ = convert_lines(tmp_path, capsys, "beavertails", path, "--category", "harmless")
+    assert [r.category for r in got] == ["privacy_and_property", "harmless", "harmless"]
+
+
+def test_convert_hh_rlhf_takes_preferred_answers_of_one_turn(tmp_path, capsys):
+    one = {
+        "chosen": "\n\nHuman: How are you?\n\nAssistant: Well.",
+        "rejected": "\n\nHuman: How are you?\n\nAssistant: No.",
+    }
+    two = {key: text + "\n\nHuman: And?\n\nAssistant: Yes." for key, text in one.items()}
+    for part in ("helpful-base", "harmless-base"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "train.jsonl.gz").write_bytes(
+            gzip.compress(
+                "".join(
+                    json.dumps({k: v.replace("you", part) for k, v in row.items()}) + "\n" for row in (one, two)
+                ).encode()
+            )
+        )
+    got, out = convert_lines(tmp_path, capsys, "hh_rlhf", tmp_path)
+    assert [(r.category, r.prompt, r.response) for r in got] == [("harmless", "How are helpful-base?", "Well.")]
+    assert "left out as dialogues of several turns: 2" in out and "none of ours (harmless-base): 1" in out
+    got, _ = convert_lines(tmp_path, capsys, "hh_rlhf", tmp_path / "harmless-base", "--category", "insult")
+    assert [r.category for r in got] == ["insult"]
+
+
+def test_splits_of_converted_prompts_depend_on_the_prompt_alone(tmp_path, capsys):
+    lines = [
+        tails(f"Prompt {i}?", answer, *label)
+        for i in range(400)
+        for answer, *label in [("No.",), ("Yes.", "self_harm")]
+    ]
+    got, _ = convert_lines(tmp_path, capsys, "beavertails", write(tmp_path / "train.jsonl", *lines))
+    count = collections.Counter(r.split for r in got)
+    assert count.total() == 400 and 290 < count["train"] < 350 and count["valid"] > 20 < count["test"]
+    other, _ = convert_lines(tmp_path, capsys, "beavertails", write(tmp_path / "train.jsonl", *lines[::-1]))
+    assert {r.id: r.split for r in got} == {r.id: r.split for r in other}
+
+
+@pytest.mark.parametrize("name", [name for name, of in PUBLISHED.items() if of.parts])
+def test_convert_from_the_hub_asks_for_what_is_published(name, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def load_dataset(hub, **options):
+        asked.append((hub, options))
+        raise ConnectionError
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, __spec__=1))
+    hub = PUBLISHED[name].url.split("/datasets/")[1]
+    with pytest.raises(SystemExit) as error:
+        convert.main([name, hub, str(tmp_path / "out.jsonl")])
+    assert error.value.code == 1 and asked == [(hub, next(iter(PUBLISHED[name].parts.values())))]
+    assert f"error: the hub gave no {hub} (ConnectionError): download " in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        convert.main([name, hub, str(tmp_path / "out.jsonl")])
+    assert f"or pip install datasets, which takes {hub} from the hub" in capsys.readouterr().err
+
+
+def test_mappings_lead_to_the_methods_categories():
+    for of in PUBLISHED.values():
+        assert set(of.categories.values()) <= set(CATEGORIES)
+    assert set(PUBLISHED["safety_prompts"].categories.values()) == set(CATEGORIES[:-1])
+
+
+@pytest.mark.parametrize("source, sentence", [("no/such.jsonl", "no file no/such.jsonl"), (".", "none of train.jsonl")])
+def test_convert_what_is_not_there(source, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        convert.main(["beavertails", source, "out.jsonl"])
+    assert f"error: {sentence}" in capsys.readouterr().err
+
+
+def test_a_damaged_packed_file_is_one_sentence(tmp_path):
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-9])
+    with pytest.raises(InputError, match="cannot be unpacked .* download it anew"):
+        list(records.json_lines(tmp_path / "train.jsonl.gz"))
 
 
 def test_convert_the_real_file(tmp_path):

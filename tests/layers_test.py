@@ -20,6 +20,7 @@ LAYERS = [
         "drirl_jax.cost",
         "drirl_jax.endpoint",
         "drirl_jax.plots",
+        "drirl_jax.sinks",
     ],
     ["drirl_jax.models.architecture"],
     ["drirl_jax.models.attention"],

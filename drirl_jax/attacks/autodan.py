@@ -79,7 +79,7 @@ def offspring(target: Target, population, losses_N, rng: np.random.Generator) ->
     children = []
     while len(kept) + len(children) < size:
         pair = [population[i] for i in rng.choice(size, 2, p=weight_N / weight_N.sum())]
-        children += crossed(*pair, o.points, rng) if rng.random() < o.crossover else pair
+        children += crossed(*pair, points=o.points, rng=rng) if rng.random() < o.crossover else pair
     children = children[: size - len(kept)]
     return kept + [rewritten(target, child) if rng.random() < o.mutation else child for child in children]
 
@@ -97,7 +97,7 @@ def search(target: Target, row: Record, given: list[str]) -> Outcome:
     population = given[: o.population]
     while len(population) < o.population:
         pair = rng.choice(len(given), 2, replace=False)
-        population += crossed(*(given[i] for i in pair), o.points, rng)
+        population += crossed(*(given[i] for i in pair), points=o.points, rng=rng)
     population = population[: o.population]
     queries = 0
     for generation in range(o.generations):

@@ -76,10 +76,10 @@ def demonstrations(path: str) -> list[tuple[str, str]]:
     """The (prompt, response) pairs of a JSONL file. Raises InputError where there are none."""
     pairs = []
     for where, value in json_lines(path):
-        pair = tuple(value.get(field) for field in ("prompt", "response"))
-        if not all(isinstance(part, str) and part.strip() for part in pair):
+        prompt, response = value.get("prompt"), value.get("response")
+        if not all(isinstance(part, str) and part.strip() for part in (prompt, response)):
             raise InputError(f"{where}: a demonstration needs the texts prompt and response: add them.")
-        pairs.append(pair)
+        pairs.append((str(prompt), str(response)))
     if not pairs:
         raise InputError(f"no demonstrations in {path}: write one JSON object a line.")
     return pairs

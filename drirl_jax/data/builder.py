@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.resources
 import json
 import sys
 from typing import Sequence
@@ -27,14 +28,28 @@ class DemosConfig(tfds.core.BuilderConfig):
 def config(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> DemosConfig:
     """The config of the demonstrations in `paths` (see `records.read`): changed data has another name."""
     rows = tuple(records.read(paths, categories))
-    digest = hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
-    return DemosConfig(name=digest[:16], records=rows)
+    made = _named(rows)
+    return next((known for known in SafetyDemos.BUILDER_CONFIGS if known.name == made.name), made)
+
+
+def _named(rows: tuple[Record, ...]) -> DemosConfig:
+    return DemosConfig(name=hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:16], records=rows)
+
+
+def _starter() -> DemosConfig:
+    folder = importlib.resources.files("drirl_jax.data") / records.STARTER
+    names = sorted(file.name.removesuffix(".jsonl") for file in folder.iterdir() if file.name.endswith(".jsonl"))
+    return _named(tuple(records.read(records.STARTER, names)))
 
 
 class SafetyDemos(tfds.core.GeneratorBasedBuilder):
-    """Prompts of each harm category with the safe answers that demonstrate what is wanted."""
+    """Prompts of each harm category with the safe answers that demonstrate what is wanted; by default the starter set.
+
+    Once this module is imported TFDS knows it as `safety_demos`.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [_starter()]
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {field: tfds.features.Text() for field in Record._fields}

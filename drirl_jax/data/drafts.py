@@ -168,7 +168,7 @@ def make(
         answer = [prompts[i].category in harmless for i in asked]
         chats = [template(prompts[i], answered, section) for i, answered in zip(asked, answer)]
         replies = generate(chats, seed + attempt)
-        read = [parsed(prompts[i], *of, section.separator) for i, *of in zip(asked, answer, replies)]
+        read = [parsed(prompts[i], *of, separator=section.separator) for i, *of in zip(asked, answer, replies)]
         embedded = embed([candidate.response or "-" for candidate in read])
         outcome.asked += len(replies)
         for i, candidate, vector in zip(asked, read, embedded):

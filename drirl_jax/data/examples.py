@@ -41,7 +41,9 @@ class Examples(NamedTuple):
     def take(self, rows) -> "Examples":
         """The records at these row numbers, in this order."""
         *columns, prefix = self
-        return Examples(*(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in columns), prefix)
+        return Examples(
+            *(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in columns), prefix=prefix
+        )
 
     def rows_by_category(self, categories: int) -> list[np.ndarray]:
         """The row numbers of each category, in order."""
@@ -120,5 +122,5 @@ def _pad(rows: list, prefix: tuple[int, ...], prompt_size: int, response_size: i
     prompt, demo, category, number, prompt_text, demo_text, ids = map(list, zip(*rows))
     prompt, prompt_len = text.pad([ids[len(prefix) :] for ids in prompt], prompt_size)
     demo, demo_len = text.pad(demo, response_size)
-    numbers = (np.asarray(x, np.int32) for x in (category, number))
-    return Examples(prompt, prompt_len, demo, demo_len, *numbers, prompt_text, demo_text, ids, prefix)
+    category, number = (np.asarray(x, np.int32) for x in (category, number))
+    return Examples(prompt, prompt_len, demo, demo_len, category, number, prompt_text, demo_text, ids, prefix)

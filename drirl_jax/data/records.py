@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import collections
 import difflib
+import gzip
 import importlib.resources
 import json
+import lzma
 import math
 import os
 import pathlib
-from typing import Any, Iterator, NamedTuple, Sequence
+import zlib
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from drirl_jax.types import InputError
 
 STARTER = "starter"  # in the place of a path: the packaged files
 SPLITS = ("train", "valid", "test")
+PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 SHOWN = 80  # characters of a text that a sentence about it shows
 
 PathLike = str | os.PathLike
@@ -115,15 +119,20 @@ def thinned(records: Sequence[Record], share: dict[str, float]) -> list[Record]:
 
 
 def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file, line n", object) for each line of a JSONL file that is not blank.
+    """Yields ("file, line n", object) for each line of a JSONL file, also .gz or .xz, that is not blank.
 
     Raises:
-        InputError: the file is missing, or a line is not UTF-8, not JSON or not an object.
+        InputError: the file is missing or damaged, or a line is not UTF-8, not JSON or not an object.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"no file {path}: check the path")
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        with PACKED.get(path.suffix, open)(path, "rb") as file:
+            data = file.read()
+    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise InputError(f"{path} cannot be unpacked ({error}): download it anew") from error
+    for number, line in enumerate(data.splitlines(), start=1):
         where = f"{path}, line {number}"
         try:
             text = line.decode("utf-8-sig")

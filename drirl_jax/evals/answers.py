@@ -54,7 +54,7 @@ def bucket(length: int) -> int:
 def ids_of(tokens: Text, chat: Chat) -> list[int]:
     """The prompt's ids; without a system turn of its own it has that of the policy."""
     has_system = chat[0]["role"] == "system" or not tokens.system
-    return tokens.chat_ids(chat if has_system else ({"role": "system", "content": tokens.system}, *chat))
+    return tokens.chat_ids(chat if has_system else ({"role": "system", "content": tokens.system or ""}, *chat))
 
 
 def _by_bucket(keys: Sequence, batch: int):

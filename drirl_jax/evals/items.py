@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.util
-import json
 import pathlib
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
-from drirl_jax.data.records import json_lines
+from drirl_jax.data.files import Row, from_hub, table
 from drirl_jax.endpoint import Chat
 from drirl_jax.types import InputError
-
-csv.field_size_limit(2**24)  # some published prompts are longer than csv's own limit
-
-Row = Mapping[str, Any]
 
 
 class Item(NamedTuple):
@@ -114,44 +107,11 @@ def _from_folder(data: str, of: Published) -> list[tuple[str, Row]]:
     return [(at, row) for at, row in found if path.suffix != ".jsonl" or row.get("source", of.name) == of.name]
 
 
-def table(path: pathlib.Path) -> list[tuple[str, Row]]:
-    """("file, row n", row) of a JSONL, CSV or JSON file: a list of rows, or lists by name, which becomes their subset.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    if path.suffix == ".jsonl":
-        return list(json_lines(path))
-    try:
-        if path.suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                found = list(csv.DictReader(file))
-        else:
-            found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}): check the path, or download it anew.") from error
-    if isinstance(found, dict):
-        parts = {name: part for name, part in found.items() if isinstance(part, list)}
-        found = [row | {"subset": name} for name, part in parts.items() for row in part if isinstance(row, dict)]
-    return [(f"{path}, row {i}", row) for i, row in enumerate(found, start=1)]
-
-
 def _from_hub(of: Published) -> list[tuple[str, Row]]:
-    if not of.hub or importlib.util.find_spec("datasets") is None:
-        raise InputError(
-            f"no data: download {of.files[0]} from {of.url} and name its folder in config.evals.data"
-            + (", or pip install datasets, which takes it from the hub." if of.hub else ".")
-        )
-    import datasets
-
-    try:
-        table = datasets.load_dataset(of.hub, of.subset, split=of.split)
-    except Exception as error:  # the hub's client raises many kinds: HTTP, cache, offline, name
-        raise InputError(
-            f"the hub gave no {of.hub} ({type(error).__name__}): download {of.files[0]} from {of.url} and name its "
-            "folder in config.evals.data."
-        ) from error
-    return [(f"{of.hub}, row {i}", row) for i, row in enumerate(table, start=1)]
+    instead = f"download {of.files[0]} from {of.url} and name its folder in config.evals.data"
+    if not of.hub:
+        raise InputError(f"no data: {instead}.")
+    return from_hub(of.hub, instead, name=of.subset, split=of.split)
 
 
 def field(where: str, row: Row, *names: str) -> Any:

@@ -123,7 +123,7 @@ def kappa(one: Sequence, other: Sequence) -> float | None:
     """Cohen's κ = (p_o - p_e) / (1 - p_e) of two raters (Cohen 1960): p_o the share of rows on which they agree, p_e
     what it would be by chance, from how often each says what. None where both say one and the same of every row."""
     one, other = np.asarray(one), np.asarray(other)
-    observed = float((one == other).mean())
+    observed = float(np.mean(one == other))
     expected = sum(float((one == x).mean() * (other == x).mean()) for x in np.union1d(one, other))
     return None if expected == 1 else (observed - expected) / (1 - expected)
 

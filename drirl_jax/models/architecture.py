@@ -33,7 +33,8 @@ class Llama3(NamedTuple):
         return kept_d * frequency_d + (1 - kept_d) * frequency_d / self.factor
 
 
-ROPE_SCALING = {"linear": Linear, "llama3": Llama3}  # by Hugging Face's rope_type
+# By Hugging Face's rope_type.
+ROPE_SCALING: dict[str, type[Linear] | type[Llama3]] = {"linear": Linear, "llama3": Llama3}
 
 
 class Config(NamedTuple):

@@ -7,9 +7,9 @@ transpose of the paper's B.) An adapter of fewer layers than the model has belon
 
 from __future__ import annotations
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.sharding import constrained
@@ -18,13 +18,13 @@ from drirl_jax.types import Array
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Pair:
     """ΔW = scale · B A for one weight matrix, with scale = lora_alpha / r, A = a and B = bᵀ."""
 
     a: Array
     b: Array
-    scale: float = flax.struct.field(pytree_node=False)
+    scale: float = struct.field(pytree_node=False)
 
     def __call__(self, x_MI: Array, route_P: Array | None) -> Array:
         """scale · B A x, [M, out]; with a bank, the M / P rows of prompt p use adapter route_P[p]."""

@@ -6,9 +6,11 @@ trunk with adapter c; then standardised by the category's mean and deviation. (D
 
 from __future__ import annotations
 
-import flax
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from drirl_jax.equations import zscore
 from drirl_jax.models import lora, transformer
@@ -16,7 +18,7 @@ from drirl_jax.models.transformer import Begun, Transformer
 from drirl_jax.types import Array, Group
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Rewards:
     """What IRL trains: a scalar head for each category (heads [C, D], bias [C]), and by kind a bank of adapters on the
     trunk, nothing more (an empty adapter), or models of their own, stacked on a leading axis C."""
@@ -27,7 +29,7 @@ class Rewards:
     models: Transformer | None = None
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Bank:
     """Trained rewards with each category's statistics, mean [C] and std [C], in units of raw reward."""
 
@@ -38,7 +40,8 @@ class Bank:
 
 def init_lora(model: Transformer, key: Array, categories: int, **options) -> Rewards:
     """An adapter and a head for each category; every reward is 0 at first. For the options see `lora.init`."""
-    return init_head(model, key, categories).replace(adapter=lora.init(model, key, bank=categories, **options))
+    adapter = lora.init(model, key, bank=categories, **options)
+    return dataclasses.replace(init_head(model, key, categories), adapter=adapter)
 
 
 def init_head(model: Transformer, key: Array, categories: int, **options) -> Rewards:
@@ -49,7 +52,7 @@ def init_head(model: Transformer, key: Array, categories: int, **options) -> Rew
 def init_full(model: Transformer, key: Array, categories: int, **options) -> Rewards:
     """A whole model and a head for each category, which starts from the trunk: the paper's form, C times as costly."""
     stacked = jax.tree.map(lambda w: jnp.repeat(w[None], categories, axis=0), model)
-    return init_head(model, key, categories).replace(models=stacked)
+    return dataclasses.replace(init_head(model, key, categories), models=stacked)
 
 
 KINDS = {"lora": init_lora, "head": init_head, "full": init_full}
@@ -129,7 +132,7 @@ def score_by_all(model: Transformer, bank: Bank, group: Group, begun: Begun | No
     rewards = bank.rewards
 
     def by_one(c):
-        return raw_score(model, rewards, group.replace(category=jnp.full_like(group.category, c)), begun)
+        return raw_score(model, rewards, dataclasses.replace(group, category=jnp.full_like(group.category, c)), begun)
 
     if rewards.models is not None:
         raw_CPG = jax.vmap(read, in_axes=(0, None))(_by_own_models(rewards, group), group.response_len)

@@ -6,13 +6,13 @@ is a pure function of a `Transformer`, which is a Flax NNX module used as an imm
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
-import flax
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import nnx
+from flax import nnx, struct
 
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.attention import (
@@ -158,7 +158,7 @@ def prompt_layer(config: Config, block: Block, x_PSD, turns, local, before, adap
     return block.finish(config, x_PSD, prompt_attention(config, q, k, v, local), adapter, route_P), (k, v)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Begun:
     """A group on its way through the trunk: residual streams behind the first `layers`.
 
@@ -168,15 +168,15 @@ class Begun:
     prefix: Array
     prompt: Array
     response: Array
-    layers: int = flax.struct.field(pytree_node=False)
+    layers: int = struct.field(pytree_node=False)
 
     def members(self, chosen: slice) -> "Begun":
         """The same for some of each prompt's responses."""
-        return self.replace(response=self.response[:, chosen])
+        return dataclasses.replace(self, response=self.response[:, chosen])
 
     def take(self, index_PM: Array) -> "Begun":
         """The same for responses chosen for each prompt, [P, M]."""
-        return self.replace(response=jnp.take_along_axis(self.response, index_PM[..., None, None], axis=1))
+        return dataclasses.replace(self, response=jnp.take_along_axis(self.response, index_PM[..., None, None], axis=1))
 
 
 def begin(model: Transformer, group: Group, layers: int) -> Begun:

@@ -117,7 +117,7 @@ def transformation_of(config: ConfigDict) -> optax.GradientTransformation:
     return optimizer.make(c.optimizer, c.steps * c.epochs * c.minibatches)
 
 
-def updater(config: ConfigDict, transformation: optax.GradientTransformation) -> Callable:
+def updater(config: ConfigDict, transformation: optax.GradientTransformation) -> jax.stages.Wrapped:
     """(TrainState, trunk, batch) -> (TrainState, scalars): one pass over a batch, an update for each minibatch."""
     c, objective, policy = config.align, OBJECTIVES[config.align.objective], POLICIES[config.policy.tune]
 

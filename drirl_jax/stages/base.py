@@ -84,7 +84,8 @@ class Stage(NamedTuple):
     Attributes:
         steps: number of updates.
         init: () -> State.
-        collect: (State, step) -> (batch, carry, scalars); samples and scores, on host and device.
+        collect: (State, step) -> (batch, carry, scalars); samples and scores, on host and device. The align stage's
+            takes a third argument, the rewards to use in place of its own.
         update: (TrainState, batch) -> (TrainState, scalars); one jitted, donated function.
         evaluate: (State, step) -> scalars on held-out data, {} where none are due.
         finish: State -> the stage's product.
@@ -93,7 +94,7 @@ class Stage(NamedTuple):
 
     steps: int
     init: Callable[[], State]
-    collect: Callable[[State, int], tuple[Any, PyTree, dict[str, float]]]
+    collect: Callable[..., tuple[Any, PyTree, dict[str, float]]]
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
     evaluate: Callable[[State, int], dict[str, float]]
     finish: Callable[[State], PyTree]
@@ -111,7 +112,7 @@ class Policy(NamedTuple):
 
     init: Callable
     parts: Callable
-    merged: Callable
+    merged: jax.stages.Wrapped
 
 
 def _init_adapter(section, trunk, key):

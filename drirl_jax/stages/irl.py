@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def loss(model, pair_loss, weight_K, rewards: reward.Rewards, pairs: Pairs):
     return value, {"pairs_right": pairs_right, "gap": (demo_PK - negative_PK).mean()}
 
 
-def updater(config: ConfigDict, transformation: optax.GradientTransformation) -> Callable:
+def updater(config: ConfigDict, transformation: optax.GradientTransformation) -> jax.stages.Wrapped:
     """(TrainState, trunk, Pairs) -> (TrainState, scalars): one update."""
     c = config.irl
     pair_loss, weight_K = partial(LOSSES[c.loss], section=c), negative_weights(c)

@@ -6,6 +6,7 @@ are 1, and each is its own static baseline.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, Callable, NamedTuple
 
@@ -196,7 +197,7 @@ def kept_group(scored: Scored, members: slice) -> Group:
     group = scored.group.members(members)
     sampled = slice(scored.sampled)
     length = jnp.where(scored.kept, group.response_len[:, sampled], 0)
-    return group.replace(response_len=group.response_len.at[:, sampled].set(length))
+    return dataclasses.replace(group, response_len=group.response_len.at[:, sampled].set(length))
 
 
 def grpo_batch(context: Context, model: Transformer, params: Params, scored: Scored):
