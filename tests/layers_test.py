@@ -11,6 +11,7 @@ ROOT = pathlib.Path(drirl_jax.__file__).parent
 LAYERS = [
     ["drirl_jax", "drirl_jax.types"],
     ["drirl_jax.sharding", "drirl_jax.process"],
+    ["drirl_jax.bucket"],
     [
         "drirl_jax.equations",
         "drirl_jax.losses",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax import rollout, sharding
+from drirl_jax.bucket import Workdir
 from drirl_jax.data.examples import Examples
 from drirl_jax.metrics import Clock
 from drirl_jax.models import lora
@@ -54,7 +54,7 @@ class Context:
     embedder: TextEmbedder
     examples: dict[str, Examples]
     clock: Clock = dataclasses.field(default_factory=Clock)
-    workdir: pathlib.Path | None = None
+    workdir: Workdir | None = None
 
     @property
     def shared(self) -> Shared:
