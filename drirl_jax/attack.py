@@ -11,13 +11,13 @@ was.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 from functools import partial
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from drirl_jax import bucket
 from drirl_jax import main as command
 from drirl_jax.attacks import options as options_lib
 from drirl_jax.attacks import runner
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
             if value is None:
                 raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
         options = OPTIONS.value or options_lib.default()
-        workdir = pathlib.Path(command.WORKDIR.value)
+        workdir = bucket.folder(command.WORKDIR.value)
         rates = runner.attack_model(
             MODEL.value, command.CONFIG.value, NAMES.value, DATA.value, LIMIT.value, options, workdir
         )

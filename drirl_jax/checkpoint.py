@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from drirl_jax import sharding
+from drirl_jax import bucket, sharding
 from drirl_jax.types import Array, InputError, PyTree
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ def checksums(flat: dict) -> dict[str, int]:
 class Checkpoints:
     """The checkpoints of one stage: the newest few, each complete or absent whenever the process dies."""
 
-    def __init__(self, folder: pathlib.Path, keep: int):
-        self.folder = folder.absolute()
+    def __init__(self, folder: bucket.Path, keep: int):
+        self.folder = folder.absolute() if isinstance(folder, pathlib.Path) else folder
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=ASYNC)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -120,8 +120,7 @@ class Checkpoints:
                 log.warning(
                     "%s/%d is damaged (%s): put aside as %s; one before it is taken", self.folder, step, why, aside
                 )
-                aside.parent.mkdir(exist_ok=True)
-                (self.folder / str(step)).replace(aside)
+                bucket.move(self.folder / str(step), aside)
         if damaged:
             sharding.agreed(True)  # that is, no process reads the folder before that is done
             self.manager.reload()

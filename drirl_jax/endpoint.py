@@ -76,6 +76,7 @@ class Endpoint:
             it is set), concurrency, timeout (seconds, of a whole answer), retries (tries after the first) and backoff
             (seconds before the first of them; doubled for each).
         memory: a JSONL file in which every reply is kept: the same request is not sent again, also by a later process.
+            Of several processes that make a run only the first one asks and keeps.
 
     Raises:
         InputError: see `check`; or the key is none.
@@ -89,18 +90,24 @@ class Endpoint:
             raise InputError(
                 f"the key in the environment variable {section.key_env} has blanks or odd characters in it."
             )
-        self.known = _remembered(memory)
+        self.known: dict[str, Reply] | None = None  # until it is asked
 
     def __call__(self, chats: Sequence[Chat], *, max_tokens: int, temperature: float, seed: int = 0) -> list[Reply]:
-        """One reply to each chat, in their order.
+        """One reply to each chat, in their order; all processes of a run call it alike.
 
         Raises:
             InputError: the server refuses a request, does not answer in the tries that it has, or answers something
                 else.
         """
         common = {"model": self.section.model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        requests = [common | {"messages": list(chat)} for chat in chats]
+        return [Reply(*reply) for reply in sharding.told(lambda: self._asked(requests))]
+
+    def _asked(self, requests: list[dict]) -> list[Reply]:
+        if self.known is None:
+            self.known = _remembered(self.memory)
         try:
-            return asyncio.run(self._all([common | {"messages": list(chat)} for chat in chats]))
+            return asyncio.run(self._all(requests))
         except ExceptionGroup as several:  # of a task group; the first is as good as all
             raise several.exceptions[0] from None
 

@@ -22,7 +22,7 @@ import rich.table
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, sharding, train, workdirs
+from drirl_jax import bucket, checks, sharding, train, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import benchmarks, judges
@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
         given = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         config = config_of(POLICY.value, command.CONFIG.value, options)
-        results = run(POLICY.value, config, pathlib.Path(command.WORKDIR.value))
+        results = run(POLICY.value, config, bucket.folder(command.WORKDIR.value))
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")
     if sharding.writes():

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pathlib
 from typing import Mapping
 
 from ml_collections import ConfigDict
 
-from drirl_jax import sharding
+from drirl_jax import bucket, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.stages.base import Stage, State
 from drirl_jax.types import InputError, PyTree
@@ -59,7 +58,7 @@ def crossings(section: ConfigDict, first: Mapping, before: Mapping, now: Mapping
     ]
 
 
-def keep(folder: pathlib.Path, step: int, state: State, batch: PyTree) -> None:
+def keep(folder: bucket.Path, step: int, state: State, batch: PyTree) -> None:
     """Writes the state before a step, and the batch that it collected, for `replay`; once, as it is the same again."""
     for name, tree in {"state": state, "batch": batch}.items():
         with contextlib.closing(Checkpoints(folder / name, keep=1)) as kept:
@@ -67,7 +66,7 @@ def keep(folder: pathlib.Path, step: int, state: State, batch: PyTree) -> None:
                 kept.save(step, tree)
 
 
-def replay(folder: pathlib.Path, stage: Stage) -> tuple[int, dict[str, float]]:
+def replay(folder: bucket.Path, stage: Stage) -> tuple[int, dict[str, float]]:
     """The number and the scalars of the step that `keep` wrote: collected again, then updated with the batch kept.
 
     Raises:

@@ -29,7 +29,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 import drirl_jax.configs
-from drirl_jax import console, preview, process, sharding, train
+from drirl_jax import bucket, console, preview, process, sharding, train
 from drirl_jax.types import InputError
 
 INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
@@ -79,13 +79,11 @@ def run(argv: list[str]) -> None:
         raise InputError(f"--config is missing: {__doc__.splitlines()[0]}; there are {', '.join(config_files())}.")
     if WORKDIR.value is None:
         raise InputError(f"--workdir is missing: {__doc__.splitlines()[0]}")
-    if "://" in WORKDIR.value:
-        raise InputError(f"--workdir is {WORKDIR.value}: buckets are not supported yet, mount it and give its path.")
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = bucket.path(WORKDIR.value)
     if REPLAY.value:
-        train.replay(CONFIG.value, workdir, pathlib.Path(REPLAY.value))
+        train.replay(CONFIG.value, workdir, bucket.path(REPLAY.value))
     elif DRY_RUN.value:
-        found = preview.of(CONFIG.value, workdir)
+        found = preview.of(CONFIG.value, bucket.folder(WORKDIR.value))
         if sharding.writes():
             console.result(preview.text(found), **found)
     else:

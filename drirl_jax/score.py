@@ -19,8 +19,8 @@ import sys
 import numpy as np
 from absl import app, flags
 
+from drirl_jax import bucket, train, workdirs
 from drirl_jax import main as command
-from drirl_jax import train, workdirs
 from drirl_jax.data import examples, records
 from drirl_jax.data.records import Record
 from drirl_jax.evals import runner
@@ -36,7 +36,7 @@ BASE = flags.DEFINE_boolean("base", False, "Sample from the policy that the run 
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.")
 
 
-def load(workdir: pathlib.Path, rows: list[Record]) -> tuple[Context, reward.Bank]:
+def load(workdir: bucket.Path, rows: list[Record]) -> tuple[Context, reward.Bank]:
     """The run's context, its examples these records as split "given", and its rewards.
 
     Raises:
@@ -48,21 +48,21 @@ def load(workdir: pathlib.Path, rows: list[Record]) -> tuple[Context, reward.Ban
     if len(given["given"].id) < len(rows):
         raise InputError("some prompts are longer than the run's data.max_prompt: shorten them.")
     return dataclasses.replace(context, examples=given), train.rewards(
-        context, pathlib.Path(config.reward.init or workdir)
+        context, bucket.path(config.reward.init or workdir)
     )
 
 
-def policy(context: Context, workdir: pathlib.Path, base: bool) -> Transformer:
+def policy(context: Context, workdir: bucket.Path, base: bool) -> Transformer:
     """The aligned policy of the run, or the one that it started from."""
     if base:
         return context.model
     folder = workdir / "aligned"
     if not folder.is_dir():
         raise InputError(f"no aligned model in {folder}: let the run end, or take --base.")
-    return families.from_hf(hf.read_tensors(folder), context.model.config)
+    return families.from_hf(hf.read_tensors(bucket.fetched(folder)), context.model.config)
 
 
-def of_responses(workdir: pathlib.Path, path: pathlib.Path) -> list[dict]:
+def of_responses(workdir: bucket.Path, path: pathlib.Path) -> list[dict]:
     """The records of the file with "reward"."""
     rows = records.read(path, workdirs.recall(workdir).data.categories, optional=("draft",))
     context, bank = load(workdir, rows)
@@ -71,7 +71,7 @@ def of_responses(workdir: pathlib.Path, path: pathlib.Path) -> list[dict]:
     return [row._asdict() | {"reward": float(value)} for row, value in zip(rows, found)]
 
 
-def best_of(workdir: pathlib.Path, path: pathlib.Path, n: int, base: bool) -> list[dict]:
+def best_of(workdir: bucket.Path, path: pathlib.Path, n: int, base: bool) -> list[dict]:
     """The records of the file with the response of the highest reward among n, "reward", "mean" and "lowest"."""
     rows = records.read(path, workdirs.recall(workdir).data.categories, optional=("draft", "response"))
     context, bank = load(workdir, rows)
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
                 raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
         if (RESPONSES.value is None) == (PROMPTS.value is None):
             raise InputError("give --responses to score, or --prompts of whose responses the best is to be taken.")
-        workdir, out = pathlib.Path(command.WORKDIR.value), pathlib.Path(OUT.value)
+        workdir, out = bucket.path(command.WORKDIR.value), pathlib.Path(OUT.value)
         if RESPONSES.value is not None:
             rows = of_responses(workdir, pathlib.Path(RESPONSES.value))
         else:

@@ -4,18 +4,21 @@
 function where a value lies. All else follows from these by XLA's propagation. With one device nothing changes.
 
 Several processes run the same program on one mesh: what the host computes, all of them compute alike from `fetch`ed
-values, and only the first one writes (`writes`).
+values, and only the first one writes (`writes`) and asks servers (`told`).
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import math
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -23,6 +26,10 @@ from ml_collections import ConfigDict
 from drirl_jax.types import Array, InputError, PyTree
 
 log = logging.getLogger(__name__)
+
+JSON = Any  # what a JSON file can hold
+LONGEST_ASKING = 24 * 60 * 60 * 1000  # milliseconds that the other processes wait for the one that asks
+_turn = itertools.count()  # the same on all processes
 
 # data: weights whole on each; fsdp: weights cut, and gathered layer by layer; tensor: the products themselves are cut.
 AXES = ("data", "fsdp", "tensor")
@@ -67,6 +74,37 @@ def writes() -> bool:
 def agreed(value: bool) -> bool:
     """What the process that writes has found, on all: files may appear on the others a moment later."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+
+
+def told(ask: Callable[[], JSON]) -> JSON:
+    """What `ask` gives on the process that writes, on all of them: so that a server is asked once, not by each.
+
+    All processes call it alike.
+
+    Args:
+        ask: gives what JSON can say.
+
+    Raises:
+        InputError: as `ask` does, then on all.
+    """
+    if not jax.distributed.is_initialized():  # which, unlike the number of processes, needs no devices
+        return ask()
+    said = b""
+    if writes():
+        try:
+            found = {"found": ask()}
+        except InputError as error:
+            found = {"wrong": str(error)}
+        said = json.dumps(found).encode()
+    # A server may take minutes, and the first collective of some processes waits for 30 seconds alone.
+    ocp.multihost.get_barrier_sync_fn()(key=f"told {next(_turn)}", timeout_ms=LONGEST_ASKING)
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(said))))
+    padded = np.zeros(1 << length.bit_length(), np.uint8)  # few lengths, each of which is compiled for
+    padded[: len(said)] = np.frombuffer(said, np.uint8)
+    found = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes()[:length])
+    if "wrong" in found:
+        raise InputError(found["wrong"])
+    return found["found"]
 
 
 def mesh_of(

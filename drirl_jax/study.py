@@ -28,7 +28,7 @@ from absl import app
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, console, metrics, pages, plots, train, workdirs
+from drirl_jax import bucket, checks, console, metrics, pages, plots, train, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import diversity, judges
@@ -392,7 +392,7 @@ def main(argv: list[str]) -> None:
         for flag in (command.CONFIG, command.WORKDIR):
             if flag.value is None:
                 raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
-        study, workdir = command.CONFIG.value, pathlib.Path(command.WORKDIR.value)
+        study, workdir = command.CONFIG.value, bucket.folder(command.WORKDIR.value)
         run_all(study, workdir)
         print(report(study, workdir))
     except InputError as error:

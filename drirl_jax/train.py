@@ -12,8 +12,9 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, console, guards, metrics, pages, process, report, sharding, sinks, workdirs
+from drirl_jax import bucket, checks, console, guards, metrics, pages, process, report, sharding, sinks, workdirs
 from drirl_jax import config as config_lib
+from drirl_jax.bucket import Workdir
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import runner, watch
@@ -59,7 +60,7 @@ def prepare(config: ConfigDict, load: bool = True) -> Context:
         of, minimum = (trained, config.data.minimum) if split == "train" else (config.data.categories, 1)
         records.require(by_split.get(split, []), of, split, minimum)
     if config.reward.init:
-        need_rewards(config, pathlib.Path(config.reward.init))
+        need_rewards(config, bucket.path(config.reward.init))
     encode = load_encoder(config)
     model, tokens = load_policy(config, load)
     return Context(
@@ -100,7 +101,7 @@ COMMON = (
 ).split()
 
 
-def need_rewards(config: ConfigDict, workdir: pathlib.Path) -> None:
+def need_rewards(config: ConfigDict, workdir: bucket.Path) -> None:
     """Raises InputError unless a run has left rewards in this workdir that mean the same under this config."""
     folder = workdir / "rewards"
     config_lib.need(
@@ -113,7 +114,7 @@ def need_rewards(config: ConfigDict, workdir: pathlib.Path) -> None:
         config_lib.need(here == there, f"the rewards in {folder} are of config.{key} = {there!r}, not {here!r}.")
 
 
-def rewards(context: Context, workdir: pathlib.Path) -> reward.Bank:
+def rewards(context: Context, workdir: bucket.Path) -> reward.Bank:
     """The rewards that a run has left in this workdir. Raises InputError if they do not fit the context's config."""
     need_rewards(context.config, workdir)
     fresh = irl.init_rewards(context)
@@ -121,7 +122,7 @@ def rewards(context: Context, workdir: pathlib.Path) -> reward.Bank:
     return Checkpoints(workdir / "rewards", keep=1).restore(template)[1]
 
 
-def replay(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path) -> None:
+def replay(config: ConfigDict, workdir: bucket.Path, folder: bucket.Path) -> None:
     """Runs the one step that a guard has kept in this folder, and prints its scalars.
 
     Raises:
@@ -133,14 +134,14 @@ def replay(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path) -> N
         stage = irl.make(context)
     else:
         learned = "irl" in config.schedule or config.reward.init
-        stage = align.make(context, rewards(context, pathlib.Path(config.reward.init or workdir)) if learned else None)
+        stage = align.make(context, rewards(context, bucket.path(config.reward.init or workdir)) if learned else None)
     step, scalars = guards.replay(folder, stage)
     if sharding.writes():
         told = {"stage": name, "step": step} | scalars
         console.result(json.dumps(told, indent=1), **told)
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: bucket.Path) -> None:
     """Runs the schedule; started again on the same workdir, it goes on where it was.
 
     Raises:
@@ -153,48 +154,52 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     checks.validate(config)
     for name in config.metrics.sinks:
         sinks.SINKS[name].require()
-    context = dataclasses.replace(prepare(config), workdir=workdir)
+    place = Workdir(workdir)
+    context = dataclasses.replace(prepare(config), workdir=place)
     asked = runner.questions_of(context)
     if sharding.writes():
-        held = process.lock(workdir)  # noqa: F841  until the end of this function
-        workdirs.remember(config, workdir)
+        held = place.take()  # noqa: F841  until the end of this function
+        workdirs.remember(config, place.local)
     chosen = (config.metrics.sinks, config.metrics.project, workdirs.flat(config))
-    with metrics.MetricWriter(workdir, sharding.writes(), *chosen) as writer:
-        stages(context, asked, workdir, writer, started)
+    with metrics.MetricWriter(place.local, sharding.writes(), *chosen) as writer:
+        stages(context, asked, place, writer, started)
 
 
-def stages(context: Context, asked: list, workdir: pathlib.Path, writer: metrics.MetricWriter, started: float) -> None:
+def stages(context: Context, asked: list, place: Workdir, writer: metrics.MetricWriter, started: float) -> None:
     """The schedule's stages in turn, from rewards to report; see `run`."""
     config = context.config
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
     if sharding.writes():
-        pages.note(workdir, facts := pages.facts_of(context.examples, config.data.categories))
+        pages.note(place.local, facts := pages.facts_of(context.examples, config.data.categories))
+        place.push()
         log.info("%s, %d prompts, %s", jax.devices()[0], prompts, config.policy.init)
 
     # ------------------------------------------------------------------------------------------ stage 1: rewards
     bank = None
     if "irl" in config.schedule:
-        with contextlib.closing(Checkpoints(workdir / "rewards", keep=1)) as kept:
+        with contextlib.closing(Checkpoints(place.kept / "rewards", keep=1)) as kept:
             if kept.latest() is None:
-                kept.save(0, loop("irl", irl.make(context), config, workdir, writer))
+                kept.save(0, loop("irl", irl.make(context), config, place, writer))
     if "irl" in config.schedule or config.reward.init:
-        bank = rewards(context, pathlib.Path(config.reward.init or workdir))
+        bank = rewards(context, bucket.path(config.reward.init or place.kept))
     if "irl" in config.schedule:
-        export_rewards(context, bank, workdir)
+        export_rewards(context, bank, place.local)
+        place.push()
     if "align" not in config.schedule:
         return
 
     # ------------------------------------------------------------------------------------- stage 2: the policy
     judges = runner.judges_of(context, bank)
-    params = loop("align", watch.watched(align.make(context, bank), context, asked, judges), config, workdir, writer)
+    params = loop("align", watch.watched(align.make(context, bank), context, asked, judges), config, place, writer)
     aligned = POLICIES[config.policy.tune].merged(context.model, params)
-    export_policy(context, params, aligned, workdir)
+    export_policy(context, params, aligned, place.local)
+    place.push()
     if "evals" not in config.schedule:
         return
 
     # --------------------------------------------------------------------------------------- before and after
     for name, model in {"base": context.model, "aligned": aligned}.items():
-        path = workdir / "evals" / f"{name}.json"
+        path = place.local / "evals" / f"{name}.json"
         if not sharding.agreed(path.exists()):
             found = runner.evaluate(context, model, bank)
             found["benchmarks"] = runner.benchmarked(context, model, asked, judges)
@@ -203,15 +208,17 @@ def stages(context: Context, asked: list, workdir: pathlib.Path, writer: metrics
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False))
                 temporary.replace(path)
+                place.push()
     if not sharding.writes():
         return
-    pages.note(workdir, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
-    done = pages.read(workdir)
-    path = report.report(done)
+    pages.note(place.local, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
+    done = pages.read(place.local)
+    report.report(done)
+    place.push()
+    written, model = place.kept / "report.html", place.kept / "aligned"
     console.result(
-        f"{report.terminal_table(done)}\nreport: {path}\naligned model: {workdir / 'aligned'}",
-        report=str(path), model=str(workdir / "aligned"),
-        base=done.base["overall"], aligned=done.aligned["overall"],
+        f"{report.terminal_table(done)}\nreport: {written}\naligned model: {model}",
+        report=str(written), model=str(model), base=done.base["overall"], aligned=done.aligned["overall"],
     )  # fmt: skip
 
 
@@ -238,7 +245,7 @@ def export_policy(context: Context, params: PyTree, aligned: Transformer, workdi
             hf.save(workdir / "aligned", hf.read_config(hf.resolve(init)), tensors, context.text.tokenizer)
 
 
-def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, writer: metrics.MetricWriter) -> PyTree:
+def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: metrics.MetricWriter) -> PyTree:
     """THE loop: collect -> update -> log, evaluate, checkpoint. Returns the stage's product.
 
     A checkpoint holds the state after a number of finished steps, and all that follows is a function of that state and
@@ -247,7 +254,7 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, wri
     with contextlib.ExitStack() as stack:
         # ------------------------------------------------------------------------------------ start, or go on
         asked_to_leave = stack.enter_context(process.notice())
-        checkpoints = Checkpoints(workdir / "checkpoints" / name, config.checkpoint.keep)
+        checkpoints = Checkpoints(workdir.kept / "checkpoints" / name, config.checkpoint.keep)
         stack.callback(checkpoints.close)
         done, state = 0, sharding.place(stage.init())
         if checkpoints.latest():
@@ -269,7 +276,7 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, wri
             scalars |= {key: float(value) for key, value in jax.device_get(trained).items()}
             clock.append(time.perf_counter())
             if why := guards.reason(config.guards, scalars):
-                folder = workdir / "replay" / f"{name}-{step + 1}"
+                folder = workdir.kept / "replay" / f"{name}-{step + 1}"
                 guards.keep(folder, step + 1, state._replace(train=train), batch)
                 raise InputError(f"stopped at step {step + 1} of {name}: {why} --replay={folder} runs it alone.")
             state = state._replace(train=train, carry=carry)
@@ -286,6 +293,7 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: pathlib.Path, wri
             progress.show(shown)
             leave = asked_to_leave(step + 1)
             if leave or (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.steps:
+                workdir.push()
                 checkpoints.save(step + 1, state)
             if leave:
                 raise process.Preempted(f"step {step + 1} of {name} is kept")

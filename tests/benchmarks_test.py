@@ -13,6 +13,7 @@ from align_test import prepared
 
 from drirl_jax import config as config_lib
 from drirl_jax import evaluate, metrics, train
+from drirl_jax.bucket import Workdir
 from drirl_jax.evals import answers, benchmarks, judges, runner, watch
 from drirl_jax.evals.benchmarks import BENCHMARKS
 from drirl_jax.evals.items import Item, user
@@ -282,14 +283,14 @@ def test_benchmarks_in_a_run_change_nothing_and_the_best_policy_is_kept(policy, 
     products, rows = {}, {}
     for name, more in {"without": {"every": 0}, "with": {"every": 2, "best": "hhh/accuracy"}}.items():
         context, bank = prepared(policy, cache, evals=few | more, align={"steps": 5})
-        context = dataclasses.replace(context, workdir=tmp_path / name)
+        context = dataclasses.replace(context, workdir=Workdir(tmp_path / name))
         asked, telling = runner.questions_of(context), runner.judges_of(context, bank)
         plain = align.make(context, bank)
         stage = watch.watched(plain, context, asked, telling)
-        writer = metrics.MetricWriter(context.workdir)
+        writer = metrics.MetricWriter(context.workdir.local)
         best = train.loop("align", stage, context.config, context.workdir, writer)
         rows[name] = writer.read()
-        last = train.Checkpoints(context.workdir / "checkpoints" / "align", keep=2).restore(plain.init())[1]
+        last = train.Checkpoints(context.workdir.local / "checkpoints" / "align", keep=2).restore(plain.init())[1]
         products[name] = plain.finish(last), best
     jax.tree.map(np.testing.assert_array_equal, products["without"][0], products["with"][0])
     measured = {row["step"]: row["hhh/accuracy"] for row in rows["with"] if "hhh/accuracy" in row}

@@ -2,6 +2,9 @@
 
 import http.server
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -152,3 +155,41 @@ def test_numbers_that_cannot_work(server, changes):
 def test_an_endpoint_that_says_not_enough(server, changes):
     with pytest.raises(InputError, match="needs a url that begins with http"):
         endpoint.Endpoint(section(server, **changes))
+
+
+ONE_OF_TWO = """
+import pathlib, sys
+import jax
+from ml_collections import ConfigDict
+from drirl_jax import endpoint
+from drirl_jax.types import InputError
+
+port, number, url, memory = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+section = {"url": url, "model": "m", "key_env": "", "concurrency": 3, "timeout": 60.0, "retries": 0, "backoff": 0.0}
+model = endpoint.Endpoint(ConfigDict(section), pathlib.Path(memory))
+for words in (["ab", "cd"], ["cd", "é" * 500], ["refused"]):
+    try:
+        replies = model([[{"role": "user", "content": word}] for word in words], max_tokens=5, temperature=0.5)
+        print([reply.text for reply in replies])
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_of_two_processes_one_asks_and_both_are_told(server, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server.script = [None] * 3 + [401]
+    url, memory = f"http://127.0.0.1:{server.server_port}/v1", tmp_path / "replies.jsonl"
+    command = [sys.executable, "-c", ONE_OF_TWO, str(port)]
+    processes = [
+        subprocess.Popen([*command, str(number), url, str(memory)], stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    told = [process.communicate(timeout=300)[0].splitlines() for process in processes]
+    one, other = ([line for line in lines if not line.startswith("[Gloo]")] for lines in told)
+    assert one == other and one[:2] == [str(["ba", "dc"]), str(["dc", "é" * 500])]
+    assert len(one) == 3 and "refuses the request (status 401" in one[2]
+    assert len(server.asked) == 4 and len(memory.read_text().splitlines()) == 3

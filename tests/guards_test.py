@@ -13,6 +13,7 @@ import pytest
 
 from drirl_jax import config as config_lib
 from drirl_jax import guards, metrics, optimizer, process, train
+from drirl_jax.bucket import Workdir
 from drirl_jax.stages.base import Stage, State
 from drirl_jax.types import InputError
 
@@ -67,7 +68,8 @@ def run(workdir, stage, **options):
     config = config_lib.default()
     config.checkpoint.every = 2
     config.guards.update(options)
-    return train.loop("align", stage, config, workdir, metrics.MetricWriter(workdir))
+    place = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
+    return train.loop("align", stage, config, place, metrics.MetricWriter(place.local))
 
 
 def test_a_step_left_out_is_told_and_the_run_goes_on(tmp_path):

@@ -12,6 +12,7 @@ LAYERS = [
     ["drirl_jax", "drirl_jax.types", "drirl_jax.console", "drirl_jax.status"],
     ["drirl_jax.sharding", "drirl_jax.process", "drirl_jax.intervals"],
     ["drirl_jax.metrics"],
+    ["drirl_jax.bucket"],
     [
         "drirl_jax.equations",
         "drirl_jax.losses",

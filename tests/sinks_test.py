@@ -9,8 +9,8 @@ import types
 
 import pytest
 
+from drirl_jax import checks, sinks, train, workdirs
 from drirl_jax import config as config_lib
-from drirl_jax import sinks, train
 from drirl_jax.metrics import MetricWriter
 from drirl_jax.types import InputError
 
@@ -124,18 +124,18 @@ def test_names_of_sinks_are_checked():
     config = config_lib.default()
     config.metrics.sinks = ("tensorboard", "wandbb")
     with pytest.raises(InputError, match=r"config.metrics.sinks names \['wandbb'\]: choose among tensorboard, wandb"):
-        config_lib.validate(config)
+        checks.validate(config)
     config.metrics.sinks, config.metrics.project = (), " "
     with pytest.raises(InputError, match="config.metrics.project is blank"):
-        config_lib.validate(config)
+        checks.validate(config)
 
 
 def test_sinks_may_be_changed_for_a_run_that_has_begun(tmp_path):
     config = config_lib.default()
-    config_lib.remember(config, tmp_path)
+    workdirs.remember(config, tmp_path)
     config.metrics.sinks = ()
-    config_lib.remember(config, tmp_path)
-    assert config_lib.flat(config)["scaling.drop"] == 0.2
+    workdirs.remember(config, tmp_path)
+    assert workdirs.flat(config)["scaling.drop"] == 0.2
 
 
 # --------------------------------------------------------------------------------------------------- W&B

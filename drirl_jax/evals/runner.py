@@ -18,7 +18,7 @@ score = jax.jit(reward.score)
 
 def setting_of(context: Context, bank: reward.Bank | None) -> judges.Setting:
     """What judges of a run are made from."""
-    memory = context.workdir and context.workdir / "judgements.jsonl"
+    memory = context.workdir and context.workdir.local / "judgements.jsonl"
     rewards = (context.model, context.text, bank) if bank else None
     return judges.Setting(context.config, memory, lambda: hf.resolve(context.config.encoder.init), rewards)
 

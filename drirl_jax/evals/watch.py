@@ -27,7 +27,7 @@ def watched(stage: Stage, context: Context, asked: list[Questions], judges: dict
     if not asked or not c.every:
         return stage
     assert context.workdir, "a run has a workdir"
-    kept = Checkpoints(context.workdir / "best", keep=1) if c.best else None
+    kept = Checkpoints(context.workdir.kept / "best", keep=1) if c.best else None
     name, _, metric = c.best.partition("/")
     sign = 1 if not c.best or benchmarks.BENCHMARKS[name].metrics[metric] else -1
 

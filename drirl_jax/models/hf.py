@@ -20,6 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from drirl_jax import bucket
 from drirl_jax.metrics import tracked
 from drirl_jax.models import tokenizers
 from drirl_jax.types import InputError
@@ -50,13 +51,16 @@ def resolve(init: str) -> pathlib.Path:
 
     Args:
         init: a folder; a .gguf file; "package:NAME", an installed Python package that carries model files (it
-            is looked into, never imported); or a hub name "owner/name", downloaded unless it is cached.
+            is looked into, never imported); a folder in a bucket, gs://BUCKET/PATH, which is copied here; or a hub
+            name "owner/name", downloaded unless it is cached.
 
     Raises:
         InputError: there is no model; says what was looked for.
     """
     if init.startswith("package:"):
         return _in_package(init.removeprefix("package:"))
+    if init.startswith(bucket.SCHEME):
+        return bucket.fetched(bucket.path(init))
     path = pathlib.Path(init).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

@@ -47,7 +47,7 @@ def splitter(context: Context) -> Callable[[list[str]], list[list[str]]]:
         return lambda texts: [whole_text(text) for text in texts]
     if c.split != "llm":
         return lambda texts: [SPLIT[c.split](text) for text in texts]
-    ask = Endpoint(c.endpoint, context.workdir and context.workdir / "splits.jsonl")
+    ask = Endpoint(c.endpoint, context.workdir and context.workdir.local / "splits.jsonl")
 
     def by_model(texts):
         chats = [[{"role": "user", "content": SPLIT_UP.format(text=text)}] for text in texts if text.strip()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import pathlib
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax import rollout, sharding
+from drirl_jax.bucket import Workdir
 from drirl_jax.data.examples import Examples
 from drirl_jax.metrics import Clock, tracked
 from drirl_jax.models import lora
@@ -55,7 +55,7 @@ class Context:
     embedder: TextEmbedder
     examples: dict[str, Examples]
     clock: Clock = dataclasses.field(default_factory=Clock)
-    workdir: pathlib.Path | None = None
+    workdir: Workdir | None = None
     sampling: jax.sharding.Mesh | None = None
 
     @property

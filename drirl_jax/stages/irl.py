@@ -264,7 +264,7 @@ def make(context: Context) -> Stage:
             out[f"ece{suffix}"] = calibration_error(curves[name])
             out[f"length_correlation{suffix}"] = correlation(s["whole"][rows, 1 : 1 + K], state.carry.valid[1][rows])
         if context.workdir and step == c.steps and sharding.writes():
-            (context.workdir / "reliability.json").write_text(json.dumps(curves, indent=1) + "\n")
+            (context.workdir.local / "reliability.json").write_text(json.dumps(curves, indent=1) + "\n")
         return out
 
     def finish(state: State) -> reward.Bank:
