@@ -51,7 +51,7 @@ setup(
         "tpu": ["jax[tpu]", "gcsfs"],
         "cuda": ["jax[cuda13]"],
         "gcs": ["gcsfs"],
-        "plan": ["libtpu"],
+        "plan": ["jax[tpu]"],
         "harness": ["lm_eval>=0.4.13", "inspect_ai>=0.3.285"],
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow>=3"],

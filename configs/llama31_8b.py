@@ -8,11 +8,11 @@ Planned with the TPU compiler (docs/SCALE.md), not yet run.
 
 from drirl_jax.config import default
 
-MOST_CUT, FEWEST = 64, 16  # parts that weights are cut into at most; prompts of a step at least
+FEWEST = 16  # prompts of a step
 
 
 def get_config(chips: str = "64"):
-    """So many chips: a prompt of a step for each, weights cut over all up to 64; to sample, over 8, by heads.
+    """So many chips: a prompt of a step for each, weights cut over all of them; to sample, over 8, by heads.
 
     Raises:
         ValueError: it is no such number.
@@ -27,7 +27,7 @@ def get_config(chips: str = "64"):
     else:
         number, c.policy.attention = int(chips), "splash"
         c.sampler.mesh.tensor = min(8, number)
-    c.mesh.fsdp = min(number, MOST_CUT)
+    c.mesh.fsdp = number
     c.align.batch = c.irl.batch = max(number, FEWEST)
     c.align.accumulate = c.irl.accumulate = c.align.batch // number
     c.evals.batch = max(number, 64)

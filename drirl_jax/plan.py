@@ -2,11 +2,11 @@
 
 python -m drirl_jax.plan --config configs/llama31_8b.py --topology v5e:8x8
 
-Needs `pip install libtpu`. For GRPO with rewards of the IRL stage, one by the prompt's category: every jitted function
-that holds the model is compiled for the slice as config.mesh lays it out, with prompts of data.max_prompt tokens of
-their own (a prefix that they share is not counted) and responses of their full length. Times are the compiler's
-estimate of its fusions and, apart, the bytes of the collectives at the rate of all of a chip's links: a step takes at
-least the larger and at most about the sum.
+Needs the libtpu of this jax (the extra `plan`). For GRPO with rewards of the IRL stage, one by the prompt's category:
+every jitted function that holds the model is compiled for the slice as config.mesh lays it out, with prompts of
+data.max_prompt tokens of their own (a prefix that they share is not counted) and responses of their full length. Times
+are the compiler's estimate of its fusions and, apart, the bytes of the collectives at the rate of all of a chip's
+links: a step takes at least the larger and at most about the sum.
 """
 
 from __future__ import annotations
@@ -238,8 +238,8 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:
         raise InputError(
-            f"the TPU compiler knows no {topology} ({' '.join(str(error).split())[:120]}): pip install libtpu, and "
-            "give a shape that is made, as v5e:8x8."
+            f"the TPU compiler knows no {topology} ({' '.join(str(error).split())[:120]}): pip install "
+            "'drirl_jax[plan]', and give a shape that is made, as v5e:8x8."
         ) from error
     mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), devices)
     with jax.set_mesh(mesh):
