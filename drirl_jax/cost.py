@@ -48,6 +48,8 @@ def operations(jaxpr: core.Jaxpr, trips: Callable[[int], float], kernels: bool =
             times = trips(eqn.params["length"])
         elif eqn.primitive.name == "while":
             times = trips(0)
+        elif eqn.primitive.name == "shard_map":  # of which the jaxpr tells one device's part
+            times = math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
         inner = [operations(j, trips, kernels) for value in eqn.params.values() for j in _jaxprs(value)]
         # Of the branches of a cond one is taken: the dearest.
         total += times * (max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner))

@@ -41,6 +41,16 @@ def test_operations_by_hand():
     assert count(jax.grad(lambda x, w: again(x, w).sum()), (3, 4), (4, 4)) == 3 * one
 
 
+def test_what_is_written_for_one_device_counts_for_all():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
+    cut = jax.sharding.PartitionSpec(("data", "fsdp"))
+
+    def product(x, w):
+        return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(cut, None), out_specs=cut)(x, w)
+
+    assert count(product, (16, 4), (4, 4)) == 2 * 16 * 4 * 4
+
+
 def test_kernels_are_counted_apart():
     def double(x, o):
         o[...] = x[...] @ jnp.ones((4, 4))
