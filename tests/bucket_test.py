@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import run_test
 
-from drirl_jax import bucket, guards, metrics
+from drirl_jax import bucket, guards, metrics, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax.bucket import Workdir
 from drirl_jax.models import hf
@@ -113,11 +113,11 @@ def test_the_newest_run_has_the_workdir_and_the_one_before_it_ends(url):
 def test_a_config_in_a_bucket_is_remembered_and_a_model_copied(url):
     config, there = config_lib.default(), bucket.path(url)
     for _ in range(2):
-        config_lib.remember(config, there)
-    assert config_lib.recall(there).to_json() == config.to_json()
+        workdirs.remember(config, there)
+    assert workdirs.recall(there).to_json() == config.to_json()
     config.align.group = 6
     with pytest.raises(InputError, match=f"{url} holds a run of a different config .align.group: 8 there, 6 now"):
-        config_lib.remember(config, there)
+        workdirs.remember(config, there)
     assert (hf.resolve(url) / "config.json").read_text() == (there / "config.json").read_text()  # as of a model
     with pytest.raises(InputError, match=f"there is nothing in {url}/model"):
         hf.resolve(f"{url}/model")
