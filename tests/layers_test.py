@@ -10,7 +10,7 @@ ROOT = pathlib.Path(drirl_jax.__file__).parent
 # Bottom first. A module may import from lines above its own, and from its own line where that is a package.
 LAYERS = [
     ["drirl_jax", "drirl_jax.types", "drirl_jax.console", "drirl_jax.status"],
-    ["drirl_jax.sharding", "drirl_jax.process", "drirl_jax.intervals"],
+    ["drirl_jax.sharding", "drirl_jax.process", "drirl_jax.intervals", "drirl_jax.sinks"],
     ["drirl_jax.metrics"],
     ["drirl_jax.bucket"],
     [
@@ -21,7 +21,6 @@ LAYERS = [
         "drirl_jax.cost",
         "drirl_jax.endpoint",
         "drirl_jax.plots",
-        "drirl_jax.sinks",
     ],
     ["drirl_jax.models.architecture"],
     ["drirl_jax.models.attention"],
