@@ -3,7 +3,7 @@
 python -m drirl_jax.plan --config configs/llama31_8b.py:64 --topology v5e:8x8 --model llama3.1-8b
 python -m drirl_jax.main --config configs/llama31_8b.py:64 --workdir runs/llama31_8b
 
-On 64 v5e chips planned with the TPU compiler (docs/SCALE.md); the other sizes and GPUs are not planned yet, and none is run.
+On 64 v5e chips planned with the TPU compiler (docs/SCALE.md). Other sizes and GPUs are not planned yet; none has run.
 """
 
 from drirl_jax.config import default
