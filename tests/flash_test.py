@@ -80,3 +80,23 @@ def test_what_a_token_sees():
     sees = flash.sees(attention.Layout(1, 2, 2, 2, jnp.array([2])))
     rows = ["1100000", "1110000", "1111000", "1111100", "1110010", "1110011"]
     assert sees.astype(int).tolist() == [[int(x) for x in row] for row in rows]
+
+
+@pytest.mark.parametrize("sizes, prefix", [((2, 64, 4, 32), ()), ((3, 39, 3, 21), (3, 5, 8))])
+def test_cudnn_on_a_gpu_errs_no_more_than_einsum_does(sizes, prefix):
+    """Log-probabilities and gradients in bfloat16, each by their distance from the einsum form's in float32."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    config = families.config_from_hf(TINY | {"hidden_size": 256, "head_dim": 64})
+    group = random_group(*sizes, prefix)
+    with jax.default_matmul_precision("highest"):
+        (_, exact_logp), exact = loss_and_gradient(config, group)("einsum")
+    half = loss_and_gradient(config._replace(dtype="bfloat16"), group)
+
+    def distances(name):
+        (_, logp), gradient = half(name)
+        pairs = zip(jax.tree.leaves((logp, gradient)), jax.tree.leaves((exact_logp, exact)), strict=True)
+        return np.array([float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs])
+
+    by_kernel, by_einsum = distances("cudnn"), distances("einsum")
+    assert by_einsum.max() < 0.1 and (by_kernel <= 1.5 * by_einsum + 1e-3).all(), (by_kernel, by_einsum)

@@ -87,8 +87,12 @@ def cudnn(
     # A prompt's padding sees itself: a row that sees nothing has no softmax.
     mask_PNU = sees(layout) & (real_PU[:, None] | ~real_PU[:, R:, None])
     mask_PNU = seen(config, local, mask_PNU, position_PN, position_PU[:, None])
-    q = scaled(config, q_PNHd)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask_PNU[:, None], scale=1.0, implementation=implementation)
+    q, N = scaled(config, q_PNHd), q_PNHd.shape[1]
+    more_q, more_k = N % 2, (R + N) % 2  # cuDNN's gradient takes even lengths alone
+    q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x, more in ((q, more_q), (k, more_k), (v, more_k)))
+    mask_PNU = jnp.pad(mask_PNU, ((0, 0), (0, more_q), (0, more_k))).at[:, N:, 0].set(True)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask_PNU[:, None], scale=1.0, implementation=implementation)
+    return out[:, :N]
 
 
 class Attention(NamedTuple):
