@@ -53,6 +53,7 @@ def init_full(model: Transformer, key: Array, categories: int, **options) -> Rew
     """A whole model in float32 and a head for each category, which starts from the trunk: the paper's form, C times as
     costly."""
     stacked = jax.tree.map(lambda w: jnp.repeat(w[None].astype(jnp.float32), categories, axis=0), model)
+    stacked.config = model.config._replace(weights="float32")  # of the copy
     return dataclasses.replace(init_head(model, key, categories), models=stacked)
 
 
