@@ -3,7 +3,8 @@
 python -m drirl_jax.plan --config configs/llama31_8b.py:64 --topology v5e:8x8 --model llama3.1-8b
 python -m drirl_jax.main --config configs/llama31_8b.py:64 --workdir runs/llama31_8b
 
-On 64 v5e chips planned with the TPU compiler (docs/SCALE.md). Other sizes and GPUs are not planned yet; none has run.
+On 64 v5e chips planned with the TPU compiler, with weights in float32 (docs/SCALE.md). Other sizes and
+GPUs are not planned yet; none has run.
 """
 
 from drirl_jax.config import default
@@ -19,7 +20,7 @@ def get_config(chips: str = "64"):
     """
     c = default()
     c.policy.init = "meta-llama/Llama-3.1-8B-Instruct"
-    c.policy.dtype = "bfloat16"
+    c.policy.dtype = c.policy.weights = "bfloat16"
     c.data.max_prompt = 256
     c.sampler.max_new = c.evals.max_new = 256
     if chips == "gpus":

@@ -22,6 +22,7 @@ TABLES: dict[str, Collection[str]] = {
     "data.long_prompts": ("error", "drop"),
     "policy.tune": base.POLICIES,
     "policy.dtype": ("float32", "bfloat16"),
+    "policy.weights": ("float32", "bfloat16"),
     "policy.attention": flash.ATTENTION,
     "demos.generator": generators.GENERATORS,
     "demos.form": ("explain", "direct"),
@@ -191,6 +192,21 @@ def _elsewhere(config: ConfigDict) -> None:
             endpoint.check(section)
 
 
+def _weights(config: ConfigDict) -> None:
+    """In which type the policy's weights may lie."""
+    half, policy = config.policy.weights == "bfloat16", config.policy
+    need(
+        not half or policy.tune == "lora",
+        f"config.policy.weights is 'bfloat16', but config.policy.tune is {policy.tune!r}, which trains the weights, "
+        "and bfloat16 would lose most of an update: set weights to 'float32', or tune to 'lora'.",
+    )
+    need(
+        not half or policy.dtype == "bfloat16",
+        f"config.policy.weights is 'bfloat16', but config.policy.dtype is {policy.dtype!r}: adapters merged for "
+        "sampling would be rounded as those that are trained are not; set both to 'bfloat16', or weights to 'float32'.",
+    )
+
+
 def _rewards(config: ConfigDict) -> None:
     """The rewards and what reads them."""
     need(
@@ -269,4 +285,4 @@ def _batches(config: ConfigDict) -> None:
 
 
 # In this order: a later one may rely on what an earlier one has found.
-CHECKS = (_values, _schedule, _data, _elsewhere, _rewards, _alignment, _batches)
+CHECKS = (_values, _schedule, _data, _elsewhere, _weights, _rewards, _alignment, _batches)

@@ -48,6 +48,8 @@ def default() -> ConfigDict:
     c.policy.system = None  # None: the chat template's own system turn
     c.policy.tune = "lora"  # lora | full
     c.policy.dtype = "float32"  # float32 | bfloat16: of the computation; the weights that are trained stay float32
+    # float32 | bfloat16, half the memory: of weights that no step trains; then policy.tune is "lora", dtype "bfloat16"
+    c.policy.weights = "float32"
     # einsum | splash: a TPU's flash attention, but of families with local layers | cudnn: a GPU's, in bfloat16
     c.policy.attention = "einsum"
     c.policy.rank = 16

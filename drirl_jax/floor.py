@@ -61,7 +61,8 @@ def floor(
     """Least seconds of each phase: its operations at the measured rate, or its bytes where those take longer.
 
     Args:
-        size, tuned: number of the model's parameters, and of those that are trained (float32).
+        size, tuned: number of the model's parameters, which sampling reads in the type of the computation, and of those
+            that are trained (float32).
         shared: which layers a group passes once, as phase "trunk".
         scored, trained: demonstrations of a group that get a reward, and that the update learns from.
 
@@ -71,8 +72,9 @@ def floor(
     P, S, G, T, R = shape
     bottom = model._replace(layers=shared.layers)
     top = {takes_part: model._replace(layers=model.layers - shared.layers * takes_part) for takes_part in (False, True)}
-    cache_row = 8 * model.layers * model.kv_heads * model.head_dim
-    read = 4 * size * T + cache_row * P * G * sum(R + S + t + 1 for t in range(T - 1))
+    item = jnp.dtype(model.dtype).itemsize
+    cache_row = 2 * item * model.layers * model.kv_heads * model.head_dim
+    read = item * size * T + cache_row * P * G * sum(R + S + t + 1 for t in range(T - 1))
     # A frozen weight has no gradient of its own: forward, and the gradient of its input.
     passes = 3 if tuned == size else 2
     return {

@@ -296,7 +296,7 @@ def main(argv: list[str]) -> None:
             shape = families.PRESETS[MODEL.value]
         else:
             shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
-        shape = shape._replace(dtype=config.policy.dtype, attention=config.policy.attention)
+        shape = shape._replace(**{name: config.policy[name] for name in ("dtype", "weights", "attention")})
         flash.require(shape, "tpu")
         result = plan(config, shape, TOPOLOGY.value)
     except InputError as error:

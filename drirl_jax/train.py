@@ -81,7 +81,7 @@ def load_encoder(config: ConfigDict) -> encoder.TextEmbedder:
 def load_policy(config: ConfigDict, load: bool = True) -> tuple[Transformer, Text]:
     """The policy to start from, and its tokens; with `load` False the policy's shapes alone, once they are checked."""
     path = hf.resolve(config.policy.init)
-    chosen = {"dtype": config.policy.dtype, "attention": config.policy.attention}
+    chosen = {name: config.policy[name] for name in ("dtype", "weights", "attention")}
     model_config = families.config_from_hf(hf.read_config(path))._replace(**chosen)
     flash.require(model_config, jax.default_backend())
     for key in ("policy.layers", "reward.layers"):
@@ -233,7 +233,8 @@ def export_rewards(context: Context, bank: reward.Bank, workdir: pathlib.Path) -
 
 
 def export_policy(context: Context, params: PyTree, aligned: Transformer, workdir: pathlib.Path) -> None:
-    """Writes the aligned model, and into adapters/policy what was trained if that is an adapter."""
+    """Writes the aligned model in the type of the weights, each one rounded once from a sum in float32 where an adapter
+    was merged; and into adapters/policy what was trained, in float32, if that is an adapter."""
     init = context.config.policy.init
     if context.config.policy.tune == "lora":
         adapter = sharding.fetch(params)

@@ -50,6 +50,9 @@ def test_the_floor_takes_the_slower_of_operations_and_bytes():
     bound = floor.floor(model, shape, slow, size=size, tuned=size)
     np.testing.assert_allclose(bound["rollout"], (4 * 50 * 3 + 8 * 14) / 1e3)
     np.testing.assert_allclose(bound["update"], 28 * 50 / 1e3)
+    # In bfloat16 sampling reads half, and what is trained is float32 all the same.
+    half = floor.floor(model._replace(dtype="bfloat16"), shape, slow, size=size, tuned=size)
+    np.testing.assert_allclose([half["rollout"], half["update"]], [bound["rollout"] / 2, bound["update"]])
 
 
 def test_the_command(policy, tmp_path):

@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 
 from drirl_jax import plan, rollout, sharding
 from drirl_jax.config import default
+from drirl_jax.models import lora, transformer
 from drirl_jax.models.transformer import Config, Transformer
 from drirl_jax.stages.base import POLICIES
+from drirl_jax.types import Group
 
 SHAPE = Config(vocab=4096, width=256, layers=4, heads=8, kv_heads=8, head_dim=32, ffn=768)
 
@@ -58,6 +60,30 @@ def responses(compact: tuple[float, ...]) -> list:
     return [np.asarray(x).tolist() for x in out[:3]]
 
 
+def differing() -> float:
+    """The largest difference that weights in bfloat16 make to a gradient of adapters, for those in float32 of the same
+    numbers."""
+    config = SHAPE._replace(vocab=64, width=32, layers=2, ffn=48, dtype="bfloat16", weights="bfloat16")
+    half = sharding.place(Transformer(config, jax.random.key(0)))
+    adapter = jax.tree.map(lambda x: x + 0.1, lora.init(half, jax.random.key(1), rank=4, alpha=4))
+    ids = np.random.default_rng(0).integers(0, 64, (8, 4, 12)).astype(np.int32)
+    lengths = np.full(8, 12, np.int32), np.full((8, 4), 12, np.int32)
+    batch = Group(*map(sharding.deal, (ids[:, 0], lengths[0], ids, lengths[1], lengths[0])))
+
+    @jax.jit
+    def slope(adapter, model):
+        def total(adapter):
+            hidden = transformer.apply(model, batch, adapter)
+            return transformer.token_logprobs(model, hidden, batch, 1.0)[0].sum()
+
+        return jax.grad(total)(adapter)
+
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    got, want = (jax.tree.leaves(slope(sharding.place(adapter), model)) for model in (half, wide))
+    assert all(x.dtype == jnp.float32 and np.abs(x).max() > 0 for x in got)
+    return max(float(np.abs(a - b).max()) for a, b in zip(got, want))
+
+
 def main(meshes: list[str]) -> None:
     out = {}
     for mesh in meshes:
@@ -67,6 +93,8 @@ def main(meshes: list[str]) -> None:
             out[mesh] = {"sample": told(of["full"]["sample"])} | {tune: update(of[tune]["update"]) for tune in of}
             out[mesh]["responses"] = responses(rollout.COMPACT)
             out[mesh]["uncompacted"] = responses(())
+            if mesh == meshes[-1]:  # on one, as each takes seconds
+                out[mesh]["differing"] = differing()
     print(json.dumps(out))
 
 

@@ -136,6 +136,9 @@ def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced
         "merge", "sample", "trunk", "rewards", "reference", "update", "irl update", "irl sample", "evals sample"
     ]  # fmt: skip
     assert resident[0] == 4 * 134_515_008  # the trunk
+    with jax.set_mesh(sharding.mesh_of(config.mesh, [4], jax.devices())):
+        (trunk, *others), _ = plan.programs(config, SHAPE._replace(weights="bfloat16"))
+        assert [sharding.held(tree) for tree in (trunk, *others)] == [resident[0] / 2, *resident[1:]]
     shape = floor.Shape(config.align.batch, config.data.max_prompt, config.align.group, config.sampler.max_new)
     forward = floor.forward_flops(SHAPE, shape)
     bottom = floor.forward_flops(SHAPE._replace(layers=20), shape._replace(G=shape.G + 2), logits=False)

@@ -314,6 +314,14 @@ BAD_FLAGS = {
         "--config.scaling.combine=produkt",
         "config.scaling.combine is 'produkt': choose one of product",
     ),
+    "half weights that are trained": (
+        "--config.policy.weights=bfloat16 --config.policy.dtype=bfloat16 --config.policy.tune=full",
+        "config.policy.weights is 'bfloat16', but config.policy.tune is 'full'",
+    ),
+    "half weights under a float32 computation": (
+        "--config.policy.weights=bfloat16",
+        "config.policy.weights is 'bfloat16', but config.policy.dtype is 'float32'",
+    ),
     "no data": ("--config.data.path=nowhere.jsonl", "no file nowhere.jsonl"),
     "no model": ("--config.policy.init=./nowhere", "no model at ./nowhere"),
     "long prompts": ("--config.data.max_prompt=20", "above config.data.max_prompt = 20"),

@@ -145,6 +145,10 @@ def test_an_update_returns_parameters_and_moments_where_the_table_says(compiled,
         assert not compiled[mesh][tune]["elsewhere"] and len(compiled[mesh][tune]["cut"]) >= cut, mesh
 
 
+def test_weights_in_bfloat16_give_the_bits_of_float32_ones(compiled):
+    assert compiled["2,2,2"]["differing"] == 0
+
+
 def test_rows_that_have_ended_are_dropped_on_each_device_without_a_change(compiled):
     said, lengths, _ = compiled["1,1,1"]["uncompacted"]
     # Rows end one after the other, so that each share of the batch is passed, and some last to the end.

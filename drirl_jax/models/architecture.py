@@ -45,7 +45,8 @@ class Config(NamedTuple):
         rope_theta: base of the rotary frequencies.
         norm_eps: added to the mean square in every RMSNorm.
         tied: the embedding is the matrix of the vocabulary product too.
-        dtype: of activations and products; weights, softmax, norms and log-probabilities stay float32.
+        dtype: of activations and products; softmax, norms and log-probabilities stay float32.
+        weights: the type in which weights are made and read; whatever is trained is float32 all the same.
         attention: of groups, a row of flash.ATTENTION.
         family: row of families.FAMILIES, whose names the tensors have on disk.
         rope_scaling: None for plain RoPE.
@@ -73,6 +74,7 @@ class Config(NamedTuple):
     norm_eps: float = 1e-5
     tied: bool = True
     dtype: str = "float32"
+    weights: str = "float32"
     attention: str = "einsum"
     family: str = "llama"
     rope_scaling: Linear | Llama3 | None = None

@@ -123,8 +123,8 @@ def _with_layer(stack, i, layer):
     return stack.at[i].set(layer.astype(stack.dtype))
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32) -> Transformer:
-    """The decoder from tensors under Hugging Face names.
+def from_hf(tensors: Mapping[str, np.ndarray], config: Config) -> Transformer:
+    """The decoder from tensors under Hugging Face names, in the type of config.weights.
 
     They are asked for one after the other and go straight to their place on the mesh, so that of `hf.read_tensors`'
     no two are in the host's memory at once, and no device ever holds more layers whole than one.
@@ -149,7 +149,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32
             for i in range(config.layers):
                 _need(theirs.format(i), tensors)
             take(theirs.format(0), shape[1:])
-            stack = sharding.zeros({ours: jax.ShapeDtypeStruct(shape, dtype)})[ours]
+            stack = sharding.zeros({ours: jax.ShapeDtypeStruct(shape, config.weights)})[ours]
             for i in range(config.layers):
                 # Each has its place before the next is read.
                 stack = jax.block_until_ready(_with_layer(stack, i, take(theirs.format(i), shape[1:])))
@@ -157,12 +157,12 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config, dtype=jnp.float32
             setattr(model.blocks, ours, nnx.Param(stack))
     for ours, theirs in TOP.items():
         if hasattr(model, ours):
-            setattr(model, ours, nnx.Param(jnp.asarray(take(theirs, getattr(model, ours).shape), dtype)))
+            setattr(model, ours, nnx.Param(jnp.asarray(take(theirs, getattr(model, ours).shape), config.weights)))
     return sharding.place(model)
 
 
 def to_hf(model: Transformer) -> dict[str, np.ndarray]:
-    """Tensors under Hugging Face names, the inverse of `from_hf`."""
+    """Tensors under Hugging Face names, in the type of the model's weights: the inverse of `from_hf`."""
     tensors = {theirs: np.asarray(getattr(model, ours)[...]) for ours, theirs in TOP.items() if hasattr(model, ours)}
     for ours, theirs in tracked(list(FAMILIES[model.config.family].layer.items()), "fetching weights", "matrix"):
         if hasattr(model.blocks, ours):

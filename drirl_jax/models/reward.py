@@ -50,8 +50,10 @@ def init_head(model: Transformer, key: Array, categories: int, **options) -> Rew
 
 
 def init_full(model: Transformer, key: Array, categories: int, **options) -> Rewards:
-    """A whole model and a head for each category, which starts from the trunk: the paper's form, C times as costly."""
-    stacked = jax.tree.map(lambda w: jnp.repeat(w[None], categories, axis=0), model)
+    """A whole model in float32 and a head for each category, which starts from the trunk: the paper's form, C times as
+    costly."""
+    stacked = jax.tree.map(lambda w: jnp.repeat(w[None].astype(jnp.float32), categories, axis=0), model)
+    stacked.config = model.config._replace(weights="float32")  # of the copy
     return dataclasses.replace(init_head(model, key, categories), models=stacked)
 
 

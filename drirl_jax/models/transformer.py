@@ -45,6 +45,11 @@ class Frozen(nnx.Module):
         return graph
 
 
+def param(config: Config, x: Array) -> nnx.Param:
+    """A Param in the type of the weights."""
+    return nnx.Param(x.astype(config.weights))
+
+
 def norms(config: Config) -> dict[str, int]:
     """The RMSNorms of one layer, and their sizes."""
     sizes = {"attn_norm": config.width, "mlp_norm": config.width}
@@ -71,11 +76,11 @@ class Block(Frozen):
         }
         for i, (name, shape) in enumerate(shapes.items()):
             scale = shape[1] ** -0.5
-            setattr(self, name, nnx.Param(scale * jax.random.normal(jax.random.fold_in(key, i), shape)))
+            setattr(self, name, param(config, scale * jax.random.normal(jax.random.fold_in(key, i), shape)))
         for name, length in norms(config).items():
-            setattr(self, name, nnx.Param(jnp.full(length, 1 - config.norm_offset, jnp.float32)))
+            setattr(self, name, param(config, jnp.full(length, 1 - config.norm_offset)))
         for name in "qkv" if config.qkv_bias else "":
-            setattr(self, f"{name}_bias", nnx.Param(jnp.zeros(shapes[name][0])))
+            setattr(self, f"{name}_bias", param(config, jnp.zeros(shapes[name][0])))
 
     # Rows of all prompts are one axis M = P·N from norm to residual: over [P, N, width] XLA's CPU code for what is
     # elementwise is slow, and an MLP's gradient takes a quarter more time.
@@ -118,11 +123,11 @@ class Transformer(Frozen):
     def __init__(self, config: Config, key: Array):
         self.config = config
         keys = jax.random.split(key, 3)
-        self.embed = nnx.Param(0.02 * jax.random.normal(keys[0], (config.vocab, config.width)))
+        self.embed = param(config, 0.02 * jax.random.normal(keys[0], (config.vocab, config.width)))
         self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[1], config.layers))
-        self.norm = nnx.Param(jnp.full(config.width, 1 - config.norm_offset, jnp.float32))
+        self.norm = param(config, jnp.full(config.width, 1 - config.norm_offset))
         if not config.tied:
-            self.head = nnx.Param(0.02 * jax.random.normal(keys[2], (config.vocab, config.width)))
+            self.head = param(config, 0.02 * jax.random.normal(keys[2], (config.vocab, config.width)))
 
     @property
     def unembed(self) -> Array:

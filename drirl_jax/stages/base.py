@@ -107,7 +107,7 @@ class Policy(NamedTuple):
     Attributes:
         init: (config.policy, trunk, key) -> params.
         parts: (trunk, params) -> (model, adapter) for the differentiable pass.
-        merged: (trunk, params) -> one model, for sampling and export.
+        merged: (trunk, params) -> one model in the type of the trunk's weights, for sampling and export.
     """
 
     init: Callable
