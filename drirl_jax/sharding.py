@@ -4,8 +4,8 @@
 function where a value lies. All else follows from these by XLA's propagation. With one device nothing changes.
 
 Several processes run the same program on one mesh: what the host computes, all of them compute alike from `fetch`ed
-values, and only the first one writes (`writes`) and asks servers (`told`). Where one may fail alone, all hear of it
-(`together`).
+values, and only the first one writes (`writes`) and asks servers (`told`). What takes long and is one item's alone they
+share (`shared`); where one may fail alone, all hear of it (`together`).
 """
 
 from __future__ import annotations
@@ -144,6 +144,26 @@ def told(ask: Callable[[], JSON]) -> JSON:
         if writes():
             found = ask()
     return gathered(found)[0]
+
+
+def shared(items: Sequence, do: Callable[[Sequence], Sequence[JSON]]) -> list[JSON]:
+    """One result for each of the items, in their order, on all processes, each of which does an equal range of them.
+
+    All processes call it alike, with the same items; only its own are read.
+
+    Args:
+        do: items -> for each of them what JSON can say (a tuple comes back as a list).
+
+    Raises:
+        InputError: as `do` does for the first bad item of the first process that meets one, then on all.
+    """
+    if not jax.distributed.is_initialized():
+        return list(do(items))
+    first, last = (len(items) * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
+    mine: list[JSON] = []
+    with together():
+        mine = list(do(items[first:last]))
+    return [result for part in gathered(mine) for result in part]
 
 
 def mesh_of(
