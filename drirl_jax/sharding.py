@@ -4,16 +4,18 @@
 function where a value lies. All else follows from these by XLA's propagation. With one device nothing changes.
 
 Several processes run the same program on one mesh: what the host computes, all of them compute alike from `fetch`ed
-values, and only the first one writes (`writes`) and asks servers (`told`).
+values, and only the first one writes (`writes`) and asks servers (`told`). What takes long and is one item's alone they
+share (`shared`); where one may fail alone, all hear of it (`together`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import math
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,8 @@ from drirl_jax.types import Array, InputError, PyTree
 log = logging.getLogger(__name__)
 
 JSON = Any  # what a JSON file can hold
-LONGEST_ASKING = 24 * 60 * 60 * 1000  # milliseconds that the other processes wait for the one that asks
+LONGEST_WAIT = 24 * 60 * 60 * 1000  # milliseconds that processes wait for the last of them
+MOST_AT_ONCE = 1 << 22  # bytes of each process that lie on every device while they are gathered
 _turn = itertools.count()  # the same on all processes
 
 # data: weights whole on each; fsdp: weights cut, and gathered layer by layer; tensor: the products themselves are cut.
@@ -76,6 +79,53 @@ def agreed(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
+def gathered(value: JSON) -> list[JSON]:
+    """What each process says, on all of them, in their order; they wait a day for the last. All call it alike.
+
+    Args:
+        value: what JSON can say.
+    """
+    if not jax.distributed.is_initialized():  # which, unlike the number of processes, needs no devices
+        return [value]
+    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    # A server may take minutes, and the first collective of some processes waits for 30 seconds alone.
+    ocp.multihost.get_barrier_sync_fn()(key=f"gathered {next(_turn)}", timeout_ms=LONGEST_WAIT)
+    sizes = multihost_utils.process_allgather(np.array(len(said)))
+    longest = int(sizes.max())
+    piece = min(1 << longest.bit_length(), MOST_AT_ONCE)  # few sizes, each of which is compiled for
+    padded = np.zeros(-(-longest // piece) * piece, np.uint8)
+    padded[: len(said)] = said
+    pieces = [multihost_utils.process_allgather(part) for part in padded.reshape(-1, piece)]
+    return [json.loads(row[:n].tobytes()) for row, n in zip(np.concatenate(pieces, axis=1), sizes)]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is done inside is done by all processes, or by none: an error of one is raised on all, once all are there.
+
+    Else the others would wait, in what they do together next, for one that has ended. Inside nothing is gathered: one
+    that had failed before would not take part.
+
+    Raises:
+        InputError: that of the first process which has one.
+        RuntimeError: another process failed otherwise; that one raises its own error.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    own = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    wrong = isinstance(own, InputError)
+    found = gathered(None if own is None else [wrong, str(own) if wrong else repr(own)])
+    if own is not None and not wrong:
+        raise own
+    for process, (is_input, why) in ((i, error) for i, error in enumerate(found) if error):
+        raise (InputError(why) if is_input else RuntimeError(f"process {process} failed: {why}")) from own
+
+
 def told(ask: Callable[[], JSON]) -> JSON:
     """What `ask` gives on the process that writes, on all of them: so that a server is asked once, not by each.
 
@@ -87,24 +137,33 @@ def told(ask: Callable[[], JSON]) -> JSON:
     Raises:
         InputError: as `ask` does, then on all.
     """
-    if not jax.distributed.is_initialized():  # which, unlike the number of processes, needs no devices
+    if not jax.distributed.is_initialized():
         return ask()
-    said = b""
-    if writes():
-        try:
-            found = {"found": ask()}
-        except InputError as error:
-            found = {"wrong": str(error)}
-        said = json.dumps(found).encode()
-    # A server may take minutes, and the first collective of some processes waits for 30 seconds alone.
-    ocp.multihost.get_barrier_sync_fn()(key=f"told {next(_turn)}", timeout_ms=LONGEST_ASKING)
-    length = int(multihost_utils.broadcast_one_to_all(np.array(len(said))))
-    padded = np.zeros(1 << length.bit_length(), np.uint8)  # few lengths, each of which is compiled for
-    padded[: len(said)] = np.frombuffer(said, np.uint8)
-    found = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes()[:length])
-    if "wrong" in found:
-        raise InputError(found["wrong"])
-    return found["found"]
+    found = None
+    with together():
+        if writes():
+            found = ask()
+    return gathered(found)[0]
+
+
+def shared(items: Sequence, do: Callable[[Sequence], Sequence[JSON]]) -> list[JSON]:
+    """One result for each of the items, in their order, on all processes, each of which does an equal range of them.
+
+    All processes call it alike, with the same items; only its own are read.
+
+    Args:
+        do: items -> for each of them what JSON can say (a tuple comes back as a list).
+
+    Raises:
+        InputError: as `do` does for the first bad item of the first process that meets one, then on all.
+    """
+    if not jax.distributed.is_initialized():
+        return list(do(items))
+    first, last = (len(items) * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
+    mine: list[JSON] = []
+    with together():
+        mine = list(do(items[first:last]))
+    return [result for part in gathered(mine) for result in part]
 
 
 def mesh_of(

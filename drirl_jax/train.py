@@ -48,11 +48,11 @@ def prepare(config: ConfigDict, load: bool = True) -> Context:
     mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), jax.devices())
     sampling = sharding.sampling_mesh(config.sampler.mesh, config.align.batch, mesh)
     jax.set_mesh(mesh)
-    by_split = (builder.load if load else records.by_split)(config.data.path, config.data.categories)
+    by_split = (builder.read if load else records.by_split)(config.data.path, config.data.categories)
     shares = dict(zip(config.data.categories, config.data.shares))
     trained = [category for category in config.data.categories if shares.get(category, 1.0) > 0]
     if "train" in by_split:
-        by_split["train"] = records.thinned(list(by_split["train"]), shares)
+        by_split["train"] = records.thinned(by_split["train"], shares)
     needed = {"irl": ("train", "valid"), "align": ("train",), "evals": (config.evals.split,)}
     if config.reward.route == "router":
         needed["align"] = ("train", "valid")
@@ -61,8 +61,9 @@ def prepare(config: ConfigDict, load: bool = True) -> Context:
         records.require(by_split.get(split, []), of, split, minimum)
     if config.reward.init:
         need_rewards(config, bucket.path(config.reward.init))
-    encode = load_encoder(config)
-    model, tokens = load_policy(config, load)
+    with sharding.together():
+        encode = load_encoder(config)
+        model, tokens = load_policy(config, load)
     return Context(
         config=config,
         model=model,

@@ -13,9 +13,10 @@ from typing import Sequence
 import grain
 import tensorflow_datasets as tfds
 
-from drirl_jax import console
+from drirl_jax import console, sharding
 from drirl_jax.data import records
 from drirl_jax.data.records import PathLike, Record
+from drirl_jax.types import InputError
 
 
 @dataclasses.dataclass
@@ -82,23 +83,36 @@ def load(
         depends on the content alone.
 
     Raises:
-        InputError: a file is missing or a record breaks the schema.
+        InputError: a file is missing or a record breaks the schema, for one of several processes at least; or these
+            read different records.
     """
-    demos = config(paths, categories)
-    builder = SafetyDemos(config=demos, data_dir=data_dir)
-    if console.mode() != "text":
-        tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it does on stdout, which is for the result
-            builder.download_and_prepare(file_format="array_record")
-    except OSError:
-        if not builder.data_path.is_dir():
-            raise
-        # Another process was first: what it prepared has the same content.
+    with sharding.together():
+        demos = config(paths, categories)
+    if len(set(sharding.gathered(demos.name))) > 1:
+        raise InputError(f"the processes read different records in {paths}: give all of them the same files.")
+    with sharding.together():
         builder = SafetyDemos(config=demos, data_dir=data_dir)
+        if console.mode() != "text":
+            tfds.disable_progress_bar()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it does on stdout, which is for the result
+                builder.download_and_prepare(file_format="array_record")
+        except OSError:
+            if not builder.data_path.is_dir():
+                raise
+            # Another process was first: what it prepared has the same content.
+            builder = SafetyDemos(config=demos, data_dir=data_dir)
     return {
         split: grain.MapDataset.source(source).map(_to_record) for split, source in builder.as_data_source().items()
     }
+
+
+def read(
+    paths: PathLike | Sequence[PathLike], categories: Sequence[str], data_dir: PathLike | None = None
+) -> dict[str, list[Record]]:
+    """The records of `load` in lists; of several processes each reads its share of what is prepared."""
+    prepared = load(paths, categories, data_dir)
+    return {split: [Record(*row) for row in sharding.shared(of, list)] for split, of in prepared.items()}
 
 
 def _to_record(example: dict[str, bytes]) -> Record:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from drirl_jax import text
+from drirl_jax import sharding, text
 from drirl_jax.data import records
 from drirl_jax.metrics import tracked
 from drirl_jax.types import InputError
@@ -77,7 +77,7 @@ def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> N
 
 def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, config) -> dict[str, Examples]:
     """Tokenised records of each split, their common beginning set apart; padded to the same S (a multiple of 4) and T
-    = sampler.max_new.
+    = sampler.max_new. Of several processes, which call it alike, each makes the tokens of its share of the records.
 
     Raises:
         InputError: a prompt is longer than data.max_prompt and data.long_prompts is "error".
@@ -85,22 +85,16 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
     category = {name: i for i, name in enumerate(config.data.categories)}
     rows: dict[str, list] = {split: [] for split in by_split}
     number, dropped, cut = 0, 0, 0
-    for split, of_split in by_split.items():
-        for record in tracked(of_split, f"tokens of {split}", "record"):
-            prompt = tokens.prompt_ids(record.prompt)
-            if len(prompt) > config.data.max_prompt:
-                if config.data.long_prompts == "error":
-                    raise InputError(
-                        f"the prompt of record {record.id} has {len(prompt)} tokens, above config.data.max_prompt = "
-                        f"{config.data.max_prompt}: raise it, shorten the prompt, or set data.long_prompts='drop'."
-                    )
-                dropped += 1
-                continue
-            demo_text = records.demonstration(record, config.demos.keep_draft, config.demos.separator)
-            demo = tokens.response_ids(demo_text, config.sampler.max_new)
-            cut += demo[-1] not in tokens.eos_ids
-            rows[split].append((prompt, demo, category[record.category], number, record.prompt, demo_text, record.id))
-            number += 1
+    everything = [(split, record) for split, of_split in by_split.items() for record in of_split]
+    ids = sharding.shared([record for _, record in everything], lambda share: _ids(share, tokens, config))
+    for (split, record), (prompt, demo) in zip(everything, ids, strict=True):
+        if len(prompt) > config.data.max_prompt:
+            dropped += 1
+            continue
+        cut += demo[-1] not in tokens.eos_ids
+        about = (category[record.category], number, record.prompt, _demonstration(record, config), record.id)
+        rows[split].append((prompt, demo, *about))
+        number += 1
     if dropped:
         log.warning("dropped %d prompts longer than %d tokens", dropped, config.data.max_prompt)
     if cut:
@@ -109,6 +103,22 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
     prefix = common_prefix(prompts)
     size = -(-(max(map(len, prompts)) - len(prefix)) // 4) * 4
     return {split: _pad(of_split, prefix, size, config.sampler.max_new) for split, of_split in rows.items() if of_split}
+
+
+def _ids(share: Sequence[records.Record], tokens: text.Text, config) -> Iterator[tuple[list[int], list[int]]]:
+    """The ids of each record's prompt and demonstration. Raises InputError for a prompt that is too long."""
+    for record in tracked(share, "tokens", "record"):
+        prompt = tokens.prompt_ids(record.prompt)
+        if len(prompt) > config.data.max_prompt and config.data.long_prompts == "error":
+            raise InputError(
+                f"the prompt of record {record.id} has {len(prompt)} tokens, above config.data.max_prompt = "
+                f"{config.data.max_prompt}: raise it, shorten the prompt, or set data.long_prompts='drop'."
+            )
+        yield prompt, tokens.response_ids(_demonstration(record, config), config.sampler.max_new)
+
+
+def _demonstration(record: records.Record, config) -> str:
+    return records.demonstration(record, config.demos.keep_draft, config.demos.separator)
 
 
 def common_prefix(prompts: list[list[int]]) -> tuple[int, ...]:
