@@ -2,9 +2,9 @@
 
 python -m drirl_jax.study --config configs/study_smollm2.py --workdir runs/study
 
-or a part of it, `--config configs/study_smollm2.py:main` (PARTS has their names). The runs are the quickstart's, with
-plain groups (no demonstration in them), so that all objectives learn from the same samples; a seed's runs share its
-rewards.
+or parts of it, `--config configs/study_smollm2.py:main` or `:combine+sweeps` (PARTS has their names). The runs are
+the quickstart's, with plain groups (no demonstration in them), so that all objectives learn from the same samples; a
+seed's runs share its rewards.
 """
 
 from ml_collections import ConfigDict
@@ -64,16 +64,17 @@ PARTS: dict[str, dict] = {
 }
 
 
-def get_config(part: str = ""):
-    """The study of one part, or of all."""
-    if part and part not in PARTS:
-        raise ValueError(f"the study has no part {part!r}: choose one of {', '.join(PARTS)}")
+def get_config(parts: str = "+".join(PARTS)):
+    """The study of these parts, with + between them."""
+    chosen = parts.split("+")
+    for part in chosen:
+        if part not in PARTS:
+            raise ValueError(f"the study has no part {part!r}: choose from {', '.join(PARTS)}")
     study = ConfigDict()
     study.seeds = (0, 1, 2)
     study.jobs = 1
     study.base = quickstart.get_config()
     study.base.grpo.update(PLAIN)
     study.reference = "grpo_static"
-    chosen = [PARTS[part]] if part else PARTS.values()
-    study.variants = ConfigDict(REFERENCE | {name: change for of in chosen for name, change in of.items()})
+    study.variants = ConfigDict(REFERENCE | {name: change for part in chosen for name, change in PARTS[part].items()})
     return study

@@ -401,7 +401,7 @@ def test_flags_that_say_too_little_or_what_is_not_there():
         ([], "--config is missing.*configs/quickstart.py, .*configs/tiny.py"),
         (["--config=configs/tiny.py"], "--workdir is missing"),
         (["--config=configs/nowhere.py", "--workdir=x"], "nowhere"),
-        (["--config=configs/study_smollm2.py:mian"], "no part 'mian': choose one of main"),
+        (["--config=configs/study_smollm2.py:mian"], "no part 'mian': choose from main"),
         (["--confg=configs/tiny.py"], "Unknown command line flag 'confg'. Did you mean: config"),
     ):
         commands.refused(message, main, *flags)

@@ -52,8 +52,8 @@ def test_curves_are_means_of_the_seeds_where_these_have_a_number():
     assert second == {"stage": "align", "step": 2, "kl": None}
 
 
-def config(part=""):
-    return importlib.import_module("configs.study_smollm2").get_config(part)
+def config(*parts):
+    return importlib.import_module("configs.study_smollm2").get_config(*parts)
 
 
 def test_every_variant_is_a_run_and_shares_rewards_where_they_are_the_same():
@@ -62,7 +62,7 @@ def test_every_variant_is_a_run_and_shares_rewards_where_they_are_the_same():
     plan = config()
     parts = importlib.import_module("configs.study_smollm2").PARTS
     assert len(plan.variants) == 2 + sum(map(len, parts.values()))
-    assert set(config("data").variants) == {"grpo_s", "grpo_static", *parts["data"]}
+    assert set(config("data+combine").variants) == {"grpo_s", "grpo_static", *parts["data"], *parts["combine"]}
     keys = {}
     for name in plan.variants:
         of = study.config_of(plan, name, 1)
