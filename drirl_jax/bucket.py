@@ -11,6 +11,7 @@ import pathlib
 import re
 import tempfile
 import uuid
+from typing import TypeAlias
 
 import fsspec
 from etils import epath
@@ -22,7 +23,7 @@ SCHEME = "gs://"
 # What a run that goes on reads again. A model that was exported may lack files, so it is written anew.
 READ_AGAIN = ("*.json", "*.jsonl", "evals/*.json")
 
-Path = pathlib.Path | epath.Path
+Path: TypeAlias = pathlib.Path | epath.Path
 
 
 def path(name: str | Path) -> Path:

@@ -90,7 +90,7 @@ class Endpoint:
             raise InputError(
                 f"the key in the environment variable {section.key_env} has blanks or odd characters in it."
             )
-        self.known: dict[str, Reply] | None = None  # until it is asked
+        self.known: dict[str, Reply] = None  # until it is asked
 
     def __call__(self, chats: Sequence[Chat], *, max_tokens: int, temperature: float, seed: int = 0) -> list[Reply]:
         """One reply to each chat, in their order; all processes of a run call it alike.

@@ -78,9 +78,9 @@ def read(workdir: pathlib.Path) -> Run:
         except ValueError as error:
             raise InputError(f"{path} is damaged ({error}): remove it and start the run again.") from error
 
-    rows = [metrics.read(workdir / name) for name in ("metrics.jsonl", "timing.jsonl")]
-    results = [held(f"evals/{name}.json") for name in ("base", "aligned")]
-    return Run(workdir, config, held("facts.json"), *rows, *results, held("reliability.json"))
+    rows, seconds = (metrics.read(workdir / name) for name in ("metrics.jsonl", "timing.jsonl"))
+    base, aligned = (held(f"evals/{name}.json") for name in ("base", "aligned"))
+    return Run(workdir, config, held("facts.json"), rows, seconds, base, aligned, held("reliability.json"))
 
 
 def facts_of(examples: Mapping[str, Examples], categories: Sequence[str]) -> dict:

@@ -15,7 +15,7 @@ import itertools
 import json
 import logging
 import math
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,7 @@ def told(ask: Callable[[], JSON]) -> JSON:
     return gathered(found)[0]
 
 
-def shared(items: Sequence, do: Callable[[Sequence], Sequence[JSON]]) -> list[JSON]:
+def shared(items: Sequence, do: Callable[[Sequence], Iterable[JSON]]) -> list[JSON]:
     """One result for each of the items, in their order, on all processes, each of which does an equal range of them.
 
     All processes call it alike, with the same items; only its own are read.

@@ -64,7 +64,7 @@ def _stage(name: str, workdir: pathlib.Path, steps: int | None, rows: list[dict]
     recent = [row for row in timing if row["stage"] == name][-RECENT:]
     taken = [sum(value or 0 for key, value in row.items() if key.endswith("_s")) for row in recent]
     step = statistics.median(taken) if taken else None
-    left = None if step is None else (steps - done) * step
+    left = None if step is None or steps is None else (steps - done) * step
     told = {"stage": name, "done": done, "steps": steps, "finished": finished}
     return told | {"seconds_a_step": step, "seconds_left": left}
 

@@ -67,6 +67,7 @@ def test_the_command(policy, tmp_path):
         assert result["seconds"][phase] > 0 and phase in done.stdout
 
 
+@pytest.mark.slow
 def test_growth_on_a_tiny_model(policy):
     arguments = [f"--config={ROOT / 'configs/tiny.py'}", f"--config.policy.init={policy}", "--steps=1"]
     command = [sys.executable, "-m", "drirl_jax.bench", *arguments, "--shape=S=50,T=4", "--grow=C=8,16"]

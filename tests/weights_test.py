@@ -73,7 +73,7 @@ def test_a_step_has_the_bits_of_float32_weights_and_trains_float32(half, cache, 
     equal(families.to_hf(again), dict(narrow))
 
 
-@pytest.mark.parametrize("kind", reward.KINDS)
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("head", "full"))])
 def test_an_update_of_the_rewards_has_the_bits_of_float32_weights(half, cache, kind):
     rng, found = np.random.default_rng(0), []
     arrays = rng.integers(0, 97, (8, 8)), np.full(8, 8), rng.integers(0, 97, (8, 3, 12)), np.full((8, 3), 12)

@@ -144,7 +144,7 @@ class Tensors(Mapping):
         return len(self._file)
 
 
-def read_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+def read_tensors(path: pathlib.Path) -> Tensors | dict[str, np.ndarray]:
     """Every tensor by Hugging Face name; those of safetensors are read one by one as they are asked for.
 
     Args:
@@ -177,6 +177,7 @@ def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         names = _gguf_names(path, meta, stored)
         return {names[tensor.name]: tuple(int(n) for n in reversed(tensor.shape)) for tensor in stored}
     tensors = read_tensors(path)
+    assert isinstance(tensors, Tensors)
     return {name: tensors.shape(name) for name in tensors}
 
 
