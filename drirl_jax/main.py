@@ -23,6 +23,7 @@ import pathlib
 import pkgutil
 import signal
 import sys
+from typing import Callable
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -50,11 +51,12 @@ DISK = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], do: Callable[[list[str]], None] | None = None) -> None:
+    """Does this, `run` if nothing is named, and ends the process with the exit code of how it went."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells of every file at INFO
     signal.signal(signal.SIGTERM, process.leave)
     try:
-        run(argv)
+        (do or run)(argv)
     except InputError as error:
         leave(f"{error}")
     except process.Preempted as notice:

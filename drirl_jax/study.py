@@ -20,7 +20,6 @@ import os
 import pathlib
 import queue
 import shutil
-import sys
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
@@ -209,6 +208,7 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
 
     Raises:
         InputError: see `check`; or a folder of the workdir holds a run of another config.
+        Preempted: it was asked to end. After this or an error no run goes on; all have kept their last step.
     """
     check(study)
     runs, fresh = planned(study, workdir), multiprocessing.get_context("spawn")
@@ -240,6 +240,8 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
                 one.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # which has its run keep the step at work
             raise
 
 
@@ -389,16 +391,14 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    try:
-        for flag in (command.CONFIG, command.WORKDIR):
-            if flag.value is None:
-                raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
-        study, workdir = command.CONFIG.value, bucket.folder(command.WORKDIR.value)
-        run_all(study, workdir)
-        print(report(study, workdir))
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
+    """The study that the flags ask for. Raises InputError."""
+    for flag in (command.CONFIG, command.WORKDIR):
+        if flag.value is None:
+            raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
+    study, workdir = command.CONFIG.value, bucket.folder(command.WORKDIR.value)
+    run_all(study, workdir)
+    print(report(study, workdir))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    app.run(lambda argv: command.main(argv, main), flags_parser=command.parse)

@@ -8,15 +8,17 @@ import pathlib
 import runpy
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from drirl_jax import study, workdirs
+from drirl_jax import metrics, status, study, workdirs
 from drirl_jax.evals import classifier, diversity
 from drirl_jax.intervals import Interval
 from drirl_jax.models import hf
 from drirl_jax.models.encoder import TextEmbedder
+from drirl_jax.process import PREEMPTED
 from drirl_jax.types import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -123,10 +125,9 @@ def test_a_study_that_cannot_be_run_is_one_sentence(change, sentence):
         study.check(plan.base)
 
 
-@pytest.fixture
-def small(policy, tmp_path):
-    """The workdir of a study of the tiny config, two variants and one seed, and what it printed."""
-    (tmp_path / "small.py").write_text(
+def start(policy, folder, steps):
+    """Starts a study of the tiny config, two variants and one seed, in folder/study."""
+    (folder / "small.py").write_text(
         f"""
 from ml_collections import ConfigDict
 from configs import tiny
@@ -135,7 +136,8 @@ def get_config():
     study = ConfigDict()
     study.base = tiny.get_config()
     study.base.policy.init = {str(policy)!r}
-    study.base.irl.steps = study.base.align.steps = 2
+    study.base.irl.steps = 2
+    study.base.align.steps = {steps}
     study.base.irl.eval_every = 2
     study.base.grpo.update({{"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0}})
     study.seeds = (0,)
@@ -146,12 +148,18 @@ def get_config():
 """
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-    flags = [f"--config={tmp_path / 'small.py'}", f"--workdir={tmp_path / 'study'}"]
+    flags = [f"--config={folder / 'small.py'}", f"--workdir={folder / 'study'}"]
     args = [sys.executable, "-m", "drirl_jax.study", *flags]
-    done = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return tmp_path / "study", done.stdout
+    return subprocess.Popen(args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def small(policy, tmp_path):
+    """The workdir of a finished study, and what it printed."""
+    process = start(policy, tmp_path, steps=2)
+    printed, told = process.communicate()
+    assert process.returncode == 0, told[-3000:]
+    return tmp_path / "study", printed
 
 
 def test_a_small_study(small, monkeypatch):
@@ -196,3 +204,18 @@ def test_a_small_study(small, monkeypatch):
     plan.base.align.steps = 1
     with pytest.raises(InputError, match="align.steps: 2 there, 1 now"):
         study.run_all(plan, workdir)
+
+
+@pytest.mark.slow
+def test_a_study_that_is_asked_to_end_takes_its_runs_with_it(policy, tmp_path):
+    process, run = start(policy, tmp_path, steps=1000), tmp_path / "study" / "scaled" / "0"
+    while not any(row["stage"] == "align" for row in metrics.read(run / "metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.2)
+    assert status.held(run)
+    process.terminate()
+    told = process.communicate()[1]
+    assert process.returncode == PREEMPTED and told.endswith("started again, it goes on\n"), told[-3000:]
+    assert not status.held(run) and not (run / "evals" / "aligned.json").exists()
+    kept = max(int(path.name) for path in (run / "checkpoints" / "align").iterdir())
+    assert kept == metrics.read(run / "metrics.jsonl")[-1]["step"]
