@@ -64,7 +64,8 @@ TUPLES |= dict.fromkeys("evals.benchmarks evals.judges metrics.sinks".split(), s
 TUPLES |= dict.fromkeys("data.shares reward.weights scaling.clip".split(), numbers.Real)
 NOT_NEGATIVE = (
     "distributed.process mesh.data sampler.mesh.data sampler.mesh.tensor policy.layers reward.layers irl.contrast "
-    "grpo.beta_kl ppo.value_weight evals.every evals.limit evals.shots evals.benchmark_max_new evals.temperature"
+    "grpo.beta_kl ppo.value_weight evals.every evals.limit evals.shots evals.benchmark_max_new evals.temperature "
+    "metrics.samples"
 )
 
 

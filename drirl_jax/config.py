@@ -222,10 +222,11 @@ def default() -> ConfigDict:
     c.guards.kl = 1.0  # KL divergence from the reference, in nats a token, above which it warns
     c.guards.reward_drift = 3.0  # distance of the mean reward from the first step's, above which it warns
 
-    # Where scalars go beside metrics.jsonl; may be changed for a run that has begun. See docs/metrics.md.
+    # What goes where beside metrics.jsonl; may be changed for a run that has begun. See docs/metrics.md.
     c.metrics = ConfigDict()
     c.metrics.sinks = ("tensorboard",)  # tensorboard | wandb | mlflow, or several
     c.metrics.project = "drirl_jax"  # the project of W&B, the experiment of MLflow
+    c.metrics.samples = 3  # steps of the alignment, evenly spread, whose samples the report shows; 1: the last, 0: none
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # steps

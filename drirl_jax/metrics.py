@@ -1,7 +1,7 @@
-"""Scalars to JSONL and to sinks, TensorBoard by default, and the progress bar.
+"""Scalars to JSONL and to sinks, TensorBoard by default, samples to JSONL, and the progress bar.
 
-metrics.jsonl holds nothing that depends on the clock or the machine's load, so that two runs can be compared
-bit for bit; seconds go to timing.jsonl.
+metrics.jsonl and samples.jsonl hold nothing that depends on the clock or the machine's load, so that two runs can be
+compared bit for bit; seconds go to timing.jsonl.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricWriter:
-    """The scalars of one workdir: metrics.jsonl, timing.jsonl and sinks; nothing without `writes`.
+    """The scalars of one workdir: metrics.jsonl, timing.jsonl and sinks; and samples.jsonl. Nothing without `writes`.
 
     A sink that fails is left out from then on, with one warning: the run goes on as it would without.
 
@@ -47,6 +47,7 @@ class MetricWriter:
         self.writes = writes
         workdir.mkdir(parents=True, exist_ok=True)
         self.metrics, self.seconds = workdir / "metrics.jsonl", workdir / "timing.jsonl"
+        self.samples = workdir / "samples.jsonl"
         rows = self.read()
         self.rows, self.sinks = len(rows), {}
         start = sinks.Start(workdir, project, options or {}, rows)
@@ -68,6 +69,13 @@ class MetricWriter:
         """Appends {"stage", "step", "NAME_s", ...} to timing.jsonl, after the step's scalars were written."""
         self._append(self.seconds, stage, step, {f"{key}_s": value for key, value in seconds.items()})
 
+    def keep(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends {"stage", "step", ...} for each row to samples.jsonl, before the step's scalars are written."""
+        if self.writes:
+            lines = [json.dumps({"stage": stage, "step": step} | dict(row)) + "\n" for row in rows]
+            with self.samples.open("a") as file:
+                file.write("".join(lines))
+
     def read(self) -> list[dict]:
         """The lines of metrics.jsonl."""
         return read(self.metrics)
@@ -85,7 +93,7 @@ class MetricWriter:
             return
         turn = {name: i for i, name in enumerate(stage_order)}
         at = (turn[stage], step)
-        for path in (self.metrics, self.seconds):
+        for path in (self.metrics, self.seconds, *filter(pathlib.Path.exists, (self.samples,))):
             kept = [line for row, line in _lines(path) if (turn[row["stage"]], row["step"]) <= at]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))

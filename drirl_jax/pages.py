@@ -37,7 +37,7 @@ class Run(NamedTuple):
     Attributes:
         config: from config.json.
         facts: what `train.run` noted of the machine and the data, from facts.json.
-        metrics, timing: rows of metrics.jsonl and timing.jsonl.
+        metrics, timing, samples: rows of metrics.jsonl, timing.jsonl and samples.jsonl.
         base, aligned: results of `evals.runner.evaluate`, with "benchmarks".
         reliability: of the rewards by category: see `stages.irl.reliability`.
     """
@@ -47,6 +47,7 @@ class Run(NamedTuple):
     facts: dict
     metrics: list[dict]
     timing: list[dict]
+    samples: list[dict]
     base: dict
     aligned: dict
     reliability: dict
@@ -78,9 +79,9 @@ def read(workdir: pathlib.Path) -> Run:
         except ValueError as error:
             raise InputError(f"{path} is damaged ({error}): remove it and start the run again.") from error
 
-    rows, seconds = (metrics.read(workdir / name) for name in ("metrics.jsonl", "timing.jsonl"))
+    rows, seconds, samples = (metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "timing", "samples"))
     base, aligned = (held(f"evals/{name}.json") for name in ("base", "aligned"))
-    return Run(workdir, config, held("facts.json"), rows, seconds, base, aligned, held("reliability.json"))
+    return Run(workdir, config, held("facts.json"), rows, seconds, samples, base, aligned, held("reliability.json"))
 
 
 def facts_of(examples: Mapping[str, Examples], categories: Sequence[str]) -> dict:
@@ -268,6 +269,23 @@ class Prompt(NamedTuple):
     id: str
     text: str
     answers: Sequence[Answer]
+
+
+class Group(NamedTuple):
+    """A prompt with all that was sampled for it in a step.
+
+    Attributes:
+        about: what the prompt is.
+        text, demonstration: of the prompt.
+        head: of the columns of numbers.
+        rows: of each response the cells, one a column, and its text.
+    """
+
+    about: str
+    text: str
+    demonstration: str
+    head: Sequence[str]
+    rows: Sequence[tuple[Sequence[str], str]]
 
 
 def answer_of(name: str, row: Mapping, judge: str) -> Answer:

@@ -24,6 +24,7 @@ from drirl_jax.intervals import Interval, wilson
 from drirl_jax.pages import (
     MEASURES,
     Answer,
+    Group,
     Picture,
     Prompt,
     Run,
@@ -213,6 +214,36 @@ def coefficients(run: Run, category: str) -> str:
     return f"{' and '.join(parts)} for its training prompts at the end{used}" if parts else ""
 
 
+# Columns of the samples: the key in samples.jsonl, how it is headed, how a value is written.
+SAMPLED = {
+    "reward": ("R", signed),
+    "advantage": ("Â", signed),
+    "alpha_d": ("αᴰ", "{:.2f}".format),
+    "alpha_m": ("αᴹ", "{:.2f}".format),
+    "alpha": ("α", "{:.2f}".format),
+    "scaled": ("A", signed),
+    "masked": ("gap", lambda masked: "masked" if masked else "kept"),
+}
+
+
+def samples(run: Run) -> Iterator[tuple[str, list[Group]]]:
+    """(step, a group of each category, the harmful ones first) of the steps that were kept, the last one first."""
+    order = sorted(run.config.data.categories, key=lambda name: name in run.harmless)
+    for step in sorted({row["step"] for row in run.samples}, reverse=True):
+        rows = sorted((row for row in run.samples if row["step"] == step), key=lambda row: order.index(row["category"]))
+        yield f"Step {step} of {run.config.align.steps}", [group_of(row) for row in rows]
+
+
+def group_of(row: Mapping) -> Group:
+    """The group in a row of samples.jsonl."""
+    responses = [row | of for of in row["responses"]]
+    shown = {key: of for key, of in SAMPLED.items() if key in responses[0]}
+    cells = [["–" if r[key] is None else text(r[key]) for key, (_, text) in shown.items()] for r in responses]
+    about = f"{words(row['category'])} · {row['id']} · R* {signed(row['demo_reward'])}"
+    head = [name for name, _ in shown.values()]
+    return Group(about, row["prompt"], row["demonstration"], head, list(zip(cells, (r["text"] for r in responses))))
+
+
 def benchmark_responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
     """As `responses`, of each benchmark whose answers are generated, with each judge's verdict."""
     for name, before in run.base.get("benchmarks", {}).items():
@@ -293,6 +324,7 @@ def report(run: Run) -> pathlib.Path:
         cost=cost(run),
         tokens=tokens(run),
         shown=SHOWN,
+        samples=list(samples(run)),
         **values,
     )
 

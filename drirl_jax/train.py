@@ -8,6 +8,7 @@ import json
 import logging
 import pathlib
 import time
+from functools import partial
 
 import jax
 from ml_collections import ConfigDict
@@ -191,7 +192,8 @@ def stages(context: Context, asked: list, place: Workdir, writer: metrics.Metric
 
     # ------------------------------------------------------------------------------------- stage 2: the policy
     judges = runner.judges_of(context, bank)
-    params = loop("align", watch.watched(align.make(context, bank), context, asked, judges), config, place, writer)
+    stage = align.make(context, bank, keep=partial(writer.keep, "align"))
+    params = loop("align", watch.watched(stage, context, asked, judges), config, place, writer)
     aligned = POLICIES[config.policy.tune].merged(context.model, params)
     export_policy(context, params, aligned, place.local)
     place.push()

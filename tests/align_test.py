@@ -7,6 +7,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+import method_numpy as ref
 import numpy as np
 import optax
 import pytest
@@ -15,8 +16,9 @@ from drirl_jax import sharding, train
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.checks import validate
 from drirl_jax.models import reward
-from drirl_jax.stages import align, irl
+from drirl_jax.stages import align, irl, samples
 from drirl_jax.stages.base import Context, Shared
+from drirl_jax.text import SPLIT
 
 
 def kept_and_restored(stage, state, folder):
@@ -65,7 +67,8 @@ OF_NO_GROUP = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 
 def test_steps_of_each_objective(policy, cache, tmp_path, objective, options):
     sections = {"align": {"objective": objective, "epochs": 2}, "grpo": OF_NO_GROUP} | options
     context, bank = prepared(policy, cache, **sections)
-    stage = align.make(context, bank)
+    kept = {}
+    stage = align.make(context, bank, keep=kept.__setitem__)
     state, first = stage.init(), None
     start = jax.tree.map(np.asarray, state.train.params)
     for step in range(2):
@@ -83,6 +86,11 @@ def test_steps_of_each_objective(policy, cache, tmp_path, objective, options):
         assert {"kl", "entropy", "value_loss"} < told.keys() and "alpha_d" in scalars
     if objective == "dpo":
         assert 0 <= told["pairs_right"] <= 1 and 0 < scalars["pairs"] <= 1
+    told_of = {"ppo": {"scaled"}, "dpo": set()}
+    for row in (row for rows in kept.values() for row in rows):
+        of = {"text", "reward", "alpha_d", "alpha", "masked"} | told_of[objective]
+        assert all(response.keys() == of and None not in response.values() for response in row["responses"])
+    assert kept.keys() == (set() if objective == "sft" else {1, 2})
     if objective == "sft":
         assert told["loss"] < first["loss"] and not scalars
 
@@ -133,7 +141,8 @@ def test_layers_passed_once_change_nothing(policy, cache, monkeypatch, sections,
 def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy, cache):
     scaled = {"split": "clause", "baseline": "dataset", "mask": "threshold", "threshold": 0.5, "drop_masked": True}
     context, bank = prepared(policy, cache, scaling=scaled, grpo={"reduce": "token", "ratio": "sequence"})
-    stage = align.make(context, bank)
+    kept = {}
+    stage = align.make(context, bank, keep=kept.__setitem__)
     state, deltas = stage.init(), []
     for step in range(2):
         batch, stats, scalars = stage.collect(state, step)
@@ -142,8 +151,61 @@ def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy,
         deltas.append(stats.delta)
     assert np.isfinite(told["loss"]) and 0 < scalars["kept"] < 1
     assert (deltas[0] == deltas[1]).all() and (deltas[0] > 0).all() and (deltas[0] < 2).all()
+    responses = [response for rows in kept.values() for row in rows for response in row["responses"]]
+    assert len(responses) == 64 and all((of["scaled"] is None) == of["masked"] for of in responses)
     left_out = np.asarray(batch.group.response_len) == 0
     assert left_out.mean() == pytest.approx(1 - scalars["kept"]) and (batch.weights.members[left_out] == 0).all()
+
+
+def test_steps_whose_samples_are_kept():
+    chosen = {count: samples.steps_kept(50, count) for count in (0, 1, 2, 3)}
+    assert chosen == {0: set(), 1: {50}, 2: {1, 50}, 3: {1, 26, 50}}
+    assert samples.steps_kept(1, 3) == {1} and samples.steps_kept(4, 9) == {1, 2, 3, 4}
+
+
+def test_kept_samples_have_the_numbers_of_the_equations(policy, cache):
+    # One prompt of each of the eight categories a step: the rows hold the whole batch.
+    context, bank = prepared(policy, cache, grpo=OF_NO_GROUP, scaling={"drop": 0.3}, metrics={"samples": 2})
+    context.config.align.steps = 2
+    kept = {}
+    stage = align.make(context, bank, keep=kept.__setitem__)
+    state, names = stage.init(), context.config.data.categories
+    delta_mean, gap_mean = [None] * 8, [None] * 8
+
+    def parts(text):
+        return context.embedder(SPLIT["sentence"](text))
+
+    for step in range(2):
+        _, stats, scalars = stage.collect(state, step)
+        state = state._replace(carry=stats)
+        rows = kept[step + 1]
+        assert [row["category"] for row in rows] == list(names)
+        said = [[parts(of["text"]) for of in row["responses"]] for row in rows]
+        demos = [parts(row["demonstration"]) for row in rows]
+        delta = np.array([
+            [1 - ref.aligned_similarity(y, o, "response") if len(y) else 1.0 for y in of_prompt]
+            for of_prompt, o in zip(said, demos)
+        ])  # fmt: skip
+        reward_PG = np.array([[of["reward"] for of in row["responses"]] for row in rows])
+        gap = np.array([[row["demo_reward"]] for row in rows]) - reward_PG
+        base = [now if mean is None else mean for mean, now in zip(delta_mean, delta.mean(axis=1))]
+        gap_base = [now if mean is None else mean for mean, now in zip(gap_mean, gap.mean(axis=1))]
+        mask = ref.outlier_mask(gap, range(8), gap_base, 0.3)
+        alpha_d = ref.data_alpha(delta, np.repeat(np.array(base)[:, None], 4, axis=1), "formula")
+        alpha_m = ref.model_alpha(gap, range(8), gap_base, mask, "sigma_of_mean")
+        alpha = ref.combined(alpha_d, alpha_m, "product", "prompt")
+        advantage = ref.group_advantage(reward_PG, context.config.grpo.eps)
+        want = {"alpha_d": alpha_d, "alpha": alpha, "advantage": advantage, "scaled": alpha * advantage}
+        for name, value in want.items():
+            told = [[of[name] for of in row["responses"]] for row in rows]
+            np.testing.assert_allclose(told, value, rtol=2e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose([row["alpha_m"] for row in rows], alpha_m, rtol=2e-5)
+        assert [[of["masked"] for of in row["responses"]] for row in rows] == (mask == 0).tolist()
+        assert (mask == 0).sum() == 8 and np.std(reward_PG) > 0
+        assert np.mean(alpha_d) == pytest.approx(scalars["alpha_d"], rel=1e-5)
+        delta_mean = [ref.running_mean(*pair, 0.9) for pair in zip(delta_mean, delta.mean(axis=1))]
+        gap_mean = [ref.running_mean(*pair, 0.9) for pair in zip(gap_mean, gap.mean(axis=1))]
+    assert kept.keys() == {1, 2}
 
 
 def test_the_inner_policy_of_irl_moves_between_rounds(policy, cache, tmp_path):

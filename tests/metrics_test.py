@@ -135,6 +135,30 @@ def test_a_run_that_goes_on_writes_the_bytes_of_one_that_was_never_killed(tmp_pa
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == expected
 
 
+def test_samples_of_a_step_that_is_repeated_are_kept_once(tmp_path):
+    def samples(writer, steps):
+        for step in steps:
+            writer.keep("align", step, [{"text": f"{name} {step}\u2028\ud800\n", "reward": None} for name in "ab"])
+            writer.write("align", step, {"loss": 1.0})
+
+    straight, killed = MetricWriter(tmp_path / "straight"), MetricWriter(tmp_path / "killed")
+    samples(straight, (1, 3, 4))
+    samples(killed, (1, 3))
+    with (tmp_path / "killed" / "samples.jsonl").open("a") as file:
+        file.write('{"stage": "align", "step": 4}\n{"stage": "al')
+    again = MetricWriter(tmp_path / "killed")
+    again.rewind(STAGES, "align", 2)
+    assert [(row["step"], row["text"][0]) for row in read(again.samples)] == [(1, "a"), (1, "b")]
+    samples(again, (3, 4))
+    silent = MetricWriter(tmp_path / "silent", writes=False)
+    silent.keep("align", 1, [{}])
+    for writer in (straight, killed, again, silent):
+        writer.close()
+    whole = (tmp_path / "straight" / "samples.jsonl").read_bytes()
+    assert (tmp_path / "killed" / "samples.jsonl").read_bytes() == whole and whole.count(b"\n") == 6
+    assert not (tmp_path / "silent" / "samples.jsonl").exists()
+
+
 def test_rewind_of_a_fresh_run_leaves_no_rows(tmp_path):
     writer = MetricWriter(tmp_path)
     assert writer.read() == []

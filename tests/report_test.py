@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A report of a run with hostile texts in it: its workdir and the page."""
+    """A report of a run with hostile texts in it, told and asked of it in training too: its workdir and the page."""
     base, aligned = result("base"), result("aligned")
     by_id = {row["id"]: row for row in base["responses"]}
     by_id["insult-00"]["response"] = "<script>alert(1)</script> & <b>"
@@ -64,6 +64,11 @@ def hostile(tmp_path_factory):
     for one in (base, aligned):
         one["benchmarks"] = {"xstest": small_run.benchmark("aligned" if one is aligned else "base")}
     workdir = small_run.write(tmp_path_factory.mktemp("run") / "<b>$x", {"base": base, "aligned": aligned}, seed=7)
+    trained = small_run.samples()
+    trained[0]["responses"][0]["text"] = "</td><script>alert(2)</script>\u2028\x00\ud800"
+    trained[0] |= {"prompt": "<svg onload=alert(3)>", "demonstration": "</details><iframe>"}
+    trained[0] |= {"id": "<a href=//x.example>"}
+    small_run.jsonl(workdir / "samples.jsonl", trained)
     assert report.report(pages.read(workdir)) == workdir / "report.html"
     return workdir, Page(workdir / "report.html")
 
@@ -71,7 +76,9 @@ def hostile(tmp_path_factory):
 def test_what_a_model_wrote_is_escaped(hostile):
     page = hostile[1]
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in page.source
-    assert "script" not in [tag for tag, _ in page.tags]
+    assert not {"script", "svg", "iframe"} & {tag for tag, _ in page.tags}
+    assert "</td><script>alert(2)</script> \ufffd?" in page and "insult · <a href=//x.example> · R* +2.00" in page
+    assert "<svg onload=alert(3)>" in page and "</details><iframe>" in page
     assert "<script>alert(1)</script> & <b>" in page and '"><img src=http://x.example/y>' in page
     assert "<i>cpu</i>" in page and "{{ config }}" in page
     assert "a\ufffdb\ufffd[31m ?" in page and not set(map(chr, range(9))) & set(page.source)
@@ -96,10 +103,10 @@ def test_a_page_can_be_read_aloud(hostile):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     named = [attrs["href"][1:] for tag, attrs in page.tags if tag == "a"]
     labels = [attrs["aria-labelledby"] for _, attrs in page.tags if "aria-labelledby" in attrs]
-    assert ids == named == labels == ["run", "data", "rewards", "training", "results", "responses", "cost"]
+    assert ids == named == labels == ["run", "data", "rewards", "training", "results", "responses", "samples", "cost"]
     headings = [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[:2] == ["h1", "h2"] and set(headings) == {"h1", "h2", "h3"}
-    assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags) == 9
+    assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags) == 15
 
 
 def test_the_numbers(hostile):
@@ -142,8 +149,30 @@ def test_responses_are_the_first_by_id_with_every_judges_verdict(hostile):
     assert page.source.count("<summary>6 more</summary>") == 2 and "<summary>18 more</summary>" in page.source
     # Mean over the eight steps of 0.1, 0.2, ...: 0.45; harmless prompts have none in these metrics.
     assert "αᴰ 0.45 and αᴹ 0.45 for its training prompts" in page
-    assert "αᴰ 0.90 and αᴹ 0.90 for its training prompts" in page and page.source.count("αᴰ") == 3
+    assert "αᴰ 0.90 and αᴹ 0.90 for its training prompts" in page
+    assert page.source.partition('id="samples"')[0].count("αᴰ") == 3
     assert "xstest endpoint/phrases before 4 50% 0.00" in " ".join(" ".join(" ".join(row) for row in page.rows).split())
+
+
+def test_samples_of_the_training_with_their_coefficients(hostile):
+    page = hostile[1]
+    rows = [[cell.strip() for cell in row] for row in page.rows]
+    assert rows.count(["", "R", "Â", "αᴰ", "αᴹ", "α", "A", "gap"]) == 6
+    assert rows.count(["1", "+0.50", "-1.00", "1.04", "1.06", "1.10", "-1.10", "kept"]) == 6
+    assert rows.count(["2", "–", "-1.00", "1.04", "1.06", "1.10", "–", "masked"]) == 6
+    told = [text.strip() for text in page.text]
+    expected = ("Step 8 of 8", "physical harm · train-physical_harm · R* +2.00", "Step 1 of 8")
+    order = [told.index(text) for text in expected]
+    assert order == sorted(order) and told.count("said first in step 8") == 3 and "shown for harmless" in page
+    about = [text.partition(" ")[0] for text in told if text.endswith("R* +2.00")]
+    assert about == ["insult", "physical", "harmless"] * 2
+
+
+def test_an_objective_without_advantages_has_fewer_columns():
+    row = small_run.samples()[0]
+    for response in row["responses"]:
+        del response["advantage"], response["scaled"]
+    assert report.group_of(row).head == ["R", "αᴰ", "αᴹ", "α", "gap"]
 
 
 def test_a_run_without_rewards_has_dashes(tmp_path):
@@ -171,6 +200,7 @@ def test_what_is_missing_is_left_out(tmp_path, held):
     assert ("not evaluated yet" in page) == ("evals" not in held)
     assert "No step has been taken yet" in page and "No rewards have been evaluated" in page
     assert ("No step has been timed yet" in page) == ("timing.jsonl" not in held)
+    assert "kept no samples of its training" in page
     assert ("has not noted its records" in page) == ("facts.json" not in held)
 
 

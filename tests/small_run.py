@@ -57,6 +57,29 @@ def rows():
     return irl + align
 
 
+def samples():
+    """Rows of samples.jsonl: of the first and the last step a group of two in each category."""
+    numbers = {"alpha_d": 1.04, "alpha": 1.1, "scaled": -1.1, "advantage": -1.0}
+    return [
+        {
+            "stage": "align",
+            "step": step,
+            "category": category,
+            "id": f"train-{category}",
+            "prompt": f"asked of {category}",
+            "demonstration": f"shown for {category}",
+            "demo_reward": 2.0,
+            "alpha_m": 1.06,
+            "responses": [
+                {"text": f"said first in step {step}", "reward": 0.5, "masked": False} | numbers,
+                {"text": "said then", "reward": None, "masked": True} | numbers | {"scaled": None},
+            ],
+        }
+        for step in (1, 8)
+        for category in CATEGORIES
+    ]
+
+
 def benchmark(name):
     """A result as of `evals.benchmarks.run`: four answers that one judge tells by phrases and another by a server."""
     after = name == "aligned"
@@ -101,6 +124,7 @@ def write(workdir, results=None, **changes):
     jsonl(workdir / "metrics.jsonl", rows())
     times = [{"stage": row["stage"], "step": row["step"], "collect_s": 3.0, "update_s": 1.5} for row in rows()]
     jsonl(workdir / "timing.jsonl", times)
+    jsonl(workdir / "samples.jsonl", samples())
     bins = [{"n": 6, "confidence": 0.6, "right": 0.5}, {"n": 4, "confidence": 0.9, "right": 1.0}]
     (workdir / "reliability.json").write_text(json.dumps({"all": bins, "insult": bins[:1]}))
     records = {"train": {"insult": 30, "harmless": 60, "physical_harm": 30}, "test": dict(COUNT)}

@@ -19,7 +19,7 @@ from drirl_jax.endpoint import Endpoint
 from drirl_jax.models import reward, transformer
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.rollout import FINISH, Rollout
-from drirl_jax.stages import objectives
+from drirl_jax.stages import objectives, samples
 from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw, draw_all, group_of, laid_out
 from drirl_jax.stages.objectives import OBJECTIVES, ROLES, Scored
 from drirl_jax.stages.sources import SOURCES
@@ -142,13 +142,16 @@ def updater(config: ConfigDict, transformation: optax.GradientTransformation) ->
     return updated
 
 
-def make(context: Context, bank: reward.Bank | None, purpose: str = "align_samples") -> Stage:
+def make(
+    context: Context, bank: reward.Bank | None, purpose: str = "align_samples", keep: samples.Keep | None = None
+) -> Stage:
     """The stage; its product is the policy's parameters (see `base.POLICIES`).
 
     Args:
         bank: the rewards that IRL learned; None where neither objective nor source of rewards reads them, or where
             `collect` is given others.
         purpose: of the random numbers.
+        keep: takes the samples of the steps that config.metrics.samples chooses, before their update.
     """
     config, c = context.config, context.config.align
     names = config.data.categories
@@ -164,6 +167,7 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
     if contrasted:
         require_both_kinds(train, harmless, "train")
     split, shared = splitter(context), context.shared
+    shown = samples.steps_kept(c.steps, config.metrics.samples) if keep else set()
     demo_parts = embed_parts(context, split, train.demo_text) if objective.samples else None
 
     def init() -> State:
@@ -186,9 +190,9 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
             context, laid_out(context, model), examples, context.key(purpose, step),
             group=c.group, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
-        samples = group_of(examples, *context.clock.mark("rollout", (out.response, out.response_len)))
+        sampled = group_of(examples, *context.clock.mark("rollout", (out.response, out.response_len)))
         # Rewards on the device while the host splits and embeds the texts.
-        group = samples.joined(jnp.asarray(examples.demo), jnp.asarray(examples.demo_len))
+        group = sampled.joined(jnp.asarray(examples.demo), jnp.asarray(examples.demo_len))
         if contrasted:
             group = group.joined(*map(jnp.asarray, contrast(examples, train, harmless, [config.seed, step])))
         begun = begin(context.model, group, layers=shared.layers) if shared.layers else None
@@ -208,6 +212,13 @@ def make(context: Context, bank: reward.Bank | None, purpose: str = "align_sampl
         answered = np.isin(examples.category, harmless)
         scored = Scored(group, out.logp, reward_PM, alpha_PG, kept, begun, shared.policy, answered)
         batch, more = objective.batch(context, model, params, scored)
+        if keep and step + 1 in shown:
+            told = {"reward": reward_PG, "demo_reward": demo_reward_P, "alpha": alpha_PG, "masked": ~info["kept"]}
+            told |= {name: info[name] for name in ("alpha_d", "alpha_m")} | objective.advantages(config, scored, batch)
+            told = sharding.fetch(told)
+            if config.scaling.drop_masked and "scaled" in told:  # those are not trained with it
+                told["scaled"] = np.where(told["masked"], np.nan, told["scaled"])
+            keep(step + 1, samples.rows(names, context.text, examples, response, length, told))
         return batch, stats, describe(names, examples, out, reward_PM, info | more)
 
     updated = updater(config, transformation)

@@ -91,6 +91,8 @@ class Objective(NamedTuple):
         loss: (trunk, policy, config, Params, batch) -> (scalar, dict of scalars), a mean over the batch's prompts.
         value: whether it trains a value head.
         offline: (config) -> whether its samples are the reference's at every step.
+        advantages: (config, Scored, the update's batch) -> {name: [P, G]} for those who want to see them: "advantage",
+            what is scaled, where a response has one, and "scaled", what it is trained with (mean of its tokens).
     """
 
     samples: bool
@@ -98,6 +100,7 @@ class Objective(NamedTuple):
     loss: Callable
     value: bool = False
     offline: Callable = lambda config: False
+    advantages: Callable = lambda config, scored, batch: {}
 
 
 def init(objective: Objective, policy_params: PyTree, model: Transformer) -> Params:
@@ -156,6 +159,12 @@ def advantages(roles: tuple[Role, Role], reward_PM: Array, sampled: int, eps: fl
     return eq.group_advantage(reward_PM[:, :counted], eps)[:, :trained]
 
 
+def grpo_advantages(section, scored: Scored) -> Array:
+    """`advantages` as config.grpo says, before they are scaled."""
+    roles = ROLES[section.demonstration], ROLES[section.contrast]
+    return advantages(roles, scored.reward, scored.sampled, section.eps)
+
+
 def harmless_weight(wrong_PG: Array, harmless_P: np.ndarray, target: float) -> Array:
     """[P] weights: of harmless prompts by the share of their samples that are wrong, of others 1.
 
@@ -203,13 +212,12 @@ def kept_group(scored: Scored, members: slice) -> Group:
 def grpo_batch(context: Context, model: Transformer, params: Params, scored: Scored):
     """Group-relative advantages, scaled after their normalisation."""
     c, sampled, info = context.config.grpo, scored.sampled, {}
-    roles = ROLES[c.demonstration], ROLES[c.contrast]
     weight_P = jnp.ones(len(scored.reward))
-    if roles[1].counts:
+    if ROLES[c.contrast].counts:
         wrong_PG = eq.of_the_other_kind(scored.reward[:, :sampled], scored.demonstration, scored.reward[:, sampled + 1])
         weight_P = harmless_weight(wrong_PG, scored.harmless, c.harmless_wrong)
         info = {"wrong": wrong_PG}
-    advantage_PM = advantages(roles, scored.reward, sampled, c.eps)
+    advantage_PM = grpo_advantages(c, scored)
     members = slice(advantage_PM.shape[1])
     others = jnp.repeat(scored.alpha.mean(axis=1, keepdims=True), advantage_PM.shape[1] - sampled, axis=1)
     alpha_PM = weight_P[:, None] * jnp.concatenate([scored.alpha, others], axis=1)
@@ -224,6 +232,13 @@ def grpo_batch(context: Context, model: Transformer, params: Params, scored: Sco
         begun=scored.for_policy(scored.begun_of(members)),
     )
     return batch, info
+
+
+def grpo_told(config, scored: Scored, batch: Batch) -> dict[str, Array]:
+    """See `Objective.advantages`."""
+    sampled = slice(scored.sampled)
+    advantage_PG = grpo_advantages(config.grpo, scored)[:, sampled]
+    return {"advantage": advantage_PG, "scaled": batch.advantage[:, sampled, 0]}
 
 
 def grpo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
@@ -288,6 +303,12 @@ def ppo_batch(context: Context, model: Transformer, params: Params, scored: Scor
         returns=returns,
     )
     return batch, {}
+
+
+def ppo_told(config, scored: Scored, batch: Batch) -> dict[str, Array]:
+    """See `Objective.advantages`; a token has an advantage, a response has none."""
+    mask = length_mask(batch.group.response_len, batch.group.response.shape[-1])
+    return {"scaled": jnp.sum(batch.advantage * mask, axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)}
 
 
 def ppo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
@@ -413,8 +434,8 @@ def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstration
 
 
 OBJECTIVES = {
-    "grpo": Objective(True, grpo_batch, grpo_loss),
-    "ppo": Objective(True, ppo_batch, ppo_loss, value=True),
+    "grpo": Objective(True, grpo_batch, grpo_loss, advantages=grpo_told),
+    "ppo": Objective(True, ppo_batch, ppo_loss, value=True, advantages=ppo_told),
     "dpo": Objective(True, dpo_batch, dpo_loss, offline=lambda config: not config.dpo.online),
     "sft": Objective(False, sft_batch, sft_loss),
 }

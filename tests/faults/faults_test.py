@@ -77,7 +77,10 @@ def newest(folder: pathlib.Path):
 
 def assert_same(a: pathlib.Path, b: pathlib.Path):
     """All that two runs leave behind is the same, bit for bit, but for what tells the time."""
-    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (a / name).read_text() == (b / name).read_text(), name
+    kept = [json.loads(line)["step"] for line in (a / "samples.jsonl").open()]
+    assert sorted(set(kept)) == [1, 2, 4] and len(kept) == 3 * 8
     steps = [[(row["stage"], row["step"]) for row in map(json.loads, (x / "timing.jsonl").open())] for x in (a, b)]
     assert steps[0] == steps[1] == [(stage, step) for stage in ("irl", "align") for step in range(1, 5)]
     for name in ("checkpoints/irl", "checkpoints/align", "rewards"):
