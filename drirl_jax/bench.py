@@ -23,7 +23,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from drirl_jax import main as command
-from drirl_jax import sharding, train
+from drirl_jax import process, sharding, train
 from drirl_jax.data.examples import Examples
 from drirl_jax.floor import Shape, floor, irl_floor, measure_machine
 from drirl_jax.metrics import Clock
@@ -184,8 +184,8 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
 def run_apart(config: ConfigDict, steps: int, shape: dict[str, int]) -> dict:
     """`run` in a process of its own, as the peak memory of a process never falls."""
     fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
-        return process.submit(run, config, steps, shape).result()
+    with concurrent.futures.ProcessPoolExecutor(1, fresh, initializer=process.keep_memory) as executor:
+        return executor.submit(run, config, steps, shape).result()
 
 
 def table(result: dict) -> str:

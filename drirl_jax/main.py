@@ -134,6 +134,7 @@ def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
             if file.value is not None:
                 file.value.lock()  # a file that failed to load says so when it is first touched
         console.speak("quiet" if QUIET.value else LOG.value)
+        process.keep_memory()
         return rest
     except flags.Error as error:  # of a config file that raises, the whole traceback
         sys.exit(f"drirl_jax: {str(error).strip().splitlines()[-1]}")

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import logging
+import platform
 import subprocess
 import sys
 
@@ -248,3 +249,35 @@ def test_how_a_command_ends_is_said_in_json_too(mode, capsys):
     out, err = capsys.readouterr()
     assert stop.value.code == 130 and err == "drirl_jax: interrupted\n"
     assert out == ('{"event": "end", "exit": 130, "message": "interrupted"}\n' if mode == "json" else "")
+
+
+KEPT = """
+import resource, sys, threading
+import numpy as np
+from drirl_jax import process
+
+if sys.argv[1] == "keep":
+    process.keep_memory()
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.full(2**25, 1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def told():
+    faults()
+    print(faults())
+
+thread = threading.Thread(target=told)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator's options are glibc's")
+def test_a_run_takes_freed_memory_again_without_the_kernel():
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", KEPT, how], check=True, capture_output=True).stdout)
+        for how in ("keep", "leave")
+    }
+    assert faults["keep"] < 10 < 100 < faults["leave"], faults  # 256 MiB: 65,536 pages of 4 KiB, or 128 of 2 MiB

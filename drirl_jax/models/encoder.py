@@ -50,7 +50,7 @@ SUPPORTED = {
     "is_decoder": False,
 }
 # The shapes that an embedder runs at: more of them waste less padding but compile more often.
-ROWS = (16, 64)
+ROWS = (16, 32, 64)
 TOKENS = (16, 32, 64, 128, 256, 512)
 
 
@@ -263,8 +263,11 @@ class TextEmbedder:
     def _embed(self, texts: list[str]) -> list[np.ndarray]:
         """Embeddings of distinct texts, in their order: rows of like length run together."""
         ids = [self._cut(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        chunks = [order[start : start + ROWS[-1]] for start in range(0, len(order), ROWS[-1])]
+        rest, chunks = sorted(range(len(ids)), key=lambda i: len(ids[i])), []
+        while rest:
+            rows = max((rows for rows in ROWS if rows <= len(rest)), default=ROWS[0])
+            chunks.append(rest[:rows])
+            rest = rest[rows:]
         padded = [map(sharding.deal, self._pad([ids[i] for i in chunk])) for chunk in chunks]
         # Every chunk is launched before the first is fetched.
         outputs = [self._run(self.encoder, *arrays) for arrays in padded]
