@@ -314,22 +314,29 @@ def logprobs(unembed_VD, hidden_PND, target_PN, temperature: float, chunk: int, 
     ∂logp/∂h = (z'_target E_target - Σ_v p_v z'_v E_v) / temperature, z' = 1 without a cap, is [P, N, D] and is computed
     while the logits are there. Entropies carry no gradient.
     """
-    return _by_chunk(lambda h, y: _row_logprobs(unembed_VD, h, y, temperature, cap)[:2], chunk, hidden_PND, target_PN)
+
+    def one(h, y):
+        return _row_logprobs(_logits(unembed_VD, h, y, temperature, cap)[0], y)[:2]
+
+    return _by_chunk(one, chunk, hidden_PND, target_PN)
 
 
-def _row_logprobs(unembed_VD, h_PND, target_PN, temperature, cap):
-    """Of one chunk: log-probabilities, entropies, z'_target [P, N, 1] (1 without a cap) and p_v z'_v [P, N, V]."""
+def _logits(unembed_VD, h_PND, target_PN, temperature, cap):
+    """Of one chunk: logits z / temperature [P, N, V], z' [P, N, V] and z'_target [P, N, 1]; the last two 1 without a
+    cap."""
     capped_PNV = softcap(product("pnd,vd->pnv", h_PND, unembed_VD), cap)
-    logit_PNV = capped_PNV / temperature
-    norm_PN = jax.nn.logsumexp(logit_PNV, axis=-1)
-    probability_PNV = jnp.exp(logit_PNV - norm_PN[..., None])
-    entropy_PN = norm_PN - jnp.einsum("pnv,pnv->pn", probability_PNV, logit_PNV)
-    logp_PN = jnp.take_along_axis(logit_PNV, target_PN[..., None], axis=-1)[..., 0] - norm_PN
     if not cap:
-        return logp_PN, entropy_PN, 1, probability_PNV
+        return capped_PNV / temperature, 1, 1
     slope_PNV = 1 - (capped_PNV / cap) ** 2
-    at_target = jnp.take_along_axis(slope_PNV, target_PN[..., None], axis=-1)
-    return logp_PN, entropy_PN, at_target, probability_PNV * slope_PNV
+    return capped_PNV / temperature, slope_PNV, jnp.take_along_axis(slope_PNV, target_PN[..., None], axis=-1)
+
+
+def _row_logprobs(logit_PNV, target_PN):
+    """Of one chunk: log-probabilities, entropies, and the norms that make probabilities of logits, each [P, N]."""
+    norm_PN = jax.nn.logsumexp(logit_PNV, axis=-1)
+    entropy_PN = norm_PN - jnp.einsum("pnv,pnv->pn", jnp.exp(logit_PNV - norm_PN[..., None]), logit_PNV)
+    logp_PN = jnp.take_along_axis(logit_PNV, target_PN[..., None], axis=-1)[..., 0] - norm_PN
+    return logp_PN, entropy_PN, norm_PN
 
 
 def _chunks(chunk: int, *arrays):
@@ -353,27 +360,33 @@ def _by_chunk(function, chunk: int, *arrays):
 
 def _logprobs_forward(unembed_VD, hidden_PND, target_PN, temperature, chunk, cap):
     def one(h, y):
-        logp, entropy, at_target, probability = _row_logprobs(unembed_VD, h, y, temperature, cap)
-        mean_PND = product("pnv,vd->pnd", probability.astype(unembed_VD.dtype), unembed_VD)
-        return logp, entropy, (at_target * unembed_VD[y] - mean_PND) / temperature
+        logit, slope, at_target = _logits(unembed_VD, h, y, temperature, cap)
+        logp, entropy, norm = _row_logprobs(logit, y)
+        weight = (slope * jnp.exp(logit - norm[..., None])).astype(unembed_VD.dtype)
+        mean_PND = product("pnv,vd->pnd", weight, unembed_VD)
+        return logp, entropy, norm, (at_target * unembed_VD[y] - mean_PND) / temperature
 
-    logp, entropy, slope_PND = _by_chunk(one, chunk, hidden_PND, target_PN)
-    return (logp, entropy), (unembed_VD, hidden_PND, target_PN, slope_PND)
+    logp, entropy, norm, slope_PND = _by_chunk(one, chunk, hidden_PND, target_PN)
+    return (logp, entropy), (unembed_VD, hidden_PND, target_PN, norm, slope_PND)
 
 
 def _logprobs_backward(temperature, chunk, cap, saved, cotangents):
-    unembed_VD, hidden_PND, target_PN, slope_PND = saved
+    unembed_VD, hidden_PND, target_PN, norm_PN, slope_PND = saved
     g_PN = cotangents[0]
 
-    # For the embedding the logits are needed again; where it is frozen, XLA drops this loop as dead.
-    def add(total_VD, part):
-        h, y, g = part
-        *_, at_target, probability = _row_logprobs(unembed_VD, h, y, temperature, cap)
+    # For the embedding the logits are needed again; where it is frozen, XLA drops this loop as dead. Its sum is [D, V],
+    # so that no chunk's probabilities are transposed.
+    def add(total_DV, part):
+        h, y, norm, g = part
+        logit, slope, at_target = _logits(unembed_VD, h, y, temperature, cap)
         gh = (g[..., None] / temperature * h).astype(jnp.float32)
-        return total_VD.at[y].add(at_target * gh) - jnp.einsum("pnv,pnd->vd", probability, gh), None
+        weight = slope * jnp.exp(logit - norm[..., None])
+        gh_MD, weight_MV = (rearrange(x, "p n k -> (p n) k") for x in (gh, weight))
+        return total_DV - jnp.einsum("md,mv->dv", gh_MD, weight_MV), at_target * gh
 
-    zero = jnp.zeros(unembed_VD.shape, jnp.float32)
-    total_VD, _ = jax.lax.scan(add, zero, _chunks(chunk, hidden_PND, target_PN, g_PN))
+    chunks = _chunks(chunk, hidden_PND, target_PN, norm_PN, g_PN)
+    total_DV, of_target = jax.lax.scan(add, jnp.zeros(unembed_VD.shape[::-1], jnp.float32), chunks)
+    total_VD = total_DV.T.at[chunks[1]].add(of_target)
     hidden_gradient = (g_PN[..., None] * slope_PND).astype(hidden_PND.dtype)
     return total_VD.astype(unembed_VD.dtype), hidden_gradient, None
 
