@@ -20,6 +20,8 @@ import os
 import pathlib
 import queue
 import shutil
+import signal
+import threading
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
@@ -34,6 +36,7 @@ from drirl_jax.evals import diversity, judges
 from drirl_jax.intervals import Interval, difference, interval
 from drirl_jax.models import hf
 from drirl_jax.plots import percent
+from drirl_jax.process import PREEMPTED, keep_memory
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -194,11 +197,28 @@ def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, 
     return learn + take
 
 
+def _follow() -> None:
+    """Asks this process to end when the study is no more, even if it was killed."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _enter(cores: Sequence[int], mode: str) -> None:
-    """Leaves these cores to the process, all if none are named; it speaks as the study does."""
+    """Leaves these cores to the process, all if none are named; it speaks as the study does, and ends with it."""
     console.speak(mode)
+    keep_memory()
+    threading.Thread(target=_follow, daemon=True).start()
     if cores:
         os.sched_setaffinity(0, cores)
+
+
+def _run(config: ConfigDict, folder: pathlib.Path) -> None:
+    """`train.run`, and the end of this process where the study is no more: it would wait for more to do."""
+    try:
+        train.run(config, folder)
+    finally:
+        if not multiprocessing.parent_process().is_alive():
+            os._exit(PREEMPTED)
 
 
 def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
@@ -227,7 +247,7 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
         cores = free.get()
         try:
             with concurrent.futures.ProcessPoolExecutor(1, fresh, _enter, (cores, console.mode())) as process:
-                process.submit(train.run, config, folder).result()
+                process.submit(_run, config, folder).result()
         finally:
             free.put(cores)
 

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -207,15 +208,19 @@ def test_a_small_study(small, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_study_that_is_asked_to_end_takes_its_runs_with_it(policy, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_study_that_ends_early_takes_its_runs_with_it(policy, tmp_path, sent):
     process, run = start(policy, tmp_path, steps=1000), tmp_path / "study" / "scaled" / "0"
     while not any(row["stage"] == "align" for row in metrics.read(run / "metrics.jsonl")):
         assert process.poll() is None
         time.sleep(0.2)
     assert status.held(run)
-    process.terminate()
-    told = process.communicate()[1]
-    assert process.returncode == PREEMPTED and told.endswith("started again, it goes on\n"), told[-3000:]
+    process.send_signal(sent)
+    told = process.communicate(timeout=120)[1]  # until the last of its processes has ended
+    if sent == signal.SIGTERM:
+        assert process.returncode == PREEMPTED and told.endswith("started again, it goes on\n"), told[-3000:]
+    else:
+        assert process.returncode == -sent
     assert not status.held(run) and not (run / "evals" / "aligned.json").exists()
     kept = max(int(path.name) for path in (run / "checkpoints" / "align").iterdir())
     assert kept == metrics.read(run / "metrics.jsonl")[-1]["step"]
