@@ -68,17 +68,7 @@ class DecodeBlock(NamedTuple):
     qkv_bias: Array | None
 
 
-MATRICES = ("qkv", "o", "gate_up", "down")
-
-
-class Fused(NamedTuple):
-    """What decoding reads: the blocks, stacked, and by name in MATRICES the matrices of each layer on its own."""
-
-    blocks: DecodeBlock
-    apart: dict[str, tuple[Array, ...]]
-
-
-def fuse(model: Transformer) -> Fused:
+def fuse(model: Transformer) -> DecodeBlock:
     """The model's blocks with q, k, v joined and gate, up joined."""
     config, bias = model.config, None
     blocks = cast(model.blocks, config)
@@ -90,7 +80,7 @@ def fuse(model: Transformer) -> Fused:
     if config.qkv_bias:
         biases = [getattr(blocks, f"{name}_bias")[...] for name in "qkv"]
         bias = jnp.concatenate([rearrange(b, "l (k o) -> l k o", k=config.kv_heads) for b in biases], axis=2)
-    fused = DecodeBlock(
+    return DecodeBlock(
         qkv=constrain(jnp.concatenate(qkv, axis=3), None, "width", "heads"),
         o=constrain(transposed("o"), None, "heads", "width"),
         gate_up=constrain(jnp.stack([transposed("gate"), transposed("up")], axis=2), None, "width", None, "ffn"),
@@ -98,10 +88,9 @@ def fuse(model: Transformer) -> Fused:
         norms={name: getattr(blocks, name)[...] for name in norms(config)},
         qkv_bias=bias,
     )
-    return Fused(fused, {name: tuple(getattr(fused, name)[i] for i in range(config.layers)) for name in MATRICES})
 
 
-def decode(model: Transformer, fused: Fused, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache):
+def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache):
     """One decoding step: response token t of every row passes through the network.
 
     Args:
@@ -137,20 +126,6 @@ def decode(model: Transformer, fused: Fused, token_PG, t, prompt_len_P, prompt_m
 
         return attend
 
-    def times(equation: str, x, name: str, i, block):
-        """The einsum of x and layer i's matrix. A CPU would copy it out of the stack first, a tenth of the time of
-        sampling, so there each layer has a branch with its own."""
-
-        def from_stack(x, i, matrix, *apart):
-            return jnp.einsum(equation, x, matrix)
-
-        def from_own(x, i, matrix, *apart):
-            branches = [lambda x, *apart, k=k: jnp.einsum(equation, x, apart[k]) for k in range(config.layers)]
-            return jax.lax.switch(i, branches, x, *apart)
-
-        given = (x, i, getattr(block, name), *fused.apart[name])
-        return jax.lax.platform_dependent(*given, cpu=from_own, default=from_stack)
-
     def layer(carry, inputs):
         x_PGD, own_k, own_v = carry
         i, block, prompt_k, prompt_v, local = inputs
@@ -159,7 +134,7 @@ def decode(model: Transformer, fused: Fused, token_PG, t, prompt_len_P, prompt_m
             return rms_norm(x, block.norms[name], config)
 
         normed = constrain(norm("attn_norm", x_PGD), "weights_stay")
-        qkv = constrain(times("pgi,iko->pgko", normed, "qkv", i, block), "weights_stay", None, "heads")
+        qkv = constrain(jnp.einsum("pgi,iko->pgko", normed, block.qkv), "weights_stay", None, "heads")
         qkv = constrain(qkv + block.qkv_bias if config.qkv_bias else qkv, "prompts", None, "heads")
         q, k, v = jnp.split(qkv, (queries, queries + config.head_dim), axis=-1)
         q = rearrange(q, "p g k (r d) -> p g (k r) d", d=config.head_dim)
@@ -176,16 +151,16 @@ def decode(model: Transformer, fused: Fused, token_PG, t, prompt_len_P, prompt_m
         filled = partial(jax.lax.switch, t // step, attend)
         attended = jax.lax.platform_dependent(*given, cpu=filled, default=attend[-1])
         attended = constrain(rearrange(attended[:, :, 0], "p g h d -> p g (h d)"), "weights_stay", None, "heads")
-        out = constrain(times("pgi,io->pgo", attended, "o", i, block), "weights_stay", None, "width")
+        out = constrain(jnp.einsum("pgi,io->pgo", attended, block.o), "weights_stay", None, "width")
         x_PGD += norm("attn_post_norm", out) if config.post_norms else out
         normed = constrain(norm("mlp_norm", x_PGD), "weights_stay")
-        gate_up = constrain(times("pgi,ico->pgco", normed, "gate_up", i, block), "weights_stay", None, None, "ffn")
+        gate_up = constrain(jnp.einsum("pgi,ico->pgco", normed, block.gate_up), "weights_stay", None, None, "ffn")
         up = ACTIVATIONS[config.activation](gate_up[:, :, 0]) * gate_up[:, :, 1]
-        out = constrain(times("pgi,io->pgo", up, "down", i, block), "weights_stay", None, "width")
+        out = constrain(jnp.einsum("pgi,io->pgo", up, block.down), "weights_stay", None, "width")
         x_PGD += norm("mlp_post_norm", out) if config.post_norms else out
         return (x_PGD, own_k, own_v), None
 
     # The cache is carried, not scanned over, so that XLA updates it in place.
-    inputs = (jnp.arange(config.layers), fused.blocks, *prompt_cache, local_layers(config))
+    inputs = (jnp.arange(config.layers), fused, *prompt_cache, local_layers(config))
     (x_PGD, *own_cache), _ = jax.lax.scan(layer, (embed(model, token_PG), *own_cache), inputs)
     return rms_norm(x_PGD, model.norm[...], config), tuple(own_cache)
