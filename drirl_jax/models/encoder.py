@@ -52,6 +52,8 @@ SUPPORTED = {
 # The shapes that an embedder runs at: more of them waste less padding but compile more often.
 ROWS = (16, 32, 64)
 TOKENS = (16, 32, 64, 128, 256, 512)
+# On a GPU the search for the fastest Triton form of products in full precision takes longer than a run's embeddings.
+COMPILER = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 class EncoderConfig(NamedTuple):
@@ -232,7 +234,7 @@ class TextEmbedder:
         tokenizer.no_padding()
         self.encoder, self.tokenizer, self.max_tokens = sharding.whole(encoder), tokenizer, max_tokens
         self.token_buckets = (*(t for t in TOKENS if t < max_tokens), max_tokens)
-        self._run = jax.jit(lambda encoder, ids_NT, length_N: encoder(ids_NT, length_N))
+        self._run = jax.jit(Encoder.__call__, compiler_options=COMPILER.get(jax.default_backend()))
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_tokens=64) -> TextEmbedder:
