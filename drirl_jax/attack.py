@@ -11,13 +11,10 @@ was.
 
 from __future__ import annotations
 
-import sys
-from functools import partial
-
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from drirl_jax import bucket
+from drirl_jax import bucket, console
 from drirl_jax import main as command
 from drirl_jax.attacks import options as options_lib
 from drirl_jax.attacks import runner
@@ -32,20 +29,18 @@ OPTIONS = config_flags.DEFINE_config_file("options", None, "A file of attacks/op
 
 
 def main(argv: list[str]) -> None:
-    try:
-        for name, value in (("model", MODEL.value), ("workdir", command.WORKDIR.value)):
-            if value is None:
-                raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-        options = OPTIONS.value or options_lib.default()
-        workdir = bucket.folder(command.WORKDIR.value)
-        rates = runner.attack_model(
-            MODEL.value, command.CONFIG.value, NAMES.value, DATA.value, LIMIT.value, options, workdir
-        )
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
+    """The attacks that the flags ask for. Raises InputError."""
+    for name, value in (("model", MODEL.value), ("workdir", command.WORKDIR.value)):
+        if value is None:
+            raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+    options, workdir = OPTIONS.value or options_lib.default(), bucket.folder(command.WORKDIR.value)
+    rates = runner.attack_model(
+        MODEL.value, command.CONFIG.value, NAMES.value, DATA.value, LIMIT.value, options, workdir
+    )
     if rates:
-        print(f"{runner.table(rates)}\nwhat the model said: {workdir}")
+        told = [rate._asdict() for rate in rates]
+        console.result(f"{runner.table(rates)}\nwhat the model said: {workdir}", rates=told)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=partial(command.parse, files=(command.CONFIG, OPTIONS)))
+    command.start(main, files=(command.CONFIG, OPTIONS))

@@ -13,17 +13,16 @@ import multiprocessing
 import pathlib
 import resource
 import statistics
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
+from drirl_jax import console, process, sharding, train
 from drirl_jax import main as command
-from drirl_jax import process, sharding, train
 from drirl_jax.data.examples import Examples
 from drirl_jax.floor import Shape, floor, irl_floor, measure_machine
 from drirl_jax.metrics import Clock
@@ -240,23 +239,23 @@ def pairs(name: str, text: list[str]) -> tuple[list[str], list[int]]:
 
 
 def main(argv: list[str]) -> None:
-    try:
-        if command.CONFIG.value is None:
-            raise InputError(f"--config is missing: {__doc__.splitlines()[2]}")
-        shape = dict(zip(*pairs("shape", SHAPE.value)))
-        letters, values = pairs("grow", GROW.value)
-        if len(set(letters)) > 1 or len(set(values)) != len(values) or len(values) == 1:
-            raise InputError(f"--grow is {','.join(GROW.value)}: give one letter and two or more values, as G=1,2,4.")
-        if values:
-            result = {v: run_apart(command.CONFIG.value, STEPS.value, shape | {letters[0]: v}) for v in values}
-        else:
-            result = run(command.CONFIG.value, STEPS.value, shape)
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
-    print(growth(letters[0], result) if values else table(result))
+    """The figures that the flags ask for. Raises InputError."""
+    if command.CONFIG.value is None:
+        raise InputError(f"--config is missing: {__doc__.splitlines()[2]}")
+    shape = dict(zip(*pairs("shape", SHAPE.value)))
+    letters, values = pairs("grow", GROW.value)
+    if len(set(letters)) > 1 or len(set(values)) != len(values) or len(values) == 1:
+        raise InputError(f"--grow is {','.join(GROW.value)}: give one letter and two or more values, as G=1,2,4.")
+    if values:
+        grown = {v: run_apart(command.CONFIG.value, STEPS.value, shape | {letters[0]: v}) for v in values}
+        text, result = growth(letters[0], grown), {str(v): of for v, of in grown.items()}
+    else:
+        result = run(command.CONFIG.value, STEPS.value, shape)
+        text = table(result)
+    console.result(text, **result)
     if JSON.value:
         pathlib.Path(JSON.value).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    command.start(main, resumes=False)

@@ -23,7 +23,7 @@ def speak(as_: str) -> None:
 
     Args:
         as_: a row of MODES. In "json" stdout has one object a line, each with "event": "log", "progress", "result" or
-            "error"; what a number is that is not finite is null.
+            "end"; what a number is that is not finite is null.
     """
     global _mode
     _mode = as_

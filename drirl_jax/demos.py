@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, train
+from drirl_jax import checks, console, train
 from drirl_jax import main as command
 from drirl_jax.data import drafts, generators, records
 from drirl_jax.evals import judges
@@ -57,15 +56,14 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
 
 
 def main(argv: list[str]) -> None:
-    try:
-        for name, value in (("config", command.CONFIG.value), ("prompts", PROMPTS.value), ("out", OUT.value)):
-            if value is None:
-                raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-        outcome = run(command.CONFIG.value, pathlib.Path(PROMPTS.value), pathlib.Path(OUT.value))
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
-    print(f"{outcome.summary()}\nwritten to {OUT.value}")
+    """The demonstrations that the flags ask for. Raises InputError."""
+    for name, value in (("config", command.CONFIG.value), ("prompts", PROMPTS.value), ("out", OUT.value)):
+        if value is None:
+            raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+    outcome = run(command.CONFIG.value, pathlib.Path(PROMPTS.value), pathlib.Path(OUT.value))
+    told = {"demonstrations": len(outcome.records), "asked": outcome.asked, "left_out": outcome.left_out}
+    console.result(f"{outcome.summary()}\nwritten to {OUT.value}", **told, out=OUT.value)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    command.start(main)

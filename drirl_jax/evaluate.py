@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 
 import jax
 import rich.box
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
-from drirl_jax import bucket, checks, sharding, train, workdirs
+from drirl_jax import bucket, checks, console, sharding, train, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import benchmarks, judges
@@ -132,11 +131,11 @@ def table(results: list[dict]) -> str:
                 bounds = f"{x['low']:.3f} to {x['high']:.3f}, {x['interval']}"
                 shown.add_row(result["benchmark"], judge, metric, f"{x['value']:.3f}", bounds, str(x["n"]))
         shown.add_section()
-    console = rich.console.Console(width=110, markup=False)
-    with console.capture() as captured:
-        console.print(shown)
+    page = rich.console.Console(width=110, markup=False)
+    with page.capture() as captured:
+        page.print(shown)
         for line in dict.fromkeys(line for result in results for line in notes(result)):
-            console.print(line)
+            page.print(line)
     return captured.get()
 
 
@@ -154,19 +153,18 @@ def notes(result: dict):
 
 
 def main(argv: list[str]) -> None:
-    try:
-        for name, value in (("policy", POLICY.value), ("workdir", command.WORKDIR.value)):
-            if value is None:
-                raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-        given = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        config = config_of(POLICY.value, command.CONFIG.value, options)
-        results = run(POLICY.value, config, bucket.folder(command.WORKDIR.value))
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
+    """The benchmarks that the flags ask for. Raises InputError."""
+    for name, value in (("policy", POLICY.value), ("workdir", command.WORKDIR.value)):
+        if value is None:
+            raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+    given = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    config = config_of(POLICY.value, command.CONFIG.value, options)
+    results = run(POLICY.value, config, bucket.folder(command.WORKDIR.value))
     if sharding.writes():
-        print(f"{table(results)}written to {command.WORKDIR.value}")
+        told = {result["benchmark"]: result["judges"] for result in results}
+        console.result(f"{table(results)}written to {command.WORKDIR.value}", benchmarks=told)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    command.start(main)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
-from drirl_jax import checks
+from drirl_jax import checks, console
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import classifier, judges, labelled
@@ -61,25 +60,21 @@ def compare(config: ConfigDict, path: pathlib.Path, memory: pathlib.Path) -> dic
 
 
 def main(argv: list[str]) -> None:
-    try:
-        if (FIT.value is None) == (COMPARE.value is None) or TO.value is None:
-            raise InputError("give --fit or --compare, one of them, and --to: see python -m drirl_jax.judge --help.")
-        config, out = (
-            (command.CONFIG.value or config_lib.default()).copy_and_resolve_references(),
-            pathlib.Path(TO.value),
-        )
-        if FIT.value is not None:
-            told = fit(config, pathlib.Path(FIT.value), out)
-        else:
-            config.evals.update({"judges": tuple(RATERS.value), "classifier": CLASSIFIER.value or ""})
-            checks.validate(config)
-            told = compare(config, pathlib.Path(COMPARE.value), out.with_suffix(".judgements.jsonl"))
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
-    print(f"{json.dumps(told, indent=1)}\nwritten to {out}")
+    """The fit or the comparison that the flags ask for. Raises InputError."""
+    if (FIT.value is None) == (COMPARE.value is None) or TO.value is None:
+        raise InputError("give --fit or --compare, one of them, and --to: see python -m drirl_jax.judge --help.")
+    config = (command.CONFIG.value or config_lib.default()).copy_and_resolve_references()
+    out = pathlib.Path(TO.value)
+    if FIT.value is not None:
+        told = fit(config, pathlib.Path(FIT.value), out)
+    else:
+        config.evals.update({"judges": tuple(RATERS.value), "classifier": CLASSIFIER.value or ""})
+        checks.validate(config)
+        told = compare(config, pathlib.Path(COMPARE.value), out.with_suffix(".judgements.jsonl"))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    console.result(f"{json.dumps(told, indent=1)}\nwritten to {out}", **told, out=str(out))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    command.start(main, resumes=False)

@@ -23,7 +23,9 @@ import pathlib
 import pkgutil
 import signal
 import sys
-from typing import Callable
+from functools import partial
+from types import ModuleType
+from typing import Callable, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -51,18 +53,32 @@ DISK = {
 }
 
 
-def main(argv: list[str], do: Callable[[list[str]], None] | None = None) -> None:
-    """Does this, `run` if nothing is named, and ends the process with the exit code of how it went."""
+def start(do: Callable[[list[str]], None], resumes: bool = True, files: tuple = (CONFIG,)) -> None:
+    """A command: its flags, config files among them, then `main`."""
+    app.run(lambda argv: main(argv, do, resumes), flags_parser=partial(parse, files=files))
+
+
+def main(argv: list[str], do: Callable[[list[str]], None] | None = None, resumes: bool = True) -> None:
+    """Does this, `run` if nothing is named, and ends the process with the exit code of how it went.
+
+    Args:
+        argv: what is left of the command line.
+        do: the command's own part; raises InputError for what the user gave.
+        resumes: whether the same command goes on where it was; one that does not ends by SIGTERM at once.
+    """
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells of every file at INFO
-    signal.signal(signal.SIGTERM, process.leave)
+    if resumes:
+        signal.signal(signal.SIGTERM, process.leave)
     try:
+        if do and (DRY_RUN.value or REPLAY.value):
+            raise InputError("--dry_run and --replay are flags of drirl_jax.main: leave them out here.")
         (do or run)(argv)
     except InputError as error:
         leave(f"{error}")
     except process.Preempted as notice:
         leave(f"asked to end: {notice}; started again, it goes on", process.PREEMPTED)
     except KeyboardInterrupt:
-        leave("interrupted; started again, it goes on from its last checkpoint", INTERRUPTED)
+        leave("interrupted" + "; started again, it goes on with what is kept" * resumes, INTERRUPTED)
     except Exception as error:
         disk = [code for code in DISK if code == getattr(error, "errno", None) or os.strerror(code) in str(error)]
         if not disk:
@@ -92,7 +108,7 @@ def run(argv: list[str]) -> None:
         train.run(CONFIG.value, workdir)
 
 
-def leave(sentence: str, code: int = 1) -> None:
+def leave(sentence: str, code: int = 1) -> NoReturn:
     """Ends the process with this code, after the sentence that says why."""
     if console.mode() == "json":
         console.say("end", exit=code, message=sentence)
@@ -102,19 +118,23 @@ def leave(sentence: str, code: int = 1) -> None:
     sys.exit(code)
 
 
-def config_files() -> dict[str, str]:
-    """The config files that come along, as --config takes them here: path -> name."""
+def config_files(command: str = "main") -> dict[str, ModuleType]:
+    """The config files that come along and name this command in their docstring: path, as --config takes it here ->
+    module."""
     folder = pathlib.Path(drirl_jax.configs.__path__[0])
     names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
-    here = pathlib.Path("configs")
-    return {str((here if (here / f"{name}.py").exists() else folder) / f"{name}.py"): name for name in names}
+    here, found = pathlib.Path("configs"), {}
+    for name in names:
+        module = importlib.import_module(f"drirl_jax.configs.{name}")
+        if f"python -m drirl_jax.{command} " in (module.__doc__ or ""):
+            found[str((here if (here / f"{name}.py").exists() else folder) / f"{name}.py")] = module
+    return found
 
 
 def usage() -> str:
     """What --help prints: the command's own page, the config files with their variants, the flags."""
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Config files:"]
-    for path, name in config_files().items():
-        module = importlib.import_module(f"drirl_jax.configs.{name}")
+    for path, module in (config_files(pathlib.Path(sys.argv[0]).stem) or config_files()).items():
         lines.append(f"    {path}: {module.__doc__.splitlines()[0]}")
         if parts := getattr(module, "PARTS", None):
             lines.append(f"        variants, as {path}:{next(iter(parts))}: {', '.join(parts)}")
@@ -130,16 +150,16 @@ def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
+        console.speak("quiet" if QUIET.value else LOG.value)
         for file in files:
             if file.value is not None:
                 file.value.lock()  # a file that failed to load says so when it is first touched
-        console.speak("quiet" if QUIET.value else LOG.value)
         process.keep_memory()
         return rest
     except flags.Error as error:  # of a config file that raises, the whole traceback
-        sys.exit(f"drirl_jax: {str(error).strip().splitlines()[-1]}")
+        leave(str(error).strip().splitlines()[-1])
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        sys.exit(f"drirl_jax: the config or a --config flag is wrong: {' '.join(str(error).split())}")
+        leave(f"the config or a --config flag is wrong: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

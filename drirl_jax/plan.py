@@ -14,17 +14,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Callable, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, cost, optimizer, rollout, sharding
+from drirl_jax import checks, console, cost, optimizer, rollout, sharding
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.models import families, flash, hf, reward
@@ -285,26 +284,24 @@ def table(result: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    try:
-        for flag in (command.CONFIG, TOPOLOGY):
-            config_lib.need(flag.value is not None, f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
-        config = command.CONFIG.value
-        checks.validate(config)
-        if MODEL.value:
-            known = ", ".join(families.PRESETS)
-            config_lib.need(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {known}.")
-            shape = families.PRESETS[MODEL.value]
-        else:
-            shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
-        shape = shape._replace(**{name: config.policy[name] for name in ("dtype", "weights", "attention")})
-        flash.require(shape, "tpu")
-        result = plan(config, shape, TOPOLOGY.value)
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
-    print(table(result))
+    """The plan that the flags ask for. Raises InputError."""
+    for flag in (command.CONFIG, TOPOLOGY):
+        config_lib.need(flag.value is not None, f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
+    config = command.CONFIG.value
+    checks.validate(config)
+    if MODEL.value:
+        known = ", ".join(families.PRESETS)
+        config_lib.need(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {known}.")
+        shape = families.PRESETS[MODEL.value]
+    else:
+        shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
+    shape = shape._replace(**{name: config.policy[name] for name in ("dtype", "weights", "attention")})
+    flash.require(shape, "tpu")
+    result = plan(config, shape, TOPOLOGY.value)
+    console.result(table(result), **result)
     if PLAN.value:
         pathlib.Path(PLAN.value).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    command.start(main, resumes=False)

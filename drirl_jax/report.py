@@ -355,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     others = "workdirs of several; the first is the one that the others are compared with"
     parser.add_argument("--compare", nargs="+", type=pathlib.Path, metavar="RUN", help=others)
     parser.add_argument("--out", type=pathlib.Path, help="where the comparison goes")
+    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax.report runs/quickstart")
     given = parser.parse_args(argv)
     try:
         if (given.run is None) == (given.compare is None) or (given.compare is None) != (given.out is None):

@@ -14,12 +14,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from drirl_jax import bucket, train, workdirs
+from drirl_jax import bucket, console, train, workdirs
 from drirl_jax import main as command
 from drirl_jax.data import examples, records
 from drirl_jax.data.records import Record
@@ -88,23 +87,23 @@ def best_of(workdir: bucket.Path, path: pathlib.Path, n: int, base: bool) -> lis
 
 
 def main(argv: list[str]) -> None:
-    try:
-        for name, value in (("workdir", command.WORKDIR.value), ("out", OUT.value)):
-            if value is None:
-                raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-        if (RESPONSES.value is None) == (PROMPTS.value is None):
-            raise InputError("give --responses to score, or --prompts of whose responses the best is to be taken.")
-        workdir, out = bucket.path(command.WORKDIR.value), pathlib.Path(OUT.value)
-        if RESPONSES.value is not None:
-            rows = of_responses(workdir, pathlib.Path(RESPONSES.value))
-        else:
-            rows = best_of(workdir, pathlib.Path(PROMPTS.value), BEST_OF.value, BASE.value)
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
+    """The scores that the flags ask for. Raises InputError."""
+    for name, value in (("workdir", command.WORKDIR.value), ("out", OUT.value)):
+        if value is None:
+            raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+    if (RESPONSES.value is None) == (PROMPTS.value is None):
+        raise InputError("give --responses to score, or --prompts of whose responses the best is to be taken.")
+    workdir, out = bucket.path(command.WORKDIR.value), pathlib.Path(OUT.value)
+    if RESPONSES.value is not None:
+        rows = of_responses(workdir, pathlib.Path(RESPONSES.value))
+    else:
+        rows = best_of(workdir, pathlib.Path(PROMPTS.value), BEST_OF.value, BASE.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(rows)} rows, mean reward {np.mean([row['reward'] for row in rows]):+.3f}, written to {out}")
+    mean = float(np.mean([row["reward"] for row in rows]))
+    text = f"{len(rows)} rows, mean reward {mean:+.3f}, written to {out}"
+    console.result(text, rows=len(rows), mean_reward=mean, out=str(out))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse)
+    command.start(main, resumes=False)

@@ -25,7 +25,6 @@ import threading
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
-from absl import app
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -417,8 +416,8 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
     study, workdir = command.CONFIG.value, bucket.folder(command.WORKDIR.value)
     run_all(study, workdir)
-    print(report(study, workdir))
+    console.result(report(study, workdir), workdir=str(workdir))
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: command.main(argv, main), flags_parser=command.parse)
+    command.start(main)

@@ -13,8 +13,8 @@ import commands
 import jax
 import pytest
 
+from drirl_jax import bench, console, evaluate, floor, main, metrics, preview, process, score, status, train, workdirs
 from drirl_jax import config as config_lib
-from drirl_jax import console, floor, main, metrics, preview, process, status, train, workdirs
 
 
 @pytest.fixture(params=console.MODES)
@@ -229,17 +229,33 @@ def test_a_dry_run_refuses_a_workdir_that_is_not_its_own(context, begun):
 
 
 def test_help_teaches_and_is_no_error(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["drirl_jax.main", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        main.parse(sys.argv)
-    told = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert "configs/quickstart.py: SmolLM2-135M-Instruct on the starter set" in told
-    assert "configs/study_smollm2.py:main: main, rewards" in told and "--[no]dry_run" in told
+    def help_of(command):
+        monkeypatch.setattr("sys.argv", [f"drirl_jax/{command}.py", "--help"])
+        with pytest.raises(SystemExit) as stop:
+            main.parse(sys.argv)
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    told = help_of("main")
+    assert "configs/quickstart.py: SmolLM2-135M-Instruct on the starter set" in told and "--[no]dry_run" in told
+    assert "attack.py" not in told and "configs/study_smollm2.py:main: main, rewards" in help_of("study")
 
 
 def test_a_mode_that_is_none_is_refused():
     commands.refused("flag --log=loud: value should be one of <text|quiet|json>", main, "--log=loud")
+
+
+@pytest.mark.parametrize("command", [bench, evaluate, score])
+def test_other_commands_take_no_dry_run_and_say_how_they_end(command, capsys):
+    commands.refused("--dry_run and --replay are flags of drirl_jax.main", command, "--dry_run", "--log=json")
+    console.speak("text")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["exit"] == 1
+
+
+def test_a_wrong_flag_of_a_config_is_told_in_json_too(capsys):
+    commands.refused("is wrong", main, "--config=configs/none_such.py", "--log=json")
+    console.speak("text")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["event"] == "end"
 
 
 def test_how_a_command_ends_is_said_in_json_too(mode, capsys):

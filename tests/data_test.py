@@ -442,8 +442,7 @@ def test_convert_refuses_another_shape(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", SAFETY7[0], ROW)
     with pytest.raises(SystemExit) as error:
         convert.main(["safety7", str(source), str(tmp_path / "out.jsonl")])
-    assert error.value.code == 1
-    assert f"{source}, line 2: not a safety7 record (KeyError('safe'))" in capsys.readouterr().err
+    assert f"{source}, line 2: not a safety7 record (KeyError('safe'))" in str(error.value.code)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -486,9 +485,8 @@ def test_convert_do_not_answer(tmp_path, capsys):
     assert "CC BY-NC-SA 4.0" in out
     prompts = tmp_path / "do_not_answer_en.csv"
     prompts.write_text("id,risk_area,types_of_harm,specific_harms,question\n0,x,y,z,Hm?\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"row 1: not a do_not_answer record \(ValueError\('no column ends in _resp"):
         convert.main(["do_not_answer", str(prompts), str(tmp_path / "out.jsonl")])
-    assert "row 1: not a do_not_answer record (ValueError('no column ends in _response" in capsys.readouterr().err
 
 
 def tails(prompt, response, *true):
@@ -564,12 +562,12 @@ def test_convert_from_the_hub_asks_for_what_is_published(name, tmp_path, capsys,
     hub = PUBLISHED[name].url.split("/datasets/")[1]
     with pytest.raises(SystemExit) as error:
         convert.main([name, hub, str(tmp_path / "out.jsonl")])
-    assert error.value.code == 1 and asked == [(hub, next(iter(PUBLISHED[name].parts.values())))]
-    assert f"error: the hub gave no {hub} (ConnectionError): download " in capsys.readouterr().err
+    assert asked == [(hub, next(iter(PUBLISHED[name].parts.values())))]
+    assert f"the hub gave no {hub} (ConnectionError): download " in error.value.code
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as error:
         convert.main([name, hub, str(tmp_path / "out.jsonl")])
-    assert f"or pip install datasets, which takes {hub} from the hub" in capsys.readouterr().err
+    assert f"or pip install datasets, which takes {hub} from the hub" in error.value.code
 
 
 def test_mappings_lead_to_the_methods_categories():
@@ -581,9 +579,9 @@ def test_mappings_lead_to_the_methods_categories():
 @pytest.mark.parametrize("source, sentence", [("no/such.jsonl", "no file no/such.jsonl"), (".", "none of train.jsonl")])
 def test_convert_what_is_not_there(source, sentence, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as error:
         convert.main(["beavertails", source, "out.jsonl"])
-    assert f"error: {sentence}" in capsys.readouterr().err
+    assert error.value.code.startswith(f"drirl_jax: {sentence}")
 
 
 def test_a_damaged_packed_file_is_one_sentence(tmp_path):

@@ -17,6 +17,7 @@ from drirl_jax import config as config_lib
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = pathlib.Path(drirl_jax.__file__).parent
 PAGES = {page.name: page.read_text("utf-8") for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 GUIDES = [name for name in PAGES if name.islower() or name == "README.md"]
 # What each example's diff brings along, and the file without which it has nothing to apply to.
 EXAMPLES = {
@@ -44,6 +45,20 @@ def test_the_methods_table_names_functions_and_options_that_are_there():
             assert hasattr(importlib.import_module(f"drirl_jax.{module}"), function), name
         for key in re.findall(r"`([\w.]+)`", options):
             config_lib.get(config_lib.default(), key)
+
+
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *NOTEBOOKS])
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, heading = target.partition("#")
+        if "://" in path:
+            continue
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        if heading and there.suffix == ".md":
+            titles = re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles]
+            assert heading in slugs, target
 
 
 @functools.cache

@@ -19,12 +19,14 @@ import hashlib
 import json
 import pathlib
 import re
+import sys
 from typing import Iterator, Sequence
 
 from drirl_jax.data import files
 from drirl_jax.data.files import Row
 from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
+from drirl_jax.metrics import tracked
 from drirl_jax.types import InputError
 
 
@@ -51,7 +53,7 @@ def demonstrations(
     ours = {theirs.lower(): mine for theirs, mine in of.categories.items()}
     answers: dict[tuple[str, str], list[Answer]] = {}
     left_out: collections.Counter[str] = collections.Counter()
-    for where, part, row in _rows(name, source):
+    for where, part, row in tracked(list(_rows(name, source)), "import", "row"):
         try:
             parsed = of.parse(row, part)
             if isinstance(parsed, str):
@@ -112,11 +114,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("target", metavar="OUT.jsonl", type=pathlib.Path)
     parser.add_argument("--max-words", type=int, help="leave out longer demonstrations")
     parser.add_argument("--category", default="", help="of prompts whose category is none of ours")
+    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: see python -m drirl_jax.data.convert --help")
     args = parser.parse_args(argv)
     try:
         rows, left_out = demonstrations(args.format, args.source, args.max_words, args.category)
     except InputError as error:
-        parser.exit(1, f"error: {error}\n")
+        sys.exit(f"drirl_jax: {error}")
     lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows]
     args.target.parent.mkdir(parents=True, exist_ok=True)
     args.target.write_text("".join(lines), encoding="utf-8")
