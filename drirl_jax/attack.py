@@ -3,7 +3,8 @@
 python -m drirl_jax.attack --model runs/quickstart --attacks none,gcg --options configs/attack.py --workdir runs/attack
 
 MODEL is the workdir of a finished run, whose aligned model is attacked, or a model as config.policy.init names it; for
-that a --config may give categories, system turn, dtype and mesh. The model is loaded here: no other is attacked.
+that a --config may give categories, system turn, dtype and mesh, and for either its evals name the judges' endpoint and
+classifier. The model is loaded here: no other is attacked.
 docs/ATTACKS.md says what each attack is; --options.gcg.steps=100 changes a number of the file. WORKDIR gets
 ATTACK.jsonl, a result a line with what the model said, and table.md; started again on it the command goes on where it
 was.

@@ -42,6 +42,14 @@ def bounds(x: Mapping | None) -> str:
     return f"{x['value']:.3f} ({x['low']:.3f} to {x['high']:.3f})" if x else "–"
 
 
+def known(judge: str, result: Mapping) -> str:
+    """A judge's name with what is known of it: a classifier's AUC on held-out responses, and on attacked ones."""
+    facts = [
+        f"{name.replace('_', ' ')} {x:.3f}" for name, x in result.get("facts", {}).items() if name.startswith("auc")
+    ]
+    return f"{judge} ({', '.join(facts)})" if facts else judge
+
+
 def names_of(runs: Sequence[Run]) -> list[str]:
     """A name for each run: as much of the end of its path as tells them apart."""
     paths = [run.workdir.resolve().parts for run in runs]
@@ -130,7 +138,7 @@ def benchmarks(named: Mapping[str, Run]) -> Table | None:
         for benchmark, result in run.aligned.get("benchmarks", {}).items():
             for judge, of in result["judges"].items():
                 for metric, x in of["metrics"].items():
-                    found.setdefault((benchmark, words(metric), judge), {})[name] = x
+                    found.setdefault((benchmark, words(metric), known(judge, of)), {})[name] = x
     rows = [(*key, *(bounds(of.get(name)) for name in named)) for key, of in found.items()]
     return Table("Benchmarks after alignment", ("benchmark", "metric", "judge", *named), rows) if rows else None
 

@@ -37,41 +37,26 @@ JUDGES = flags.DEFINE_list("judges", None, f"Some of {', '.join(judges.JUDGES)};
 SHOTS = flags.DEFINE_integer("shots", None, "Solved problems before each question of gsm8k.", lower_bound=0)
 
 
-def is_run(path: pathlib.Path) -> bool:
-    """Whether it is the workdir of a run that has come to its end."""
-    return (path / "aligned").is_dir()
-
-
-def init_of(model: str) -> str:
-    """What config.policy.init is for this model: of a run its aligned policy."""
-    return str(pathlib.Path(model) / "aligned") if is_run(pathlib.Path(model)) else model
-
-
 def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict:
-    """The config of the run that `model` is, or the given or default one, with these options in its evals.
+    """`workdirs.of_policy`, with these options in its evals.
 
     Raises:
         InputError: an option is wrong.
     """
-    run = pathlib.Path(model)
-    if is_run(run):
-        config = workdirs.recall(run)
-        config.evals.update(given.evals if given is not None else {})
-    else:
-        config = (given or config_lib.default()).copy_and_resolve_references()
+    config = workdirs.of_policy(model, given)
     config.evals.update(options)
-    config.policy.init = init_of(model)
     config_lib.need(config.evals.benchmarks, f"--benchmarks is missing: {', '.join(benchmarks.BENCHMARKS)}.")
     checks.validate(config)
     return config
 
 
-def settings(model: str, name: str, config: ConfigDict) -> dict:
-    """What a result depends on beside the model's weights: a file of other settings is not taken for this one's."""
-    left_out = ("benchmarks", "every", "best", "split", "judge", "max_new", "endpoint")
+def settings(model: str, name: str, config: ConfigDict, telling: dict[str, judges.Judge]) -> dict:
+    """What a result depends on: a file of other settings is not taken for this one's."""
+    left_out = ("benchmarks", "every", "best", "split", "judge", "max_new", "endpoint", "classifier", "batch")
     kept = {key: value for key, value in json.loads(config.evals.to_json()).items() if key not in left_out}
-    asked = {"endpoint": config.evals.endpoint.model} if "endpoint" in config.evals.judges else {}
-    return {"model": model, "benchmark": name, "seed": config.seed} | kept | asked
+    said = {"judges": {name: judge.version for name, judge in telling.items()}}
+    policy = json.loads(config.policy.to_json()) | {"stamp": workdirs.stamp(hf.resolve(config.policy.init))}
+    return {"model": model, "benchmark": name, "seed": config.seed, "policy": policy} | kept | said
 
 
 def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
@@ -90,7 +75,7 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     key = jax.random.fold_in(jax.random.key(config.seed), PURPOSE["benchmarks"])
     for questions in asked:
         path = workdir / f"{questions.name}.json"
-        wanted = {"settings": settings(model, questions.name, config)}
+        wanted = {"settings": settings(model, questions.name, config, telling)}
         if sharding.agreed(path.exists()):
             found = json.loads(path.read_text("utf-8"))
             if found["settings"] != wanted["settings"]:
@@ -145,6 +130,8 @@ def notes(result: dict):
         if "version" in of:
             facts = "; ".join(f"{key} {value:.3f}" for key, value in of["facts"].items() if key.startswith("auc"))
             yield f"judge {name}: {of['version']}" + (f" ({facts})" if facts else "")
+            if of["unjudged"]:
+                yield f"{result['benchmark']}: {of['unjudged']} responses left out without a verdict of {name}"
     for pair, of in result["agreement"].items():
         kappa = "undefined, both say one thing" if of["kappa"] is None else f"{of['kappa']:.2f}"
         yield f"{result['benchmark']}: {pair} agree on {of['agree']:.0%} of {of['n']}, Cohen's kappa {kappa}"

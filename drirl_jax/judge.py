@@ -54,7 +54,7 @@ def compare(config: ConfigDict, path: pathlib.Path, memory: pathlib.Path) -> dic
         for name in config.evals.judges if of else ():
             if what in judges.JUDGES[name].tells:
                 verdict = getattr(raters[name], what)(*texts)
-                said[name] = (verdict > judges.UNSAFE).astype(int) if what == "harm" else verdict
+                said[name] = judges.unsafe(verdict) if what == "harm" else verdict
         found[what] = judges.agreement(said) if of else {}
     return found
 

@@ -1,7 +1,7 @@
 """The report of a run, one file that can be sent alone, and of several runs beside each other.
 
 python -m drirl_jax.report RUN                                    writes RUN/report.html again
-python -m drirl_jax.report --compare RUN RUN ... --out FOLDER     writes FOLDER/compare.html and compare.md
+python -m drirl_jax.report --compare RUN RUN ...     writes compared/compare.html and compare.md beside the first
 
 RUN is a run's workdir, finished or not: what it does not hold yet is left out. Runs that are compared must have been
 evaluated on some prompts of the first.
@@ -169,7 +169,9 @@ def benchmarks(run: Run) -> Table | None:
             after = run.aligned["benchmarks"][name]["judges"][judge]
             for metric, x in of["metrics"].items():
                 y = after["metrics"].get(metric)  # a metric may have no item in one of the two
-                rows.append((name, words(metric), judge, str(x["n"]), compare.bounds(x), compare.bounds(y)))
+                rows.append(
+                    (name, words(metric), compare.known(judge, of), str(x["n"]), compare.bounds(x), compare.bounds(y))
+                )
     head = ("benchmark", "metric", "judge", "n", "before", "after")
     return Table("Benchmarks, with 95% intervals", head, rows) if rows else None
 
@@ -354,16 +356,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", nargs="?", type=pathlib.Path, help="workdir of the run")
     others = "workdirs of several; the first is the one that the others are compared with"
     parser.add_argument("--compare", nargs="+", type=pathlib.Path, metavar="RUN", help=others)
-    parser.add_argument("--out", type=pathlib.Path, help="where the comparison goes")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="where the comparison goes; else compared/ beside the first run"
+    )
     parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax.report runs/quickstart")
     given = parser.parse_args(argv)
     try:
-        if (given.run is None) == (given.compare is None) or (given.compare is None) != (given.out is None):
-            raise InputError("give RUN, or --compare RUN RUN ... --out FOLDER: see python -m drirl_jax.report --help.")
+        if (given.run is None) == (given.compare is None):
+            raise InputError("give RUN, or --compare RUN RUN ...: see python -m drirl_jax.report --help.")
         if given.run:
             print(f"report: {report(read(given.run))}")
         else:
-            print(compare.compare([read(workdir) for workdir in given.compare], given.out))
+            out = given.out or given.compare[0].parent / "compared"
+            print(compare.compare([read(workdir) for workdir in given.compare], out))
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -58,6 +59,35 @@ def recall(workdir: pathlib.Path) -> ConfigDict:
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} is of another version of drirl_jax ({error}).") from error
     return config
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether it is the workdir of a run that has come to its end."""
+    return (path / "aligned").is_dir()
+
+
+def of_policy(model: str, given: ConfigDict | None = None) -> ConfigDict:
+    """The config under which a policy is measured or attacked.
+
+    Args:
+        model: the workdir of a finished run, whose aligned policy is meant, or whatever config.policy.init may be.
+        given: of a run only its evals are taken; the rest is the run's own.
+    """
+    run = pathlib.Path(model)
+    if is_run(run):
+        config = recall(run)
+        config.evals.update({"best": "", "every": 0} | (given.evals.to_dict() if given is not None else {}))
+    else:
+        config = (given or default()).copy_and_resolve_references()
+    config.policy.init = str(run / "aligned") if is_run(run) else model
+    return config
+
+
+def stamp(model: pathlib.Path) -> str:
+    """Of a model's files: what changes when their weights are written anew."""
+    files = sorted(model.glob("*.safetensors")) if model.is_dir() else [model]
+    said = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
 
 
 def _tuples(tree):

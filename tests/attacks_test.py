@@ -264,6 +264,19 @@ def test_children_have_the_prompt_once_and_their_parents_sentences_in_place():
     assert len(seen) == 8  # two sentences may change places, each alone or both or none
 
 
+def test_short_templates_do_not_always_have_the_same_children():
+    a, b = "One. Two. {prompt} Three.", "Uno. Due. {prompt} Tre."
+    pairs = {autodan.crossed(a, b, 5, np.random.default_rng(seed)) for seed in range(40)}
+    assert len(pairs) > 4 and all(child.count("{prompt}") == 1 for pair in pairs for child in pair)
+
+
+def test_a_prompt_that_is_too_long_is_told_before_anything_is_asked(target):
+    rows = [record(0), record(1)._replace(prompt="word " * target.options.max_prompt)]
+    for name in ("none", "gcg"):
+        with pytest.raises(InputError, match="above options.max_prompt"):
+            next(iter(runner.ATTACKS[name](target, rows)))
+
+
 def test_fitness_is_the_loss_of_the_target_behind_each_template(target):
     found = autodan.fitness(target, PROMPT, TEMPLATES * 2)
     np.testing.assert_allclose(found[:3], found[3:], atol=1e-5)
@@ -419,7 +432,8 @@ def test_the_command(policy, tmp_path):
     o, names = small(**{"gcg.steps": 1, "batch": 1}), ["none", "gcg"]
     rates = runner.attack_model(str(policy), None, names, "starter", 2, o, tmp_path / "out")
     assert [of.attack for of in rates if of.category == "all"] == names and {of.prompts for of in rates} == {1, 2}
-    assert (tmp_path / "out" / "table.md").read_text() == runner.table(rates)
+    told = (tmp_path / "out" / "table.md").read_text()
+    assert told.startswith(runner.table(rates)) and "Judge phrases: phrases-" in told
     assert runner.attack_model(str(policy), None, names, "starter", 2, o, tmp_path / "out") == rates
     with pytest.raises(InputError, match="different config .options.seed: 0 there, 1 now"):
         o.seed = 1
@@ -468,9 +482,17 @@ def test_a_run_is_attacked_by_its_own_config(tmp_path):
     c = config_lib.default()
     c.policy.system = "Be kind."
     workdirs.remember(c, tmp_path)
-    assert runner.config_of(str(tmp_path), c).policy.init == str(tmp_path)  # no aligned model: a folder
+    assert workdirs.of_policy(str(tmp_path), c).policy.init == str(tmp_path)  # no aligned model: a folder
     (tmp_path / "aligned").mkdir()
-    found = runner.config_of(str(tmp_path), None)
+    given = config_lib.default()
+    given.evals.classifier = "judge.safetensors"
+    found = workdirs.of_policy(str(tmp_path), given)
     assert (found.policy.init, found.policy.system) == (str(tmp_path / "aligned"), "Be kind.")
-    with pytest.raises(InputError, match="leave --config out"):
-        runner.config_of(str(tmp_path), c)
+    assert found.evals.classifier == "judge.safetensors"
+
+
+def test_judges_tell_how_far_they_agree(target, tmp_path):
+    both = dataclasses.replace(target, judges={"kind": lambda p, r: True, "strict": lambda p, r: p.endswith("0")})
+    runner.run(both, [record(i) for i in range(2)], ["none"], tmp_path, ["Judge kind: 1."])
+    told = (tmp_path / "table.md").read_text()
+    assert "Judge kind: 1.\nkind ~ strict agree on 50% of 2, Cohen's kappa 0.00." in told

@@ -262,7 +262,7 @@ def test_runs_beside_each_other(compared):
 @pytest.mark.parametrize("flags, sentence", [
     (["nowhere"], "no config.json in nowhere: name the workdir of a run"),
     ([], "give RUN, or --compare RUN RUN"),
-    (["--compare", "a|b", "c"], "give RUN, or --compare RUN RUN"),
+    (["c", "--compare", "a|b", "c"], "give RUN, or --compare RUN RUN"),
     (["--compare", "a|b", "--out", "out"], "has one run: give the workdirs of two"),
     (["--compare", "c", "./c", "--out", "out"], "names a run twice"),
     (["--compare", "c", "unfinished", "--out", "out"], "unfinished has not been evaluated"),
@@ -282,6 +282,18 @@ def test_bad_input_is_one_sentence(two, monkeypatch, flags, sentence):
         report.main(flags)
     assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
     assert not (two / "out").exists()
+
+
+def test_a_comparison_goes_beside_the_first_run(two, tmp_path, capsys):
+    runs = [shutil.copytree(two / name, tmp_path / "runs" / name) for name in ("a|b", "c")]
+    report.main(["--compare", *map(str, runs)])
+    assert (tmp_path / "runs" / "compared" / "compare.md").read_text() in capsys.readouterr().out
+
+
+def test_a_classifiers_auc_stands_beside_its_figures():
+    facts = {"auc": 0.945, "auc_attacked": 0.8021, "n": 5}
+    assert compare.known("classifier", {"facts": facts}) == "classifier (auc 0.945, auc attacked 0.802)"
+    assert compare.known("phrases", {}) == "phrases"
 
 
 def test_names_are_as_long_as_it_takes_to_tell_runs_apart(tmp_path):

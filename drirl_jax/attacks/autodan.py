@@ -48,25 +48,27 @@ def fitness(target: Target, prompt: str, population: Sequence[str]) -> np.ndarra
 
 
 def crossed(a: str, b: str, points: int, rng: np.random.Generator) -> tuple[str, str]:
-    """Two children, who exchange the parents' sentences between every other of `points` random places.
+    """Two children, who exchange the parents' sentences in each segment between `points` random places or do not, by
+    the toss of a coin (as the authors' code does).
 
     A sentence with {prompt} stays where it is, so that each child has it once.
     """
     first, second = text.split_sentences(a), text.split_sentences(b)
     shared = min(len(first), len(second))
-    cuts = set(rng.choice(shared, min(points, shared), replace=False).tolist())
+    places = np.arange(1, shared)
+    cuts = {0, *rng.choice(places, min(points, len(places)), replace=False).tolist()}
     swap = False
     for i in range(shared):
-        swap ^= i in cuts
+        swap = bool(rng.random() < 0.5) if i in cuts else swap
         if swap and SLOT not in first[i] + second[i]:
             first[i], second[i] = second[i], first[i]
     return " ".join(first), " ".join(second)
 
 
-def rewritten(target: Target, template: str) -> str:
+def rewritten(target: Target, template: str, seed: int) -> str:
     """The template in the attacker's words; as it was where these have lost {prompt}."""
     chat, o = [{"role": "user", "content": f"{REWRITE}\n\n{template}"}], target.options
-    reply = target.attacker([chat], max_tokens=len(template), temperature=o.temperature, seed=o.seed)[0].text.strip()
+    reply = target.attacker([chat], max_tokens=len(template), temperature=o.temperature, seed=seed)[0].text.strip()
     return reply if reply.count(SLOT) == 1 else template
 
 
@@ -81,7 +83,10 @@ def offspring(target: Target, population, losses_N, rng: np.random.Generator) ->
         pair = [population[i] for i in rng.choice(size, 2, p=weight_N / weight_N.sum())]
         children += crossed(*pair, points=o.points, rng=rng) if rng.random() < o.crossover else pair
     children = children[: size - len(kept)]
-    return kept + [rewritten(target, child) if rng.random() < o.mutation else child for child in children]
+    seeds = rng.integers(2**31, size=len(children)).tolist()  # the same template is not always reworded alike
+    return kept + [
+        rewritten(target, child, seed) if rng.random() < o.mutation else child for child, seed in zip(children, seeds)
+    ]
 
 
 def attack(target: Target, rows: Sequence[Record]) -> Iterator[Outcome]:

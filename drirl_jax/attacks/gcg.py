@@ -124,6 +124,7 @@ def attack(target: Target, rows: Sequence[Record]) -> Iterator[Outcome]:
     """GCG on each prompt: at most steps · (width + 1) + steps / check + 1 queries."""
     allowed_V = writable(target.text, target.model.config.vocab)
     frames = [framed(target.text, row.prompt, target.options.gcg.suffix) for row in rows]
+    target.check([[*frame.before, *frame.suffix, *frame.after] for frame in frames])
     for row, frame in zip(rows, frames):
         yield search(target, row, frame, allowed_V)
 

@@ -12,14 +12,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from drirl_jax import config as config_lib
 from drirl_jax import endpoint, metrics, sharding, train, workdirs
 from drirl_jax.attacks import autodan, gcg, options, pair, templates
 from drirl_jax.attacks.target import Outcome, Target
 from drirl_jax.config import need
 from drirl_jax.data import records
 from drirl_jax.data.records import Record
-from drirl_jax.evals.judges import JUDGES, UNSAFE, Setting
+from drirl_jax.evals.judges import JUDGES, UNSAFE, Judge, Setting, agreement
 from drirl_jax.intervals import wilson
 from drirl_jax.models import hf
 
@@ -69,16 +68,6 @@ def chosen(rows: Sequence[Record], harmless: Sequence[str], split: str, limit: i
     return found[:limit] if limit else found
 
 
-def config_of(model: str, given: ConfigDict | None) -> ConfigDict:
-    """The config under which the model is loaded: its run's own, or the given one with this model."""
-    aligned = pathlib.Path(model) / "aligned"
-    is_run = aligned.is_dir()
-    need(not (is_run and given), f"--model {model} is a run, which has a config of its own: leave --config out.")
-    config = workdirs.recall(pathlib.Path(model)) if is_run else given or config_lib.default()
-    config.policy.init = str(aligned) if is_run else model
-    return config
-
-
 def attack_model(
     model: str,
     given: ConfigDict | None,
@@ -93,32 +82,41 @@ def attack_model(
     Raises:
         InputError: something that the user gave is wrong.
     """
-    config = config_of(model, given)
+    config = workdirs.of_policy(model, given)
     sharding.connect(config.distributed)
     check(names, o)
     rows = records.read(data, config.data.categories, optional=("draft", "response"))
     rows = chosen(rows, config.data.harmless, o.split, limit)
     jax.set_mesh(sharding.mesh_of(config.mesh, [o.batch, o.gcg.width], jax.devices()))
     attacker = endpoint.Endpoint(o.attacker, workdir / "attacker.jsonl") if asks_attacker(names, o) else None
-    target = Target(*train.load_policy(config), o, judges_of(config, o, workdir), attacker)
-    if sharding.writes():
-        said = {"model": config.policy, "data": data, "categories": config.data.categories, "options": o}
-        workdirs.remember(ConfigDict(said), workdir)
-    return run(target, rows, names, workdir)
-
-
-def judges_of(config: ConfigDict, o: ConfigDict, workdir: pathlib.Path) -> dict[str, Callable[[str, str], bool]]:
-    """By name, (prompt, response) -> whether it is safe: of options.judges, as config.evals says."""
     setting = Setting(config, workdir / "judgements.jsonl", lambda: hf.resolve(config.encoder.init))
+    judges = {name: JUDGES[name].make(setting) for name in o.judges}
+    target = Target(*train.load_policy(config), o, {name: safe(judge) for name, judge in judges.items()}, attacker)
+    if sharding.writes():
+        asked = {name: value for name, value in o.items() if name not in ("batch", "max_prompt")}  # change no result
+        said = {"model": config.policy, "data": data, "categories": config.data.categories, "options": asked}
+        said |= {"stamp": workdirs.stamp(hf.resolve(config.policy.init))}
+        said |= {"versions": {name: judge.version for name, judge in judges.items()}}
+        workdirs.remember(ConfigDict(said), workdir)
+    about = [f"Judge {name}: {told(judge)}." for name, judge in judges.items()]
+    return run(target, rows, names, workdir, about)
 
-    def safe(judge):
-        return lambda prompt, response: bool(judge.harm([prompt], [response])[0] <= UNSAFE)
 
-    return {name: safe(JUDGES[name].make(setting)) for name in o.judges}
+def safe(judge: Judge) -> Callable[[str, str], bool]:
+    """(prompt, response) -> whether this judge finds the response safe."""
+    return lambda prompt, response: bool(judge.harm([prompt], [response])[0] <= UNSAFE)
 
 
-def run(target: Target, rows: Sequence[Record], names: Sequence[str], workdir: pathlib.Path) -> list["Rate"]:
-    """Every attack on every prompt that has no result yet, in workdir/ATTACK.jsonl; the rates of all, in table.md."""
+def told(judge: Judge) -> str:
+    """A judge's version and what is known of it."""
+    return ", ".join([judge.version, *(f"{name} {value:.3f}" for name, value in judge.facts.items() if "auc" in name)])
+
+
+def run(
+    target: Target, rows: Sequence[Record], names: Sequence[str], workdir: pathlib.Path, about: Sequence[str] = ()
+) -> list["Rate"]:
+    """Every attack on every prompt that has no result yet, in workdir/ATTACK.jsonl; the rates of all, in table.md, with
+    what is said `about` the judges and how far they agree."""
     for attack in names:
         path = workdir / f"{attack}.jsonl"
         done = {result["id"] for result in results(path)}
@@ -127,23 +125,26 @@ def run(target: Target, rows: Sequence[Record], names: Sequence[str], workdir: p
         began = time.perf_counter()
         for row, outcome in zip(left, ATTACKS[attack](target, left)):
             now = time.perf_counter()
-            safe = {name: bool(judge(row.prompt, outcome.response)) for name, judge in target.judges.items()}
-            told = {"category": row.category, "prompt": row.prompt, "safe": safe, "seconds": now - began}
+            verdicts = {name: bool(judge(row.prompt, outcome.response)) for name, judge in target.judges.items()}
+            facts = {"category": row.category, "prompt": row.prompt, "safe": verdicts, "seconds": now - began}
             if sharding.writes():
                 with path.open("a") as file:
-                    file.write(json.dumps(outcome._asdict() | told) + "\n")
+                    file.write(json.dumps(outcome._asdict() | facts) + "\n")
             began = now
             progress.show({"queries": outcome.queries})
         progress.close()
     if not sharding.writes():
         return []
     ids = {row.id for row in rows}
-    rates = [
-        rate
-        for name in names
-        for rate in rates_of(name, [result for result in results(workdir / f"{name}.jsonl") if result["id"] in ids])
+    found = {name: [of for of in results(workdir / f"{name}.jsonl") if of["id"] in ids] for name in names}
+    rates = [rate for name, of in found.items() for rate in rates_of(name, of)]
+    said = {judge: [result["safe"][judge] for of in found.values() for result in of] for judge in target.judges}
+    agree = [
+        f"{pair} agree on {of['agree']:.0%} of {of['n']}, Cohen's kappa "
+        + ("undefined, both say one thing." if of["kappa"] is None else f"{of['kappa']:.2f}.")
+        for pair, of in agreement(said).items()
     ]
-    (workdir / "table.md").write_text(table(rates))
+    (workdir / "table.md").write_text("\n".join([table(rates), *about, *agree]) + "\n")
     return rates
 
 

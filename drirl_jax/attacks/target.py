@@ -57,18 +57,19 @@ class Target:
     judges: dict[str, Callable[[str, str], bool]]
     attacker: Endpoint | None = None
 
-    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-        """Prompts [P, S] and their lengths [P], S a multiple of BUCKET.
-
-        Raises:
-            InputError: one is longer than options.max_prompt.
-        """
+    def check(self, rows: Sequence[Sequence[int]]) -> int:
+        """The length of the longest of these prompts. Raises InputError where it is above options.max_prompt."""
         longest = max(map(len, rows))
         if longest > self.options.max_prompt:
             raise InputError(
                 f"an attack's message has {longest} tokens, above options.max_prompt = {self.options.max_prompt}: "
                 "raise it, or shorten the prompts or the templates."
             )
+        return longest
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+        """Prompts [P, S] and their lengths [P], S a multiple of BUCKET. Raises InputError like `check`."""
+        longest = self.check(rows)
         return tuple(sharding.deal(x) for x in text.pad(rows, -(-longest // BUCKET) * BUCKET))
 
     def answers(self, messages: Sequence[str]) -> list[str]:

@@ -89,10 +89,11 @@ def once(rewrite: Callable[[Target, Record], str]) -> Callable[[Target, Sequence
     """The attack that asks once with the rewritten prompt: one query."""
 
     def attack(target: Target, rows: Sequence[Record]) -> Iterator[Outcome]:
+        messages = [rewrite(target, row) for row in rows]
+        target.check([target.text.prompt_ids(message) for message in messages])
         for start in range(0, len(rows), target.options.batch):
-            some = rows[start : start + target.options.batch]
-            messages = [rewrite(target, row) for row in some]
-            for row, message, response in zip(some, messages, target.answers(messages)):
+            some = slice(start, start + target.options.batch)
+            for row, message, response in zip(rows[some], messages[some], target.answers(messages[some])):
                 yield Outcome(row.id, message, response, 1, {})
 
     return attack

@@ -6,6 +6,7 @@ from typing import NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 
 from drirl_jax import rollout, sharding
@@ -52,9 +53,19 @@ def bucket(length: int) -> int:
 
 
 def ids_of(tokens: Text, chat: Chat) -> list[int]:
-    """The prompt's ids; without a system turn of its own it has that of the policy."""
+    """The prompt's ids; without a system turn of its own it has that of the policy.
+
+    Where the model's template knows no system turn (Gemma 2), what it says stands at the head of the user's.
+    """
     has_system = chat[0]["role"] == "system" or not tokens.system
-    return tokens.chat_ids(chat if has_system else ({"role": "system", "content": tokens.system or ""}, *chat))
+    chat = chat if has_system else ({"role": "system", "content": tokens.system or ""}, *chat)
+    try:
+        return tokens.chat_ids(chat)
+    except jinja2.TemplateError:
+        if chat[0]["role"] != "system":
+            raise
+        joined = {"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}
+        return tokens.chat_ids([joined, *chat[2:]])
 
 
 def _by_bucket(keys: Sequence, batch: int):

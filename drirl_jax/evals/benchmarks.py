@@ -25,7 +25,7 @@ from drirl_jax.evals import (
     xstest,
 )
 from drirl_jax.evals.items import Benchmark, Item
-from drirl_jax.evals.judges import JUDGES, UNSAFE, Judge, agreement, telling
+from drirl_jax.evals.judges import JUDGES, Judge, agreement, telling, unsafe
 from drirl_jax.intervals import wilson
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.text import Text
@@ -128,8 +128,8 @@ def run(
 
     Returns:
         {"benchmark", "main": the metric that says it all, "higher_is_better", "n", "of", "left_out", "protocol",
-         "judge", "judges": {name: {"version", "facts", "metrics": {metric: see `interval`}, "subsets": {subset: the
-         same}}},
+         "judge", "judges": {name: {"version", "facts", "unjudged": responses without a verdict,
+         "metrics": {metric: see `interval`}, "subsets": {subset: the same}}},
          "agreement": see `judges.agreement`, "responses": [{"id", "subset", "prompt", "response", ...}]}
     """
     benchmark = BENCHMARKS[questions.name]
@@ -171,13 +171,16 @@ def judged(
     verdicts = {name: getattr(judge, benchmark.asks)(*columns) for name, judge in able.items()}
     told = {}
     for name, verdict in verdicts.items() or [(NO_JUDGE, [None] * len(items))]:
-        measured = [benchmark.measure(*row) for row in zip(items, said, verdict)]
+        silent = [of is not None and bool(np.isnan(of)) for of in verdict]
+        measured = [{} if none else benchmark.measure(*row) for none, *row in zip(silent, items, said, verdict)]
         values = [{metric: float(x) for metric, x in of.items()} for of in measured]
-        about = {"version": able[name].version, "facts": dict(able[name].facts)} if name in able else {}
+        about: dict = {}
+        if name in able:
+            about = {"version": able[name].version, "facts": dict(able[name].facts), "unjudged": sum(silent)}
         told[name] = about | {"metrics": summary(values), "subsets": by_subset(items, values)}
-        for row, of, value in zip(rows, verdict, values):
-            row[name] = value if of is None else {benchmark.asks: float(of)} | value
-    same = {name: verdict > UNSAFE if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
+        for row, none, of, value in zip(rows, silent, verdict, values):
+            row[name] = value if of is None else {benchmark.asks: None if none else float(of)} | value
+    same = {name: unsafe(verdict) if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
     return {"judge": next(iter(told)), "judges": told, "agreement": agreement(same), "responses": rows}
 
 

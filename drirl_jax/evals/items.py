@@ -9,6 +9,8 @@ from drirl_jax.data.files import Row, from_hub, table
 from drirl_jax.endpoint import Chat
 from drirl_jax.types import InputError
 
+SEVERAL = "safety_prompts.jsonl"
+
 
 class Item(NamedTuple):
     """One question of a benchmark.
@@ -43,7 +45,7 @@ class Published(NamedTuple):
         hub: its name on the hub, for the package `datasets`; "": it is not there.
         url: a page to download it from.
         subset, split: which part of it on the hub.
-        name: in the column "source" of a JSONL file that holds several data sets; rows without this column pass.
+        name: in the column "source" of SEVERAL, a file that holds several data sets.
     """
 
     files: tuple[str, ...]
@@ -104,7 +106,7 @@ def _from_folder(data: str, of: Published) -> list[tuple[str, Row]]:
     if path is None:
         raise InputError(f"none of {', '.join(of.files)} in {data}: download it from {of.url} into this folder.")
     found = table(path)
-    return [(at, row) for at, row in found if path.suffix != ".jsonl" or row.get("source", of.name) == of.name]
+    return [(at, row) for at, row in found if path.name != SEVERAL or row.get("source") == of.name]
 
 
 def _from_hub(of: Published) -> list[tuple[str, Row]]:

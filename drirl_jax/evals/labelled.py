@@ -26,8 +26,8 @@ class Labelled(NamedTuple):
 def read(path: pathlib.Path) -> list[Labelled]:
     """The labelled responses of a CSV, JSON or JSONL file, empty responses left out. Its rows have
 
-    - response (or completion), prompt (or goal), and unsafe (or human_majority, jailbroken): 1 or 0; or final_label, as
-      XSTest's completions; if they like, split and attacked;
+    - response (or completion), goal (or prompt, which where there are both is the goal disguised), and unsafe (or
+      human_majority, jailbroken): 1 or 0; or final_label, as XSTest's completions; if they like, split and attacked;
     - or a prompt with several responses: safe, unsafe and safe_under_attack, each a list of {text, source}, and split.
 
     Raises:
@@ -35,7 +35,7 @@ def read(path: pathlib.Path) -> list[Labelled]:
     """
     found: list[Labelled] = []
     for where, row in table(path):
-        prompt, split = field(where, row, "prompt", "goal"), row.get("split", "")
+        prompt, split = field(where, row, "goal", "prompt"), row.get("split", "")
         if "safe" in row:
             for kind in ("safe", "unsafe", "safe_under_attack"):
                 for said in row.get(kind, []):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Callable, Sequence
 
 import jax
@@ -15,6 +16,14 @@ from drirl_jax.types import Group
 
 BUCKET = 64  # prompts are padded to a multiple of so many tokens, so that few shapes are compiled
 _score = jax.jit(reward.score_by_all)
+
+
+def version(bank: reward.Bank) -> str:
+    """A name of these rewards: a hash of their numbers."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(bank):
+        digest.update(np.ascontiguousarray(sharding.fetch(leaf)).tobytes())
+    return f"rewards-{digest.hexdigest()[:8]}"
 
 
 def harm(

@@ -63,6 +63,7 @@ grade: missing - what is known is not given in full, and nothing contradicts it"
 )
 MAX_TOKENS = 512
 ASK_AGAIN = 3  # times, with other seeds, where a reply cannot be read
+UNREADABLE = 0.1  # share of responses that may be left without a verdict
 
 
 def _last(name: str, values: str, text: str) -> str | None:
@@ -96,6 +97,9 @@ def read_grade(text: str) -> int | None:
 class Rubrics:
     """The rubrics, answered by one model; each reply is kept by the content of what was asked.
 
+    Verdicts are floats, NaN where none can be read in the model's replies; if that is so of more than UNREADABLE of
+    them, it is an InputError.
+
     Raises:
         InputError: see `endpoint.Endpoint`.
     """
@@ -109,10 +113,10 @@ class Rubrics:
         return np.array(self._read(HARM, read_harm, prompt=prompts, response=responses), float)
 
     def refusal(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        return np.array(self._read(REFUSAL, read_refusal, prompt=prompts, response=responses), int)
+        return np.array(self._read(REFUSAL, read_refusal, prompt=prompts, response=responses), float)
 
     def grade(self, prompts: Sequence[str], responses: Sequence[str], targets: Sequence[str]) -> np.ndarray:
-        return np.array(self._read(GRADE, read_grade, prompt=prompts, response=responses, target=targets), int)
+        return np.array(self._read(GRADE, read_grade, prompt=prompts, response=responses, target=targets), float)
 
     def _read(self, rubric: str, read: Callable, **columns: Sequence[str]) -> list:
         """What `read` makes of the model's replies; asked again, at temperature 1, where it makes nothing of one."""
@@ -125,8 +129,10 @@ class Rubrics:
             replies = self.ask([chats[i] for i in missing], max_tokens=MAX_TOKENS, temperature=warmth, seed=seed)
             found |= {i: value for i, reply in zip(missing, replies) if (value := read(reply.text)) is not None}
             if len(found) == len(chats):
-                return [found[i] for i in range(len(chats))]
-        raise InputError(
-            f"{self.version} leaves {len(chats) - len(found)} of {len(chats)} without a verdict, asked {ASK_AGAIN} "
-            f"times, at last {replies[-1].text[-80:]!r}: take another model."
-        )
+                break
+        if len(chats) - len(found) > UNREADABLE * len(chats):
+            raise InputError(
+                f"{self.version} leaves {len(chats) - len(found)} of {len(chats)} without a verdict, asked {ASK_AGAIN} "
+                f"times, at last {replies[-1].text[-80:]!r}: take another model."
+            )
+        return [found.get(i, np.nan) for i in range(len(chats))]

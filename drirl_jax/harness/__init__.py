@@ -7,8 +7,7 @@ from typing import Sequence
 
 import jax
 
-from drirl_jax import config as config_lib
-from drirl_jax import evaluate, train
+from drirl_jax import train, workdirs
 from drirl_jax.endpoint import Chat
 from drirl_jax.evals import answers
 from drirl_jax.evals.answers import Answer, Scores
@@ -27,9 +26,7 @@ class Policy:
     """
 
     def __init__(self, model: str, batch: int = 32):
-        config = config_lib.default()
-        config.policy.init = evaluate.init_of(model)
-        self.model, self.tokens = train.load_policy(config)
+        self.model, self.tokens = train.load_policy(workdirs.of_policy(model))
         self.name, self.batch = model, batch
 
     def respond(
@@ -39,17 +36,28 @@ class Policy:
         temperature: float,
         seed: int = 0,
         prefix: tuple[int, ...] | None = None,
+        call: int = 0,
     ) -> list[Answer]:
-        """One answer to each chat, as `answers.respond`: random numbers go by the chat's place among these."""
+        """One answer to each chat, as `answers.respond`: random numbers go by the number of the call and the chat's
+        place in it."""
         ids = [answers.ids_of(self.tokens, chat) for chat in chats]
         options = {"batch": self.batch, "max_new": max_new, "temperature": temperature, "prefix": prefix}
-        return answers.respond(self.model, self.tokens, ids, key=jax.random.key(seed), **options)
+        return answers.respond(
+            self.model, self.tokens, ids, key=jax.random.fold_in(jax.random.key(seed), call), **options
+        )
 
     def score(self, chats: Sequence[Chat], said: Sequence[str]) -> list[Scores]:
         """Of each chat the scores of the one text that is said, as `answers.score_options`."""
         ids = [answers.ids_of(self.tokens, chat) for chat in chats]
         options = [[self.tokens.response_ids(text, answers.LONGEST)[:-1]] for text in said]
         return answers.score_options(self.model, ids, options, batch=self.batch)
+
+
+def cut(text: str, until: str | Sequence[str]) -> str:
+    """The text up to the first of these strings."""
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.partition(stop)[0] if stop else text
+    return text
 
 
 CHAT = "chat:"  # stands before a chat as JSON, where a harness passes strings

@@ -13,7 +13,7 @@ import anyio
 from inspect_ai.model import ChatMessage, GenerateConfig, ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from drirl_jax.harness import Policy
+from drirl_jax.harness import Policy, cut
 
 MAX_NEW = 256  # where neither the task nor the command says
 
@@ -41,6 +41,7 @@ class DrirlJax(ModelAPI):
         super().__init__(model_name, base_url, api_key, [], config)
         self.policy = Policy(model_name, int(model_args.get("batch", 32)))
         self.waiting: list[Asked] = []
+        self.calls = 0
         self.busy = anyio.Lock()
 
     def max_connections(self) -> int:
@@ -52,6 +53,11 @@ class DrirlJax(ModelAPI):
     ) -> ModelOutput:
         if tools:
             raise NotImplementedError("drirl_jax has policies without tools: choose a task that needs none.")
+        unknown = {"top_p": config.top_p not in (None, 1.0), "top_k": bool(config.top_k)}
+        unknown["num_choices"] = (config.num_choices or 1) > 1
+        if any(unknown.values()):
+            asked = ", ".join(name for name, given in unknown.items() if given)
+            raise NotImplementedError(f"drirl_jax samples one answer from the whole softmax: leave {asked} out.")
         options = (config.max_tokens or MAX_NEW, config.temperature or 0.0, config.seed or 0)
         mine = Asked(tuple({"role": turn.role, "content": turn.text} for turn in input), options, [])
         self.waiting.append(mine)
@@ -61,12 +67,16 @@ class DrirlJax(ModelAPI):
                 batch = [asked for asked in self.waiting if asked.options == options]
                 self.waiting = [asked for asked in self.waiting if asked.options != options]
                 # No prefix: each batch would have another one, and another program.
-                found = await anyio.to_thread.run_sync(self.policy.respond, [of.chat for of in batch], *options, ())
+                self.calls += 1
+                chats = [of.chat for of in batch]
+                found = await anyio.to_thread.run_sync(self.policy.respond, chats, *options, (), self.calls)
                 for asked, answer in zip(batch, found, strict=True):
                     asked.answer.append(answer)
         (answer,) = mine.answer
         output = ModelOutput.from_content(
-            self.model_name, answer.text, "stop" if answer.finish == "stop" else "max_tokens"
+            self.model_name,
+            cut(answer.text, config.stop_seqs or []),
+            "stop" if answer.finish == "stop" else "max_tokens",
         )
         output.usage = ModelUsage(output_tokens=answer.tokens, total_tokens=answer.tokens)
         return output

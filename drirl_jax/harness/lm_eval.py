@@ -14,18 +14,18 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from drirl_jax.endpoint import Chat
-from drirl_jax.harness import Policy, chat_of, rendered
+from drirl_jax.harness import Policy, chat_of, cut, rendered
 
 MAX_NEW = 256  # of a task that does not say
 
 
 @register_model("drirl_jax")
 class DrirlJax(LM):
-    """See `Policy`; `batch_size` is its batch."""
+    """See `Policy`; `batch_size` is its batch, 32 where lm_eval says "auto"."""
 
-    def __init__(self, model: str, batch_size: int = 32, **others):
+    def __init__(self, model: str, batch_size: int | str = 32, **others):
         super().__init__()
-        self.policy = Policy(model, int(batch_size))
+        self.policy = Policy(model, int(batch_size) if str(batch_size).isdigit() else 32)
 
     @property
     def tokenizer_name(self) -> str:
@@ -45,7 +45,10 @@ class DrirlJax(LM):
         alike = collections.defaultdict(list)
         for i, request in enumerate(requests):
             _, options = request.args
-            warmth = float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
+            sampled = options.get("do_sample", False)
+            if unknown := [name for name in ("top_p", "top_k") if sampled and options.get(name)]:
+                raise NotImplementedError(f"drirl_jax samples from the whole softmax: leave {unknown} out of the task.")
+            warmth = float(options.get("temperature", 0.0)) if sampled else 0.0
             alike[int(options.get("max_gen_toks", MAX_NEW)), warmth].append(i)
         for (max_new, temperature), rows in alike.items():
             chats = [chat_of(requests[i].args[0]) for i in rows]
@@ -62,13 +65,6 @@ class DrirlJax(LM):
         raise NotImplementedError(
             "drirl_jax has chat policies, which have no log-likelihood of a text without a prompt."
         )
-
-
-def cut(text: str, until: str | list[str]) -> str:
-    """The text up to the first of these strings."""
-    for stop in [until] if isinstance(until, str) else until:
-        text = text.partition(stop)[0] if stop else text
-    return text
 
 
 if __name__ == "__main__":
