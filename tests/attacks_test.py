@@ -267,7 +267,7 @@ def test_children_have_the_prompt_once_and_their_parents_sentences_in_place():
 def test_short_templates_do_not_always_have_the_same_children():
     a, b = "One. Two. {prompt} Three.", "Uno. Due. {prompt} Tre."
     pairs = {autodan.crossed(a, b, 5, np.random.default_rng(seed)) for seed in range(40)}
-    assert len(pairs) > 4 and all(child.count("{prompt}") == 1 for pair in pairs for child in pair)
+    assert len(pairs) == 4 and all(child.count("{prompt}") == 1 for pair in pairs for child in pair)
 
 
 def test_a_prompt_that_is_too_long_is_told_before_anything_is_asked(target):
@@ -327,8 +327,8 @@ def test_a_mutation_that_loses_the_prompt_is_left_out(target):
     def with_reply(text):
         return types.SimpleNamespace(options=target.options, attacker=fake(lambda chat: text))
 
-    assert autodan.rewritten(with_reply("New words. {prompt}"), TEMPLATES[0]) == "New words. {prompt}"
-    assert autodan.rewritten(with_reply("I can't do that."), TEMPLATES[0]) == TEMPLATES[0]
+    assert autodan.rewritten(with_reply("New words. {prompt}"), TEMPLATES[0], 0) == "New words. {prompt}"
+    assert autodan.rewritten(with_reply("I can't do that."), TEMPLATES[0], 0) == TEMPLATES[0]
 
 
 # ------------------------------------------------------------------------------------------------------- PAIR
@@ -493,6 +493,6 @@ def test_a_run_is_attacked_by_its_own_config(tmp_path):
 
 def test_judges_tell_how_far_they_agree(target, tmp_path):
     both = dataclasses.replace(target, judges={"kind": lambda p, r: True, "strict": lambda p, r: p.endswith("0")})
-    runner.run(both, [record(i) for i in range(2)], ["none"], tmp_path, ["Judge kind: 1."])
+    runner.run(both, [record(i, prompt=f"Be rude {i}") for i in range(2)], ["none"], tmp_path, ["Judge kind: 1."])
     told = (tmp_path / "table.md").read_text()
     assert "Judge kind: 1.\nkind ~ strict agree on 50% of 2, Cohen's kappa 0.00." in told

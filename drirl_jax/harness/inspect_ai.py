@@ -56,8 +56,8 @@ class DrirlJax(ModelAPI):
         unknown = {"top_p": config.top_p not in (None, 1.0), "top_k": bool(config.top_k)}
         unknown["num_choices"] = (config.num_choices or 1) > 1
         if any(unknown.values()):
-            asked = ", ".join(name for name, given in unknown.items() if given)
-            raise NotImplementedError(f"drirl_jax samples one answer from the whole softmax: leave {asked} out.")
+            given = ", ".join(name for name, wanted in unknown.items() if wanted)
+            raise NotImplementedError(f"drirl_jax samples one answer from the whole softmax: leave {given} out.")
         options = (config.max_tokens or MAX_NEW, config.temperature or 0.0, config.seed or 0)
         mine = Asked(tuple({"role": turn.role, "content": turn.text} for turn in input), options, [])
         self.waiting.append(mine)

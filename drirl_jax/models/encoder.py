@@ -234,7 +234,8 @@ class TextEmbedder:
         tokenizer.no_padding()
         self.encoder, self.tokenizer, self.max_tokens = sharding.whole(encoder), tokenizer, max_tokens
         self.token_buckets = (*(t for t in TOKENS if t < max_tokens), max_tokens)
-        self._run = jax.jit(Encoder.__call__, compiler_options=COMPILER.get(jax.default_backend()))
+        options = COMPILER.get(jax.default_backend())
+        self._run = jax.jit(lambda encoder, ids_NT, length_N: encoder(ids_NT, length_N), compiler_options=options)
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_tokens=64) -> TextEmbedder:
