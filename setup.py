@@ -53,6 +53,7 @@ setup(
         "gcs": ["gcsfs"],
         "plan": ["jax[tpu]"],
         "harness": ["lm_eval>=0.4.13", "inspect_ai>=0.3.285"],
+        "hub": ["datasets"],
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow>=3"],
         "dev": [
