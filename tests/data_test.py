@@ -567,7 +567,7 @@ def test_convert_from_the_hub_asks_for_what_is_published(name, tmp_path, capsys,
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as error:
         convert.main([name, hub, str(tmp_path / "out.jsonl")])
-    assert f"or pip install datasets (the extra [hub]), which takes {hub} from the hub" in error.value.code
+    assert f"or pip install datasets (extra [hub]), which takes {hub} from the hub" in error.value.code
 
 
 def test_mappings_lead_to_the_methods_categories():

@@ -58,9 +58,7 @@ def from_hub(hub: str, instead: str, **options: Any) -> list[tuple[str, Row]]:
         InputError: the package or the data set is not to be had.
     """
     if importlib.util.find_spec("datasets") is None:
-        raise InputError(
-            f"no data: {instead}, or pip install datasets (the extra [hub]), which takes {hub} from the hub."
-        )
+        raise InputError(f"no data: {instead}, or pip install datasets (extra [hub]), which takes {hub} from the hub.")
     import datasets
 
     try:
