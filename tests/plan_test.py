@@ -42,7 +42,7 @@ def test_operations_by_hand():
 
 
 def test_what_is_written_for_one_device_counts_for_all():
-    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
     cut = jax.sharding.PartitionSpec(("data", "fsdp"))
 
     def product(x, w):

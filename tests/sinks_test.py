@@ -264,7 +264,7 @@ def test_mlflow_goes_on_with_one_run_and_no_step_twice(tmp_path, tracking):
     with pytest.raises(InputError), MetricWriter(workdir, True, *chosen) as writer:
         writer.rewind(STAGES, "irl", 1)
         write(writer, "irl", 2, 3, 4)
-        raise InputError
+        raise InputError("ended")
     (run,) = tracking.search_runs([tracking.get_experiment_by_name("project").experiment_id])
     assert run.info.run_name == "run" and run.info.status == "FAILED" and len(run.data.params) == 150
     for key, values in {

@@ -130,7 +130,7 @@ def kappa(one: Sequence, other: Sequence) -> float | None:
     what it would be by chance, from how often each says what. None where both say one and the same of every row."""
     one, other = np.asarray(one), np.asarray(other)
     observed = float(np.mean(one == other))
-    expected = sum(float((one == x).mean() * (other == x).mean()) for x in np.union1d(one, other))
+    expected = sum(float(np.mean(one == x) * np.mean(other == x)) for x in np.union1d(one, other))
     return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
