@@ -3,8 +3,8 @@
 python -m drirl_jax.plan --config configs/llama31_8b.py:64 --topology v5e:8x8 --model llama3.1-8b
 python -m drirl_jax.main --config configs/llama31_8b.py:64 --workdir runs/llama31_8b
 
-On 64 v5e chips planned with the TPU compiler, with weights in float32 (docs/SCALE.md). Other sizes and
-GPUs are not planned yet; none has run.
+Planned with the TPU compiler on 4 to 64 chips (docs/SCALE.md): 4 v5e chips are too few. 256 chips and GPUs are not
+planned; none has run.
 """
 
 from drirl_jax.config import default
