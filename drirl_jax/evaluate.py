@@ -50,13 +50,13 @@ def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict
     return config
 
 
-def settings(model: str, name: str, config: ConfigDict, telling: dict[str, judges.Judge]) -> dict:
-    """What a result depends on: a file of other settings is not taken for this one's."""
+def settings(model: str, config: ConfigDict, telling: dict[str, judges.Judge]) -> dict:
+    """What results depend on beside the benchmark: a file of other settings is not taken for this one's."""
     left_out = ("benchmarks", "every", "best", "split", "judge", "max_new", "endpoint", "classifier", "batch")
     kept = {key: value for key, value in json.loads(config.evals.to_json()).items() if key not in left_out}
     said = {"judges": {name: judge.version for name, judge in telling.items()}}
     policy = json.loads(config.policy.to_json()) | {"stamp": workdirs.stamp(hf.resolve(config.policy.init))}
-    return {"model": model, "benchmark": name, "seed": config.seed, "policy": policy} | kept | said
+    return {"model": model, "seed": config.seed, "policy": policy} | kept | said
 
 
 def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
@@ -72,10 +72,11 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     policy, tokens = train.load_policy(config)
     asked = [benchmarks.load(name, section, tokens) for name in section.benchmarks]
     telling = judges_of(model, config, workdir)
+    common = settings(model, config, telling)
     key = jax.random.fold_in(jax.random.key(config.seed), PURPOSE["benchmarks"])
     for questions in asked:
         path = workdir / f"{questions.name}.json"
-        wanted = {"settings": settings(model, questions.name, config, telling)}
+        wanted = {"settings": {"benchmark": questions.name} | common}
         if sharding.agreed(path.exists()):
             found = json.loads(path.read_text("utf-8"))
             if found["settings"] != wanted["settings"]:

@@ -84,10 +84,12 @@ def of_policy(model: str, given: ConfigDict | None = None) -> ConfigDict:
 
 
 def stamp(model: pathlib.Path) -> str:
-    """Of a model's files: what changes when their weights are written anew."""
-    files = sorted(model.glob("*.safetensors")) if model.is_dir() else [model]
-    said = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+    """A hash of a model's weights: another one where they were trained anew, the same where they were copied."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(model.glob("*.safetensors")) if model.is_dir() else [model]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _tuples(tree):

@@ -370,7 +370,11 @@ def test_the_command(policy, data, tmp_path, capsys):
             evaluate.run(str(policy), other, tmp_path / "out")
     copy = shutil.copytree(policy, tmp_path / "policy")
     evaluate.run(str(copy), evaluate.config_of(str(copy), None, flags), tmp_path / "copy")
-    os.utime(copy / "model.safetensors")  # trained anew into the same folder
+    os.utime(copy / "model.safetensors")  # copied anew
+    evaluate.run(str(copy), evaluate.config_of(str(copy), None, flags), tmp_path / "copy")
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # trained anew into the same folder
+    (copy / "model.safetensors").write_bytes(weights)
     with pytest.raises(InputError, match="other settings"):
         evaluate.run(str(copy), evaluate.config_of(str(copy), None, flags), tmp_path / "copy")
 
