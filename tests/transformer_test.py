@@ -156,6 +156,22 @@ def test_chunking_and_remat_change_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grad, other_grad)
 
 
+@pytest.mark.parametrize("bank", [None, 2])
+def test_the_backward_pass_finds_one_array_of_each_matrix_again(bank):
+    """The sum of W x and the adapter's part, not both: of layers of an 8B model it is most of an update's memory."""
+    model, group = tiny(), random_group()
+    route_P = None if bank is None else jnp.array([0, 1])
+
+    def loss(adapter):
+        return transformer.apply(model, group, adapter, route_P)[1].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(lora.init(model, jax.random.key(0), rank=4, alpha=8, bank=bank)).jaxpr
+    rows, (L, F) = group.prompt.shape[0] * (7 + 3 * 5), (model.config.layers, model.config.ffn)
+    kept = [out.aval.shape for eqn in jaxpr.eqns if eqn.primitive.name == "scan" for out in eqn.outvars]
+    assert kept.count((L, rows, F)) == 2  # gate and up
+    assert kept.count((L, rows, model.config.width)) == 2  # q and o
+
+
 @pytest.mark.parametrize("cap", [0.0, 1.5])
 def test_logprobs_gradient_matches_plain_autodiff(cap):
     rng = np.random.default_rng(0)

@@ -19,6 +19,7 @@ from drirl_jax.models.attention import Layout, group_attention, heads_first, sca
 from drirl_jax.sharding import size, spec
 from drirl_jax.types import Array, InputError, length_mask
 
+ATTENDED = "attended"  # names what the backward pass of a kernel needs of its forward one
 LANES, BLOCK = 128, 512  # sizes of a splash kernel's blocks: multiples of the first, at most the second
 BLOCKS = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
 
@@ -40,6 +41,18 @@ def _keys(before, k_PNKd: Array) -> Array:
     return jnp.concatenate([jnp.broadcast_to(before, (len(k_PKNd), *before.shape[1:])), k_PKNd], axis=2)
 
 
+def by_device(attend: Callable, q: Array, k: Array, v: Array, seen_P: Array, axis: int) -> Array:
+    """attend(q, k, v, seen_P), where there are several devices by each for its prompts and its heads, as XLA cannot cut
+    a kernel: `axis` is the one of the heads, and `seen_P`, whose first axis is the prompts', is of all of them."""
+    if jax.sharding.get_abstract_mesh().size < 2:
+        return attend(q, k, v, seen_P)
+    heads = "heads" if k.shape[axis] % size("heads") == 0 else None
+    where = spec(q.shape, ("prompts", *(None,) * (axis - 1), heads))
+    by_prompt = PartitionSpec(*where[:1])
+    cut = jax.shard_map(attend, in_specs=(where, where, where, by_prompt), out_specs=where, check_vma=False)
+    return cut(q, k, v, seen_P)
+
+
 def splash(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, local=None, interpret=False) -> Array:
     """`group_attention` by the TPU's splash attention; no local layers, whose windows move with a prompt's length."""
     R, S, _, _, prompt_len_P = layout
@@ -52,7 +65,6 @@ def splash(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, 
     more_q, more_k = -N % block, -(R + N) % block
     mask = np.pad(sees(layout), ((0, more_q), (0, more_k)))
     mask[N:, 0] = True  # rows of padding must see something too: a softmax of nothing is no number
-    heads = "heads" if k.shape[1] % size("heads") == 0 else None
 
     def attend(q, k, v, segment_PU):
         kernel = splash_attention.make_splash_mha(
@@ -62,17 +74,14 @@ def splash(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, 
             q_seq_shards=1,
             attn_logits_soft_cap=config.attn_softcap or None,
             interpret=interpret,
+            residual_checkpoint_name=ATTENDED,
         )
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0))) for x in (q, k, v))
         own = jnp.pad(segment_PU[:, R:], ((0, 0), (0, more_q)), constant_values=1)
         every = jnp.pad(segment_PU, ((0, 0), (0, more_k)))
         return jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(own, every))
 
-    if jax.sharding.get_abstract_mesh().size > 1:  # which XLA cannot cut a kernel for
-        where = spec(q.shape, ("prompts", heads))
-        by_prompt = PartitionSpec(*where[:1])
-        attend = jax.shard_map(attend, in_specs=(where, where, where, by_prompt), out_specs=where, check_vma=False)
-    return heads_first(attend(q, k, v, segment_PU)[:, :, :N])
+    return heads_first(by_device(attend, q, k, v, segment_PU, axis=1)[:, :, :N])
 
 
 def cudnn(
@@ -91,8 +100,11 @@ def cudnn(
     more_q, more_k = N % 2, (R + N) % 2  # cuDNN's gradient takes even lengths alone
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x, more in ((q, more_q), (k, more_k), (v, more_k)))
     mask_PNU = jnp.pad(mask_PNU, ((0, 0), (0, more_q), (0, more_k))).at[:, N:, 0].set(True)
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask_PNU[:, None], scale=1.0, implementation=implementation)
-    return out[:, :N]
+
+    def attend(q, k, v, mask_P1NU):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask_P1NU, scale=1.0, implementation=implementation)
+
+    return by_device(attend, q, k, v, mask_PNU[:, None], axis=2)[:, :N]
 
 
 class Attention(NamedTuple):

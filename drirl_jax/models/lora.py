@@ -10,8 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
-from drirl_jax.models.transformer import Transformer
+from drirl_jax.models.transformer import LINEAR, Transformer
 from drirl_jax.sharding import constrained
 from drirl_jax.types import Array
 
@@ -29,7 +30,7 @@ class Pair:
     def __call__(self, x_MI: Array, route_P: Array | None) -> Array:
         """scale · B A x, [M, out]; with a bank, the M / P rows of prompt p use adapter route_P[p]."""
         if route_P is None:
-            return self.scale * ((x_MI @ self.a.T) @ self.b)
+            return self.scale * (checkpoint_name(x_MI @ self.a.T, LINEAR) @ self.b)
         x_PNI = x_MI.reshape(len(route_P), -1, x_MI.shape[-1])
         low_PNR = jnp.einsum("pni,pri->pnr", x_PNI, self.a[route_P])
         return self.scale * jnp.einsum("pnr,pro->pno", low_PNR, self.b[route_P]).reshape(len(x_MI), -1)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
 
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.attention import (
@@ -27,11 +28,14 @@ from drirl_jax.models.attention import (
     softcap,
     turns_of,
 )
-from drirl_jax.models.flash import ATTENTION
+from drirl_jax.models.flash import ATTENDED, ATTENTION
 from drirl_jax.sharding import constrain, size
 from drirl_jax.types import Array, Group
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
+
+
+LINEAR = "linear"  # what the backward pass finds again: see `apply`
 
 
 class Frozen(nnx.Module):
@@ -90,7 +94,7 @@ class Block(Frozen):
         y_MO = jnp.einsum("mi,oi->mo", x_MI, getattr(self, name)[...])
         if hasattr(self, f"{name}_bias"):
             y_MO += getattr(self, f"{name}_bias")[...]
-        return y_MO + adapter[name](x_MI, route_P) if name in adapter else y_MO
+        return checkpoint_name(y_MO + adapter[name](x_MI, route_P) if name in adapter else y_MO, LINEAR)
 
     def qkv(self, config: Config, x_PND, turns, adapter, route_P):
         """Rotated queries [P, N, H, hd] and keys, and values, [P, N, KV, hd]."""
@@ -211,7 +215,8 @@ def apply(
             alone.
         route_P: [P] int32, which adapter of the bank each prompt uses.
         begun: what `begin` made of the same group, with no adapted layer; None to start from the tokens.
-        remat: recompute activations in the backward pass, keeping the matrix products.
+        remat: recompute activations in the backward pass, keeping what the matrices (with their adapters) and a kernel
+            of attention gave.
 
     Returns:
         ([P, S, D] prompt, [P, G, T, D] response) hidden states after the final norm; values at padding are
@@ -254,7 +259,7 @@ def _through(
         return (prefix, block.finish(config, x_PND, attended, low, route_P)), None
 
     if remat:
-        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENDED))
     blocks = model.blocks
     if (begun.layers, last) != (0, config.layers):
         blocks = jax.tree.map(lambda w: w[begun.layers : last], blocks)
