@@ -1,20 +1,23 @@
-"""What a run would take on a TPU slice, told by the TPU's own compiler, which needs no TPU.
+"""What a run would take on a TPU slice or a node of GPUs, told by their own compilers, which need no such chip.
 
 python -m drirl_jax.plan --config configs/llama31_8b.py --topology v5e:8x8
+python -m drirl_jax.plan --config configs/llama31_8b.py:gpus --topology h100:8
 
-Needs the libtpu of this jax (the extra `plan`). For GRPO with rewards of the IRL stage, one by the prompt's category:
-every jitted function that holds the model is compiled for the slice as config.mesh lays it out, with prompts of
-data.max_prompt tokens of their own (a prefix that they share is not counted) and responses of their full length. Times
-are the compiler's estimate of its fusions and, apart, the bytes of the collectives at the rate of all of a chip's
-links: a step takes at least the larger and at most about the sum.
+Needs the libtpu of this jax (the extra `plan`), or `jax[cuda12]`. For GRPO with rewards of the IRL stage, one by the
+prompt's category: every jitted function that holds the model is compiled for the chips as config.mesh lays it out, with
+prompts of data.max_prompt tokens of their own (a prefix that they share is not counted) and responses of their full
+length. Times on a TPU are the compiler's estimate of its fusions and, apart, the bytes of the collectives at the rate
+of all of a chip's links: a step takes at least the larger and at most about the sum. Of a GPU's time its compiler tells
+nothing: see `seconds_of`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,29 +36,46 @@ from drirl_jax.stages import align, irl, objectives
 from drirl_jax.stages.base import POLICIES, Context, moved
 from drirl_jax.types import Group, InputError, PyTree
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as v5e:8x8, v5p:2x2x4 or v6e:4x4.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as v5e:8x8, v5p:2x2x4 or v6e:4x4, or h100:8.")
 MODEL = flags.DEFINE_string("model", None, "A preset of models/families.py, where config.policy.init is not at hand.")
 PLAN = flags.DEFINE_string("plan_json", None, "Write the figures to this file too.")
 
 
 class Chip(NamedTuple):
-    """A TPU chip: bytes of memory, bfloat16 operations a second, bytes a second over all its links, cycles a second."""
+    """A chip: its platform, bytes of memory, bfloat16 operations a second, bytes a second over all its links, cycles a
+    second where the compiler tells cycles, bytes a second of its memory where it does not."""
 
+    platform: str
     memory: float
     flops: float
     links: float
-    clock: float
+    clock: float = 0.0
+    bandwidth: float = 0.0
 
 
-# As Google publishes them (cloud.google.com/tpu/docs); the clock follows from the operations a cycle.
+# As their makers publish them (cloud.google.com/tpu/docs, nvidia.com/h100: SXM); a TPU's clock follows from the
+# operations a cycle.
 CHIPS = {
-    "v5e": Chip(16 * 2**30, 197e12, 200e9, 1.5e9),
-    "v5p": Chip(95 * 2**30, 459e12, 600e9, 1.75e9),
-    "v6e": Chip(32 * 2**30, 918e12, 448e9, 1.75e9),
+    "v5e": Chip("tpu", 16 * 2**30, 197e12, 200e9, clock=1.5e9),
+    "v5p": Chip("tpu", 95 * 2**30, 459e12, 600e9, clock=1.75e9),
+    "v6e": Chip("tpu", 32 * 2**30, 918e12, 448e9, clock=1.75e9),
+    "h100": Chip("cuda", 84929347584, 989e12, 450e9, bandwidth=3.35e12),
 }
-
-
-KERNEL_RATE = 0.5  # of a chip's peak, assumed of kernels, whose cycles the compiler does not tell
+# What XLA asks a GPU for, and is told here as there is none.
+H100 = """gpu_device_info {
+  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  device_memory_size: 84929347584 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 }"""
+# Without a GPU nothing can be tried out, which is how XLA chooses among its own products and the libraries' ones.
+OPTIONS = {"tpu": {}, "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
+PACKAGES = {"tpu": "drirl_jax[plan]", "cuda": "jax[cuda12]"}
+KERNEL_RATE = 0.5  # of a chip's peak, assumed of products whose cycles the compiler does not tell
 
 
 class Program(NamedTuple):
@@ -197,7 +217,7 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
     logical = cost.operations(jaxpr, lambda length: length or program.loop) / chips
     told = {"name": program.name, "times": program.times, "flops": logical}
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower(lowering_platforms=(chip.platform,)).compile(compiler_options=OPTIONS[chip.platform])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -208,38 +228,68 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
     held = sum(map(sharding.held, [*resident, *apart]))
     works = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     works += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if held + works > chip.memory:
+        return told | {"needs": f"{(held + works) / 2**30:.1f} GiB of {chip.memory / 2**30:.1f}"}
     once = cost.operations(jaxpr, lambda length: 1) / chips
     kernels = cost.operations(jaxpr, lambda length: length or program.loop, kernels=True) / chips
+    read = program.loop * sum(map(sharding.held, program.args))
     return told | {
         "memory": held + works,
-        "seconds": traffic.cycles / chip.clock + kernels / (KERNEL_RATE * chip.flops),
+        "seconds": seconds_of(chip, traffic.cycles, logical, kernels, read),
         "moved": traffic.moved,
         "moving": sum(traffic.moved.values()) / chip.links,
-        "xla_flops_once": compiled.cost_analysis().get("flops", 0.0),
+        "xla_flops_once": (compiled.cost_analysis() or {}).get("flops", 0.0),  # None of a GPU
         "flops_once": once,
     }
 
 
+def seconds_of(chip: Chip, cycles: float, products: float, kernels: float, read: float) -> float:
+    """How long a program computes on a chip.
+
+    On a TPU: the cycles of its fusions, and the operations in kernels at KERNEL_RATE of the peak. On a GPU, whose
+    compiler tells no cycles: all operations at KERNEL_RATE of the peak, or what it reads at the full rate of the
+    memory where that takes longer; operations inside of cuDNN are not among them.
+
+    Args:
+        cycles: of a TPU's fusions.
+        products, kernels: operations of matrix products outside of kernels and in them.
+        read: bytes of the arguments, once for every turn of the program's loop.
+    """
+    if chip.clock:
+        return cycles / chip.clock + kernels / (KERNEL_RATE * chip.flops)
+    return max((products + kernels) / (KERNEL_RATE * chip.flops), read / chip.bandwidth)
+
+
+def devices_of(topology: str) -> Sequence[jax.Device]:
+    """Chips that are not there, to compile for. Raises InputError where no compiler knows them."""
+    kind, _, shape = topology.partition(":")
+    config_lib.need(kind in CHIPS, f"--topology is {topology}: give one of {', '.join(CHIPS)} and a shape, as v5e:8x8.")
+    try:
+        if CHIPS[kind].platform == "tpu":
+            return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it would ask the driver, which is not there
+        asked = {"target_config": H100, "topology": f"1x1x{int(shape)}"}
+        return topologies.get_topology_desc(platform="cuda", **asked).devices
+    except Exception as error:
+        raise InputError(
+            f"the compiler knows no {topology} ({' '.join(str(error).split())[:120]}): pip install "
+            f"'{PACKAGES[CHIPS[kind].platform]}', and give a shape that is made, as v5e:8x8 or h100:8."
+        ) from error
+
+
 def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
-    """The figures of every program of the run on this slice.
+    """The figures of every program of the run on these chips.
 
     Raises:
-        InputError: the config is of what is not planned, the slice is unknown, libtpu is not installed, or the mesh
-            does not fit.
+        InputError: the config is of what is not planned, the chips are unknown, their compiler is not installed, or the
+            mesh does not fit.
     """
     kind, asked = topology.partition(":")[0], (config.align.objective, config.reward.source, config.reward.route)
     config_lib.need(
         asked == ("grpo", "irl", "category"),
         f"a plan is of align.objective, reward.source and reward.route 'grpo', 'irl' and 'category', not of {asked}.",
     )
-    config_lib.need(kind in CHIPS, f"--topology is {topology}: give one of {', '.join(CHIPS)} and a shape, as v5e:8x8.")
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:
-        raise InputError(
-            f"the TPU compiler knows no {topology} ({' '.join(str(error).split())[:120]}): pip install "
-            "'drirl_jax[plan]', and give a shape that is made, as v5e:8x8."
-        ) from error
+    devices = devices_of(topology)
     mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), devices)
     with jax.set_mesh(mesh):
         resident, every = programs(config, shape)
@@ -261,10 +311,10 @@ def table(result: dict) -> str:
         if "needs" in row:
             lines.append(f"{row['name']:18} does not fit: {row['needs']}")
             continue
-        share = row["flops"] / row["seconds"] / chip.flops if row["seconds"] else 0.0
+        share = f"{row['flops'] / row['seconds'] / chip.flops:.0%}" if row["seconds"] and chip.clock else "-"
         kinds = ", ".join(f"{kind} {moved / 1e9:.2f}" for kind, moved in sorted(row["moved"].items()))
         lines.append(
-            f"{row['name']:18}{row['memory'] / 2**30:8.2f}{row['flops'] / 1e12:9.2f}{row['seconds']:9.3f}{share:9.0%}"
+            f"{row['name']:18}{row['memory'] / 2**30:8.2f}{row['flops'] / 1e12:9.2f}{row['seconds']:9.3f}{share:>9}"
             f"{sum(row['moved'].values()) / 1e9:10.2f}{row['moving']:9.3f}  {kinds}"
         )
     if any("needs" in row for row in result["programs"]):
@@ -276,8 +326,9 @@ def table(result: dict) -> str:
     dearest = max(step, key=lambda row: row["times"] * max(row["seconds"], row["moving"]))
     bound = "its collectives" if dearest["moving"] > dearest["seconds"] else "its computation"
     fullest = max(result["programs"], key=lambda row: row["memory"])
+    most = f"to {computing + moving:.2f} s" if chip.clock else "s at least"
     lines.append(
-        f"A step: {max(computing, moving):.2f} to {computing + moving:.2f} s, most of it {dearest['name']} by {bound}; "
+        f"A step: {max(computing, moving):.2f} {most}, most of it {dearest['name']} by {bound}; "
         f"fullest in {fullest['name']}, {fullest['memory'] / chip.memory:.0%} of a chip's memory."
     )
     return "\n".join(lines)
@@ -295,8 +346,10 @@ def main(argv: list[str]) -> None:
         shape = families.PRESETS[MODEL.value]
     else:
         shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
+    kind = TOPOLOGY.value.partition(":")[0]
+    platform = CHIPS[kind].platform if kind in CHIPS else "tpu"
     shape = shape._replace(**{name: config.policy[name] for name in ("dtype", "weights", "attention")})
-    flash.require(shape, "tpu")
+    flash.require(shape, {"cuda": "gpu"}.get(platform, platform))
     result = plan(config, shape, TOPOLOGY.value)
     console.result(table(result), **result)
     if PLAN.value:
