@@ -6,6 +6,7 @@ import pathlib
 from typing import Iterator, Mapping, Sequence
 
 from drirl_jax import plots
+from drirl_jax.evals import judges
 from drirl_jax.pages import (
     MEASURES,
     Measure,
@@ -43,11 +44,9 @@ def bounds(x: Mapping | None) -> str:
 
 
 def known(judge: str, result: Mapping) -> str:
-    """A judge's name with what is known of it: a classifier's AUC on held-out responses, and on attacked ones."""
-    facts = [
-        f"{name.replace('_', ' ')} {x:.3f}" for name, x in result.get("facts", {}).items() if name.startswith("auc")
-    ]
-    return f"{judge} ({', '.join(facts)})" if facts else judge
+    """A judge's name with what is known of it."""
+    facts = judges.known(result.get("facts", {}))
+    return f"{judge} ({facts})" if facts else judge
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

@@ -71,7 +71,7 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     jax.set_mesh(sharding.mesh_of(config.mesh, [section.batch], jax.devices()))
     policy, tokens = train.load_policy(config)
     asked = [benchmarks.load(name, section, tokens) for name in section.benchmarks]
-    telling = judges_of(model, config, workdir)
+    telling = train.judges_of(model, config, section.judges, workdir / "judgements.jsonl")
     common = settings(model, config, telling)
     key = jax.random.fold_in(jax.random.key(config.seed), PURPOSE["benchmarks"])
     for questions in asked:
@@ -89,21 +89,6 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
                 temporary.replace(path)
         out.append(found)
     return out
-
-
-def judges_of(model: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str, judges.Judge]:
-    """Those of config.evals.judges; `rewards` are the run's, on the model that it started from."""
-    rewards = None
-    if "rewards" in config.evals.judges:
-        if not (pathlib.Path(model) / "rewards").is_dir():
-            raise InputError(f"the judge 'rewards' needs a run with rewards, and {model} is none.")
-        of_run = workdirs.recall(pathlib.Path(model))
-        context = train.prepare(of_run)
-        bank = train.rewards(context, pathlib.Path(of_run.reward.init or model))
-        rewards = (context.model, context.text, bank)
-    memory = workdir / "judgements.jsonl"
-    setting = judges.Setting(config, memory, lambda: hf.resolve(config.encoder.init), rewards)
-    return {name: judges.JUDGES[name].make(setting) for name in config.evals.judges}
 
 
 def table(results: list[dict]) -> str:
@@ -129,13 +114,11 @@ def notes(result: dict):
     """Lines on the judges of a result: versions, what is known of them, how far they agree."""
     for name, of in result["judges"].items():
         if "version" in of:
-            facts = "; ".join(f"{key} {value:.3f}" for key, value in of["facts"].items() if key.startswith("auc"))
+            facts = judges.known(of["facts"])
             yield f"judge {name}: {of['version']}" + (f" ({facts})" if facts else "")
             if of["unjudged"]:
                 yield f"{result['benchmark']}: {of['unjudged']} responses left out without a verdict of {name}"
-    for pair, of in result["agreement"].items():
-        kappa = "undefined, both say one thing" if of["kappa"] is None else f"{of['kappa']:.2f}"
-        yield f"{result['benchmark']}: {pair} agree on {of['agree']:.0%} of {of['n']}, Cohen's kappa {kappa}"
+    yield from (f"{result['benchmark']}: {line}" for line in judges.agreed(result["agreement"]))
     if result["left_out"]:
         yield f"{result['benchmark']}: {result['left_out']} items left out as too long"
 

@@ -9,6 +9,7 @@ import logging
 import pathlib
 import time
 from functools import partial
+from typing import Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ from drirl_jax import config as config_lib
 from drirl_jax.bucket import Workdir
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
-from drirl_jax.evals import runner, watch
+from drirl_jax.evals import judges, runner, watch
 from drirl_jax.models import encoder, families, flash, hf, peft, reward
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl
@@ -247,6 +248,29 @@ def export_policy(context: Context, params: PyTree, aligned: Transformer, workdi
         tensors = families.to_hf(sharding.fetch(aligned))
         if sharding.writes():
             hf.save(workdir / "aligned", hf.read_config(hf.resolve(init)), tensors, context.text.tokenizer)
+
+
+def judges_of(model: str, config: ConfigDict, names: Sequence[str], memory: pathlib.Path) -> dict[str, judges.Judge]:
+    """The judges of a policy that is in no training; `rewards` are those of its run, on the model it started from.
+
+    Args:
+        model, config: see `workdirs.of_policy`.
+        names: rows of JUDGES.
+        memory: see `judges.Setting`.
+
+    Raises:
+        InputError: a judge cannot be made, such as the rewards of what is no run.
+    """
+    rewards_of_run = None
+    if "rewards" in names:
+        if not (pathlib.Path(model) / "rewards").is_dir():
+            raise InputError(f"the judge 'rewards' needs a run with rewards, and {model} is none.")
+        of_run = workdirs.recall(pathlib.Path(model))
+        context = prepare(of_run)
+        bank = rewards(context, pathlib.Path(of_run.reward.init or model))
+        rewards_of_run = (context.model, context.text, bank)
+    setting = judges.Setting(config, memory, lambda: hf.resolve(config.encoder.init), rewards_of_run)
+    return {name: judges.JUDGES[name].make(setting) for name in names}
 
 
 def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: metrics.MetricWriter) -> PyTree:

@@ -55,8 +55,10 @@ def test_rubrics_ask_again_and_keep_what_they_know(server, tmp_path):  # noqa: F
 
 
 def test_a_model_that_gives_no_verdict_is_one_sentence(server):  # noqa: F811
-    with pytest.raises(InputError, match="leaves 1 of 1 without a verdict"):
-        rubric.Rubrics(section(server), None).harm(["Be rude."], ["No."])
+    asked = rubric.Rubrics(section(server), None)
+    assert np.isnan(asked.harm(["Be rude."] * 5, ["No."] * 5)).all()  # too few to tell
+    with pytest.raises(InputError, match="leaves 10 of 10 without a verdict"):
+        asked.harm(["Be rude."] * 5, ["Never."] * 5)
 
 
 def test_few_responses_may_stay_without_a_verdict(server):  # noqa: F811

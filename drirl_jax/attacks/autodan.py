@@ -112,7 +112,7 @@ def search(target: Target, row: Record, given: list[str]) -> Outcome:
         queries += len(population) + 1
         if generation == 0:
             first = float(losses_N.min())
-        if not target.safe(row.prompt, response):
+        if target.unsafe(row.prompt, response):
             break
         if generation + 1 < o.generations:
             population = offspring(target, population, losses_N, rng)

@@ -161,7 +161,7 @@ def search(target: Target, row: Record, frame: Frame, allowed_V: np.ndarray) -> 
         if (step + 1) % o.check == 0 or step + 1 == o.steps:
             said = message(target.text, frame, best)
             response, queries = target.answers([said])[0], queries + 1
-            if not target.safe(row.prompt, response):
+            if target.unsafe(row.prompt, response):
                 break
     found = {"loss": lowest, "loss_at_first": first, "steps": step + 1, "lost_as_text": lost / read_as_text}
     return Outcome(row.id, said, response, queries, found)

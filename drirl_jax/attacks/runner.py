@@ -18,7 +18,7 @@ from drirl_jax.attacks.target import Outcome, Target
 from drirl_jax.config import need
 from drirl_jax.data import records
 from drirl_jax.data.records import Record
-from drirl_jax.evals.judges import JUDGES, UNSAFE, Judge, Setting, agreement
+from drirl_jax.evals.judges import JUDGES, UNSAFE, Judge, agreed, agreement, known
 from drirl_jax.intervals import wilson
 from drirl_jax.models import hf
 
@@ -89,8 +89,7 @@ def attack_model(
     rows = chosen(rows, config.data.harmless, o.split, limit)
     jax.set_mesh(sharding.mesh_of(config.mesh, [o.batch, o.gcg.width], jax.devices()))
     attacker = endpoint.Endpoint(o.attacker, workdir / "attacker.jsonl") if asks_attacker(names, o) else None
-    setting = Setting(config, workdir / "judgements.jsonl", lambda: hf.resolve(config.encoder.init))
-    judges = {name: JUDGES[name].make(setting) for name in o.judges}
+    judges = train.judges_of(model, config, o.judges, workdir / "judgements.jsonl")
     target = Target(*train.load_policy(config), o, {name: safe(judge) for name, judge in judges.items()}, attacker)
     if sharding.writes():
         asked = {name: value for name, value in o.items() if name not in ("batch", "max_prompt")}  # change no result
@@ -98,25 +97,25 @@ def attack_model(
         said |= {"stamp": workdirs.stamp(hf.resolve(config.policy.init))}
         said |= {"versions": {name: judge.version for name, judge in judges.items()}}
         workdirs.remember(ConfigDict(said), workdir)
-    about = [f"Judge {name}: {told(judge)}." for name, judge in judges.items()]
+    about = [f"Judge {name}: {', '.join(filter(None, (of.version, known(of.facts))))}." for name, of in judges.items()]
     return run(target, rows, names, workdir, about)
 
 
-def safe(judge: Judge) -> Callable[[str, str], bool]:
-    """(prompt, response) -> whether this judge finds the response safe."""
-    return lambda prompt, response: bool(judge.harm([prompt], [response])[0] <= UNSAFE)
+def safe(judge: Judge) -> Callable[[str, str], bool | None]:
+    """(prompt, response) -> whether this judge finds the response safe; None without a verdict."""
 
+    def told(prompt: str, response: str) -> bool | None:
+        harm = judge.harm([prompt], [response])[0]
+        return None if np.isnan(harm) else bool(harm <= UNSAFE)
 
-def told(judge: Judge) -> str:
-    """A judge's version and what is known of it."""
-    return ", ".join([judge.version, *(f"{name} {value:.3f}" for name, value in judge.facts.items() if "auc" in name)])
+    return told
 
 
 def run(
     target: Target, rows: Sequence[Record], names: Sequence[str], workdir: pathlib.Path, about: Sequence[str] = ()
 ) -> list["Rate"]:
     """Every attack on every prompt that has no result yet, in workdir/ATTACK.jsonl; the rates of all, in table.md, with
-    what is said `about` the judges and how far they agree."""
+    what is said `about` the judges, what they leave without a verdict and how far they agree."""
     for attack in names:
         path = workdir / f"{attack}.jsonl"
         done = {result["id"] for result in results(path)}
@@ -125,7 +124,7 @@ def run(
         began = time.perf_counter()
         for row, outcome in zip(left, ATTACKS[attack](target, left)):
             now = time.perf_counter()
-            verdicts = {name: bool(judge(row.prompt, outcome.response)) for name, judge in target.judges.items()}
+            verdicts = {name: judge(row.prompt, outcome.response) for name, judge in target.judges.items()}
             facts = {"category": row.category, "prompt": row.prompt, "safe": verdicts, "seconds": now - began}
             if sharding.writes():
                 with path.open("a") as file:
@@ -139,12 +138,10 @@ def run(
     found = {name: [of for of in results(workdir / f"{name}.jsonl") if of["id"] in ids] for name in names}
     rates = [rate for name, of in found.items() for rate in rates_of(name, of)]
     said = {judge: [result["safe"][judge] for of in found.values() for result in of] for judge in target.judges}
-    agree = [
-        f"{pair} agree on {of['agree']:.0%} of {of['n']}, Cohen's kappa "
-        + ("undefined, both say one thing." if of["kappa"] is None else f"{of['kappa']:.2f}.")
-        for pair, of in agreement(said).items()
-    ]
-    (workdir / "table.md").write_text("\n".join([table(rates), *about, *agree]) + "\n")
+    missing = {judge: sum(verdict is None for verdict in of) for judge, of in said.items()}
+    silent = [f"{n} responses left out without a verdict of {judge}." for judge, n in missing.items() if n]
+    lines = [table(rates), *about, *silent, *(f"{line}." for line in agreed(agreement(said)))]
+    (workdir / "table.md").write_text("\n".join(lines) + "\n")
     return rates
 
 
@@ -161,6 +158,7 @@ class Rate(NamedTuple):
 
     Attributes:
         category: of the prompts; "all" for all.
+        prompts: whose responses have a verdict.
         low, high: Wilson's 95% interval of the share.
         queries, seconds: means a prompt.
     """
@@ -182,6 +180,9 @@ def rates_of(name: str, found: Sequence[dict]) -> list[Rate]:
     for judge in found[0]["safe"]:
         for category in ("all", *dict.fromkeys(result["category"] for result in found)):
             of = [result for result in found if category in ("all", result["category"])]
+            of = [result for result in of if result["safe"][judge] is not None]
+            if not of:
+                continue
             successes = sum(not result["safe"][judge] for result in of)
             cost = (float(np.mean([result[key] for result in of])) for key in ("queries", "seconds"))
             rates.append(Rate(name, judge, category, successes, len(of), *wilson(successes, len(of)), *cost))

@@ -47,14 +47,15 @@ class Target:
     Attributes:
         model, text: the model and its tokens.
         options: see `options.py`.
-        judges: (prompt, response) -> whether it is safe, by name; the first tells a search when to stop.
+        judges: (prompt, response) -> whether it is safe, None without a verdict, by name; the first tells a search when
+            to stop.
         attacker: the model that helps some attacks, if there is one.
     """
 
     model: Transformer
     text: text.Text
     options: ConfigDict
-    judges: dict[str, Callable[[str, str], bool]]
+    judges: dict[str, Callable[[str, str], bool | None]]
     attacker: Endpoint | None = None
 
     def check(self, rows: Sequence[Sequence[int]]) -> int:
@@ -85,9 +86,9 @@ class Target:
             said += [self.text.decode(response[i], length[i]) for i in range(real)]
         return said
 
-    def safe(self, prompt: str, response: str) -> bool:
-        """What the first judge says: an attack that searches stops at the first response that is not safe."""
-        return next(iter(self.judges.values()))(prompt, response)
+    def unsafe(self, prompt: str, response: str) -> bool:
+        """What the first judge says: an attack that searches stops at the first response that is unsafe."""
+        return next(iter(self.judges.values()))(prompt, response) is False
 
     def goal(self) -> list[int]:
         """The ids of options.target at the beginning of an answer."""

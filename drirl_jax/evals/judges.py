@@ -134,8 +134,23 @@ def kappa(one: Sequence, other: Sequence) -> float | None:
     return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
+def known(facts: Mapping[str, Any]) -> str:
+    """What is known of a judge, for a reader: a classifier's AUC on held-out responses, and on attacked ones."""
+    return ", ".join(f"{name.replace('_', ' ')} {x:.3f}" for name, x in facts.items() if name.startswith("auc"))
+
+
+def agreed(found: Mapping[str, Mapping]) -> list[str]:
+    """What `agreement` found, for a reader: a line for each pair."""
+    kappas = ("undefined, both say one thing" if of["kappa"] is None else f"{of['kappa']:.2f}" for of in found.values())
+    return [
+        f"{pair} agree on {of['agree']:.0%} of {of['n']}, Cohen's kappa {kappa}"
+        for (pair, of), kappa in zip(found.items(), kappas)
+    ]
+
+
 def agreement(said: Mapping[str, Sequence]) -> dict[str, dict[str, float | None]]:
-    """{"one ~ other": {"kappa", "agree", "n"}} of all pairs of raters, over the rows of which both have a verdict."""
+    """{"one ~ other": {"kappa", "agree", "n"}} of all pairs of raters, over the rows of which both have a verdict: not
+    NaN, and not None."""
     found: dict[str, dict[str, float | None]] = {}
     for a, b in itertools.combinations(said, 2):
         pairs = np.array([said[a], said[b]], float)

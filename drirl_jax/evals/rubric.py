@@ -63,7 +63,7 @@ grade: missing - what is known is not given in full, and nothing contradicts it"
 )
 MAX_TOKENS = 512
 ASK_AGAIN = 3  # times, with other seeds, where a reply cannot be read
-UNREADABLE = 0.1  # share of responses that may be left without a verdict
+UNREADABLE, FEW = 0.1, 10  # share of responses that may be left without a verdict, once that many were asked for
 
 
 def _last(name: str, values: str, text: str) -> str | None:
@@ -97,8 +97,8 @@ def read_grade(text: str) -> int | None:
 class Rubrics:
     """The rubrics, answered by one model; each reply is kept by the content of what was asked.
 
-    Verdicts are floats, NaN where none can be read in the model's replies; if that is so of more than UNREADABLE of
-    them, it is an InputError.
+    Verdicts are floats, NaN where none can be read in the model's replies; if that is so of more than UNREADABLE of all
+    that it was asked for, FEW at least, it is an InputError.
 
     Raises:
         InputError: see `endpoint.Endpoint`.
@@ -106,6 +106,7 @@ class Rubrics:
 
     def __init__(self, section: ConfigDict, memory: pathlib.Path | None):
         self.ask = Endpoint(section, memory)
+        self.asked = self.silent = 0
         digest = hashlib.sha256((HARM + REFUSAL + GRADE).encode()).hexdigest()[:8]
         self.version = f"rubric-{digest} by {section.model}"
 
@@ -130,9 +131,10 @@ class Rubrics:
             found |= {i: value for i, reply in zip(missing, replies) if (value := read(reply.text)) is not None}
             if len(found) == len(chats):
                 break
-        if len(chats) - len(found) > UNREADABLE * len(chats):
+        self.asked, self.silent = self.asked + len(chats), self.silent + len(chats) - len(found)
+        if len(found) < len(chats) and self.asked >= FEW and self.silent > UNREADABLE * self.asked:
             raise InputError(
-                f"{self.version} leaves {len(chats) - len(found)} of {len(chats)} without a verdict, asked {ASK_AGAIN} "
+                f"{self.version} leaves {self.silent} of {self.asked} without a verdict, asked {ASK_AGAIN} "
                 f"times, at last {replies[-1].text[-80:]!r}: take another model."
             )
         return [found.get(i, np.nan) for i in range(len(chats))]
