@@ -50,17 +50,16 @@ def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict
     return config
 
 
-def settings(model: str, config: ConfigDict, telling: dict[str, judges.Judge]) -> dict:
-    """What results depend on beside the benchmark: a file of other settings is not taken for this one's."""
-    left_out = ("benchmarks", "every", "best", "split", "judge", "max_new", "endpoint", "classifier", "batch")
+def settings(model: str, config: ConfigDict) -> dict:
+    """What responses depend on beside the benchmark: a file of other settings is not taken for this one's."""
+    left_out = ("benchmarks", "every", "best", "split", "judge", "judges", "max_new", "endpoint", "classifier", "batch")
     kept = {key: value for key, value in json.loads(config.evals.to_json()).items() if key not in left_out}
-    said = {"judges": {name: judge.version for name, judge in telling.items()}}
     policy = json.loads(config.policy.to_json()) | {"stamp": workdirs.stamp(hf.resolve(config.policy.init))}
-    return {"model": model, "seed": config.seed, "policy": policy} | kept | said
+    return {"model": model, "seed": config.seed, "policy": policy} | kept
 
 
 def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
-    """Writes WORKDIR/BENCHMARK.json of each, and returns them.
+    """Writes WORKDIR/BENCHMARK.json of each, and returns them. Responses that are there other judges judge anew.
 
     Raises:
         InputError: something that the user gave is wrong, before anything is asked of the policy.
@@ -72,21 +71,26 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     policy, tokens = train.load_policy(config)
     asked = [benchmarks.load(name, section, tokens) for name in section.benchmarks]
     telling = train.judges_of(model, config, section.judges, workdir / "judgements.jsonl")
-    common = settings(model, config, telling)
+    common, versions = settings(model, config), {name: judge.version for name, judge in telling.items()}
     key = jax.random.fold_in(jax.random.key(config.seed), PURPOSE["benchmarks"])
     for questions in asked:
         path = workdir / f"{questions.name}.json"
-        wanted = {"settings": {"benchmark": questions.name} | common}
-        if sharding.agreed(path.exists()):
-            found = json.loads(path.read_text("utf-8"))
-            if found["settings"] != wanted["settings"]:
-                raise InputError(f"{path} is of other settings: take another --workdir.")
+        asked_as = {"benchmark": questions.name} | common
+        before = json.loads(path.read_text("utf-8")) if sharding.agreed(path.exists()) else None
+        if before is None:
+            found = {"settings": asked_as, "versions": versions}
+            found |= benchmarks.run(questions, policy, tokens, section, telling, key)
+        elif before["settings"] != asked_as:
+            raise InputError(f"{path} is of other settings: take another --workdir.")
+        elif before["versions"] != versions:
+            again = benchmarks.judged_again(questions, telling, before["responses"])
+            found = before | {"versions": versions} | again
         else:
-            found = wanted | benchmarks.run(questions, policy, tokens, section, telling, key)
-            if sharding.writes():
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-                temporary.replace(path)
+            found = before
+        if found is not before and sharding.writes():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+            temporary.replace(path)
         out.append(found)
     return out
 

@@ -256,9 +256,11 @@ def _legend(figure: Figure, **where) -> None:
 
 
 def category_rows(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> list[dict]:
-    """A row for each category that was evaluated, the harmful ones first: the numbers that are shown."""
-    rows = []
-    for category in sorted((c for c in categories if c in base["by_category"]), key=lambda c: c in harmless):
+    """A row for each category that was evaluated, the harmful ones first: the numbers that are shown. One of which the
+    judge gave no verdict at all has none."""
+    rows, both = [], [result["by_category"] for result in (base, aligned)]
+    shown = [c for c in categories if all(of.get(c, {}).get("refused") is not None for of in both)]
+    for category in sorted(shown, key=lambda c: c in harmless):
         row = {"category": category, "label": words(category), "harmless": category in harmless}
         for name, result in (("before", base), ("after", aligned)):
             of = result["by_category"][category]

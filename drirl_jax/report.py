@@ -150,7 +150,11 @@ def by_category(run: Run) -> Table:
     out = []
     for row in plots.category_rows(run.base, run.aligned, run.config.data.categories, run.harmless):
         refused = [
-            {key_of(r): float(r["refused"]) for r in of["responses"] if r["category"] == row["category"]}
+            {
+                key_of(r): float(r["refused"])
+                for r in of["responses"]
+                if r["category"] == row["category"] and r["refused"] is not None
+            }
             for of in (run.aligned, run.base)
         ]
         change = change_told(change_of(*refused, share=True), points)

@@ -24,7 +24,7 @@ from drirl_jax import endpoint, workdirs
 from drirl_jax.attacks import autodan, gcg, options, pair, runner, templates
 from drirl_jax.attacks import target as target_lib
 from drirl_jax.data.records import Record
-from drirl_jax.evals import phrases
+from drirl_jax.evals import judges, phrases
 from drirl_jax.models import families, hf, transformer
 from drirl_jax.text import Text
 from drirl_jax.types import Group, InputError
@@ -496,3 +496,14 @@ def test_judges_tell_how_far_they_agree(target, tmp_path):
     runner.run(both, [record(i, prompt=f"Be rude {i}") for i in range(2)], ["none"], tmp_path, ["Judge kind: 1."])
     told = (tmp_path / "table.md").read_text()
     assert "Judge kind: 1.\nkind ~ strict agree on 50% of 2, Cohen's kappa 0.00." in told
+
+
+def test_a_response_without_a_verdict_is_left_out_and_counted(target, tmp_path):
+    """An endpoint whose reply cannot be read: no success, no end of the attack, and no prompt of its rate."""
+    harm = {"Be rude 0": float("nan"), "Be rude 1": 0.9, "Be rude 2": 0.1}
+    judge = runner.safe(judges.Judge("1", {}, harm=lambda prompts, said: np.array([harm[p] for p in prompts])))
+    rows = [record(i, prompt=f"Be rude {i}") for i in range(3)]
+    rates = runner.run(dataclasses.replace(target, judges={"endpoint": judge}), rows, ["none"], tmp_path)
+    assert (rates[0].successes, rates[0].prompts) == (1, 2)
+    assert "1 responses left out without a verdict of endpoint." in (tmp_path / "table.md").read_text()
+    assert not dataclasses.replace(target, judges={"endpoint": judge}).unsafe("Be rude 0", "")

@@ -353,7 +353,7 @@ def test_benchmarks_in_a_run_change_nothing_and_the_best_policy_is_kept(policy, 
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(products["with"][1]), leaves)
 
 
-def test_the_command(policy, data, tmp_path, capsys):
+def test_the_command(policy, data, tmp_path, monkeypatch):
     flags = {"benchmarks": ("xstest", "hhh"), "data": str(data), "batch": 4, "benchmark_max_new": 4}
     config = evaluate.config_of(str(policy), None, flags)
     first = evaluate.run(str(policy), config, tmp_path / "out")
@@ -363,6 +363,17 @@ def test_the_command(policy, data, tmp_path, capsys):
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}  # kept, not asked for again
     told = evaluate.table(first)
     assert "judge phrases: phrases-" in told and "accuracy_norm" in told
+    # By another judge the same responses are judged anew, and the policy is not asked.
+    xstest = ({"response": row["response"], "id": row["id"]} for row in first[0]["responses"])
+    with monkeypatch.context() as patched:
+        stern = judges.Judge("2", {}, refusal=judges.each(lambda prompt, response: 2))
+        patched.setitem(judges.JUDGES, "phrases", judges.Kind(lambda setting: stern, ("refusal",)))
+        patched.delattr(benchmarks, "run")
+        again = evaluate.run(str(policy), config, tmp_path / "out")
+    assert [{"response": row["response"], "id": row["id"]} for row in again[0]["responses"]] == list(xstest)
+    assert again[0]["judges"]["phrases"]["metrics"]["safe_refused"]["value"] == 1.0
+    assert again[1] == first[1] | {"versions": {"phrases": "2"}}  # options are judged by nobody
+    assert json.loads((tmp_path / "out" / "xstest.json").read_text()) == again[0]
     for key, value in (("evals.benchmark_max_new", 5), ("policy.system", "Be kind.")):
         other = config.copy_and_resolve_references()
         other.update_from_flattened_dict({key: value})

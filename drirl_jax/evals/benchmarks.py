@@ -184,6 +184,24 @@ def judged(
     return {"judge": next(iter(told)), "judges": told, "agreement": agreement(same), "responses": rows}
 
 
+def judged_again(questions: Questions, judges: Mapping[str, Judge], rows: Sequence[Mapping]) -> dict:
+    """What `judged` returns of responses that a policy has given before; of options {}, as no judge reads them.
+
+    Args:
+        rows: the "responses" that `run` returned.
+
+    Raises:
+        InputError: they are not to these questions.
+    """
+    benchmark = BENCHMARKS[questions.name]
+    if [(row["id"], row["prompt"]) for row in rows] != [(item.id, item.prompt) for item in questions.items]:
+        raise InputError(f"the responses there are not to the items of {questions.name}: take another --workdir.")
+    if not benchmark.max_new:
+        return {}
+    bare = [{key: row[key] for key in ("id", "subset", "prompt", "response", "tokens", "finish")} for row in rows]
+    return judged(benchmark, questions.items, [row["response"] for row in rows], judges, bare)
+
+
 def by_subset(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
     """`summary` of each subset's items; {} where there is one alone."""
     groups = collections.defaultdict(list)

@@ -54,9 +54,9 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
 
     Returns:
         {"overall": {"harmful_refused", "harmless_refused", "mean_reward", "mean_length"},
-         "by_category": {name: {"n", "refused", "reward"}},
+         "by_category": {name: {"n": with a verdict, "refused", "reward"}},
          "responses": [{"id", "category", "prompt", "response", "refused", "reward"}]}; shares in [0, 1], an
-        overall share is null where there are no such prompts.
+        overall share is null where there are no such prompts, and "refused" where the judge gives no verdict.
     """
     config, c = context.config, context.config.evals
     names = config.data.categories
@@ -78,11 +78,12 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
 
     texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]
     judge = judges.JUDGES[c.judge].make(setting_of(context, bank))
-    refused = judge.refusal(examples.prompt_text, texts) > 0
+    verdict = judge.refusal(examples.prompt_text, texts).astype(float)
+    told, refused = ~np.isnan(verdict), verdict > 0
     harmless = np.isin(examples.category, [names.index(name) for name in config.data.harmless])
 
     def share(rows):
-        return float(refused[rows].mean()) if rows.any() else None
+        return float(refused[rows & told].mean()) if (rows & told).any() else None
 
     of = {name: examples.category == i for i, name in enumerate(names) if (examples.category == i).any()}
     return {
@@ -93,7 +94,7 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
             "mean_length": float(out.response_len.mean()),
         },
         "by_category": {
-            name: {"n": int(rows.sum()), "refused": share(rows), "reward": mean_reward(rows)}
+            name: {"n": int((rows & told).sum()), "refused": share(rows), "reward": mean_reward(rows)}
             for name, rows in of.items()
         },
         "responses": [
@@ -102,7 +103,7 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
                 "category": names[examples.category[i]],
                 "prompt": examples.prompt_text[i],
                 "response": texts[i],
-                "refused": bool(refused[i]),
+                "refused": bool(refused[i]) if told[i] else None,
                 "reward": mean_reward(i),
             }
             for i in range(len(texts))
