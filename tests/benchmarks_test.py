@@ -413,3 +413,12 @@ def test_a_runs_best_metric_plays_no_part_in_other_benchmarks(data, tmp_path):
 )
 def test_what_the_command_refuses(flags, message, tmp_path):
     commands.refused(message, evaluate, f"--workdir={tmp_path / 'out'}", *flags)
+
+
+def test_batches_are_small_where_prompts_are_few_or_long():
+    keys = [(64,)] * 5 + [(4096,)] * 9 + [(2048,)]
+    batches = list(answers._by_bucket(keys, 16, lambda width: width))
+    assert [(key, len(rows), real) for key, rows, real in batches] == [
+        ((64,), 8, 5), ((2048,), 1, 1), *[((4096,), 2, 2)] * 4, ((4096,), 2, 1),
+    ]  # fmt: skip
+    assert sorted({int(i) for _, rows, _ in batches for i in rows}) == list(range(15))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from drirl_jax.types import Array, Group, length_mask
 
 SMALLEST = 64  # tokens; a shape is compiled for each doubling
 LONGEST = 4096
+USUAL = 512  # tokens of a prompt and what follows it: of longer ones fewer are taken at a time
 
 
 class Answer(NamedTuple):
@@ -68,11 +69,16 @@ def ids_of(tokens: Text, chat: Chat) -> list[int]:
         return tokens.chat_ids([joined, *chat[2:]])
 
 
-def _by_bucket(keys: Sequence, batch: int):
-    """(key, row numbers filled up by repeats, how many are real) of all rows, those of one key together."""
+def _by_bucket(keys: Sequence, batch: int, tokens: Callable):
+    """(key, row numbers filled up by repeats, how many are real) of all rows, those of one key together.
+
+    A batch has no more than batch · USUAL tokens, of which a row of this key has tokens(*key), and no more rows than the
+    power of two that all rows of the key fit in.
+    """
     for key in sorted(set(keys)):
         of_key = np.array([i for i, k in enumerate(keys) if k == key])
-        for rows, real in row_batches(len(of_key), batch, f"prompts of {key}"):
+        size = min(batch, max(batch * USUAL // tokens(*key), 1), 1 << (len(of_key) - 1).bit_length())
+        for rows, real in row_batches(len(of_key), size, f"prompts of {key}"):
             yield key, of_key[rows], real
 
 
@@ -91,14 +97,14 @@ def respond(
 
     Args:
         ids: of the prompts: see `ids_of`.
-        batch: prompts at a time, or a few more to deal them out evenly.
+        batch: prompts at a time, fewer of long ones, or a few more to deal them out evenly.
         max_new, temperature: see `rollout.sample`.
         prefix: see `types.Group`; a program is compiled for each. None: what these prompts have in common.
     """
     prefix = common_prefix(ids) if prefix is None else prefix
     rest = [row[len(prefix) :] for row in ids]
     found: dict[int, Answer] = {}
-    for width, rows, real in _by_bucket([bucket(len(row)) for row in rest], batch):
+    for (width,), rows, real in _by_bucket([(bucket(len(row)),) for row in rest], batch, lambda width: width + max_new):
         prompt, length = map(sharding.deal, pad([rest[i] for i in rows], width))
         out = rollout.sample(
             model, prompt, length, rollout.row_keys(key, jnp.asarray(rows), 1),
@@ -135,13 +141,13 @@ def score_options(
     Args:
         ids: of the prompts.
         options: of each prompt the ids of its options, at least one id each.
-        batch: prompts at a time, or a few more to deal them out evenly.
+        batch: prompts at a time, fewer of long ones, or a few more to deal them out evenly.
     """
     prefix = common_prefix(ids)
     rest = [row[len(prefix) :] for row in ids]
     shapes = [(len(of), bucket(len(row)), bucket(max(map(len, of)))) for row, of in zip(rest, options)]
     found: dict[int, Scores] = {}
-    for (members, width, longest), rows, real in _by_bucket(shapes, batch):
+    for (members, width, longest), rows, real in _by_bucket(shapes, batch, lambda M, S, T: S + M * T):
         prompt, prompt_len = pad([rest[i] for i in rows], width)
         response, length = pad([option for i in rows for option in options[i]], longest)
         response, length = response.reshape(len(rows), members, longest), length.reshape(len(rows), members)
