@@ -3,8 +3,7 @@
 python -m drirl_jax.plan --config configs/llama31_8b.py:64 --topology v5e:8x8 --model llama3.1-8b
 python -m drirl_jax.main --config configs/llama31_8b.py:64 --workdir runs/llama31_8b
 
-Planned with the TPU compiler on 4 to 64 chips (docs/SCALE.md): 4 v5e chips are too few. 256 chips and GPUs are not
-planned; none has run.
+Planned with the chips' own compilers on 4 to 256 chips and on a node of H100 (docs/SCALE.md); none has run.
 """
 
 from drirl_jax.config import default
@@ -30,6 +29,7 @@ def get_config(chips: str = "64"):
         c.sampler.mesh.tensor = min(8, number)
     c.mesh.fsdp = number
     c.align.batch = c.irl.batch = max(number, FEWEST)
-    c.align.accumulate = c.irl.accumulate = c.align.batch // number
+    if chips != "gpus":  # whose memory holds two prompts' activations
+        c.align.accumulate = c.irl.accumulate = c.align.batch // number
     c.evals.batch = max(number, 64)
     return c

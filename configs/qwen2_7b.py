@@ -3,7 +3,7 @@
 python -m drirl_jax.plan --config configs/qwen2_7b.py:64 --topology v5e:8x8 --model qwen2-7b
 python -m drirl_jax.main --config configs/qwen2_7b.py:64 --workdir runs/qwen2_7b
 
-On 64 v5e chips planned with the TPU compiler (docs/SCALE.md). Other sizes and GPUs are not planned; none has run.
+Planned with the chips' own compilers on 64 TPU chips and on a node of H100 (docs/SCALE.md); none has run.
 """
 
 from drirl_jax.configs import llama31_8b

@@ -1,5 +1,9 @@
 """Costs by hand, the programs of a run traced, and, with libtpu, a plan by the TPU compiler."""
 
+import json
+import subprocess
+import sys
+
 import commands
 import jax
 import jax.numpy as jnp
@@ -163,6 +167,26 @@ def test_the_tpu_compiler_plans_the_quickstart():
     assert "A step: " in plan.table(result)
 
 
+@pytest.mark.slow
+def test_xla_plans_two_gpus_with_cudnns_attention(tmp_path):
+    pytest.importorskip("jax_cuda12_plugin", reason="pip install 'jax[cuda12]'")
+    flags = ["--config=configs/quickstart.py", "--topology=h100:2", "--model=smollm2-135m", "--config.mesh.fsdp=2"]
+    flags += ["--config.policy.dtype=bfloat16", "--config.policy.attention=cudnn", f"--plan_json={tmp_path / 'plan'}"]
+    subprocess.run([sys.executable, "-m", "drirl_jax.plan", *flags], check=True)  # before this process's jax began
+    result = json.loads((tmp_path / "plan").read_text())
+    assert [row["name"] for row in result["programs"] if "needs" in row] == []
+    update = next(row for row in result["programs"] if row["name"] == "update")
+    assert result["resident"] < update["memory"] < 8 * 2**30 and update["moved"]["all-gather"] > 0
+
+
+def test_a_gpus_seconds_are_its_products_or_what_it_reads():
+    chip = plan.CHIPS["h100"]
+    assert plan.seconds_of(chip, 0, 2 * chip.flops, chip.flops, chip.bandwidth) == 3 / plan.KERNEL_RATE
+    assert plan.seconds_of(chip, 0, 0.1 * chip.flops, 0, 2 * chip.bandwidth) == 2
+    chip = plan.CHIPS["v5e"]
+    assert plan.seconds_of(chip, chip.clock, 9e99, chip.flops, 9e99) == 1 + 1 / plan.KERNEL_RATE
+
+
 def test_what_does_not_fit_is_said_with_what_to_change():
     row = {"name": "update", "times": 1, "flops": 1.0, "needs": "Used 20G of 16G hbm."}
     text = plan.table({"topology": "v5e:2x2", "mesh": {"fsdp": 4}, "resident": 1.0, "programs": [row]})
@@ -172,7 +196,7 @@ def test_what_does_not_fit_is_said_with_what_to_change():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--topology=v9:2x2", "--model=smollm2-135m"], "--topology is v9:2x2: give one of v5e, v5p, v6e"),
+        (["--topology=v9:2x2", "--model=smollm2-135m"], "--topology is v9:2x2: give one of v5e, v5p, v6e, h100"),
         (["--topology=v5e:2x2", "--model=other"], "--model is other: choose one of llama2-7b"),
         (["--model=smollm2-135m"], "--topology is missing"),
     ],

@@ -72,8 +72,8 @@ def ids_of(tokens: Text, chat: Chat) -> list[int]:
 def _by_bucket(keys: Sequence, batch: int, tokens: Callable):
     """(key, row numbers filled up by repeats, how many are real) of all rows, those of one key together.
 
-    A batch has no more than batch · USUAL tokens, of which a row of this key has tokens(*key), and no more rows than the
-    power of two that all rows of the key fit in.
+    A batch has no more than batch · USUAL tokens, of which a row of this key has tokens(*key), and no more rows than
+    the power of two that all rows of the key fit in.
     """
     for key in sorted(set(keys)):
         of_key = np.array([i for i, k in enumerate(keys) if k == key])
