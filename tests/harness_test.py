@@ -1,6 +1,7 @@
 """The field's harnesses with a policy of this project: real tasks of theirs on local data, beside our own files."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -28,6 +29,8 @@ def case(policy, tmp_path_factory):
     answers = [numbers[-1] if numbers and i % 2 == 0 else "41" for i, numbers in enumerate(right)]
     rows = [{"question": text, "answer": f"So it is.\n#### {number}"} for text, number in zip(QUESTIONS, answers)]
     (data / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    solved = [{"question": f"{n} and {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(3)]
+    (data / "train.jsonl").write_text("\n".join(map(json.dumps, solved)))
     flags = {"benchmarks": ("gsm8k",), "data": str(data), "batch": 4, "benchmark_max_new": MAX_NEW}
     (ours,) = evaluate.run(str(policy), evaluate.config_of(str(policy), None, flags), data / "ours")
     return data / "test.jsonl", ours
@@ -37,43 +40,35 @@ def responses(ours):
     return [row["response"] for row in ours["responses"]]
 
 
-def test_lm_eval(case, policy):
+@pytest.mark.parametrize("shots", [0, 2])
+def test_lm_eval(case, policy, tmp_path, shots):
+    """Its own task gsm8k, whose filters and metric are its file's; where the data lie and what is asked are ours."""
     lm_eval = pytest.importorskip("lm_eval", reason='pip install -e ".[harness]"')
+    import yaml
     from lm_eval.tasks import TaskManager
 
     import drirl_jax.harness.lm_eval as harness
 
     path, ours = case
-    task = {
-        "task": "local_gsm8k",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
-        "output_type": "generate_until",
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
-        "target_delimiter": "",
-        "generation_kwargs": {"until": ["</s>"], "do_sample": False, "max_gen_toks": MAX_NEW},
-        # The filters and the metric of lm_eval's own gsm8k.
-        "filter_list": [
-            {"name": "strict", "filter": [{"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"},
-                                          {"function": "take_first"}]},
-            {"name": "flexible", "filter": [{"function": "regex", "group_select": -1,
-                                             "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"},
-                                            {"function": "take_first"}]},
-        ],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
-                         "ignore_punctuation": False, "regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"]}],
-    }  # fmt: skip
+    if shots:
+        flags = {"benchmarks": ("gsm8k",), "data": str(path.parent), "batch": 4, "benchmark_max_new": MAX_NEW}
+        (ours,) = evaluate.run(str(policy), evaluate.config_of(str(policy), None, flags | {"shots": shots}), tmp_path)
+    file = pathlib.Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
+    task = yaml.safe_load(file.read_text())
+    task |= {"task": "gsm8k_of_files", "doc_to_text": "{{question}}", "num_fewshot": shots, "target_delimiter": ""}
+    files = {"test": str(path), "train": str(path.parent / "train.jsonl")}
+    task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    task |= {"fewshot_config": {"sampler": "first_n", "split": "train"}}
+    task["generation_kwargs"]["max_gen_toks"] = MAX_NEW
     found = lm_eval.simple_evaluate(
         harness.DrirlJax(str(policy), batch_size=4), tasks=[task], task_manager=TaskManager(), apply_chat_template=True,
-        bootstrap_iters=0,
+        fewshot_as_multiturn=bool(shots), bootstrap_iters=0,
     )  # fmt: skip
-    theirs = {sample["doc_id"]: sample["resps"][0][0] for sample in found["samples"]["local_gsm8k"]}
+    theirs = {sample["doc_id"]: sample["resps"][0][0] for sample in found["samples"]["gsm8k_of_files"]}
     assert [theirs[i] for i in sorted(theirs)] == responses(ours)
-    metrics = ours["judges"]["protocol"]["metrics"]
-    assert found["results"]["local_gsm8k"]["exact_match,flexible"] == metrics["exact_match"]["value"]
-    assert found["results"]["local_gsm8k"]["exact_match,strict"] == metrics["strict_match"]["value"]
+    told, metrics = found["results"]["gsm8k_of_files"], ours["judges"]["protocol"]["metrics"]
+    assert told["exact_match,flexible-extract"] == metrics["exact_match"]["value"]
+    assert told["exact_match,strict-match"] == metrics["strict_match"]["value"]
 
 
 def test_lm_eval_log_likelihoods_are_those_of_our_options(policy):
