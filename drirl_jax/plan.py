@@ -3,12 +3,12 @@
 python -m drirl_jax.plan --config configs/llama31_8b.py --topology v5e:8x8
 python -m drirl_jax.plan --config configs/llama31_8b.py:gpus --topology h100:8
 
-Needs the libtpu of this jax (the extra `plan`), or `jax[cuda12]`. For GRPO with rewards of the IRL stage, one by the
-prompt's category: every jitted function that holds the model is compiled for the chips as config.mesh lays it out, with
-prompts of data.max_prompt tokens of their own (a prefix that they share is not counted) and responses of their full
-length. Times on a TPU are the compiler's estimate of its fusions and, apart, the bytes of the collectives at the rate
-of all of a chip's links: a step takes at least the larger and at most about the sum. Of a GPU's time its compiler tells
-nothing: see `seconds_of`.
+Needs the libtpu of this jax, or its CUDA plugin (the extras `plan`, `cuda`). For GRPO with rewards of the IRL stage,
+one by the prompt's category: every jitted function that holds the model is compiled for the chips as config.mesh lays
+it out, with prompts of data.max_prompt tokens of their own (a prefix that they share is not counted) and responses of
+their full length. Times on a TPU are the compiler's estimate of its fusions and, apart, the bytes of the collectives at
+the rate of all of a chip's links: a step takes at least the larger and at most about the sum. Of a GPU's time its
+compiler tells nothing: see `seconds_of`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 }"""
 # Without a GPU nothing can be tried out, which is how XLA chooses among its own products and the libraries' ones.
 OPTIONS = {"tpu": {}, "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
-PACKAGES = {"tpu": "drirl_jax[plan]", "cuda": "jax[cuda12]"}
+PACKAGES = {"tpu": "drirl_jax[plan]", "cuda": "drirl_jax[cuda]"}
 KERNEL_RATE = 0.5  # of a chip's peak, assumed of products whose cycles the compiler does not tell
 
 

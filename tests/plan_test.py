@@ -169,7 +169,7 @@ def test_the_tpu_compiler_plans_the_quickstart():
 
 @pytest.mark.slow
 def test_xla_plans_two_gpus_with_cudnns_attention(tmp_path):
-    pytest.importorskip("jax_cuda12_plugin", reason="pip install 'jax[cuda12]'")
+    pytest.importorskip("jax_cuda13_plugin", reason="pip install 'drirl_jax[cuda]'")
     flags = ["--config=configs/quickstart.py", "--topology=h100:2", "--model=smollm2-135m", "--config.mesh.fsdp=2"]
     flags += ["--config.policy.dtype=bfloat16", "--config.policy.attention=cudnn", f"--plan_json={tmp_path / 'plan'}"]
     subprocess.run([sys.executable, "-m", "drirl_jax.plan", *flags], check=True)  # before this process's jax began
