@@ -59,7 +59,7 @@ CHIPS = {
     "v5e": Chip("tpu", 16 * 2**30, 197e12, 200e9, clock=1.5e9),
     "v5p": Chip("tpu", 95 * 2**30, 459e12, 600e9, clock=1.75e9),
     "v6e": Chip("tpu", 32 * 2**30, 918e12, 448e9, clock=1.75e9),
-    "h100": Chip("cuda", 84929347584, 989e12, 450e9, bandwidth=3.35e12),
+    "h100": Chip("gpu", 84929347584, 989e12, 450e9, bandwidth=3.35e12),
 }
 # What XLA asks a GPU for, and is told here as there is none.
 H100 = """gpu_device_info {
@@ -72,9 +72,21 @@ H100 = """gpu_device_info {
 }
 platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 }"""
+
+
+class Compiler(NamedTuple):
+    """A platform's compiler: its name in jax, the package that has it, and options."""
+
+    name: str
+    package: str
+    options: dict
+
+
 # Without a GPU nothing can be tried out, which is how XLA chooses among its own products and the libraries' ones.
-OPTIONS = {"tpu": {}, "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
-PACKAGES = {"tpu": "drirl_jax[plan]", "cuda": "drirl_jax[cuda]"}
+COMPILERS = {
+    "tpu": Compiler("tpu", "drirl_jax[plan]", {}),
+    "gpu": Compiler("cuda", "drirl_jax[cuda]", {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}),
+}
 KERNEL_RATE = 0.5  # of a chip's peak, assumed of products whose cycles the compiler does not tell
 
 
@@ -217,7 +229,8 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
     logical = cost.operations(jaxpr, lambda length: length or program.loop) / chips
     told = {"name": program.name, "times": program.times, "flops": logical}
     try:
-        compiled = traced.lower(lowering_platforms=(chip.platform,)).compile(compiler_options=OPTIONS[chip.platform])
+        compiler = COMPILERS[chip.platform]
+        compiled = traced.lower(lowering_platforms=(compiler.name,)).compile(compiler_options=compiler.options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -260,12 +273,18 @@ def seconds_of(chip: Chip, cycles: float, products: float, kernels: float, read:
     return max((products + kernels) / (KERNEL_RATE * chip.flops), read / chip.bandwidth)
 
 
+def chip_of(topology: str) -> Chip:
+    """The row of CHIPS that a topology begins with. Raises InputError where there is none."""
+    kind = topology.partition(":")[0]
+    config_lib.need(kind in CHIPS, f"--topology is {topology}: give one of {', '.join(CHIPS)} and a shape, as v5e:8x8.")
+    return CHIPS[kind]
+
+
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """Chips that are not there, to compile for. Raises InputError where no compiler knows them."""
-    kind, _, shape = topology.partition(":")
-    config_lib.need(kind in CHIPS, f"--topology is {topology}: give one of {', '.join(CHIPS)} and a shape, as v5e:8x8.")
+    platform, shape = chip_of(topology).platform, topology.partition(":")[2]
     try:
-        if CHIPS[kind].platform == "tpu":
+        if platform == "tpu":
             return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it would ask the driver, which is not there
         asked = {"target_config": H100, "topology": f"1x1x{int(shape)}"}
@@ -273,7 +292,7 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     except Exception as error:
         raise InputError(
             f"the compiler knows no {topology} ({' '.join(str(error).split())[:120]}): pip install "
-            f"'{PACKAGES[CHIPS[kind].platform]}', and give a shape that is made, as v5e:8x8 or h100:8."
+            f"'{COMPILERS[platform].package}', and give a shape that is made, as v5e:8x8 or h100:8."
         ) from error
 
 
@@ -284,7 +303,7 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
         InputError: the config is of what is not planned, the chips are unknown, their compiler is not installed, or the
             mesh does not fit.
     """
-    kind, asked = topology.partition(":")[0], (config.align.objective, config.reward.source, config.reward.route)
+    asked = (config.align.objective, config.reward.source, config.reward.route)
     config_lib.need(
         asked == ("grpo", "irl", "category"),
         f"a plan is of align.objective, reward.source and reward.route 'grpo', 'irl' and 'category', not of {asked}.",
@@ -293,7 +312,7 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
     mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), devices)
     with jax.set_mesh(mesh):
         resident, every = programs(config, shape)
-        found = [measure(program, resident, CHIPS[kind]) for program in every]
+        found = [measure(program, resident, chip_of(topology)) for program in every]
         held = sum(map(sharding.held, resident))
         return {"topology": topology, "mesh": dict(mesh.shape), "resident": held, "programs": found}
 
@@ -301,7 +320,7 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
 def table(result: dict) -> str:
     """The figures as text, a chip: memory, operations, the compiler's time and the share of peak that it implies, bytes
     moved and their time; then the alignment step, and what to change where something does not fit."""
-    chip = CHIPS[result["topology"].partition(":")[0]]
+    chip = chip_of(result["topology"])
     mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items())
     lines = [
         f"{result['topology']}, {mesh}; trunk, train state and rewards: {result['resident'] / 2**30:.2f} GiB a chip",
@@ -346,10 +365,8 @@ def main(argv: list[str]) -> None:
         shape = families.PRESETS[MODEL.value]
     else:
         shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
-    kind = TOPOLOGY.value.partition(":")[0]
-    platform = CHIPS[kind].platform if kind in CHIPS else "tpu"
     shape = shape._replace(**{name: config.policy[name] for name in ("dtype", "weights", "attention")})
-    flash.require(shape, {"cuda": "gpu"}.get(platform, platform))
+    flash.require(shape, chip_of(TOPOLOGY.value).platform)
     result = plan(config, shape, TOPOLOGY.value)
     console.result(table(result), **result)
     if PLAN.value:
