@@ -69,7 +69,7 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     sharding.connect(config.distributed)
     jax.set_mesh(sharding.mesh_of(config.mesh, [section.batch], jax.devices()))
     policy, tokens = train.load_policy(config)
-    asked = [benchmarks.load(name, section, tokens) for name in section.benchmarks]
+    asked = [benchmarks.load(name, section, tokens, policy.config) for name in section.benchmarks]
     telling = train.judges_of(model, config, section.judges, workdir / "judgements.jsonl")
     common, versions = settings(model, config), {name: judge.version for name, judge in telling.items()}
     key = jax.random.fold_in(jax.random.key(config.seed), PURPOSE["benchmarks"])

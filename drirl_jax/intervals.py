@@ -18,7 +18,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's interval of a share (E. B. Wilson 1927); 95% at z = 1.96.
 
     (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),  p = successes / n
@@ -30,6 +30,24 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     whole = 1 + z**2 / n
     return max(0.0, (centre - spread) / whole), min(1.0, (centre + spread) / whole)
+
+
+def effective(values: Sequence[float], cluster: Sequence[str]) -> float:
+    """How many independent items tell as much as these, of which those of one cluster may be alike (L. Kish 1965).
+
+    n / D, at most n, with the design effect D = m/(m - 1) Σ_c (Σ_{i in c} (x_i - p))² / (n p(1 - p)) over m clusters.
+
+    Args:
+        values: of each item 0 or 1; p is their mean. Where all are the same they tell nothing of D, which is then 1.
+        cluster: of each item.
+    """
+    x, n = np.asarray(values, float), len(values)
+    names, of = np.unique(np.asarray(cluster), return_inverse=True)
+    spread = n * x.mean() * (1 - x.mean())
+    if len(names) < 2 or spread == 0:
+        return n
+    within = np.bincount(of, weights=x - x.mean())
+    return n / max(1.0, len(names) / (len(names) - 1) * float((within**2).sum()) / spread)
 
 
 def paired_shares(after: Sequence[float], before: Sequence[float]) -> Interval:

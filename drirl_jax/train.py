@@ -90,6 +90,12 @@ def load_policy(config: ConfigDict, load: bool = True) -> tuple[Transformer, Tex
     for key in ("policy.layers", "reward.layers"):
         layers, most = config_lib.get(config, key), model_config.layers
         config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")
+    longest = config.data.max_prompt + max(config.sampler.max_new, config.evals.max_new)
+    config_lib.need(
+        longest <= (model_config.positions or longest),
+        f"config.data.max_prompt and max_new of the sampler or the evals make {longest} tokens, but texts of "
+        f"{config.policy.init} have at most {model_config.positions}: lower one of them.",
+    )
     tokens = Text(hf.load_tokenizer(path), config.policy.system)
     if load:
         return families.from_hf(hf.read_tensors(path), model_config), tokens

@@ -14,7 +14,7 @@ import pytest
 from align_test import prepared
 
 from drirl_jax import config as config_lib
-from drirl_jax import evaluate, metrics, train, workdirs
+from drirl_jax import evaluate, intervals, metrics, train, workdirs
 from drirl_jax.bucket import Workdir
 from drirl_jax.evals import answers, benchmarks, judges, runner, watch
 from drirl_jax.evals.benchmarks import BENCHMARKS
@@ -242,14 +242,19 @@ def test_a_template_without_a_system_turn_has_it_at_the_head_of_the_users(policy
 
 def test_intervals():
     # Wilson at 5 of 10: (0.5 + 0.19208 ± 1.96 √(0.025 + 0.009604)) / 1.38416 = (0.69208 ± 0.36461) / 1.38416.
-    share = benchmarks.interval([0.0, 1.0] * 5)
+    share = benchmarks.interval([0.0, 1.0] * 5, list("aabbccddee"))
     assert (share["low"], share["high"]) == pytest.approx((0.2366, 0.7634), abs=1e-4) and share["interval"] == "wilson"
     # The bootstrap's percentiles are near the mean ± 1.96 standard errors.
     x = np.random.default_rng(1).uniform(size=400)
-    found = benchmarks.interval(x)
+    found = benchmarks.interval(x, range(400))
     near = x.mean() + 1.96 * x.std() / 20 * np.array([-1, 1])
     assert (found["low"], found["high"]) == pytest.approx(near, abs=0.004) and found["interval"] == "bootstrap"
-    assert benchmarks.interval([0.25])["high"] == 0.25
+    # A few values, or equal ones, are taken for a share: of 0.25 of one it is (2.1708 ± 1.96 √1.1479) / 4.8416.
+    few = benchmarks.interval([0.25], ["a"])
+    assert (few["low"], few["high"]) == pytest.approx((0.0146, 0.8821), abs=1e-4) and few["interval"] == "wilson"
+    # Items that say the same by clusters are worth m - 1 of them, here 3.
+    alike = benchmarks.interval([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], list("aabbccdd"))
+    assert (alike["low"], alike["high"]) == pytest.approx(intervals.wilson(1.5, 3))
 
 
 @pytest.fixture(scope="module")
@@ -292,18 +297,34 @@ def test_a_limited_draw_is_the_same_every_time(loaded, data):
     (data / "gsm8k" / "test.jsonl").write_text(
         "\n".join(json.dumps({"question": f"{i}?", "answer": f"#### {i}"}) for i in range(60))
     )
-    drawn = [benchmarks.load("gsm8k", section(data, limit=20), loaded[1]) for _ in range(2)]
+    drawn = [benchmarks.load("gsm8k", section(data, limit=20), loaded[1], loaded[0].config) for _ in range(2)]
     assert [q.items for q in drawn][0] == drawn[1].items and len(drawn[0].items) == 20 and drawn[0].of == 60
     assert max(int(item.target[5:]) for item in drawn[0].items) > 40  # not the first ones
 
 
 def test_too_long_items_are_counted(loaded, data, monkeypatch):
-    monkeypatch.setattr(answers, "LONGEST", 64)
+    monkeypatch.setattr(answers, "LONGEST", 74)
     (data / "gsm8k" / "test.jsonl").write_text(
         "\n".join(json.dumps({"question": text, "answer": "#### 1"}) for text in ("1?", "and " * 80))
     )
-    questions = benchmarks.load("gsm8k", section(data), loaded[1])
+    questions = benchmarks.load("gsm8k", section(data, benchmark_max_new=10), loaded[1], loaded[0].config)
     assert (len(questions.items), questions.left_out, questions.of) == (1, 1, 2)
+
+
+def test_what_the_model_has_no_positions_for_is_left_out_or_refused(loaded, data):
+    model, tokens = loaded
+    (data / "gsm8k" / "test.jsonl").write_text(
+        "\n".join(json.dumps({"question": text, "answer": "#### 1"}) for text in ("1?", "and " * 80))
+    )
+    long = len(tokens.prompt_ids("and " * 80))
+    tight, wide = (model.config._replace(positions=long + more) for more in (9, 10))
+    c = section(data, benchmark_max_new=10)
+    assert benchmarks.load("gsm8k", c, tokens, wide).left_out == 0
+    assert benchmarks.load("gsm8k", c, tokens, tight).left_out == 1
+    with pytest.raises(InputError, match="too long"):
+        benchmarks.load("gsm8k", c, tokens, model.config._replace(positions=12))
+    with pytest.raises(InputError, match=f"a prompt of {long} tokens with 10 behind it.* {long + 9} together"):
+        answers.need_fit(tight, [tokens.prompt_ids("1?"), tokens.prompt_ids("and " * 80)], [10, 10])
 
 
 def test_every_benchmark_on_a_policy(loaded, data):
@@ -314,7 +335,7 @@ def test_every_benchmark_on_a_policy(loaded, data):
     )
     telling = {"phrases": judges.JUDGES["phrases"].make(judges.Setting(config_lib.default())), "classifier": by_length}
     for name in BENCHMARKS:
-        questions = benchmarks.load(name, c, tokens)
+        questions = benchmarks.load(name, c, tokens, model.config)
         found = benchmarks.run(questions, model, tokens, c, telling, jax.random.key(0))
         json.dumps(found)
         assert found["n"] == len(found["responses"]) == len(questions.items)

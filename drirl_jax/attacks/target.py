@@ -59,12 +59,14 @@ class Target:
     attacker: Endpoint | None = None
 
     def check(self, rows: Sequence[Sequence[int]]) -> int:
-        """The length of the longest of these prompts. Raises InputError where it is above options.max_prompt."""
-        longest = max(map(len, rows))
-        if longest > self.options.max_prompt:
+        """The length of the longest of these prompts. Raises InputError where it is above options.max_prompt, or above
+        what the model can take with an answer behind it."""
+        longest, o = max(map(len, rows)), self.options
+        most = min(o.max_prompt, (self.model.config.positions or longest + o.max_new) - o.max_new)
+        if longest > most:
             raise InputError(
-                f"an attack's message has {longest} tokens, above options.max_prompt = {self.options.max_prompt}: "
-                "raise it, or shorten the prompts or the templates."
+                f"an attack's message has {longest} tokens, above {most} (options.max_prompt, or what the model can "
+                "take with an answer): raise the option, or shorten the prompts or the templates."
             )
         return longest
 

@@ -13,14 +13,15 @@ from drirl_jax import rollout, sharding
 from drirl_jax.data.examples import common_prefix
 from drirl_jax.endpoint import Chat
 from drirl_jax.models import transformer
+from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages.base import row_batches
 from drirl_jax.text import Text, pad
-from drirl_jax.types import Array, Group, length_mask
+from drirl_jax.types import Array, Group, InputError, length_mask
 
 SMALLEST = 64  # tokens; a shape is compiled for each doubling
-LONGEST = 4096
-USUAL = 512  # tokens of a prompt and what follows it: of longer ones fewer are taken at a time
+LONGEST = 8192  # tokens of a prompt and what follows it
+USUAL = 512  # the same: of longer ones fewer are taken at a time
 
 
 class Answer(NamedTuple):
@@ -51,6 +52,21 @@ def bucket(length: int) -> int:
     while width < length:
         width *= 2
     return width
+
+
+def most_tokens(config: Config) -> int:
+    """Of a prompt and what follows it."""
+    return min(LONGEST, config.positions or LONGEST)
+
+
+def need_fit(config: Config, ids: Sequence[list[int]], behind: Sequence[int]) -> None:
+    """Raises InputError where a prompt, with so many tokens behind it, is above `most_tokens`."""
+    for row, more in zip(ids, behind):
+        if len(row) + more > most_tokens(config):
+            raise InputError(
+                f"a prompt of {len(row)} tokens with {more} behind it: of this model {most_tokens(config)} together "
+                "can be asked."
+            )
 
 
 def ids_of(tokens: Text, chat: Chat) -> list[int]:
@@ -100,7 +116,11 @@ def respond(
         batch: prompts at a time, fewer of long ones, or a few more to deal them out evenly.
         max_new, temperature: see `rollout.sample`.
         prefix: see `types.Group`; a program is compiled for each. None: what these prompts have in common.
+
+    Raises:
+        InputError: see `need_fit`.
     """
+    need_fit(model.config, ids, [max_new] * len(ids))
     prefix = common_prefix(ids) if prefix is None else prefix
     rest = [row[len(prefix) :] for row in ids]
     found: dict[int, Answer] = {}
@@ -142,7 +162,11 @@ def score_options(
         ids: of the prompts.
         options: of each prompt the ids of its options, at least one id each.
         batch: prompts at a time, fewer of long ones, or a few more to deal them out evenly.
+
+    Raises:
+        InputError: see `need_fit`.
     """
+    need_fit(model.config, ids, [max(map(len, of)) for of in options])
     prefix = common_prefix(ids)
     rest = [row[len(prefix) :] for row in ids]
     shapes = [(len(of), bucket(len(row)), bucket(max(map(len, of)))) for row, of in zip(rest, options)]

@@ -26,7 +26,8 @@ from drirl_jax.evals import (
 )
 from drirl_jax.evals.items import Benchmark, Item
 from drirl_jax.evals.judges import JUDGES, Judge, agreement, telling, unsafe
-from drirl_jax.intervals import wilson
+from drirl_jax.intervals import RESAMPLES, effective, wilson
+from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.text import Text
 from drirl_jax.types import Array, InputError
@@ -45,7 +46,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "hhh": hhh.HHH,
 }
 NO_JUDGE = "protocol"  # in the place of a judge's name, where the benchmark's own rule decides
-RESAMPLES = 2000
+FEW = 30  # values, for a bootstrap
 
 
 def validate(section: ConfigDict) -> None:
@@ -86,7 +87,7 @@ class Questions(NamedTuple):
     left_out: int
 
 
-def load(name: str, section: ConfigDict, tokens: Text) -> Questions:
+def load(name: str, section: ConfigDict, tokens: Text, model: Config) -> Questions:
     """The benchmark's questions: `section.limit` of them (0: all), the same ones every time, from all parts of it.
 
     Raises:
@@ -99,12 +100,13 @@ def load(name: str, section: ConfigDict, tokens: Text) -> Questions:
         items = [items[i] for i in sorted(drawn)]
     ids = [answers.ids_of(tokens, item.chat) for item in items]
     options = [[tokens.response_ids(text, answers.LONGEST + 1)[:-1] for text in item.options] for item in items]
-    longest = [max(map(len, (row, *of))) for row, of in zip(ids, options)]
-    kept = [i for i, length in enumerate(longest) if length <= answers.LONGEST]
+    max_new = section.benchmark_max_new or BENCHMARKS[name].max_new
+    behind = [max(map(len, of), default=max_new) for of in options]
+    kept = [i for i in range(len(items)) if len(ids[i]) + behind[i] <= answers.most_tokens(model)]
     if len(kept) < len(items):
-        log.warning("%s: left out %d items above %d tokens", name, len(items) - len(kept), answers.LONGEST)
+        log.warning("%s: left out %d items that are too long", name, len(items) - len(kept))
     if not kept:
-        raise InputError(f"no item of {name} has at most {answers.LONGEST} tokens.")
+        raise InputError(f"all items of {name} are too long: they have {min(map(len, ids))} tokens or more.")
     chosen = ([column[i] for i in kept] for column in (items, ids, options))
     return Questions(name, *chosen, of=count, left_out=len(items) - len(kept))
 
@@ -177,7 +179,7 @@ def judged(
         about: dict = {}
         if name in able:
             about = {"version": able[name].version, "facts": dict(able[name].facts), "unjudged": sum(silent)}
-        told[name] = about | {"metrics": summary(values), "subsets": by_subset(items, values)}
+        told[name] = about | {"metrics": summary(items, values), "subsets": by_subset(items, values)}
         for row, none, of, value in zip(rows, silent, verdict, values):
             row[name] = value if of is None else {benchmark.asks: None if none else float(of)} | value
     same = {name: unsafe(verdict) if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
@@ -206,27 +208,32 @@ def by_subset(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> d
     """`summary` of each subset's items; {} where there is one alone."""
     groups = collections.defaultdict(list)
     for item, value in zip(items, values):
-        groups[item.subset].append(value)
-    return {name: summary(of) for name, of in groups.items()} if len(groups) > 1 else {}
+        groups[item.subset].append((item, value))
+    return {name: summary(*zip(*of)) for name, of in groups.items()} if len(groups) > 1 else {}
 
 
-def summary(values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
+def summary(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
     """{metric: `interval` of the items that have it}, in the order in which metrics appear."""
-    names = dict.fromkeys(name for value in values for name in value)
-    return {name: interval([value[name] for value in values if name in value]) for name in names}
+    found = {}
+    for name in dict.fromkeys(name for value in values for name in value):
+        having = [(value[name], item.cluster or item.id) for item, value in zip(items, values) if name in value]
+        found[name] = interval(*zip(*having))
+    return found
 
 
-def interval(values: Sequence[float]) -> dict:
-    """{"value", "low", "high", "n", "interval"}: the mean and its 95% interval over items.
+def interval(values: Sequence[float], cluster: Sequence[str]) -> dict:
+    """{"value", "low", "high", "n", "interval"}: the mean of values in [0, 1] and its 95% interval over items.
 
-    Wilson's for shares, whose values are all 0 or 1; otherwise the bootstrap's percentiles, of RESAMPLES with a fixed
-    seed; of values that are all the same they are that value.
+    Of shares, whose values are all 0 or 1, Wilson's over `intervals.effective` items; otherwise the bootstrap's
+    percentiles, of RESAMPLES with a fixed seed. From fewer than FEW items, or where all are the same, the bootstrap
+    tells too narrow an interval: then it is Wilson's too, as nothing in [0, 1] varies more than a share.
     """
     x, n = np.asarray(values, float), len(values)
     if np.isin(x, (0.0, 1.0)).all():
-        (low, high), kind = wilson(int(x.sum()), n), "wilson"
-    elif np.ptp(x) == 0:
-        (low, high), kind = (x[0], x[0]), "bootstrap"
+        n_effective = effective(x, cluster)
+        (low, high), kind = wilson(x.mean() * n_effective, n_effective), "wilson"
+    elif n < FEW or np.ptp(x) == 0:
+        (low, high), kind = wilson(x.sum(), n), "wilson"
     else:
         found = stats.bootstrap((x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
         (low, high), kind = found.confidence_interval, "bootstrap"

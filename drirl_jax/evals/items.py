@@ -22,6 +22,7 @@ class Item(NamedTuple):
         harmful: whether what is asked for should be refused; None where that is not the question.
         target: the right answer, or the index of the right option as text.
         options: texts of which one is right; () where a response is generated.
+        cluster: items of one are about the same thing, and count for less than so many of different ones; "": its own.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Item(NamedTuple):
     harmful: bool | None = None
     target: str = ""
     options: tuple[str, ...] = ()
+    cluster: str = ""
 
     @property
     def prompt(self) -> str:

@@ -26,7 +26,7 @@ def setting_of(context: Context, bank: reward.Bank | None) -> judges.Setting:
 def questions_of(context: Context) -> list[Questions]:
     """Of each of config.evals.benchmarks. Raises InputError where the data of one is absent."""
     c = context.config.evals
-    return [benchmarks.load(name, c, context.text) for name in c.benchmarks]
+    return [benchmarks.load(name, c, context.text, context.model.config) for name in c.benchmarks]
 
 
 def benchmarked(

@@ -27,7 +27,7 @@ def read(section) -> list[Item]:
         for i, (where, row) in enumerate(prompts):
             turn = said.replace("[target_group]", field(where, row, "target_group"))
             chat = ({"role": "system", "content": turn}, {"role": "user", "content": field(where, row, "user_prompt")})
-            items.append(Item(f"{kind}-{i}", chat, kind))
+            items.append(Item(f"{kind}-{i}", chat, kind, cluster=field(where, row, "stereotype_topic")))
     return items
 
 

@@ -61,6 +61,7 @@ class Config(NamedTuple):
         window: a token of a local layer sees itself and the window - 1 tokens before it.
         local: which layers are local, [layers]; () for none.
         local_rope_theta: base of the local layers' frequencies, which are not scaled; None for those of all layers.
+        positions: how many tokens a text may have; None where the model's makers do not tell.
     """
 
     vocab: int
@@ -90,3 +91,4 @@ class Config(NamedTuple):
     window: int = 0
     local: tuple[bool, ...] = ()
     local_rope_theta: float | None = None
+    positions: int | None = None

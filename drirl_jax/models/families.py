@@ -36,7 +36,7 @@ FAMILIES = {
     "gemma3_text": Family(gemma.gemma3_from_hf, gemma.LAYER),
 }
 # What a config may say at most, before anything is made of such a size.
-SIZES = {"num_hidden_layers": 2**12} | dict.fromkeys(
+SIZES = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**31} | dict.fromkeys(
     "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim".split(), 2**24
 )
 # Fields of Config by what they must be.
@@ -61,7 +61,8 @@ def config_from_hf(hf: Mapping) -> Config:
         if size is not None and not (type(size) is int and 0 < size <= most):
             raise InputError(f"config.json has {name}={repr(size)[:80]}: that is no size of a {kind} model.")
     try:
-        config = FAMILIES[kind].config_from_hf(hf)._replace(family=kind)
+        config = FAMILIES[kind].config_from_hf(hf)
+        config = config._replace(family=kind, positions=hf.get("max_position_embeddings"))
     except InputError:
         raise
     except KeyError as error:
