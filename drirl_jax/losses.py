@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,19 @@ def sequence_ratio(log_ratio_PGT: Array, mask_PGT: Array) -> Array:
     return jnp.broadcast_to(total_PG1 / jnp.maximum(mask_PGT.sum(-1, keepdims=True), 1), log_ratio_PGT.shape)
 
 
-# Logarithm of the ratio ρ of each token: ([P, G, T] log π - log π_old, 0 at padding; [P, G, T] mask) -> [P, G, T].
-RATIO = {"token": lambda log_ratio_PGT, mask_PGT: log_ratio_PGT, "sequence": sequence_ratio}
+class Ratio(NamedTuple):
+    """A row of RATIO.
+
+    Attributes:
+        of: ([P, G, T] log π - log π_old, 0 at padding; [P, G, T] mask) -> [P, G, T] log ρ of each token.
+        own: whether a token's depends on no other token, so that the loss of a response is the sum of its pieces'.
+    """
+
+    of: Callable[[Array, Array], Array]
+    own: bool
+
+
+RATIO = {"token": Ratio(lambda log_ratio_PGT, mask_PGT: log_ratio_PGT, True), "sequence": Ratio(sequence_ratio, False)}
 
 
 def clipped_surrogate(log_ratio: Array, advantage: Array, clip_low: float, clip_high: float):
@@ -163,7 +174,7 @@ def policy_loss(
     logp_PMT = jnp.where(mask_PMT, logp_PMT, 0.0)
     logp_PGT, other_logp = logp_PMT[:, :sampled], logp_PMT[:, sampled:]
     moved_PGT = logp_PGT - jnp.where(mask_PGT, old_logp_PGT, 0.0)
-    log_ratio_PGT = RATIO[ratio](moved_PGT, mask_PGT)
+    log_ratio_PGT = RATIO[ratio].of(moved_PGT, mask_PGT)
     objective, outside = clipped_surrogate(log_ratio_PGT, advantage_PMT[:, :sampled], clip_low, clip_high)
     other = off_policy_surrogate(other_logp, advantage_PMT[:, sampled:])
     scalars = {

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from drirl_jax.models import decoding, transformer
+from drirl_jax.models.attention import product, softcap
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.sharding import constrain, size
 from drirl_jax.types import Array, length_mask
@@ -39,29 +40,38 @@ class Rollout(NamedTuple):
     logp: Array
 
 
-def sample_categorical(uniform_N2: Array, logit_NV: Array, chunk: int = 256) -> Array:
+def sample_categorical(uniform_N2: Array, logit_NV: Array, chunk: int = 256) -> tuple[Array, Array]:
     """Exact sample from softmax(logit): choose a chunk by its mass, then a token inside it, by inverse CDF.
 
-    Two short cumulative sums instead of V random numbers a row: 20 times faster for V = 49,152.
+    Two short cumulative sums instead of V random numbers a row: 20 times faster for V = 49,152. The sum of all mass
+    tells the sample's log-probability too.
 
     Args:
         uniform_N2: [N, 2] uniforms in [0, 1).
         logit_NV: [N, V].
 
     Returns:
-        [N] int32.
+        ([N] int32 tokens, [N] their log-probabilities, nats).
     """
     rows, vocab = logit_NV.shape
-    mass = jnp.exp(logit_NV - logit_NV.max(-1, keepdims=True))
+    top_N1 = logit_NV.max(-1, keepdims=True)
+    mass = jnp.exp(logit_NV - top_N1)
     mass_NCK = jnp.pad(mass, ((0, 0), (0, -vocab % chunk))).reshape(rows, -1, chunk)
 
     def pick(mass_NM, uniform_N):
         cumulative = jnp.cumsum(mass_NM, axis=-1)
         return jnp.argmax(cumulative > uniform_N[:, None] * cumulative[:, -1:], axis=-1)
 
-    chosen_N = pick(mass_NCK.sum(-1), uniform_N2[:, 0])
+    mass_NC = mass_NCK.sum(-1)
+    chosen_N = pick(mass_NC, uniform_N2[:, 0])
     inside_NK = jnp.take_along_axis(mass_NCK, chosen_N[:, None, None], axis=1)[:, 0]
-    return (chosen_N * chunk + pick(inside_NK, uniform_N2[:, 1])).astype(jnp.int32)
+    token_N = (chosen_N * chunk + pick(inside_NK, uniform_N2[:, 1])).astype(jnp.int32)
+    return token_N, picked(logit_NV, token_N) - top_N1[:, 0] - jnp.log(mass_NC.sum(-1))
+
+
+def picked(x_NV: Array, index_N: Array) -> Array:
+    """[N] the entry of each row."""
+    return jnp.take_along_axis(x_NV, index_N[:, None], axis=-1)[:, 0]
 
 
 class Slots(NamedTuple):
@@ -141,16 +151,14 @@ def sample(
     unembed_VD = constrain(transformer.cast(model.unembed, config), "spread_vocab")
 
     def choose(hidden_CD, t, key_C):
-        logit_CV = transformer.product("cd,vd->cv", constrain(hidden_CD, "weights_stay"), unembed_VD)
+        logit_CV = product("cd,vd->cv", constrain(hidden_CD, "weights_stay"), unembed_VD)
         logit_CV = constrain(logit_CV, "weights_stay", "spread_vocab")
-        logit_CV = transformer.softcap(logit_CV, config.final_softcap) / (temperature or 1.0)
+        logit_CV = softcap(logit_CV, config.final_softcap) / (temperature or 1.0)
         if temperature:
             uniform_C2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(key_C)
-            token_C = sample_categorical(uniform_C2, logit_CV)
-        else:
-            token_C = jnp.argmax(logit_CV, axis=-1).astype(jnp.int32)
-        picked_C = jnp.take_along_axis(logit_CV, token_C[:, None], axis=-1)[:, 0]
-        return token_C, picked_C - jax.nn.logsumexp(logit_CV, axis=-1)
+            return sample_categorical(uniform_C2, logit_CV)
+        token_C = jnp.argmax(logit_CV, axis=-1).astype(jnp.int32)
+        return token_C, picked(logit_CV, token_C) - jax.nn.logsumexp(logit_CV, axis=-1)
 
     def record(rollout, done_N, t, hidden_ABD, row_AB):
         row_C = row_AB.reshape(-1)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import plan, rollout, sharding
 from drirl_jax.config import default
-from drirl_jax.models import lora, transformer
+from drirl_jax.models import lora, transformer, vocabulary
 from drirl_jax.models.transformer import Config, Transformer
 from drirl_jax.stages.base import POLICIES
 from drirl_jax.types import Group
@@ -74,7 +74,7 @@ def differing() -> float:
     def slope(adapter, model):
         def total(adapter):
             hidden = transformer.apply(model, batch, adapter)
-            return transformer.token_logprobs(model, hidden, batch, 1.0)[0].sum()
+            return vocabulary.token_logprobs(model, hidden, batch, 1.0)[0].sum()
 
         return jax.grad(total)(adapter)
 

@@ -14,7 +14,7 @@ from hf_test import tiny_tokenizer
 from transformer_test import filled, random_group, rows, spelt_out
 
 from drirl_jax import rollout
-from drirl_jax.models import attention, decoding, families, hf, lora, transformer
+from drirl_jax.models import attention, decoding, families, hf, lora, transformer, vocabulary
 from drirl_jax.types import InputError
 
 SHAPE = dict(
@@ -101,7 +101,7 @@ def passed(model, group, temperature):
     hidden = transformer.apply(model, group)
     logit = transformer.predictors(hidden, group) @ model.unembed.T
     logit = attention.softcap(logit, model.config.final_softcap)
-    return logit, transformer.token_logprobs(model, hidden, group, temperature, chunk=8)
+    return logit, vocabulary.token_logprobs(model, hidden, group, temperature, chunk=8)
 
 
 GROUP = random_group(P=2, S=9, G=2, T=7, seed=1).replace(prompt_len=jnp.array([9, 5]), prefix=(5, 8, 13))
@@ -175,7 +175,7 @@ def test_gradients_through_a_prefix_passed_once_are_those_of_one_in_every_prompt
     def slope(model, group):
         def total(model):
             hidden = transformer.apply(model, group)
-            return transformer.token_logprobs(model, hidden, group, 0.7, chunk=8)[0].mean()
+            return vocabulary.token_logprobs(model, hidden, group, 0.7, chunk=8)[0].mean()
 
         return jax.grad(total)(model)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax.models import attention, families, flash, transformer
+from drirl_jax.models import attention, families, flash, transformer, vocabulary
 from drirl_jax.types import Group
 
 TINY = {
@@ -49,7 +49,7 @@ def loss_and_gradient(config, group):
 
     def loss(model):
         hidden = transformer.apply(model, group)
-        logp = transformer.token_logprobs(model, hidden, group, 1.0)[0]
+        logp = vocabulary.token_logprobs(model, hidden, group, 1.0)[0]
         return (logp * jnp.arange(logp.size).reshape(logp.shape) / logp.size).sum(), logp
 
     def of(name):

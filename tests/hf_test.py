@@ -367,7 +367,7 @@ def test_gguf_model_matches_torch_and_knows_paris():
     torch = pytest.importorskip("torch")
     import jax.numpy as jnp
 
-    from drirl_jax.models import transformer
+    from drirl_jax.models import transformer, vocabulary
     from drirl_jax.types import Group
 
     path = hf.resolve(SMOLLM)
@@ -381,7 +381,7 @@ def test_gguf_model_matches_torch_and_knows_paris():
     response = jnp.array(out[len(ids) :])[None, None]
     group = Group(jnp.array([ids]), jnp.array([len(ids)]), response, jnp.array([[response.shape[-1]]]), jnp.array([0]))
     model = families.from_hf(tensors, families.config_from_hf(config))
-    logp, _ = transformer.token_logprobs(model, transformer.apply(model, group), group, 1.0)
+    logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, group), group, 1.0)
     with torch.no_grad():
         want = torch.log_softmax(peer(torch.tensor([out])).logits[0, len(ids) - 1 : -1], -1)
     picked = want[np.arange(response.shape[-1]), out[len(ids) :]].numpy()

@@ -14,7 +14,7 @@ from drirl_jax import equations as eq
 from drirl_jax import losses, optimizer
 from drirl_jax.config import default
 from drirl_jax.metrics import Clock
-from drirl_jax.models import lora, transformer
+from drirl_jax.models import lora, transformer, vocabulary
 from drirl_jax.stages import objectives as obj
 from drirl_jax.stages.base import POLICIES
 from drirl_jax.types import length_mask
@@ -30,7 +30,7 @@ def batch(P=4, G=4):
     model, group = tiny(), random_group(P=P, G=G)
     rng = np.random.default_rng(1)
     advantage = jnp.asarray(rng.normal(size=(P, G)), jnp.float32)
-    logp, _ = transformer.token_logprobs(model, transformer.apply(model, group), group, 1.0)
+    logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, group), group, 1.0)
     ref_logp = logp + 0.1 * jnp.asarray(rng.normal(size=logp.shape), jnp.float32)
     return model, obj.Batch(group, advantage[..., None], logp, ref_logp, weights(group, G))
 
@@ -148,7 +148,7 @@ def test_a_demonstration_in_the_group_becomes_more_likely():
 
     def likely(p):
         hidden = transformer.apply(model, alone, p)
-        return transformer.token_logprobs(model, hidden, alone, 1.0)[0].sum(-1)
+        return vocabulary.token_logprobs(model, hidden, alone, 1.0)[0].sum(-1)
 
     assert (likely(after) > likely(params)).all()
 
@@ -306,7 +306,7 @@ def test_ppo_matches_the_method(whiten):
     close(batch.advantage, advantage * np.asarray(alpha)[..., None])
     # After a step of the head the values have moved: the loss is the method's, token by token.
     moved = head._replace(bias=head.bias + 0.2)
-    logp, _ = transformer.token_logprobs(model, transformer.apply(model, samples), samples, 1.0)
+    logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, samples), samples, 1.0)
     batch = batch._replace(old_logp=logp, returns=batch.returns + 0.1)
     fresh = lora.init(model, jax.random.key(3), rank=4, alpha=4)
     loss, told = obj.ppo_loss(model, POLICIES["lora"], context.config, obj.Params(fresh, moved), batch)

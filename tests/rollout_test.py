@@ -9,7 +9,7 @@ import pytest
 from transformer_test import random_group, spelt_out, tiny
 
 from drirl_jax import rollout
-from drirl_jax.models import transformer
+from drirl_jax.models import transformer, vocabulary
 from drirl_jax.types import Group
 
 EOS = (3, 11)
@@ -33,7 +33,7 @@ def test_logprobs_equal_the_trainers(temperature):
     model, group = sharpened(), random_group(P=3)
     out = draw(model, group, temperature=temperature)
     again = Group(group.prompt, group.prompt_len, out.response, out.response_len, group.category)
-    logp, _ = transformer.token_logprobs(model, transformer.apply(model, again), again, temperature or 1.0)
+    logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, again), again, temperature or 1.0)
     mask = jnp.arange(6) < out.response_len[..., None]
     np.testing.assert_allclose(out.logp, jnp.where(mask, logp, 0), atol=1e-4)
 
@@ -50,7 +50,7 @@ def test_logprobs_in_bfloat16_are_near_the_trainers():
     model, group = tiny(dtype="bfloat16"), random_group(P=3)
     out = draw(model, group)
     again = Group(group.prompt, group.prompt_len, out.response, out.response_len, group.category)
-    logp, _ = transformer.token_logprobs(model, transformer.apply(model, again), again, 1.0)
+    logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, again), again, 1.0)
     mask = jnp.arange(6) < out.response_len[..., None]
     assert out.logp.dtype == jnp.float32
     np.testing.assert_allclose(out.logp, jnp.where(mask, logp, 0), atol=0.02)
@@ -118,9 +118,10 @@ def test_two_level_sampling_is_exact():
     rng = np.random.default_rng(0)
     logit = jnp.asarray(rng.normal(size=37) * 2, jnp.float32)
     uniform = jax.random.uniform(jax.random.key(0), (200_000, 2))
-    drawn = rollout.sample_categorical(uniform, jnp.broadcast_to(logit, (200_000, 37)), chunk=8)
+    drawn, logp = rollout.sample_categorical(uniform, jnp.broadcast_to(logit, (200_000, 37)), chunk=8)
     share = np.bincount(np.asarray(drawn), minlength=37) / 200_000
     probability = np.asarray(jax.nn.softmax(logit))
+    np.testing.assert_allclose(logp, np.log(probability)[drawn], atol=1e-5)
     # Five standard errors of a binomial share.
     assert (np.abs(share - probability) < 5 * np.sqrt(probability / 200_000) + 1e-9).all()
 
@@ -128,7 +129,8 @@ def test_two_level_sampling_is_exact():
 def test_sampling_never_returns_an_impossible_token():
     logit = jnp.full((4, 300), -jnp.inf).at[:, 258].set(0.0)
     uniform = jnp.array([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24], [0.5, 0.0], [0.0, 1 - 2**-24]])
-    np.testing.assert_array_equal(rollout.sample_categorical(uniform, logit), 258)
+    token, logp = rollout.sample_categorical(uniform, logit)
+    assert (token == 258).all() and (logp == 0).all()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from drirl_jax import rollout, sharding, text
 from drirl_jax.data.records import Record
 from drirl_jax.endpoint import Endpoint
-from drirl_jax.models import transformer
+from drirl_jax.models import transformer, vocabulary
 from drirl_jax.models.transformer import Begun, Transformer
 from drirl_jax.stages.base import row_batches
 from drirl_jax.types import Array, Group, InputError
@@ -112,9 +112,9 @@ def losses(model: Transformer, group: Group, goal: int, begun: Begun | None = No
     P, G, _ = group.response.shape
     prompt_PSD, response_PGTD = transformer.apply(model, group, begun=begun)
     read_PGMD = transformer.predictors((prompt_PSD, response_PGTD), group)[:, :, -goal:]
-    logp_PN, _ = transformer.logprobs(
+    logp_PN, _ = vocabulary.logprobs(
         transformer.cast(model.unembed, model.config), read_PGMD.reshape(P, G * goal, -1),
-        group.response[:, :, -goal:].reshape(P, -1), 1.0, 256, model.config.final_softcap,
+        group.response[:, :, -goal:].reshape(P, -1), jnp.ones((P, G * goal)), cap=model.config.final_softcap,
     )  # fmt: skip
     return -logp_PN.reshape(P, G, goal).mean(-1)
 

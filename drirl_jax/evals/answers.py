@@ -12,8 +12,9 @@ import numpy as np
 from drirl_jax import rollout, sharding
 from drirl_jax.data.examples import common_prefix
 from drirl_jax.endpoint import Chat
-from drirl_jax.models import transformer
+from drirl_jax.models import transformer, vocabulary
 from drirl_jax.models.architecture import Config
+from drirl_jax.models.attention import product
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages.base import row_batches
 from drirl_jax.text import Text, pad
@@ -141,12 +142,12 @@ def respond(
 def option_logprobs(model: Transformer, group: Group) -> tuple[Array, Array]:
     """[P, G] log-probability of each whole response, nats, and whether each of its tokens is the most likely one."""
     hidden = transformer.apply(model, group, remat=False)
-    logp_PGT, _ = transformer.token_logprobs(model, hidden, group, 1.0)
+    logp_PGT, _ = vocabulary.token_logprobs(model, hidden, group, 1.0)
     mask_PGT = length_mask(group.response_len, group.response.shape[-1])
     unembed_VD = transformer.cast(model.unembed, model.config)
 
     def likeliest(hidden_PGD):
-        return jnp.argmax(transformer.product("pgd,vd->pgv", hidden_PGD, unembed_VD), axis=-1)
+        return jnp.argmax(product("pgd,vd->pgv", hidden_PGD, unembed_VD), axis=-1)
 
     best_TPG = jax.lax.map(likeliest, jnp.moveaxis(transformer.predictors(hidden, group), 2, 0))
     greedy_PG = jnp.all(jnp.moveaxis(best_TPG, 0, 2) == group.response, axis=-1, where=mask_PGT)

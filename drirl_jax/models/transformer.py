@@ -1,4 +1,4 @@
-"""The decoder: layers in which a prompt passes once for its whole group, chunked log-probabilities.
+"""The decoder: layers in which a prompt passes once for its whole group.
 
 Weight matrices are [out, in] as in torch, stacked over layers on a leading axis and scanned. Everything here
 is a pure function of a `Transformer`, which is a Flax NNX module used as an immutable pytree.
@@ -21,15 +21,13 @@ from drirl_jax.models.attention import (
     behind,
     heads_first,
     local_layers,
-    product,
     prompt_attention,
     rope,
     rope_turns,
-    softcap,
     turns_of,
 )
 from drirl_jax.models.flash import ATTENDED, ATTENTION
-from drirl_jax.sharding import constrain, size
+from drirl_jax.sharding import constrain
 from drirl_jax.types import Array, Group
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
@@ -284,116 +282,3 @@ def predictors(hidden, group: Group) -> Array:
     first_PD = last_real(prompt_PSD, group.prompt_len)
     first = jnp.broadcast_to(first_PD[:, None, None], response_PGTD[:, :, :1].shape)
     return jnp.concatenate([first, response_PGTD[:, :, :-1]], axis=2)
-
-
-def token_logprobs(
-    model: Transformer, hidden, group: Group, temperature: float, chunk: int = 256
-) -> tuple[Array, Array]:
-    """Log-probability of each response token, and the entropy of its distribution, under softmax(z / temperature) of
-    the logits z = h Eᵀ, which some models cap: see `attention.softcap`.
-
-    Args:
-        hidden, group: as of `predictors`.
-        temperature: > 0, the sampler's.
-        chunk: positions at a time, all prompts' together, on each device; nothing of size T x V is kept.
-
-    Returns:
-        ([P, G, T] log-probabilities, [P, G, T] entropies without gradient), nats, float32; padding holds finite,
-        meaningless values.
-    """
-    P, G, T = group.response.shape
-    predictor_PND = predictors(hidden, group).reshape(P, G * T, -1)
-    unembed_VD = cast(model.unembed, model.config)
-    cap, target_PN = model.config.final_softcap, group.response.reshape(P, G * T)
-    out = logprobs(unembed_VD, predictor_PND, target_PN, temperature, chunk, cap)
-    return tuple(x_PN.reshape(P, G, T) for x_PN in out)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def logprobs(unembed_VD, hidden_PND, target_PN, temperature: float, chunk: int, cap: float = 0.0):
-    """([P, N] log softmax(z / temperature) at the target, [P, N] entropies), about `chunk` rows of logits at a time.
-
-    z = h Eᵀ, or c·tanh(h Eᵀ / c) where c = `cap` is not 0, whose derivative is 1 - (z / c)².
-
-    Its derivative needs no second pass over the vocabulary for the hidden states:
-    ∂logp/∂h = (z'_target E_target - Σ_v p_v z'_v E_v) / temperature, z' = 1 without a cap, is [P, N, D] and is computed
-    while the logits are there. Entropies carry no gradient.
-    """
-
-    def one(h, y):
-        return _row_logprobs(_logits(unembed_VD, h, y, temperature, cap)[0], y)[:2]
-
-    return _by_chunk(one, chunk, hidden_PND, target_PN)
-
-
-def _logits(unembed_VD, h_PND, target_PN, temperature, cap):
-    """Of one chunk: logits z / temperature [P, N, V], z' [P, N, V] and z'_target [P, N, 1]; the last two 1 without a
-    cap."""
-    capped_PNV = softcap(product("pnd,vd->pnv", h_PND, unembed_VD), cap)
-    if not cap:
-        return capped_PNV / temperature, 1, 1
-    slope_PNV = 1 - (capped_PNV / cap) ** 2
-    return capped_PNV / temperature, slope_PNV, jnp.take_along_axis(slope_PNV, target_PN[..., None], axis=-1)
-
-
-def _row_logprobs(logit_PNV, target_PN):
-    """Of one chunk: log-probabilities, entropies, and the norms that make probabilities of logits, each [P, N]."""
-    norm_PN = jax.nn.logsumexp(logit_PNV, axis=-1)
-    entropy_PN = norm_PN - jnp.einsum("pnv,pnv->pn", jnp.exp(logit_PNV - norm_PN[..., None]), logit_PNV)
-    logp_PN = jnp.take_along_axis(logit_PNV, target_PN[..., None], axis=-1)[..., 0] - norm_PN
-    return logp_PN, entropy_PN, norm_PN
-
-
-def _chunks(chunk: int, *arrays):
-    """Arrays [P, N, ...] as [K, P, N / K, ...], K chunks of about `chunk` rows a device; zero rows fill the last up.
-
-    Every chunk has rows of all prompts, so that devices among which the prompts are dealt out work on each together.
-    """
-    P, N = arrays[0].shape[:2]
-    number = -(-N // max(1, chunk * size("prompts") // P))
-    pad = -N % number
-    padded = (jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)) for x in arrays)
-    return tuple(jnp.moveaxis(x.reshape(P, number, -1, *x.shape[2:]), 1, 0) for x in padded)
-
-
-def _by_chunk(function, chunk: int, *arrays):
-    """The function over chunks of the arrays' second axis, one after another."""
-    P, N = arrays[0].shape[:2]
-    out = jax.lax.map(lambda part: function(*part), _chunks(chunk, *arrays))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(P, -1, *x.shape[3:])[:, :N], out)
-
-
-def _logprobs_forward(unembed_VD, hidden_PND, target_PN, temperature, chunk, cap):
-    def one(h, y):
-        logit, slope, at_target = _logits(unembed_VD, h, y, temperature, cap)
-        logp, entropy, norm = _row_logprobs(logit, y)
-        weight = (slope * jnp.exp(logit - norm[..., None])).astype(unembed_VD.dtype)
-        mean_PND = product("pnv,vd->pnd", weight, unembed_VD)
-        return logp, entropy, norm, (at_target * unembed_VD[y] - mean_PND) / temperature
-
-    logp, entropy, norm, slope_PND = _by_chunk(one, chunk, hidden_PND, target_PN)
-    return (logp, entropy), (unembed_VD, hidden_PND, target_PN, norm, slope_PND)
-
-
-def _logprobs_backward(temperature, chunk, cap, saved, cotangents):
-    unembed_VD, hidden_PND, target_PN, norm_PN, slope_PND = saved
-    g_PN = cotangents[0]
-
-    # For the embedding the logits are needed again; where it is frozen, XLA drops this loop as dead. Its sum is [D, V],
-    # so that no chunk's probabilities are transposed.
-    def add(total_DV, part):
-        h, y, norm, g = part
-        logit, slope, at_target = _logits(unembed_VD, h, y, temperature, cap)
-        gh = (g[..., None] / temperature * h).astype(jnp.float32)
-        weight = slope * jnp.exp(logit - norm[..., None])
-        gh_MD, weight_MV = (rearrange(x, "p n k -> (p n) k") for x in (gh, weight))
-        return total_DV - jnp.einsum("md,mv->dv", gh_MD, weight_MV), at_target * gh
-
-    chunks = _chunks(chunk, hidden_PND, target_PN, norm_PN, g_PN)
-    total_DV, of_target = jax.lax.scan(add, jnp.zeros(unembed_VD.shape[::-1], jnp.float32), chunks)
-    total_VD = total_DV.T.at[chunks[1]].add(of_target)
-    hidden_gradient = (g_PN[..., None] * slope_PND).astype(hidden_PND.dtype)
-    return total_VD.astype(unembed_VD.dtype), hidden_gradient, None
-
-
-logprobs.defvjp(_logprobs_forward, _logprobs_backward)

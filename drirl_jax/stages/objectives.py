@@ -16,7 +16,7 @@ import numpy as np
 
 from drirl_jax import equations as eq
 from drirl_jax import losses
-from drirl_jax.models import transformer
+from drirl_jax.models import transformer, vocabulary
 from drirl_jax.models.transformer import Begun, Transformer
 from drirl_jax.stages.base import Context, Policy
 from drirl_jax.types import Array, Group, PyTree, length_mask
@@ -113,7 +113,7 @@ def init(objective: Objective, policy_params: PyTree, model: Transformer) -> Par
 def logprobs(model, group: Group, temperature: float, begun: Begun | None = None) -> Array:
     """[P, G, T] log-probabilities of the group under the model, here the reference."""
     hidden = transformer.apply(model, group, begun=begun)
-    return transformer.token_logprobs(model, hidden, group, temperature)[0]
+    return vocabulary.token_logprobs(model, hidden, group, temperature)[0]
 
 
 @jax.jit
@@ -254,21 +254,23 @@ def grpo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
 def _surrogate(model, config, hidden, batch: Batch):
     """`losses.policy_loss` of the group's hidden states, and its scalars."""
     group, g, sampled = batch.group, config.grpo, batch.old_logp.shape[1]
-    prompt_hidden, response_hidden = hidden
+    members, T = group.response.shape[1:]
+    # What nobody sampled has the model's own temperature.
+    temperature_M = jnp.where(jnp.arange(members) < sampled, config.sampler.temperature, 1.0)
 
-    def read(members: slice, temperature: float):
-        part = prompt_hidden, response_hidden[:, members]
-        return transformer.token_logprobs(model, part, group.members(members), temperature)
+    def loss(logp, entropy, arrays):
+        value, scalars = losses.policy_loss(
+            logp, *arrays, clip_low=g.clip_low, clip_high=g.clip_high, beta_kl=g.beta_kl, ratio=g.ratio
+        )
+        *_, weights = arrays
+        return value, scalars | {"entropy": losses.weighted(entropy[:, :sampled], weights.sampled)}
 
-    logp, entropy = read(slice(sampled), config.sampler.temperature)
-    if group.response.shape[1] > sampled:  # what nobody sampled has the model's own temperature
-        logp = jnp.concatenate([logp, read(slice(sampled, None), 1.0)[0]], axis=1)
-    mask = length_mask(group.response_len, group.response.shape[-1])
-    value, scalars = losses.policy_loss(
-        logp, batch.old_logp, batch.ref_logp, batch.advantage, mask, batch.weights,
-        clip_low=g.clip_low, clip_high=g.clip_high, beta_kl=g.beta_kl, ratio=g.ratio,
-    )  # fmt: skip
-    scalars |= {"entropy": losses.weighted(entropy, batch.weights.sampled)}
+    advantage = jnp.broadcast_to(batch.advantage, group.response.shape)
+    arrays = batch.old_logp, batch.ref_logp, advantage, length_mask(group.response_len, T), batch.weights
+    if losses.RATIO[g.ratio].own:
+        value, scalars = vocabulary.token_sum(model, hidden, group, temperature_M, loss, arrays)
+    else:
+        value, scalars = loss(*vocabulary.token_logprobs(model, hidden, group, temperature_M), arrays)
     return value, scalars | {"advantage_abs": jnp.abs(batch.advantage).mean()}
 
 
@@ -371,7 +373,7 @@ PAIRS = {"demonstration": demonstration_pairs, "self": self_pairs}
 
 def whole_logprobs(model, hidden, group: Group) -> Array:
     """[P, M] log-probabilities of whole responses, at the model's own temperature."""
-    logp, _ = transformer.token_logprobs(model, hidden, group, 1.0)
+    logp, _ = vocabulary.token_logprobs(model, hidden, group, 1.0)
     return jnp.sum(logp, axis=-1, where=length_mask(group.response_len, group.response.shape[-1]))
 
 
@@ -429,8 +431,11 @@ def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstration
     """-log π of the demonstrations' tokens, at the model's own temperature."""
     model, adapter = policy.parts(trunk, params.policy)
     hidden = transformer.apply(model, batch.group, adapter)
-    logp, entropy = transformer.token_logprobs(model, hidden, batch.group, 1.0)
-    return -losses.weighted(logp, batch.weight), {"entropy": losses.weighted(entropy, batch.weight)}
+
+    def loss(logp, entropy, weight):
+        return -losses.weighted(logp, weight), {"entropy": losses.weighted(entropy, weight)}
+
+    return vocabulary.token_sum(model, hidden, batch.group, 1.0, loss, batch.weight)
 
 
 OBJECTIVES = {
