@@ -35,7 +35,8 @@ def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
 def effective(values: Sequence[float], cluster: Sequence[str]) -> float:
     """How many independent items tell as much as these, of which those of one cluster may be alike (L. Kish 1965).
 
-    n / D, at most n, with the design effect D = m/(m - 1) Σ_c (Σ_{i in c} (x_i - p))² / (n p(1 - p)) over m clusters.
+    n / D, at most n, with the design effect D = m/(m - 1) Σ_c (Σ_{i in c} (x_i - p))² / (n/(n - 1) n p(1 - p)) over m
+    clusters: 1 where each item is one of its own.
 
     Args:
         values: of each item 0 or 1; p is their mean. Where all are the same they tell nothing of D, which is then 1.
@@ -43,7 +44,7 @@ def effective(values: Sequence[float], cluster: Sequence[str]) -> float:
     """
     x, n = np.asarray(values, float), len(values)
     names, of = np.unique(np.asarray(cluster), return_inverse=True)
-    spread = n * x.mean() * (1 - x.mean())
+    spread = n * x.mean() * (1 - x.mean()) * n / max(n - 1, 1)
     if len(names) < 2 or spread == 0:
         return n
     within = np.bincount(of, weights=x - x.mean())

@@ -21,6 +21,7 @@ from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
 from drirl_jax.evals import judges, runner, watch
 from drirl_jax.models import encoder, families, flash, hf, peft, reward
+from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES, Context, Stage
@@ -66,12 +67,15 @@ def prepare(config: ConfigDict, load: bool = True) -> Context:
     with sharding.together():
         encode = load_encoder(config)
         model, tokens = load_policy(config, load)
+    tokenised = examples.tokenise(by_split, tokens, config)
+    longest = max((len(of.prefix) + int(of.prompt_len.max()) for of in tokenised.values()), default=0)
+    need_positions(model.config, longest, max(config.sampler.max_new, config.evals.max_new))
     return Context(
         config=config,
         model=model,
         text=tokens,
         embedder=encode,
-        examples=examples.tokenise(by_split, tokens, config),
+        examples=tokenised,
         sampling=sampling,
     )
 
@@ -90,12 +94,6 @@ def load_policy(config: ConfigDict, load: bool = True) -> tuple[Transformer, Tex
     for key in ("policy.layers", "reward.layers"):
         layers, most = config_lib.get(config, key), model_config.layers
         config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")
-    longest = config.data.max_prompt + max(config.sampler.max_new, config.evals.max_new)
-    config_lib.need(
-        longest <= (model_config.positions or longest),
-        f"config.data.max_prompt and max_new of the sampler or the evals make {longest} tokens, but texts of "
-        f"{config.policy.init} have at most {model_config.positions}: lower one of them.",
-    )
     tokens = Text(hf.load_tokenizer(path), config.policy.system)
     if load:
         return families.from_hf(hf.read_tensors(path), model_config), tokens

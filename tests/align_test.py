@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from drirl_jax.models import reward
 from drirl_jax.stages import align, irl, samples
 from drirl_jax.stages.base import Context, Shared
 from drirl_jax.text import SPLIT
+from drirl_jax.types import InputError
 
 
 def kept_and_restored(stage, state, folder):
@@ -49,6 +51,21 @@ def prepared(policy, cache, /, **sections):
     fresh = irl.init_rewards(context)
     head = jax.random.normal(jax.random.key(0), fresh.heads.shape)
     return context, reward.Bank(fresh.replace(heads=head), mean=fresh.bias, std=jnp.ones_like(fresh.bias))
+
+
+def test_prompts_that_the_policy_has_no_positions_for_are_refused(policy, cache, tmp_path):
+    for path in policy.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    told = json.loads((tmp_path / "config.json").read_text())
+    context = tiny(policy, cache)
+    longest = max(len(of.prefix) + int(of.prompt_len.max()) for of in context.examples.values())
+    behind = max(context.config.sampler.max_new, context.config.evals.max_new)
+    for more in (0, -1):
+        positions = longest + behind + more
+        (tmp_path / "config.json").write_text(json.dumps(told | {"max_position_embeddings": positions}))
+        refused = pytest.raises(InputError, match=f"a prompt of {longest} tokens with {behind} .* at most {positions}")
+        with refused if more else contextlib.nullcontext():
+            tiny.__wrapped__(tmp_path, cache)
 
 
 OF_NO_GROUP = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0}

@@ -273,7 +273,7 @@ def test_short_templates_do_not_always_have_the_same_children():
 def test_a_prompt_that_is_too_long_is_told_before_anything_is_asked(target):
     rows = [record(0), record(1)._replace(prompt="word " * target.options.max_prompt)]
     for name in ("none", "gcg"):
-        with pytest.raises(InputError, match=r"above \d+ .options.max_prompt"):
+        with pytest.raises(InputError, match="above options.max_prompt"):
             next(iter(runner.ATTACKS[name](target, rows)))
 
 

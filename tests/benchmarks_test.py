@@ -1,5 +1,6 @@
 """Benchmarks: their published files, what they measure, option scores beside transformers, and runs of them."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -252,9 +253,9 @@ def test_intervals():
     # A few values, or equal ones, are taken for a share: of 0.25 of one it is (2.1708 ± 1.96 √1.1479) / 4.8416.
     few = benchmarks.interval([0.25], ["a"])
     assert (few["low"], few["high"]) == pytest.approx((0.0146, 0.8821), abs=1e-4) and few["interval"] == "wilson"
-    # Items that say the same by clusters are worth m - 1 of them, here 3.
+    # Items that say the same by clusters are worth fewer.
     alike = benchmarks.interval([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], list("aabbccdd"))
-    assert (alike["low"], alike["high"]) == pytest.approx(intervals.wilson(1.5, 3))
+    assert (alike["low"], alike["high"]) == pytest.approx(intervals.wilson(12 / 7, 24 / 7))
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +304,7 @@ def test_a_limited_draw_is_the_same_every_time(loaded, data):
 
 
 def test_too_long_items_are_counted(loaded, data, monkeypatch):
-    monkeypatch.setattr(answers, "LONGEST", 74)
+    monkeypatch.setattr(benchmarks, "LONGEST", 74)
     (data / "gsm8k" / "test.jsonl").write_text(
         "\n".join(json.dumps({"question": text, "answer": "#### 1"}) for text in ("1?", "and " * 80))
     )
@@ -323,8 +324,13 @@ def test_what_the_model_has_no_positions_for_is_left_out_or_refused(loaded, data
     assert benchmarks.load("gsm8k", c, tokens, tight).left_out == 1
     with pytest.raises(InputError, match="too long"):
         benchmarks.load("gsm8k", c, tokens, model.config._replace(positions=12))
-    with pytest.raises(InputError, match=f"a prompt of {long} tokens with 10 behind it.* {long + 9} together"):
-        answers.need_fit(tight, [tokens.prompt_ids("1?"), tokens.prompt_ids("and " * 80)], [10, 10])
+    narrow = copy.copy(model)
+    narrow.config, ids = tight, [tokens.prompt_ids("1?"), tokens.prompt_ids("and " * 80)]
+    refusal = pytest.raises(InputError, match=f"a prompt of {long} tokens with 10 behind it.*at most {long + 9}")
+    with refusal:
+        answers.respond(narrow, tokens, ids, batch=2, max_new=10, temperature=0.0, key=jax.random.key(0))
+    with refusal:
+        answers.score_options(narrow, ids, [[[5]], [[5] * 10]], batch=2)
 
 
 def test_every_benchmark_on_a_policy(loaded, data):

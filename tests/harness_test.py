@@ -8,6 +8,7 @@ import pytest
 from drirl_jax import evaluate
 from drirl_jax.evals import gsm8k
 from drirl_jax.harness import Policy, chat_of, rendered
+from drirl_jax.types import InputError
 
 QUESTIONS = ["What is 2 and 3?", "Tom has 4 apples and eats one. How many are left?", "Half of 12?", "7 times 6?"]
 MAX_NEW = 24
@@ -17,6 +18,15 @@ def test_a_chat_survives_as_a_string():
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "chat: <|im_end|>\n你好"}]
     assert chat_of(rendered(chat)) == chat
     assert list(chat_of("Hello")) == [{"role": "user", "content": "Hello"}]
+
+
+def test_a_chat_that_is_too_long_is_told_before_its_batch_is_asked(policy):
+    of = Policy(str(policy))
+    short, long = ([{"role": "user", "content": text}] for text in ("Hello", "and " * 90))
+    of.model.config = of.model.config._replace(positions=90)
+    of.need_room(short, 8)
+    with pytest.raises(InputError, match="texts of this model have at most 90"):
+        of.need_room(long, 8)
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,17 @@ def test_gradients_of_logprobs_are_those_of_plain_autodiff(cap):
     close(got, jax.value_and_grad(plain, (0, 1))(unembed, hidden))
 
 
+def test_a_temperature_rounds_no_bfloat16():
+    """As in the sampler, the logits are divided, not the states: else a token's ratio would be wrong by a percent."""
+    rng = np.random.default_rng(0)
+    unembed, hidden = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((97, 64), (2, 5, 64)))
+    target = jnp.asarray(rng.integers(0, 97, (2, 5)), jnp.int32)
+    got, _ = vocabulary.logprobs(unembed, hidden, target, jnp.full((2, 5), 1 / 0.7))
+    logit = np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64).T / 0.7
+    want = jax.nn.log_softmax(logit)
+    np.testing.assert_allclose(got, np.take_along_axis(want, np.asarray(target)[..., None], -1)[..., 0], atol=1e-3)
+
+
 def curved(logp, entropy, arrays):
     """Something that is not linear in the log-probabilities, and what is told beside it."""
     old, weight = arrays["old"], arrays["weight"]

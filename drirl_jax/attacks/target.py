@@ -15,6 +15,7 @@ from drirl_jax import rollout, sharding, text
 from drirl_jax.data.records import Record
 from drirl_jax.endpoint import Endpoint
 from drirl_jax.models import transformer, vocabulary
+from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Begun, Transformer
 from drirl_jax.stages.base import row_batches
 from drirl_jax.types import Array, Group, InputError
@@ -59,15 +60,15 @@ class Target:
     attacker: Endpoint | None = None
 
     def check(self, rows: Sequence[Sequence[int]]) -> int:
-        """The length of the longest of these prompts. Raises InputError where it is above options.max_prompt, or above
-        what the model can take with an answer behind it."""
-        longest, o = max(map(len, rows)), self.options
-        most = min(o.max_prompt, (self.model.config.positions or longest + o.max_new) - o.max_new)
-        if longest > most:
+        """The length of the longest of these prompts. Raises InputError where it is above options.max_prompt, or too
+        long for the model with an answer."""
+        longest = max(map(len, rows))
+        if longest > self.options.max_prompt:
             raise InputError(
-                f"an attack's message has {longest} tokens, above {most} (options.max_prompt, or what the model can "
-                "take with an answer): raise the option, or shorten the prompts or the templates."
+                f"an attack's message has {longest} tokens, above options.max_prompt = {self.options.max_prompt}: "
+                "raise it, or shorten the prompts or the templates."
             )
+        need_positions(self.model.config, longest, self.options.max_new)
         return longest
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from drirl_jax import rollout, text
 from drirl_jax.endpoint import Chat, Endpoint, Reply
 from drirl_jax.metrics import tracked
+from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Transformer
 
 Generate = Callable[[list[Chat], int], list[Reply]]  # (chats, seed) -> replies
@@ -26,7 +27,9 @@ def by_policy(section: ConfigDict, load: Callable[[], tuple[Transformer, text.Te
     def generate(chats, seed):
         replies = []
         ids = [tokens.prompt_ids(chat[-1]["content"]) for chat in chats]
-        size = -(-max(map(len, ids)) // BUCKET) * BUCKET
+        longest = max(map(len, ids))
+        need_positions(model.config, longest, section.max_new)
+        size = -(-longest // BUCKET) * BUCKET
         key = jax.random.fold_in(jax.random.key(seed), 0)
         for start in tracked(range(0, len(ids), section.batch), "replies", "batch"):
             rows = [(start + i) % len(ids) for i in range(section.batch)]  # the last batch is filled up

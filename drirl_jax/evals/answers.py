@@ -13,16 +13,15 @@ from drirl_jax import rollout, sharding
 from drirl_jax.data.examples import common_prefix
 from drirl_jax.endpoint import Chat
 from drirl_jax.models import transformer, vocabulary
-from drirl_jax.models.architecture import Config
+from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.attention import product
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages.base import row_batches
 from drirl_jax.text import Text, pad
-from drirl_jax.types import Array, Group, InputError, length_mask
+from drirl_jax.types import Array, Group, length_mask
 
 SMALLEST = 64  # tokens; a shape is compiled for each doubling
-LONGEST = 8192  # tokens of a prompt and what follows it
-USUAL = 512  # the same: of longer ones fewer are taken at a time
+USUAL = 512  # tokens of a prompt and what follows it: of longer ones fewer are taken at a time
 
 
 class Answer(NamedTuple):
@@ -53,21 +52,6 @@ def bucket(length: int) -> int:
     while width < length:
         width *= 2
     return width
-
-
-def most_tokens(config: Config) -> int:
-    """Of a prompt and what follows it."""
-    return min(LONGEST, config.positions or LONGEST)
-
-
-def need_fit(config: Config, ids: Sequence[list[int]], behind: Sequence[int]) -> None:
-    """Raises InputError where a prompt, with so many tokens behind it, is above `most_tokens`."""
-    for row, more in zip(ids, behind):
-        if len(row) + more > most_tokens(config):
-            raise InputError(
-                f"a prompt of {len(row)} tokens with {more} behind it: of this model {most_tokens(config)} together "
-                "can be asked."
-            )
 
 
 def ids_of(tokens: Text, chat: Chat) -> list[int]:
@@ -119,9 +103,9 @@ def respond(
         prefix: see `types.Group`; a program is compiled for each. None: what these prompts have in common.
 
     Raises:
-        InputError: see `need_fit`.
+        InputError: a prompt is too long for the model.
     """
-    need_fit(model.config, ids, [max_new] * len(ids))
+    need_positions(model.config, max(map(len, ids), default=0), max_new)
     prefix = common_prefix(ids) if prefix is None else prefix
     rest = [row[len(prefix) :] for row in ids]
     found: dict[int, Answer] = {}
@@ -165,9 +149,10 @@ def score_options(
         batch: prompts at a time, fewer of long ones, or a few more to deal them out evenly.
 
     Raises:
-        InputError: see `need_fit`.
+        InputError: a prompt with its option is too long for the model.
     """
-    need_fit(model.config, ids, [max(map(len, of)) for of in options])
+    for row, of in zip(ids, options):
+        need_positions(model.config, len(row), max(map(len, of)))
     prefix = common_prefix(ids)
     rest = [row[len(prefix) :] for row in ids]
     shapes = [(len(of), bucket(len(row)), bucket(max(map(len, of)))) for row, of in zip(rest, options)]

@@ -47,6 +47,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 NO_JUDGE = "protocol"  # in the place of a judge's name, where the benchmark's own rule decides
 FEW = 30  # values, for a bootstrap
+LONGEST = 8192  # tokens of an item and its answer
 
 
 def validate(section: ConfigDict) -> None:
@@ -99,10 +100,11 @@ def load(name: str, section: ConfigDict, tokens: Text, model: Config) -> Questio
         drawn = np.random.default_rng(0).permutation(count)[: section.limit]
         items = [items[i] for i in sorted(drawn)]
     ids = [answers.ids_of(tokens, item.chat) for item in items]
-    options = [[tokens.response_ids(text, answers.LONGEST + 1)[:-1] for text in item.options] for item in items]
+    options = [[tokens.response_ids(text, LONGEST + 1)[:-1] for text in item.options] for item in items]
     max_new = section.benchmark_max_new or BENCHMARKS[name].max_new
     behind = [max(map(len, of), default=max_new) for of in options]
-    kept = [i for i in range(len(items)) if len(ids[i]) + behind[i] <= answers.most_tokens(model)]
+    most = min(LONGEST, model.positions or LONGEST)
+    kept = [i for i in range(len(items)) if len(ids[i]) + behind[i] <= most]
     if len(kept) < len(items):
         log.warning("%s: left out %d items that are too long", name, len(items) - len(kept))
     if not kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Sequence
 
 import jax
@@ -12,6 +13,7 @@ from drirl_jax.endpoint import Chat
 from drirl_jax.evals import answers
 from drirl_jax.evals.answers import Answer, Scores
 from drirl_jax.evals.items import user
+from drirl_jax.models.architecture import need_positions
 
 
 class Policy:
@@ -46,10 +48,14 @@ class Policy:
             self.model, self.tokens, ids, key=jax.random.fold_in(jax.random.key(seed), call), **options
         )
 
+    def need_room(self, chat: Chat, max_new: int) -> None:
+        """Raises InputError where the chat, with an answer, is too long for the model."""
+        need_positions(self.model.config, len(answers.ids_of(self.tokens, chat)), max_new)
+
     def score(self, chats: Sequence[Chat], said: Sequence[str]) -> list[Scores]:
         """Of each chat the scores of the one text that is said, as `answers.score_options`."""
         ids = [answers.ids_of(self.tokens, chat) for chat in chats]
-        options = [[self.tokens.response_ids(text, answers.LONGEST)[:-1]] for text in said]
+        options = [[self.tokens.response_ids(text, sys.maxsize)[:-1]] for text in said]
         return answers.score_options(self.model, ids, options, batch=self.batch)
 
 

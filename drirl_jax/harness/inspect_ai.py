@@ -60,6 +60,7 @@ class DrirlJax(ModelAPI):
             raise NotImplementedError(f"drirl_jax samples one answer from the whole softmax: leave {given} out.")
         options = (config.max_tokens or MAX_NEW, config.temperature or 0.0, config.seed or 0)
         mine = Asked(tuple({"role": turn.role, "content": turn.text} for turn in input), options, [])
+        self.policy.need_room(mine.chat, options[0])  # before it can spoil the answers of its batch
         self.waiting.append(mine)
         await anyio.sleep(0)  # the others that ask now take their place in the line
         async with self.busy:

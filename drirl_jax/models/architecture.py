@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from drirl_jax.types import Array
+from drirl_jax.types import Array, InputError
 
 
 class Linear(NamedTuple):
@@ -61,7 +61,7 @@ class Config(NamedTuple):
         window: a token of a local layer sees itself and the window - 1 tokens before it.
         local: which layers are local, [layers]; () for none.
         local_rope_theta: base of the local layers' frequencies, which are not scaled; None for those of all layers.
-        positions: how many tokens a text may have; None where the model's makers do not tell.
+        positions: how many tokens a text may have; None where no config.json tells.
     """
 
     vocab: int
@@ -92,3 +92,12 @@ class Config(NamedTuple):
     local: tuple[bool, ...] = ()
     local_rope_theta: float | None = None
     positions: int | None = None
+
+
+def need_positions(config: Config, prompt: int, behind: int) -> None:
+    """Raises InputError where a prompt of so many tokens, with so many behind it, is longer than texts may be."""
+    if config.positions and prompt + behind > config.positions:
+        raise InputError(
+            f"a prompt of {prompt} tokens with {behind} behind it: texts of this model have at most "
+            f"{config.positions}. Shorten the prompt, or take fewer new tokens."
+        )

@@ -13,7 +13,7 @@ from drirl_jax.models.transformer import Transformer, cast, predictors
 from drirl_jax.sharding import size
 from drirl_jax.types import Array, Group, PyTree
 
-CHUNK = 256  # positions at a time, all prompts' together, on each device
+CHUNK = 256  # about so many positions at a time, all prompts' together, on each device
 
 
 def token_logprobs(
@@ -52,9 +52,9 @@ def token_sum(
 ) -> tuple[Array, dict[str, Array]]:
     """function(*token_logprobs(model, hidden, group, temperature), arrays), of a function that sums over tokens.
 
-    It is given a few tokens of all responses at a time. So its derivative by their log-probabilities is known while
-    their logits are there, and these are made once: three products with the vocabulary, where the log-probabilities
-    alone, whose derivative is asked for later, need four.
+    It is given a few tokens of all responses at a time, one at least. So its derivative by their log-probabilities is
+    known while their logits are there, and these are made once: three products with the vocabulary, where the
+    log-probabilities alone, whose derivative is asked for later, need four.
 
     Args:
         hidden, group, temperature, chunk: as of `token_logprobs`.
@@ -100,9 +100,9 @@ def logprobs(unembed_VD, hidden_PND, target_PN, inverse_PN, chunk: int = CHUNK, 
 def _logits(unembed_VD, h, y, inverse, cap):
     """Of one chunk, rows [...]: logits z / τ [..., V], z' [..., V] and z'_target [..., 1]; the last two 1
     without a cap."""
-    if not cap:
-        return product("...d,vd->...v", (h * inverse[..., None]).astype(h.dtype), unembed_VD), 1, 1
     capped = softcap(product("...d,vd->...v", h, unembed_VD), cap)
+    if not cap:
+        return capped * inverse[..., None], 1, 1
     slope = 1 - (capped / cap) ** 2
     return capped * inverse[..., None], slope, jnp.take_along_axis(slope, y[..., None], axis=-1)
 
