@@ -94,7 +94,7 @@ def test_lm_eval_log_likelihoods_are_those_of_our_options(policy):
     ours = model.policy.score(chats, [text for _, text in pairs])
     assert [total for total, _ in found] == pytest.approx([float(of.total[0]) for of in ours])
     assert found[1][0] < 0 and not any(greedy for _, greedy in found)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(InputError, match="without a prompt"):
         model.loglikelihood_rolling([])
     assert harness.cut("one\n\ntwo Q: three", ["Q:", "\n\n"]) == "one"
 

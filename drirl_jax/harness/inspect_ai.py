@@ -14,6 +14,7 @@ from inspect_ai.model import ChatMessage, GenerateConfig, ModelAPI, ModelOutput,
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from drirl_jax.harness import Policy, cut
+from drirl_jax.types import InputError
 
 MAX_NEW = 256  # where neither the task nor the command says
 
@@ -52,12 +53,12 @@ class DrirlJax(ModelAPI):
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
         if tools:
-            raise NotImplementedError("drirl_jax has policies without tools: choose a task that needs none.")
+            raise InputError("drirl_jax has policies without tools: choose a task that needs none.")
         unknown = {"top_p": config.top_p not in (None, 1.0), "top_k": bool(config.top_k)}
         unknown["num_choices"] = (config.num_choices or 1) > 1
         if any(unknown.values()):
             given = ", ".join(name for name, wanted in unknown.items() if wanted)
-            raise NotImplementedError(f"drirl_jax samples one answer from the whole softmax: leave {given} out.")
+            raise InputError(f"drirl_jax samples one answer from the whole softmax: leave {given} out.")
         options = (config.max_tokens or MAX_NEW, config.temperature or 0.0, config.seed or 0)
         mine = Asked(tuple({"role": turn.role, "content": turn.text} for turn in input), options, [])
         self.policy.need_room(mine.chat, options[0])  # before it can spoil the answers of its batch

@@ -15,6 +15,8 @@ from lm_eval.api.registry import register_model
 
 from drirl_jax.endpoint import Chat
 from drirl_jax.harness import Policy, chat_of, cut, rendered
+from drirl_jax.main import leave
+from drirl_jax.types import InputError
 
 MAX_NEW = 256  # of a task that does not say
 
@@ -37,7 +39,7 @@ class DrirlJax(LM):
 
     def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
         if not add_generation_prompt:
-            raise NotImplementedError("drirl_jax begins no answer for a policy: leave out the task's gen_prefix.")
+            raise InputError("drirl_jax begins no answer for a policy: leave out the task's gen_prefix.")
         return rendered(chat_history)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -47,7 +49,7 @@ class DrirlJax(LM):
             _, options = request.args
             sampled = options.get("do_sample", False)
             if unknown := [name for name in ("top_p", "top_k") if sampled and options.get(name)]:
-                raise NotImplementedError(f"drirl_jax samples from the whole softmax: leave {unknown} out of the task.")
+                raise InputError(f"drirl_jax samples from the whole softmax: leave {unknown} out of the task.")
             warmth = float(options.get("temperature", 0.0)) if sampled else 0.0
             alike[int(options.get("max_gen_toks", MAX_NEW)), warmth].append(i)
         for (max_new, temperature), rows in alike.items():
@@ -62,12 +64,13 @@ class DrirlJax(LM):
         return [(float(of.total[0]), bool(of.greedy[0])) for of in scores]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        raise NotImplementedError(
-            "drirl_jax has chat policies, which have no log-likelihood of a text without a prompt."
-        )
+        raise InputError("drirl_jax has chat policies, which have no log-likelihood of a text without a prompt.")
 
 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except InputError as error:
+        leave(str(error))
