@@ -82,6 +82,46 @@ def zscore(reward: Array, mean: Array, std: Array) -> Array:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def standard_scores(value: Array, eps: float, *, where: Array | None = None, axis: int | None = None) -> Array:
+    """z = (x - mean) / (std + ε), population std, of any finite float32 numbers; exactly 0 where all are equal.
+
+    Three things would spoil it. Squares of large numbers overflow, so all are divided by a power of two first, which
+    rounds nothing. The mean is rounded by about 1e-7 of the numbers' size, which may be more than their spread, so the
+    mean of what is centred is taken away again. Equal numbers leave that rounding alone, so they are compared.
+
+    Args:
+        value: [...] numbers.
+        eps: ε >= 0, in the numbers' unit.
+        where: [...] bool, the numbers that count; default all.
+        axis: over which mean and std are taken; default all axes.
+
+    Returns:
+        [...] float32, 0 where `where` is False; gradients are finite.
+
+    >>> standard_scores(jnp.array([1e20, -1e20]), eps=0.0).tolist()
+    [1.0, -1.0]
+    """
+    value = value.astype(jnp.float32)
+    where = jnp.ones(value.shape, bool) if where is None else jnp.broadcast_to(where, value.shape)
+    over = {"axis": axis, "keepdims": True, "where": where}
+    count = jnp.maximum(jnp.sum(where, axis=axis, keepdims=True), 1)
+    factor = _inverse_power_of_two(jnp.max(jnp.abs(value), initial=0.0, **over))
+    scaled = jnp.where(where, value, 0.0) * factor
+    equal = jnp.max(scaled, initial=-jnp.inf, **over) <= jnp.min(scaled, initial=jnp.inf, **over)
+    for _ in range(2):
+        scaled = scaled - jnp.sum(scaled, **over) / count
+    variance = jnp.sum(scaled**2, **over) / count
+    alike = equal | (variance == 0)  # NaN is neither, and stays NaN
+    std = jnp.sqrt(jnp.where(alike, 1.0, variance))  # the slope of a root at 0 is infinite
+    return jnp.where(where & ~alike, scaled / (std + eps * factor), 0.0)
+
+
+def _inverse_power_of_two(size: Array) -> Array:
+    """2^-e of float32 numbers >= 0 in [2^e, 2^(e+1)), made of its bits and so exact; a constant for differentiation."""
+    exponent = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(size), jnp.int32) >> 23  # e + 127
+    return jax.lax.bitcast_convert_type(jnp.clip(254 - exponent, 1, 254) << 23, jnp.float32)
+
+
 def group_advantage(reward_PG: Array, eps: float = 1e-6) -> Array:
     """Group-relative advantage.
 
@@ -92,17 +132,12 @@ def group_advantage(reward_PG: Array, eps: float = 1e-6) -> Array:
         eps: ε >= 0, in units of reward.
 
     Returns:
-        [P, G] advantages, mean 0 in each group and standard deviation at most 1.
+        [P, G] float32 advantages, mean 0 in each group and standard deviation at most 1; see `standard_scores`.
 
     >>> group_advantage(jnp.array([[3.0, 1.0, 1.0, 3.0]]), eps=0.0).tolist()  # mean 2, std 1
     [[1.0, -1.0, -1.0, 1.0]]
     """
-    centred_PG = reward_PG - reward_PG.mean(axis=-1, keepdims=True)
-    std_P1 = jnp.sqrt(jnp.mean(centred_PG**2, axis=-1, keepdims=True))
-    # Equal rewards leave rounding noise of about 1e-7 of their size, which the division would blow up.
-    equal_P1 = jnp.max(reward_PG, axis=-1, keepdims=True) == jnp.min(reward_PG, axis=-1, keepdims=True)
-    safe_P1 = jnp.where(equal_P1, 1.0, std_P1 + eps)
-    return jnp.where(equal_P1, 0.0, centred_PG / safe_P1)
+    return standard_scores(reward_PG, eps, axis=-1)
 
 
 def part_similarity(response_PGKE: Array, demo_PLE: Array) -> Array:
@@ -203,7 +238,7 @@ def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -
         [P, G] bool, True where the gap is kept; at least one of every category present.
     """
     group_size = gap_PG.shape[1]
-    distance_N = ((gap_PG - baseline_C[category_P][:, None]) ** 2).reshape(-1)
+    distance_N = jnp.abs(gap_PG - baseline_C[category_P][:, None]).reshape(-1)  # in the order of squares, which overflow
     category_N = jnp.repeat(category_P, group_size)
     same_NN = category_N[:, None] == category_N[None, :]
     index_N = jnp.arange(distance_N.size)

@@ -7,6 +7,7 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from drirl_jax.equations import standard_scores
 from drirl_jax.types import Array
 
 
@@ -225,10 +226,17 @@ def generalised_advantage(
 
 
 def whitened(advantage_PGT: Array, mask_PGT: Array, eps: float = 1e-6) -> Array:
-    """(A - mean) / (std + ε) over all real tokens of the batch, population std; 0 at padding, also where all is."""
-    mean = jnp.mean(advantage_PGT, where=mask_PGT)
-    std = jnp.sqrt(jnp.mean((advantage_PGT - mean) ** 2, where=mask_PGT))
-    return jnp.where(mask_PGT, (advantage_PGT - mean) / (std + eps), 0.0)
+    """(A - mean) / (std + ε) over all real tokens of the batch, population std; 0 at padding.
+
+    Args:
+        advantage_PGT: [P, G, T] advantages.
+        mask_PGT: [P, G, T] bool, True at real tokens.
+        eps: ε >= 0, in units of reward.
+
+    Returns:
+        [P, G, T] float32; 0 everywhere where all advantages are equal: see `equations.standard_scores`.
+    """
+    return standard_scores(advantage_PGT, eps, where=mask_PGT)
 
 
 def value_loss(value: Array, old_value: Array, returns: Array, clip: float) -> Array:

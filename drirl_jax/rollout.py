@@ -218,6 +218,16 @@ def sample(
 
 
 def row_keys(key: Array, prompt_index_P: Array, group: int) -> Array:
-    """[P, G] keys from (key, prompt index, response index), so that a response does not depend on its batch."""
+    """[P, G] keys from (key, prompt index, response index), so that a response does not depend on its batch.
+
+    A prompt that stands n times in the batch before has response indices from n·G: each of its groups goes on where the
+    one before it ended, and no two hold the same tokens.
+
+    Args:
+        prompt_index_P: [P] int32 of the whole batch, before it is dealt out to devices.
+        group: G.
+    """
+    earlier_PP = jnp.tril(prompt_index_P[:, None] == prompt_index_P[None, :], k=-1)
+    response_PG = earlier_PP.sum(axis=1)[:, None] * group + jnp.arange(group)
     prompt_key_P = jax.vmap(lambda i: jax.random.fold_in(key, i))(prompt_index_P)
-    return jax.vmap(lambda k: jax.vmap(lambda g: jax.random.fold_in(k, g))(jnp.arange(group)))(prompt_key_P)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(prompt_key_P, response_PG)

@@ -31,7 +31,7 @@ class Baseline(NamedTuple):
     """δ̄ of each response.
 
     Attributes:
-        of: (running mean [C], whether there is one [C], mean of the batch [C], δ [P, G], category [P]) -> broadcasts
+        of: (running mean [C], whether it has begun [C], mean of the batch [C], δ [P, G], category [P]) -> broadcasts
             to [P, G].
         moves: whether the running mean follows the batches; one that does not is calibrated before the first.
     """
@@ -106,15 +106,26 @@ class Options(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Running means of each category, [C]: δ̄_c and ρ̄_c, and whether the category has been seen."""
+    """Running means of each category, [C], and whether each of them has begun.
+
+    The two begin apart: a batch in which no gap of a category is kept has distances of it, but no gap to follow.
+
+    Attributes:
+        delta: δ̄_c.
+        gap: ρ̄_c.
+        seen: bool, whether ρ̄_c has begun.
+        delta_seen: bool, whether δ̄_c has begun.
+    """
 
     delta: Array
     gap: Array
     seen: Array
+    delta_seen: Array
 
     @classmethod
     def fresh(cls, categories: int) -> "Stats":
-        return cls(jnp.zeros(categories), jnp.zeros(categories), jnp.zeros(categories, bool))
+        means, flags = jnp.zeros(categories), jnp.zeros(categories, bool)
+        return cls(means, means, flags, flags)
 
 
 class Parts(NamedTuple):
@@ -130,9 +141,12 @@ class Parts(NamedTuple):
 
 
 def distances(options: Options, parts: Parts) -> Array:
-    """[P, G] δ = 1 - W in [0, 2]: how far each response is from the demonstration."""
+    """[P, G] δ = 1 - W in [0, 2]: how far each response is from the demonstration.
+
+    Cosines of equal texts may be rounded to above 1, and α^D = 1/δ of a δ just below 0 would turn an advantage round.
+    """
     cosine_PGKL = eq.part_similarity(parts.response_PGKE, parts.demo_PLE)
-    return 1 - options.rule("align")(cosine_PGKL, parts.response_mask_PGK, parts.demo_mask_PL)
+    return jnp.clip(1 - options.rule("align")(cosine_PGKL, parts.response_mask_PGK, parts.demo_mask_PL), 0.0, 2.0)
 
 
 @partial(jax.jit, static_argnames="options")
@@ -151,7 +165,7 @@ def coefficients(
     delta_C, present_C = eq.category_mean(delta_PG, category_P, categories)
     alpha_d_PG = delta_PG
     if similarity.ratio:
-        base_PG = baseline.of(stats.delta, stats.seen, delta_C, delta_PG, category_P)
+        base_PG = baseline.of(stats.delta, stats.delta_seen, delta_C, delta_PG, category_P)
         alpha_d_PG = eq.data_hardness(delta_PG, base_PG)
     alpha_d_PG = options.rule("orientation")(alpha_d_PG)
 
@@ -167,8 +181,10 @@ def coefficients(
     followed_PG = options.rule("ema_of")(keep_PG)
     followed_C, any_C = eq.category_mean(gap_PG, category_P, categories, followed_PG)
     gap_mean_C, seen_C = eq.running_mean(stats.gap, stats.seen, followed_C, any_C, options.decay)
-    delta_mean_C = stats.delta
+    delta_mean_C, delta_seen_C = stats.delta, stats.delta_seen
     if baseline.moves:
-        delta_mean_C, _ = eq.running_mean(stats.delta, stats.seen, delta_C, present_C, options.decay)
+        delta_mean_C, delta_seen_C = eq.running_mean(
+            stats.delta, stats.delta_seen, delta_C, present_C, options.decay
+        )
     info = {"alpha_d": alpha_d_PG, "alpha_m": alpha_m_P, "delta": delta_PG, "gap": gap_PG, "kept": keep_PG}
-    return alpha_PG, Stats(delta_mean_C, gap_mean_C, seen_C), info
+    return alpha_PG, Stats(delta_mean_C, gap_mean_C, seen_C, delta_seen_C), info

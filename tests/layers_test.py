@@ -13,8 +13,8 @@ LAYERS = [
     ["drirl_jax.sharding", "drirl_jax.process", "drirl_jax.intervals", "drirl_jax.sinks"],
     ["drirl_jax.metrics"],
     ["drirl_jax.bucket"],
+    ["drirl_jax.equations"],
     [
-        "drirl_jax.equations",
         "drirl_jax.losses",
         "drirl_jax.optimizer",
         "drirl_jax.checkpoint",
