@@ -123,16 +123,42 @@ def weighted(value_PMT: Array, weight_PMT: Array) -> Array:
 
 
 class Weights(NamedTuple):
-    """Weights of a batch's tokens: [P, M, T] of all members' for the surrogate, [P, G, T] of the sampled ones' for what
-    is estimated from samples."""
+    """Weights of a batch's tokens.
+
+    Attributes:
+        members: [P, M, T] of all members' tokens by a row of REDUCE: of the surrogate.
+        sampled: [P, G, T] of the sampled ones' by the same row: of the terms that are estimated from samples.
+        tokens: [P, G, T] of the sampled ones', all equal: of figures of a token, which no choice of REDUCE changes.
+        responses: [P, M, T] of all members', equal for each response: of figures of a response, likewise.
+    """
 
     members: Array
     sampled: Array
+    tokens: Array
+    responses: Array
 
 
 def token_weights(reduce: str, mask_PMT: Array, sampled: int) -> Weights:
     """The weights by a row of REDUCE; the first `sampled` members of each group were sampled."""
-    return Weights(REDUCE[reduce](mask_PMT), REDUCE[reduce](mask_PMT[:, :sampled]))
+    mask_PGT = mask_PMT[:, :sampled]
+    return Weights(
+        members=REDUCE[reduce](mask_PMT),
+        sampled=REDUCE[reduce](mask_PGT),
+        tokens=weight_by_token(mask_PGT),
+        responses=weight_by_sequence(mask_PMT),
+    )
+
+
+def prompt_weights(weight_PK: Array) -> Array:
+    """[P] weights of a batch's prompts: equal of those of which a pair weighs anything, 0 of the others, mean 1.
+
+    They are made of the whole batch, like those of REDUCE.
+
+    Args:
+        weight_PK: [P, K] >= 0, of the pairs of each prompt.
+    """
+    telling_P = (weight_PK > 0).any(axis=1)
+    return telling_P * telling_P.size / jnp.maximum(telling_P.sum(), 1)
 
 
 def policy_loss(
@@ -167,7 +193,8 @@ def policy_loss(
 
     Returns:
         (scalar loss, {"kl", "clipped", "sampler_gap"}: mean k3, absent without a reference; the share of sampled tokens
-        whose ratio lies outside the clip; and the mean |log π - log π_sampler| of sampled tokens, in nats).
+        whose ratio lies outside the clip; and the mean |log π - log π_sampler|, in nats. Each is the mean over the
+        sampled tokens, however the loss weighs them).
     """
     sampled = old_logp_PGT.shape[1]
     mask_PGT = mask_PMT[:, :sampled]
@@ -179,13 +206,14 @@ def policy_loss(
     objective, outside = clipped_surrogate(log_ratio_PGT, advantage_PMT[:, :sampled], clip_low, clip_high)
     other = off_policy_surrogate(other_logp, advantage_PMT[:, sampled:])
     scalars = {
-        "clipped": weighted(outside, weights.sampled),
-        "sampler_gap": weighted(jnp.abs(moved_PGT), weights.sampled),
+        "clipped": weighted(outside, weights.tokens),
+        "sampler_gap": weighted(jnp.abs(moved_PGT), weights.tokens),
     }
     value = -weighted(jnp.concatenate([objective, other], axis=1), weights.members)
     if ref_logp_PGT is not None:
-        scalars["kl"] = weighted(k3(logp_PGT, jnp.where(mask_PGT, ref_logp_PGT, 0.0)), weights.sampled)
-        value += beta_kl * scalars["kl"]
+        k3_PGT = k3(logp_PGT, jnp.where(mask_PGT, ref_logp_PGT, 0.0))
+        scalars["kl"] = weighted(k3_PGT, weights.tokens)
+        value += beta_kl * weighted(k3_PGT, weights.sampled)
     return value, scalars
 
 

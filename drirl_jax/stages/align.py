@@ -21,7 +21,7 @@ from drirl_jax.models.transformer import Transformer
 from drirl_jax.rollout import FINISH, Rollout
 from drirl_jax.stages import objectives, samples
 from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw, draw_all, group_of, laid_out
-from drirl_jax.stages.objectives import OBJECTIVES, ROLES, Scored
+from drirl_jax.stages.objectives import OBJECTIVES, ROLES, TOKEN_SHARE, Scored
 from drirl_jax.stages.sources import SOURCES
 from drirl_jax.text import SPLIT, whole_text
 from drirl_jax.types import Array, TrainState
@@ -101,7 +101,8 @@ def calibrate(context: Context, options: scaling.Options, split: Callable, model
 
 
 begin = jax.jit(transformer.begin, static_argnames="layers")
-BEFORE = ("sampler_gap",)  # scalars of a step's first update, when the policy still is the one that was sampled
+# Figures of a token of a step's first update alone, when the policy still is the one that was sampled.
+BEFORE = ("sampler_gap",)
 
 
 @jax.jit
@@ -135,7 +136,10 @@ def updater(config: ConfigDict, transformation: optax.GradientTransformation) ->
             train_state,
             minibatches,
         )
-        told = jax.tree.map(jnp.mean, scalars) | {name: scalars[name][0] for name in BEFORE if name in scalars}
+        told = {name: value.mean() for name, value in scalars.items() if name != TOKEN_SHARE}
+        for name in BEFORE:
+            if name in scalars:  # a mean over the tokens of the first minibatch, not over the share that these are
+                told[name] = scalars[name][0] / jnp.maximum(scalars[TOKEN_SHARE][0], 1e-6)
         # Again behind the loop, whose result XLA lays out anew: the next step would be compiled for another layout.
         return sharding.constrained(train_state), told
 

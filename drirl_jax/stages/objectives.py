@@ -251,6 +251,10 @@ def grpo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
     return _surrogate(model, config, hidden, batch)
 
 
+# The scalar with a micro-batch's share of the whole batch's sampled tokens, 1 where all micro-batches have as many.
+TOKEN_SHARE = "token_share"
+
+
 def _surrogate(model, config, hidden, batch: Batch):
     """`losses.policy_loss` of the group's hidden states, and its scalars."""
     group, g, sampled = batch.group, config.grpo, batch.old_logp.shape[1]
@@ -263,7 +267,9 @@ def _surrogate(model, config, hidden, batch: Batch):
             logp, *arrays, clip_low=g.clip_low, clip_high=g.clip_high, beta_kl=g.beta_kl, ratio=g.ratio
         )
         *_, weights = arrays
-        return value, scalars | {"entropy": losses.weighted(entropy[:, :sampled], weights.sampled)}
+        share = losses.weighted(jnp.ones_like(weights.tokens), weights.tokens)
+        entropy = losses.weighted(entropy[:, :sampled], weights.tokens)
+        return value, scalars | {"entropy": entropy, TOKEN_SHARE: share}
 
     advantage = jnp.broadcast_to(batch.advantage, group.response.shape)
     arrays = batch.old_logp, batch.ref_logp, advantage, length_mask(group.response_len, T), batch.weights
@@ -271,7 +277,7 @@ def _surrogate(model, config, hidden, batch: Batch):
         value, scalars = vocabulary.token_sum(model, hidden, group, temperature_M, loss, arrays)
     else:
         value, scalars = loss(*vocabulary.token_logprobs(model, hidden, group, temperature_M), arrays)
-    return value, scalars | {"advantage_abs": jnp.abs(batch.advantage).mean()}
+    return value, scalars | {"advantage_abs": losses.weighted(jnp.abs(batch.advantage), batch.weights.responses)}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -324,7 +330,7 @@ def ppo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
     value = params.value(hidden, batch.group)
     per_token = losses.value_loss(value, batch.old_value, batch.returns, config.ppo.value_clip)
     value_loss = losses.weighted(per_token, batch.weights.sampled)
-    scalars |= {"value_loss": value_loss, "value": losses.weighted(value, batch.weights.sampled)}
+    scalars |= {"value_loss": value_loss, "value": losses.weighted(value, batch.weights.tokens)}
     return surrogate + config.ppo.value_weight * value_loss, scalars
 
 
@@ -342,6 +348,8 @@ class Preferences(NamedTuple):
         alpha: [P, K] coefficients.
         weight: [P, K] of the pairs; 0 where a pair says nothing.
         begun: see `Batch`.
+        prompts: see `losses.prompt_weights`; of the whole batch, of which these may be some prompts. None: these are
+            the whole batch.
     """
 
     group: Group
@@ -349,6 +357,7 @@ class Preferences(NamedTuple):
     alpha: Array
     weight: Array
     begun: Begun | None = None
+    prompts: Array | None = None
 
 
 def demonstration_pairs(scored: Scored) -> tuple[Array, Array]:
@@ -390,23 +399,28 @@ def dpo_batch(context: Context, model: Transformer, params: Params, scored: Scor
     ref_logp = context.clock.mark("reference", _reference_of_whole(context.model, group, begun))
     alpha_PK = jnp.take_along_axis(scored.alpha, index_PM[:, 1:], axis=1)
     weight_PK = weight_PK.astype(jnp.float32)
-    return Preferences(group, ref_logp, alpha_PK, weight_PK, scored.for_policy(begun)), {"pairs": weight_PK}
+    begun, prompts = scored.for_policy(begun), losses.prompt_weights(weight_PK)
+    return Preferences(group, ref_logp, alpha_PK, weight_PK, begun, prompts), {"pairs": weight_PK}
 
 
 def dpo_loss(trunk, policy: Policy, config, params: Params, batch: Preferences):
-    """`losses.preference`, its mean over each prompt's pairs that say something, then over prompts."""
+    """`losses.preference`, its mean over each prompt's pairs that say something, then over the prompts that have one.
+
+    So are the scalars; all are 0 where no pair says anything.
+    """
     model, adapter = policy.parts(trunk, params.policy)
     hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
     score_PM = whole_logprobs(model, hidden, batch.group) - batch.ref_logp
     margin_PK = score_PM[:, :1] - score_PM[:, 1:]
     value_PK = losses.preference(margin_PK, batch.alpha, config.dpo.beta, config.dpo.alpha_on)
-    weight_PK = batch.weight / jnp.maximum(batch.weight.sum(axis=1, keepdims=True), 1)
+    weight_P = losses.prompt_weights(batch.weight) if batch.prompts is None else batch.prompts
+    weight_PK = weight_P[:, None] * batch.weight / jnp.maximum(batch.weight.sum(axis=1, keepdims=True), 1)
     scalars = {
-        "margin": jnp.sum(margin_PK * weight_PK, axis=1).mean(),
-        "pairs_right": jnp.sum((margin_PK > 0) * weight_PK, axis=1).mean(),
-        "chosen": score_PM[:, 0].mean(),
+        "margin": losses.weighted(margin_PK, weight_PK),
+        "pairs_right": losses.weighted(margin_PK > 0, weight_PK),
+        "chosen": losses.weighted(score_PM[:, 0], weight_P),
     }
-    return jnp.sum(value_PK * weight_PK, axis=1).mean(), scalars
+    return losses.weighted(value_PK, weight_PK), scalars
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -415,16 +429,16 @@ def dpo_loss(trunk, policy: Policy, config, params: Params, batch: Preferences):
 
 
 class Demonstrations(NamedTuple):
-    """Demonstrations [P, 1] and the weights of their tokens [P, 1, T]."""
+    """Demonstrations [P, 1] and the weights of their tokens."""
 
     group: Group
-    weight: Array
+    weights: losses.Weights
 
 
 def sft_batch(context: Context, model: Transformer, params: Params, scored: Scored):
     """The demonstrations alone."""
     mask = length_mask(scored.group.response_len, scored.group.response.shape[-1])
-    return Demonstrations(scored.group, losses.REDUCE[context.config.grpo.reduce](mask)), {}
+    return Demonstrations(scored.group, losses.token_weights(context.config.grpo.reduce, mask, 1)), {}
 
 
 def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstrations):
@@ -432,10 +446,10 @@ def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstration
     model, adapter = policy.parts(trunk, params.policy)
     hidden = transformer.apply(model, batch.group, adapter)
 
-    def loss(logp, entropy, weight):
-        return -losses.weighted(logp, weight), {"entropy": losses.weighted(entropy, weight)}
+    def loss(logp, entropy, weights):
+        return -losses.weighted(logp, weights.members), {"entropy": losses.weighted(entropy, weights.tokens)}
 
-    return vocabulary.token_sum(model, hidden, batch.group, 1.0, loss, batch.weight)
+    return vocabulary.token_sum(model, hidden, batch.group, 1.0, loss, batch.weights)
 
 
 OBJECTIVES = {
