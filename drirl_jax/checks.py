@@ -5,12 +5,11 @@ Options that name a choice are rows of the table that implements it (TABLES).
 
 from __future__ import annotations
 
-import numbers
 from typing import Collection
 
 from ml_collections import ConfigDict
 
-from drirl_jax import endpoint, losses, optimizer, scaling, sinks, text
+from drirl_jax import endpoint, losses, optimizer, ranges, scaling, sinks, text
 from drirl_jax.config import default, get, need
 from drirl_jax.data import generators, pipeline
 from drirl_jax.evals import benchmarks, judges
@@ -50,22 +49,9 @@ TABLES: dict[str, Collection[str]] = {
     "evals.judge": judges.telling("refusal"),
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
-POSITIVE = (
-    "distributed.processes mesh.fsdp mesh.tensor sampler.mesh.fsdp demos.per_category demos.attempts demos.step_words "
-    "demos.max_new demos.batch policy.rank reward.rank "
-    "data.minimum reward.router_temperature data.max_prompt sampler.max_new irl.beta irl.penalty irl.rounds "
-    "irl.samples irl.policy_steps irl.steps irl.batch irl.accumulate irl.eval_every align.steps align.batch "
-    "align.group align.epochs align.minibatches align.accumulate ppo.value_clip dpo.beta evals.max_new evals.batch "
-    "guards.skips guards.sampler_gap guards.kl guards.reward_drift checkpoint.every checkpoint.keep "
-    "sampler.temperature irl.optimizer.learning_rate align.optimizer.learning_rate"
-).split()
-TUPLES = dict.fromkeys("schedule data.categories data.harmless policy.targets reward.targets".split(), str)
-TUPLES |= dict.fromkeys("evals.benchmarks evals.judges metrics.sinks".split(), str)
-TUPLES |= dict.fromkeys("data.shares reward.weights scaling.clip".split(), numbers.Real)
-NOT_NEGATIVE = (
-    "distributed.process mesh.data sampler.mesh.data sampler.mesh.tensor policy.layers reward.layers irl.contrast "
-    "grpo.beta_kl ppo.value_weight evals.every evals.limit evals.shots evals.benchmark_max_new evals.temperature "
-    "metrics.samples"
+# Options that are tuples of words; those of numbers stand in ranges.RANGES.
+WORDS = (
+    "schedule data.categories data.harmless policy.targets reward.targets evals.benchmarks evals.judges metrics.sinks"
 )
 
 
@@ -82,39 +68,18 @@ def validate(config: ConfigDict) -> None:
 
 def _values(config: ConfigDict) -> None:
     """Each value alone: its type, its table, its range."""
-    for key, kind in TUPLES.items():
+    ranges.check(config, ranges.RANGES, "config")
+    for key in WORDS.split():
         given = get(config, key)
-        need(
-            all(isinstance(x, kind) for x in given),
-            f"config.{key} is {given}: give {'words' if kind is str else 'numbers'} alone.",
-        )
+        need(all(isinstance(x, str) for x in given), f"config.{key} is {given}: give words alone.")
     for key, rows in TABLES.items():
         need(
             get(config, key) in rows,
             f"config.{key} is {get(config, key)!r}: choose one of {', '.join(rows)}.",
         )
-    for key in POSITIVE:
-        need(get(config, key) > 0, f"config.{key} is {get(config, key)}: it must be above 0.")
-    for key in NOT_NEGATIVE.split():
-        need(get(config, key) >= 0, f"config.{key} is {get(config, key)}: it must not be negative.")
-    for key in ("irl", "align"):
-        share = config[key].optimizer.average
-        need(0 <= share <= 1, f"config.{key}.optimizer.average is {share}: it must lie in [0, 1].")
-    for key in ("ppo.gamma", "ppo.lam"):
-        need(0 <= get(config, key) <= 1, f"config.{key} is {get(config, key)}: it must lie in [0, 1].")
-    wrong = config.grpo.harmless_wrong
-    need(0 <= wrong <= 1, f"config.grpo.harmless_wrong is {wrong}: it must lie in [0, 1].")
-    share = config.sampler.harmless_share
-    need(0 < share < 1, f"config.sampler.harmless_share is {share}: it must lie in (0, 1).")
-    need(0 <= config.scaling.drop < 1, f"config.scaling.drop is {config.scaling.drop}: it must lie in [0, 1).")
-    need(
-        0 <= config.scaling.decay < 1,
-        f"config.scaling.decay is {config.scaling.decay}: it must lie in [0, 1).",
-    )
-    need(config.scaling.threshold > 0, f"config.scaling.threshold is {config.scaling.threshold}: it must be above 0.")
     clip = tuple(config.scaling.clip)
     need(
-        not clip or (len(clip) == 2 and 0 < clip[0] < clip[1]),
+        not clip or (len(clip) == 2 and clip[0] < clip[1]),
         f"config.scaling.clip is {clip}: give the lowest and the highest α, as (0.5, 2.0), or () for no bounds.",
     )
     unknown = set(config.metrics.sinks) - set(sinks.SINKS)
@@ -157,7 +122,7 @@ def _data(config: ConfigDict) -> None:
     )
     shares = tuple(config.data.shares)
     need(
-        not shares or (len(shares) == len(config.data.categories) and min(shares) >= 0 and 0 < max(shares) <= 1),
+        not shares or (len(shares) == len(config.data.categories) and max(shares) > 0),
         f"config.data.shares is {shares}: give a number in [0, 1] for each of the {len(config.data.categories)} "
         "categories, one of them above 0, or () for all records.",
     )
@@ -221,7 +186,16 @@ def _rewards(config: ConfigDict) -> None:
         f"config.reward.weights has {weights} numbers: give one for each of the {len(config.data.categories)} "
         "categories, or () for equal ones.",
     )
-    for key in ("policy", "reward"):
+    need(
+        not weights or max(config.reward.weights) > 0,
+        f"config.reward.weights is {config.reward.weights}: every reward would be 0, and nothing could be learned; "
+        "give one of them a weight above 0.",
+    )
+    for key, adapted in (("policy", config.policy.tune), ("reward", config.reward.kind)):
+        need(
+            adapted != "lora" or config[key].targets,
+            f"config.{key}.targets is (), so that nothing would be trained: name some of {', '.join(lora.TARGETS)}.",
+        )
         unknown = set(config[key].targets) - set(lora.TARGETS)
         need(
             not unknown,

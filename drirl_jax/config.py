@@ -129,8 +129,10 @@ def default() -> ConfigDict:
     c.irl.policy_steps = 4
     c.irl.rounds = 1
     c.irl.samples = 2  # K: samples of the policy for each prompt and round
-    # common | none: both texts of a pair are read up to one random common length (ours), in the logistic loss and the
-    # accuracies; the token loss reads every length that both have
+    # common | none. The method's sequence losses (logistic, linear) read whole texts: that is "none". With "common",
+    # the default here (ours), they and the accuracies read both texts of a pair up to one random length, from 8 tokens
+    # to the end of the shorter, drawn anew at each step: the reward can read neither length nor whether a text was cut
+    # off. The token loss reads every length that both have, whatever this says
     c.irl.cut = "common"
     c.irl.contrast = 0.0  # weight of one more negative, a demonstration for a prompt of the other kind (ours); 0: none
     c.irl.steps = 40  # over all rounds

@@ -17,7 +17,7 @@ from typing import NamedTuple, Sequence
 import httpx
 from ml_collections import ConfigDict
 
-from drirl_jax import sharding
+from drirl_jax import ranges, sharding
 from drirl_jax.metrics import Progress
 from drirl_jax.types import InputError
 
@@ -61,7 +61,7 @@ def check(section: ConfigDict) -> None:
             "an endpoint's url holds a password or a query, which would be written into files: leave them out, and put "
             "the key into the environment variable of key_env."
         )
-    if section.concurrency < 1 or section.retries < 0 or section.timeout <= 0 or section.backoff < 0:
+    if any(row.fault(section[key]) for key, row in ranges.ENDPOINT.items()):
         raise InputError(
             f"an endpoint has concurrency={section.concurrency}, retries={section.retries}, timeout={section.timeout}, "
             f"backoff={section.backoff}: the first must be 1 or more, timeout above 0, the others not negative."

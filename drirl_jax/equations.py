@@ -238,7 +238,8 @@ def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -
         [P, G] bool, True where the gap is kept; at least one of every category present.
     """
     group_size = gap_PG.shape[1]
-    distance_N = jnp.abs(gap_PG - baseline_C[category_P][:, None]).reshape(-1)  # in the order of squares, which overflow
+    # In the order of the squares, which overflow.
+    distance_N = jnp.abs(gap_PG - baseline_C[category_P][:, None]).reshape(-1)
     category_N = jnp.repeat(category_P, group_size)
     same_NN = category_N[:, None] == category_N[None, :]
     index_N = jnp.arange(distance_N.size)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Mapping
+from typing import Callable, Mapping, NamedTuple, Sequence
 
 from ml_collections import ConfigDict
 
 from drirl_jax import bucket, sharding
 from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.stages.base import Stage, State
-from drirl_jax.types import InputError, PyTree
+from drirl_jax.types import InputError, PyTree, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,69 @@ def crossings(section: ConfigDict, first: Mapping, before: Mapping, now: Mapping
         for name, (words, of) in quantities.items()
         if of(now) > section[name] and not (before and of(before) > section[name])
     ]
+
+
+def never_updated(name: str, train: TrainState) -> str | None:
+    """Why a stage that ends with this state has no product, and what to do; None if an update was taken."""
+    if int(train.step) or not int(train.skipped):
+        return None
+    return (
+        f"all {int(train.skipped)} updates of {name} were left out, as the loss, its gradient or a reward was not "
+        f"finite: nothing was learned; lower config.{name}.optimizer.learning_rate, or look into the data and the "
+        "rewards, and take another --workdir."
+    )
+
+
+class Idle(NamedTuple):
+    """A sign that a stage learns nothing: one scalar has one value in every step.
+
+    Attributes:
+        stage, scalar, value: of the rows of metrics.jsonl.
+        words: what that means, and what to do.
+        counts: (config) -> whether it means that under this config.
+    """
+
+    stage: str
+    scalar: str
+    value: float
+    words: str
+    counts: Callable[[ConfigDict], bool] = lambda config: True
+
+
+NO_GRADIENT = "no update had a gradient: all that the loss compares is alike, or the trained weights do not reach it"
+IDLE = (
+    Idle("irl", "grad_norm", 0.0, NO_GRADIENT),
+    Idle("align", "grad_norm", 0.0, NO_GRADIENT),
+    Idle(
+        "align", "zero_spread", 1.0,
+        "all samples of a prompt have one reward, so that none is better than another: raise "
+        "config.sampler.temperature or config.align.group, or look into the rewards",
+        lambda config: config.align.objective == "grpo" and config.align.group > 1,
+    ),
+    Idle("align", "advantage_abs", 0.0, "every advantage is 0: the rewards do not differ"),
+    Idle("align", "pairs", 0.0, "no pair of responses says anything: the rewards do not differ, or all are masked"),
+)  # fmt: skip
+
+
+def idle(config: ConfigDict, stage: str, rows: Sequence[Mapping]) -> list[str]:
+    """What shows that a stage learned nothing: one sentence each.
+
+    Args:
+        rows: the stage's rows of metrics.jsonl.
+    """
+
+    def values(scalar: str) -> list[float]:
+        return [row[scalar] for row in rows if row.get(scalar) is not None]
+
+    signs = [sign for sign in IDLE if sign.stage == stage and sign.counts(config)]
+    found = [sign.words for sign in signs if set(values(sign.scalar)) == {sign.value}]
+    accuracy = values("accuracy")[-1:]
+    if stage == "irl" and accuracy and accuracy[0] <= 0.5:
+        found.append(f"the rewards rank {accuracy[0]:.0%} of the held-out pairs right, no better than chance")
+    inner = (config.irl.rounds - 1) * config.irl.policy_steps * config.align.epochs * config.align.minibatches
+    if stage == "irl" and inner and values("inner_skipped")[-1:] == [inner]:
+        found.append("all updates of the inner policy were left out, as they were not finite")
+    return [f"{stage} seems to have learned nothing: {words}." for words in found]
 
 
 def keep(folder: bucket.Path, step: int, state: State, batch: PyTree) -> None:

@@ -18,7 +18,7 @@ from typing import Iterator, Mapping, Sequence
 import numpy as np
 import rich.console
 
-from drirl_jax import compare, plots
+from drirl_jax import compare, guards, plots
 from drirl_jax import config as config_lib
 from drirl_jax.intervals import Interval, wilson
 from drirl_jax.pages import (
@@ -69,6 +69,8 @@ def about(run: Run) -> Table:
     rows |= {name: str(value) for name, value in run.facts.items() if name != "records"}
     if last:
         rows["updates left out"] = f"{sum(row.get('skipped', 0) for row in last.values()):.0f} (not finite)"
+    if warnings := [sentence for stage in last for sentence in guards.idle(c, stage, run.rows(stage))]:
+        rows["warnings"] = " ".join(warnings)
     return Table("What was run", ("", ""), list(rows.items()), wordy=True)
 
 

@@ -183,8 +183,6 @@ def coefficients(
     gap_mean_C, seen_C = eq.running_mean(stats.gap, stats.seen, followed_C, any_C, options.decay)
     delta_mean_C, delta_seen_C = stats.delta, stats.delta_seen
     if baseline.moves:
-        delta_mean_C, delta_seen_C = eq.running_mean(
-            stats.delta, stats.delta_seen, delta_C, present_C, options.decay
-        )
+        delta_mean_C, delta_seen_C = eq.running_mean(stats.delta, stats.delta_seen, delta_C, present_C, options.decay)
     info = {"alpha_d": alpha_d_PG, "alpha_m": alpha_m_P, "delta": delta_PG, "gap": gap_PG, "kept": keep_PG}
     return alpha_PG, Stats(delta_mean_C, gap_mean_C, seen_C, delta_seen_C), info

@@ -330,4 +330,9 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: 
             if leave:
                 raise process.Preempted(f"step {step + 1} of {name} is kept")
 
+    if why := guards.never_updated(name, state.train):
+        raise InputError(why)
+    if done < stage.steps and sharding.writes():
+        for sentence in guards.idle(config, name, [row for row in writer.read() if row["stage"] == name]):
+            log.warning("%s", sentence)
     return stage.finish(state)

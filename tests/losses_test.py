@@ -148,7 +148,8 @@ def test_reductions_match_the_method(reduce):
 
 def test_policy_loss_by_hand():
     # Response 1, A = 1: ratios 2 (cut: 1.3) and 1: -1.15. Response 2, A = -1, one token, ratio ½ (cut: .8):
-    # .8. Reference at d = ln 2 on response 1's second token: k3 = 1 - ln 2, over 2 tokens, then 2 responses.
+    # .8. Reference at d = ln 2 on response 1's second token: k3 = 1 - ln 2, over 2 tokens, then 2 responses. The scalars
+    # are means over the three tokens.
     ln2 = np.log(2)
     logp = np.float32([[[-1, -1], [-1, 0]]])
     old = np.float32([[[-1 - ln2, -1], [-1 + ln2, 0]]])
@@ -158,7 +159,7 @@ def test_policy_loss_by_hand():
     for run in (loss, jax.jit(loss)):
         value, scalars = run(logp, old, ref, np.float32([[1, -1]]), mask)
         same(value, (-1.15 + 0.8) / 2 + BETA * kl)
-        same(scalars, {"kl": kl, "clipped": (0.5 + 1) / 2, "sampler_gap": (ln2 / 2 + ln2) / 2})
+        same(scalars, {"kl": (1 - ln2) / 3, "clipped": 2 / 3, "sampler_gap": 2 * ln2 / 3})
 
 
 @pytest.mark.parametrize(
@@ -195,9 +196,52 @@ def test_a_text_that_was_not_sampled_is_pulled_at_or_pushed_off():
     length, pulled, last = mask[:, -1].sum(-1, keepdims=True), advantage[:, -1:] > 0, logp[:, -1]
     text = (np.where(mask[:, -1], np.where(pulled, last, np.exp(last)), 0) / length).sum(-1)
     same(value, (2 * surrogate - (advantage[:, -1] * text).mean()) / 3 + BETA * kl)
-    same(scalars["kl"], kl)
+    same(
+        scalars["kl"], mn.reduced(mn.k3(*(x.reshape(-1, 5) for x in sampled[::2])), sampled[4].reshape(-1, 5), "token")
+    )
     weight = np.where(pulled, 1, np.exp(last))
     same(slope[:, -1], np.where(mask[:, -1], -advantage[:, -1:] * weight / length / 12, 0))
+
+
+@pytest.mark.parametrize("reduce", losses.REDUCE)
+def test_figures_of_a_token_are_means_over_tokens_however_the_loss_weighs_them(reduce):
+    # Responses of unequal length, tokens off by unequal amounts: any other weights give other means.
+    logp, old, ref, advantage, mask = batch(8)
+    _, scalars = loss(logp, old, ref, advantage, mask, reduce=reduce)
+    ratio = np.exp(logp.astype(np.float64) - old)
+    want = {
+        "kl": mn.k3(logp, ref),
+        "clipped": (ratio < 1 - LOW) | (ratio > 1 + HIGH),
+        "sampler_gap": np.abs(logp - old),
+    }
+    same(scalars, {name: value[mask].mean() for name, value in want.items()}, rtol=1e-4)
+    # In the loss the KL term goes on being weighed like the rest.
+    want_loss = by_method(logp, old, ref, advantage, mask, reduce=reduce) if reduce != "discounted" else None
+    if want_loss is not None:
+        same(loss(logp, old, ref, advantage, mask, reduce=reduce)[0], want_loss)
+
+
+def test_figures_of_a_token_are_alike_in_micro_batches_of_other_lengths():
+    # By hand: two prompts of 1 and 3 tokens, off by 1 and by 0: a quarter of the tokens, though half of the prompts.
+    mask = np.arange(3) < np.array([[[1]], [[3]]])
+    logp = np.zeros((2, 1, 3), np.float32)
+    old, advantage = logp - np.float32([[[1]], [[0]]]), np.ones((2, 1), np.float32)
+    weights = losses.token_weights("constant", mask, 1)
+    parts = [loss(*(x[i : i + 1] for x in (logp, old, old, advantage, mask)), weights=losses.Weights(
+        *(np.asarray(w)[i : i + 1] for w in weights)))[1] for i in range(2)]  # fmt: skip
+    same(np.mean([part["sampler_gap"] for part in parts]), 0.25)
+    same(loss(logp, old, old, advantage, mask, weights=weights)[1]["sampler_gap"], 0.25)
+
+
+def test_weights_of_responses_and_prompts_by_hand():
+    # Two responses of 1 and 3 tokens and an empty one: each of the two has half of the mean, over P = 1 prompt.
+    mask = np.array([[[True, False, False], [True, True, True], [False] * 3]])
+    responses = losses.token_weights("token", mask, 2).responses
+    same(responses, np.array([[[1 / 2, 0, 0], [1 / 6] * 3, [0] * 3]]))
+    # Of four prompts two have a pair that weighs anything.
+    weight = np.float32([[1, 1], [0, 0], [0, 1], [0, 0]])
+    same(losses.prompt_weights(weight), np.array([2.0, 0, 2, 0]))
+    same(losses.prompt_weights(0 * weight), np.zeros(4))
 
 
 def test_without_a_kl_term_the_reference_is_not_needed():
@@ -299,6 +343,17 @@ def test_whitened_advantages_have_mean_0_and_spread_1_over_real_tokens():
     assert (got[~mask] == 0).all() and (np.asarray(losses.whitened(value, np.zeros_like(mask))) == 0).all()
     order = np.argsort(value[mask])
     assert (np.diff(got[mask][order]) >= 0).all()
+    same(got, mn.whitened(value.reshape(12, 5), mask.reshape(12, 5), 1e-6).reshape(got.shape), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, -0.9, 7.7, 123.4, 1e20])
+def test_advantages_that_are_all_alike_are_whitened_to_0(reward):
+    # γ = λ = 1, values of 0: every token's advantage is the reward, and none is better than another.
+    *_, mask = batch(4)
+    advantage, _ = losses.generalised_advantage(np.full((4, 3), reward, np.float32), 0.0 * mask, mask, 1.0, 1.0)
+    assert (np.asarray(losses.whitened(advantage, mask)) == 0).all()
+    noisy = np.where(mask, advantage, np.inf)  # what stands at padding has no say
+    assert (np.asarray(losses.whitened(noisy, mask)) == 0).all()
 
 
 def test_value_loss_matches_the_method():

@@ -59,6 +59,16 @@ def group_advantage(reward_PG, eps: float) -> np.ndarray:
     return out
 
 
+def whitened(advantage_NT, mask_NT, eps: float) -> np.ndarray:
+    """(A - mean) / (std + ε) over all real tokens; 0 at padding, and everywhere where all real ones are equal."""
+    real = [float(a) for row, m in zip(advantage_NT, mask_NT) for a, is_real in zip(row, m) if is_real]
+    if not real or all(a == real[0] for a in real):
+        return np.zeros(np.shape(advantage_NT))
+    mean = sum(real) / len(real)
+    std = np.sqrt(sum((a - mean) ** 2 for a in real) / len(real))
+    return np.where(mask_NT, (np.asarray(advantage_NT, np.float64) - mean) / (std + eps), 0)
+
+
 # ---- data hardness ---------------------------------------------------------------------------------------
 
 
@@ -203,6 +213,13 @@ def value_loss(value: float, old: float, returns: float, clip: float) -> float:
     """½ max((V - R)², (V_clipped - R)²), V_clipped at most ε from the old value."""
     clipped = min(max(value, old - clip), old + clip)
     return 0.5 * max((value - returns) ** 2, (clipped - returns) ** 2)
+
+
+def mean_of_telling(value_PK, telling_PK) -> float:
+    """Mean over each prompt's pairs that say something, then over the prompts that have one; 0 where none has."""
+    rows = [[v for v, says in zip(values, row) if says] for values, row in zip(value_PK, telling_PK)]
+    means = [sum(row) / len(row) for row in rows if row]
+    return sum(means) / len(means) if means else 0.0
 
 
 def dpo(chosen: float, ref_chosen: float, rejected: float, ref_rejected: float, beta: float) -> float:

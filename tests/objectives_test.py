@@ -194,7 +194,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(tune):
         params = jax.eval_shape(lambda m: policy.init(config.policy, m, jax.random.key(0)), model)
         value = jax.ShapeDtypeStruct((1, 4, T), jnp.float32)
         advantage = jax.ShapeDtypeStruct((1, 4, 1), jnp.float32)
-        data = obj.Batch(group, advantage, value, value, losses.Weights(value, value))
+        data = obj.Batch(group, advantage, value, value, losses.Weights(value, value, value, value))
 
         @jax.jit
         def slope(params, model, data):
@@ -252,23 +252,41 @@ def test_dpo_loss_matches_the_method(alpha_on):
     loss = jax.jit(partial(obj.dpo_loss, model, POLICIES["lora"], context.config))
     value, told = loss(obj.Params(adapter), batch)
     now, before = whole_logp(model, group, adapter), whole_logp(model, group)
-    want = []
-    for p in range(3):
-        pairs = []
-        for g in range(2):
-            weight, beta = (alpha[p, g], 0.3) if alpha_on == "loss" else (1, 0.3 * alpha[p, g])
-            pairs.append(weight * mn.dpo(now[p, 2], before[p, 2], now[p, g], before[p, g], beta))
-        pairs = [pair for pair, k in zip(pairs, kept[p]) if k]
-        want.append(np.mean(pairs) if pairs else 0.0)
-    np.testing.assert_allclose(value, np.mean(want), rtol=1e-4)
-    np.testing.assert_allclose(told["chosen"], (now - before)[:, 2].mean(), rtol=1e-3)
+    want = np.zeros((3, 2))
+    for p, g in np.ndindex(3, 2):
+        weight, beta = (alpha[p, g], 0.3) if alpha_on == "loss" else (1, 0.3 * alpha[p, g])
+        want[p, g] = weight * mn.dpo(now[p, 2], before[p, 2], now[p, g], before[p, g], beta)
+    np.testing.assert_allclose(value, mn.mean_of_telling(want, kept), rtol=1e-4)
+    # The third prompt has no pair that says anything, and so no chosen response either.
+    np.testing.assert_allclose(told["chosen"], (now - before)[:2, 2].mean(), rtol=1e-3)
+    margin = (now - before)[:, 2:] - (now - before)[:, :2]
+    np.testing.assert_allclose(told["margin"], mn.mean_of_telling(margin, kept), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(told["pairs_right"], mn.mean_of_telling(margin > 0, kept), rtol=1e-6)
+    parts = [loss(obj.Params(adapter), jax.tree.map(lambda x: x[p : p + 1], batch)) for p in range(3)]
+    close(jax.tree.map(lambda *x: sum(x) / 3, *parts), (value, told))  # micro-batches of one prompt each
     # From the reference itself each pair costs log 2, and the demonstration becomes more likely than the samples.
     fresh = lora.init(model, jax.random.key(3), rank=4, alpha=4)
     ones = batch._replace(alpha=jnp.ones((3, 2)), weight=jnp.ones((3, 2)))
+    ones = ones._replace(prompts=losses.prompt_weights(ones.weight))
     np.testing.assert_allclose(loss(obj.Params(fresh), ones)[0], np.log(2), rtol=1e-6)
     slope = jax.grad(lambda p: loss(obj.Params(p), ones)[0])(fresh)
     after = jax.tree.map(lambda p, g: p - 0.05 * g, fresh, slope)
     assert loss(obj.Params(after), ones)[1]["margin"] > 0
+
+
+@pytest.mark.parametrize("telling", [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]])
+def test_prompts_without_a_pair_that_says_something_leave_the_mean(monkeypatch, telling):
+    # Margins of 10 at β = .1: a loss of log(1 + 1/e) = .3133 for each pair, and every one ranked right.
+    monkeypatch.setattr(obj.transformer, "apply", lambda *args, **options: None)
+    monkeypatch.setattr(obj, "whole_logprobs", lambda *args: jnp.array([[10.0, 0.0]] * 4))
+    policy = types.SimpleNamespace(parts=lambda trunk, params: (None, None))
+    weight = jnp.float32(telling)[:, None]
+    batch = obj.Preferences(None, jnp.zeros((4, 2)), jnp.ones((4, 1)), weight, prompts=losses.prompt_weights(weight))
+    for given in (batch, batch._replace(prompts=None)):
+        loss, told = obj.dpo_loss(None, policy, default(), obj.Params(None), given)
+        some = float(any(telling))
+        np.testing.assert_allclose(loss, some * np.log1p(np.exp(-1)), rtol=1e-6)
+        assert told == {"margin": 10 * some, "pairs_right": some, "chosen": 10 * some}
 
 
 def test_pairs_by_hand():
@@ -322,5 +340,13 @@ def test_sft_loss_is_minus_the_log_probability_of_a_demonstrations_token():
     context = context_of(model)
     batch, _ = obj.sft_batch(context, model, obj.Params({}), obj.Scored(group))
     fresh = lora.init(model, jax.random.key(3), rank=4, alpha=4)
-    value, _ = obj.sft_loss(model, POLICIES["lora"], context.config, obj.Params(fresh), batch)
+    value, told = obj.sft_loss(model, POLICIES["lora"], context.config, obj.Params(fresh), batch)
     np.testing.assert_allclose(value, -np.mean(whole_logp(model, group) / group.response_len), rtol=1e-4)
+    # The entropy is a mean over tokens, here of unequal lengths, whatever the reduction.
+    _, entropy = vocabulary.token_logprobs(model, transformer.apply(model, group), group, 1.0)
+    mask = np.asarray(length_mask(group.response_len, group.response.shape[-1]))
+    np.testing.assert_allclose(told["entropy"], np.asarray(entropy)[mask].mean(), rtol=1e-5)
+    context.config.grpo.reduce = "constant"
+    batch, _ = obj.sft_batch(context, model, obj.Params({}), obj.Scored(group))
+    _, other = obj.sft_loss(model, POLICIES["lora"], context.config, obj.Params(fresh), batch)
+    np.testing.assert_allclose(other["entropy"], told["entropy"], rtol=1e-6)

@@ -165,3 +165,21 @@ def test_uneven_lengths_cost_little():
     got = np.sort(np.take_along_axis(length, chosen, axis=1).reshape(-1))
     assert got[0] < 16 and got[-1] > 200 and 90 < got.mean() < 170
     assert rates["spread"] > 0.7 * rates["equal"], rates  # 0.76 measured
+
+
+def keys_of(index, group, seed=3):
+    return jax.random.key_data(rollout.row_keys(jax.random.key(seed), jnp.asarray(index, jnp.int32), group))
+
+
+def test_a_prompt_that_is_twice_in_a_batch_is_sampled_twice():
+    index = [4, 9, 2, 9, 7, 9]
+    keys = np.asarray(keys_of(index, 3))
+    assert len({tuple(key) for key in keys.reshape(-1, keys.shape[-1])}) == 18
+    # A prompt's first group has the keys that it has alone: fold_in(fold_in(key, prompt), response).
+    first = np.asarray(keys_of([4, 9, 2, 7], 3))
+    np.testing.assert_array_equal(keys[[0, 1, 2, 4]], first)
+    by_hand = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 9), 2)
+    np.testing.assert_array_equal(keys[1, 2], jax.random.key_data(by_hand))
+    # The n-th group of a prompt is the same wherever its rows stand.
+    moved = np.asarray(keys_of([9, 7, 9, 4, 2, 9], 3))
+    np.testing.assert_array_equal(moved, keys[[1, 4, 3, 0, 2, 5]])

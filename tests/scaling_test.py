@@ -69,7 +69,8 @@ def by_method(options, stats, parts, reward, demo, category):
         new[1][c] = mn.running_mean(stats[1].get(c), seen.mean() if seen.size else None, options.decay)
         new[0][c] = mn.running_mean(stats[0].get(c), delta_now[c], options.decay)
     moved = stats[0] if options.baseline == "dataset" else stats[0] | new[0]
-    return alpha, mask, (moved, stats[1] | new[1])
+    known = {c: mean for c, mean in new[1].items() if mean is not None}  # of no gap there is no mean
+    return alpha, mask, (moved, stats[1] | known)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,7 @@ def by_method(options, stats, parts, reward, demo, category):
         {"baseline": "group", "per": "response"},
         {"baseline": "dataset", "combine": "sum"},
         {"mask": "threshold", "threshold": 2.0, "ema_of": "kept"},
+        {"mask": "threshold", "threshold": 1e-4, "ema_of": "kept"},  # which keeps no gap at first
         {"alpha_m": "mean_of_sigma", "drop": 0.35, "ema_of": "kept", "decay": 0.6},
         {"combine": "data", "per": "response", "clip": (0.97, 1.02)},
         {"combine": "model"},
@@ -118,7 +120,35 @@ def test_a_category_of_which_no_gap_is_kept_has_no_say():
     alpha, stats, _ = scaling.coefficients(
         options, scaling.Stats.fresh(1), parts, np.float32([[1, -1]]), np.float32([5]), np.array([0])
     )
-    assert alpha.tolist() == [[1, 1]] and not stats.seen[0]
+    assert alpha.tolist() == [[1, 1]] and not stats.seen[0] and stats.delta_seen[0]
+
+
+def one_category(delta):
+    """Two prompts' worth of one part each, at distance δ = 0 or 1 from the demonstration, in one category."""
+    e, real = np.eye(2, dtype=np.float32), np.ones((1, 2, 1), bool)
+    return scaling.Parts(np.broadcast_to(e[delta], (1, 2, 1, 2)), real, e[0][None, None], real[:, 0])
+
+
+def test_the_mean_distance_begins_without_a_gap_that_is_kept():
+    # Gaps ±2 around their mean, τ = 1: none is kept. δ = 0, then 1: δ̄ = .9·0 + .1·1, and α^D = σ(1)/σ(0) in between.
+    options, stats = scaling.Options(mask="threshold", ema_of="kept", threshold=1.0), scaling.Stats.fresh(1)
+    for delta, alpha, mean in ((0, 1.0, 0.0), (1, 1 / (1 + np.exp(-1)) / 0.5, 0.1)):
+        gaps = np.float32([[2, -2]]), np.float32([0]), np.array([0])
+        _, stats, info = scaling.coefficients(options, stats, one_category(delta), *gaps)
+        np.testing.assert_allclose(info["alpha_d"], alpha, rtol=1e-6)
+        np.testing.assert_allclose(stats.delta, mean, atol=1e-7)
+    assert stats.delta_seen.tolist() == [True] and stats.seen.tolist() == [False]
+    # The first gap that is kept begins the other mean, and with itself: .9·0 + .1·ρ̄ would be 0.1.
+    _, stats, _ = scaling.coefficients(options, stats, one_category(1), np.float32([[-1, -1]]), np.float32([0]), [0])
+    np.testing.assert_allclose((stats.gap[0], stats.delta[0]), (1.0, 0.19), rtol=1e-6)
+
+
+def test_a_text_equal_to_the_demonstration_is_at_distance_0():
+    # The cosine of this vector with itself is rounded to above 1.
+    x = np.float32([0.6, 0.8]) * np.float32(1.0000001)
+    parts = scaling.Parts(x[None, None, None], np.ones((1, 1, 1), bool), x[None, None], np.ones((1, 1), bool))
+    assert np.float32(1) - x @ x < 0
+    assert scaling.distances(scaling.Options(), parts).tolist() == [[0.0]]
 
 
 def test_order_of_the_batch_and_padded_parts_change_nothing():

@@ -5,12 +5,21 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from drirl_jax import config as config_lib
+from drirl_jax import ranges
 
-POSITIVE = (
+COUNTS = (
     "max_new batch max_prompt gcg.steps gcg.width gcg.topk gcg.suffix gcg.check autodan.population "
     "autodan.generations autodan.points pair.streams pair.rounds pair.max_tokens"
-).split()
-SHARES = ("autodan.elite", "autodan.crossover", "autodan.mutation")
+)
+SHARES = "autodan.elite autodan.crossover autodan.mutation"
+# Every number in `default`.
+RANGES = {
+    "seed": ranges.SEED,
+    **dict.fromkeys(COUNTS.split(), ranges.COUNT),
+    **dict.fromkeys(SHARES.split(), ranges.SHARE),
+    "temperature": ranges.TEMPERATURE._replace(zero=True),
+    **{f"attacker.{key}": row for key, row in ranges.ENDPOINT.items()},
+}
 
 
 def default() -> ConfigDict:
@@ -57,10 +66,5 @@ def default() -> ConfigDict:
 
 def validate(options: ConfigDict) -> None:
     """Raises InputError with one sentence for a number that cannot be run."""
-    for key in POSITIVE:
-        value = config_lib.get(options, key)
-        config_lib.need(value > 0, f"options.{key} is {value}: it must be above 0.")
-    for key in SHARES:
-        value = config_lib.get(options, key)
-        config_lib.need(0 <= value <= 1, f"options.{key} is {value}: it must lie in [0, 1].")
+    ranges.check(options, RANGES, "options")
     config_lib.need(options.target.strip(), "options.target is blank: give the beginning of an answer.")

@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from drirl_jax.equations import zscore
@@ -110,14 +111,18 @@ def score(model: Transformer, bank: Bank, group: Group, begun: Begun | None = No
 
 
 def standardised(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
-    """The bank with mean and deviation of each category's raw rewards, 0 and 1 of one without any; a spread below 1e-6
-    counts as 1e-6."""
-    categories, category_N = rewards.bias.shape[0], which(rewards, category_N)
-    held_C = jax.ops.segment_sum(jnp.ones_like(reward_N), category_N, categories)
-    count_C = jnp.maximum(held_C, 1)
-    mean_C = jax.ops.segment_sum(reward_N, category_N, categories) / count_C
-    square_C = jax.ops.segment_sum((reward_N - mean_C[category_N]) ** 2, category_N, categories) / count_C
-    return Bank(rewards, mean_C, jnp.where(held_C > 0, jnp.maximum(jnp.sqrt(square_C), 1e-6), 1.0))
+    """The bank with mean and deviation of each category's raw rewards, 0 and 1 of one without any.
+
+    They are computed in float64: the mean's rounding in float32 may be more than the spread. A spread below 1e-6, or
+    below that share of the mean, is rounding itself, and counts as that much.
+    """
+    mean_C, std_C = np.zeros(rewards.bias.shape[0]), np.ones(rewards.bias.shape[0])
+    category_N, reward_N = np.asarray(which(rewards, category_N)), np.asarray(reward_N, np.float64)
+    for c in np.unique(category_N):
+        own = reward_N[category_N == c]
+        mean_C[c] = own.mean()
+        std_C[c] = max(own.std(), 1e-6 * max(1.0, abs(mean_C[c])))
+    return Bank(rewards, jnp.asarray(mean_C, jnp.float32), jnp.asarray(std_C, jnp.float32))
 
 
 def as_they_are(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
