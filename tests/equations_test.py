@@ -117,6 +117,46 @@ def test_group_advantage_has_mean_0_and_std_1_or_is_0(values):
     np.testing.assert_allclose(got.std(1), reward.min(1) < reward.max(1), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1e20, -1e20, 3e20, 0.0],  # whose squares overflow
+        [3.4e38, -3.4e38, 0.0, 1.0],  # and whose differences do
+        [1e-30, 3e-30, -2e-30, 0.0],
+        [1000.0, 1000.00006, 1000.0, 1000.0],  # a unit in the last place apart
+        [0.35, 0.35, 0.35000002, 0.35],
+        [16777216.0, 16777217.0, 16777218.0, 16777216.0],
+        [-1e20, -1e20, -1e20, -1.0000001e20],
+    ],
+)
+def test_group_advantage_of_very_large_and_very_near_rewards(row):
+    reward = np.float32([row, [1, 2, 3, 4]])
+    eps = 1e-6 if max(map(abs, row)) > 1 else 0.0
+    check(lambda r: eq.group_advantage(r, eps), (reward,), mn.group_advantage(reward, eps), rtol=2e-5, atol=2e-6)
+
+
+def test_gradients_of_advantages_are_finite_also_without_spread():
+    reward = jnp.float32([[1, 1, 1, 1], [1, 2, 3, 5], [1e20, -1e20, 0, 3e20], [0, 0, 0, 0]])
+    slope = jax.grad(lambda r: (eq.group_advantage(r) * jnp.arange(4.0) ** 2).sum())(reward)
+    assert jnp.isfinite(slope).all() and (slope[0] == 0).all()
+    h, row = 1e-6, np.float64(reward[1])
+    for i in range(4):
+        above, below = (mn.group_advantage([row + s * h * np.eye(4)[i]], 1e-6) for s in (1, -1))
+        want = ((above - below)[0] / (2 * h)) @ np.arange(4.0) ** 2
+        np.testing.assert_allclose(slope[1, i], want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_finite_stays_so():
+    for bad in (np.nan, np.inf):
+        assert np.isnan(eq.group_advantage(np.float32([[bad, 1, 2, 3]]))).any()
+
+
+def test_outliers_are_ranked_where_squares_overflow():
+    gap = np.float32([[1e20, 3e20, -4e20, 2e20]])
+    got = eq.mask_top(gap, np.array([0]), np.zeros(1, np.float32), 0.25)
+    np.testing.assert_array_equal(got, mn.outlier_mask(gap, [0], [0.0], 0.25))
+
+
 # ---- data hardness ---------------------------------------------------------------------------------------
 
 

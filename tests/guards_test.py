@@ -152,3 +152,54 @@ def test_a_workdir_that_cannot_be_written_is_one_sentence(tmp_path):
     for workdir in ("/proc/run", tmp_path / "file" / "run"):
         with pytest.raises(InputError, match="the workdir .*run cannot be written .*: take another --workdir"):
             process.lock(pathlib.Path(workdir))
+
+
+# ---------------------------------------------------------------------------------------------- what learns nothing
+
+
+def test_a_stage_whose_updates_were_all_left_out_has_no_product(tmp_path):
+    sentence = "all 3 updates of align were left out, .* not finite: nothing was learned; lower config.align"
+    for _ in range(2):  # started again, it says the same
+        with pytest.raises(InputError, match=sentence):
+            run(tmp_path, stage(3, bad=(1, 2, 3)))
+    state = run(tmp_path / "once", stage(3, bad=(1, 2)))
+    assert int(state.train.step) == 1
+
+
+def rows(count=4, **scalars):
+    return [{"stage": "align", "step": step + 1} | scalars for step in range(count)]
+
+
+def test_signs_that_nothing_was_learned():
+    config = config_lib.default()
+    for scalars, words in {
+        ("grad_norm", 0.0): "no update had a gradient",
+        ("zero_spread", 1.0): "all samples of a prompt have one reward",
+        ("advantage_abs", 0.0): "every advantage is 0",
+        ("pairs", 0.0): "no pair of responses says anything",
+    }.items():
+        name, value = scalars
+        (told,) = guards.idle(config, "align", rows(**{name: value}))
+        assert told.startswith("align seems to have learned nothing: ") and words in told
+        assert not guards.idle(config, "align", rows(**{name: value}) + rows(1, **{name: 0.5}))
+        assert not guards.idle(config, "align", rows(**{name: None})) and not guards.idle(config, "align", [])
+    # One sample a prompt, or values instead of groups: equal rewards within a prompt are no sign.
+    for changes in ({"objective": "ppo"}, {"group": 1}):
+        other = config_lib.default()
+        other.align.update(changes)
+        assert not guards.idle(other, "align", rows(zero_spread=1.0))
+    for accuracy, count in ((0.5, 1), (0.51, 0)):
+        assert len(guards.idle(config, "irl", [{"accuracy": 1.0}, {"accuracy": accuracy}, {"loss": 1.0}])) == count
+    config.irl.rounds, config.irl.policy_steps, config.align.epochs = 3, 4, 2
+    (told,) = guards.idle(config, "irl", [{"inner_skipped": 15.0}, {"inner_skipped": 16.0}])
+    assert "updates of the inner policy were left out" in told
+
+
+def test_what_learned_nothing_is_warned_of_once(tmp_path, caplog):
+    def idle(state, step):
+        return {"zero_spread": 1.0}
+
+    for _ in range(2):  # the second start finds the stage done
+        run(tmp_path, stage(4)._replace(evaluate=idle))
+    told = [record.message for record in caplog.records if "learned nothing" in record.message]
+    assert len(told) == 1 and "one reward" in told[0]

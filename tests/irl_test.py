@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 from transformer_test import filled, random_group, tiny
 
+from drirl_jax import equations as eq
 from drirl_jax import optimizer
 from drirl_jax.config import default
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
@@ -211,6 +212,17 @@ def test_standardised_rewards_have_mean_0_and_deviation_1_in_each_category():
     for c in range(3):
         mine = np.asarray(raw)[np.asarray(category) == c]
         np.testing.assert_allclose((bank.mean[c], bank.std[c]), (mine.mean(), mine.std()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.1, 7.7, -123.4, 1e4, 1e20])
+def test_equal_rewards_are_standardised_to_0(value):
+    rewards = reward.Rewards({}, jnp.zeros((1, 2)), jnp.zeros(1))
+    raw = jnp.full(37, value, jnp.float32)
+    bank = reward.standardised(rewards, raw, jnp.zeros(37, jnp.int32))
+    z = eq.zscore(raw, bank.mean[0], bank.std[0])
+    assert (z == 0).all() and bank.std[0] > 0
+    # A unit in the last place is rounding, not a difference.
+    assert jnp.abs(eq.zscore(jnp.nextafter(raw, jnp.inf), bank.mean[0], bank.std[0])).max() < 0.2
 
 
 def test_common_cut_gives_both_texts_of_a_pair_one_length():

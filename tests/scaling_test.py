@@ -139,7 +139,9 @@ def test_the_mean_distance_begins_without_a_gap_that_is_kept():
         np.testing.assert_allclose(stats.delta, mean, atol=1e-7)
     assert stats.delta_seen.tolist() == [True] and stats.seen.tolist() == [False]
     # The first gap that is kept begins the other mean, and with itself: .9·0 + .1·ρ̄ would be 0.1.
-    _, stats, _ = scaling.coefficients(options, stats, one_category(1), np.float32([[-1, -1]]), np.float32([0]), [0])
+    _, stats, _ = scaling.coefficients(
+        options, stats, one_category(1), np.float32([[-1, -1]]), np.float32([0]), gaps[2]
+    )
     np.testing.assert_allclose((stats.gap[0], stats.delta[0]), (1.0, 0.19), rtol=1e-6)
 
 
