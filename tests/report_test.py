@@ -339,3 +339,11 @@ def test_a_browser_shows_all_pictures_and_nothing_too_wide(hostile, compared, tm
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert f"<title>0,{path.read_text('utf-8').count('<img ')}</title>" in done.stdout, done.stderr[-2000:]
         assert "CONSOLE" not in done.stderr
+
+
+def test_what_learned_nothing_stands_in_the_first_table(tmp_path):
+    run = pages.read(small_run.write(tmp_path))
+    assert "warnings" not in dict(report.about(run).rows)
+    equal = [row | {"zero_spread": 1.0} if row["stage"] == "align" else row for row in run.metrics]
+    told = dict(report.about(run._replace(metrics=equal)).rows)["warnings"]
+    assert told.startswith("align seems to have learned nothing: all samples of a prompt have one reward")
