@@ -429,16 +429,19 @@ def dpo_loss(trunk, policy: Policy, config, params: Params, batch: Preferences):
 
 
 class Demonstrations(NamedTuple):
-    """Demonstrations [P, 1] and the weights of their tokens."""
+    """Demonstrations [P, 1], the weights of their tokens [P, 1, T] in the loss, and those of a mean over tokens, of the
+    whole batch (None: these are the whole batch)."""
 
     group: Group
-    weights: losses.Weights
+    weight: Array
+    tokens: Array | None = None
 
 
 def sft_batch(context: Context, model: Transformer, params: Params, scored: Scored):
     """The demonstrations alone."""
     mask = length_mask(scored.group.response_len, scored.group.response.shape[-1])
-    return Demonstrations(scored.group, losses.token_weights(context.config.grpo.reduce, mask, 1)), {}
+    weight, tokens = losses.REDUCE[context.config.grpo.reduce](mask), losses.weight_by_token(mask)
+    return Demonstrations(scored.group, weight, tokens), {}
 
 
 def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstrations):
@@ -446,10 +449,15 @@ def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstration
     model, adapter = policy.parts(trunk, params.policy)
     hidden = transformer.apply(model, batch.group, adapter)
 
-    def loss(logp, entropy, weights):
-        return -losses.weighted(logp, weights.members), {"entropy": losses.weighted(entropy, weights.tokens)}
+    tokens = batch.tokens
+    if tokens is None:
+        tokens = losses.weight_by_token(length_mask(batch.group.response_len, batch.group.response.shape[-1]))
 
-    return vocabulary.token_sum(model, hidden, batch.group, 1.0, loss, batch.weights)
+    def loss(logp, entropy, weights):
+        weight, tokens = weights
+        return -losses.weighted(logp, weight), {"entropy": losses.weighted(entropy, tokens)}
+
+    return vocabulary.token_sum(model, hidden, batch.group, 1.0, loss, (batch.weight, tokens))
 
 
 OBJECTIVES = {
