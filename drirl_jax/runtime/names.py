@@ -1,8 +1,8 @@
 """What a name may be: of a category, a variant of a study, a run; and which names they have as files and as scalars.
 
-Published data sets call their categories `hate/threatening` or `drug_abuse,weapons,banned_substance`. So a name may hold
-every character that prints. `file_name` and `scalar_name` write what a path or a tool cannot hold in another form. Both
-leave a plain name as it is, and two names that pass `check` never get the same form.
+Published data sets call their categories `hate/threatening` or `drug_abuse,weapons,banned_substance`. So a name may
+hold every character that prints. `file_name` and `scalar_name` write what a path or a tool cannot hold in another form.
+Both leave a plain name as it is, and two names that pass `check` never get the same form.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import unicodedata
 from typing import Collection, Iterable
 from urllib.parse import unquote
 
-from drirl_jax.types import InputError
+from drirl_jax.errors import InputError
 
 LONGEST = 100  # characters of a name
 LONGEST_FILE = 200  # bytes of a file's name: file systems take 255, and temporary names are longer
