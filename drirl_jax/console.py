@@ -12,18 +12,18 @@ from typing import Any, TextIO
 
 MODES = ("text", "quiet", "json")
 _mode = "text"
-# What no text may do to a terminal or a page: controls, marks that turn the direction of writing, half characters.
+# What a terminal or a page would obey: controls, and marks that turn the direction of writing.
 CONTROLS = {
     code: "\ufffd"
-    for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+    for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
     if chr(code) not in "\t\n\r"
 }
 COLOUR = re.compile("(\033\\[[0-9;]*m)")  # as rich writes it; it cannot move the cursor or write elsewhere
 
 
 def printable(text: str) -> str:
-    """The text with a replacement sign for each of CONTROLS: names and texts come from others."""
-    return text.translate(CONTROLS)
+    """The text with a sign for each of CONTROLS and for half a character: names and texts come from others."""
+    return text.translate(CONTROLS).encode("utf-8", "replace").decode("utf-8")
 
 
 def mode() -> str:
@@ -49,7 +49,7 @@ def speak(as_: str) -> None:
 def say(event: str, **facts: Any) -> None:
     """One object on stdout, whatever the mode."""
     line = json.dumps({"event": event} | _finite(facts), ensure_ascii=False)
-    print("".join(f"\\u{ord(c):04x}" if ord(c) in CONTROLS else c for c in line), flush=True)
+    print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line), flush=True)
 
 
 def result(text: str, **facts: Any) -> None:
@@ -58,7 +58,7 @@ def result(text: str, **facts: Any) -> None:
         say("result", **facts)
     else:
         parts = COLOUR.split(text)
-        print("".join(part if i % 2 else printable(part) for i, part in enumerate(parts)))
+        print("".join(part if i % 2 else printable(part).replace("\r", "\ufffd") for i, part in enumerate(parts)))
 
 
 def coloured(file: TextIO) -> bool:

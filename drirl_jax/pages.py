@@ -245,7 +245,7 @@ class Table(NamedTuple):
 
     def rich(self) -> rich.table.Table:
         """For the terminal."""
-        out = rich.table.Table(title=self.caption, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        out = rich.table.Table(title=console.printable(self.caption), title_justify="left", box=rich.box.SIMPLE_HEAD)
         for i, name in enumerate(self.head):
             out.add_column(console.printable(name), justify="left" if i == 0 or self.wordy else "right")
         for row in self.rows:

@@ -150,7 +150,7 @@ def check(study: ConfigDict) -> None:
     config_lib.need(
         not missing, f"the config lacks {', '.join(missing)}, so it is no study: see configs/study_smollm2.py."
     )
-    known = ", ".join(study.variants)
+    known = ", ".join(map(str, study.variants))
     config_lib.need(len(study.seeds) > 0, "seeds is empty: give at least one.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     config_lib.need(

@@ -46,6 +46,8 @@ def check(what: str, names: Iterable[str], reserved: Collection[str] = ()) -> No
     taken = {folded(name) for name in reserved}
     before: dict[str, str] = {}
     for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"{what} has the name {name!r}, which is no text: put it in quotes.")
         if not name.strip():
             raise InputError(f"{what} has an empty name: give each one a name.")
         if len(name) > LONGEST:
