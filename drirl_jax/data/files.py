@@ -71,7 +71,7 @@ def _parquet(path: pathlib.Path) -> list[Row]:
         raise InputError(f"{path} cannot be read ({error}): check the path, or download it anew.") from error
 
 
-def _separated(path: pathlib.Path, data: bytes, delimiter: str) -> list[Row]:
+def _separated(path: pathlib.Path, data: bytes, delimiter: str) -> Iterable[Row]:
     """The rows of a table with one line of names. Raises InputError where a row has more cells than names."""
     try:
         text = data.decode("utf-8")
@@ -114,7 +114,7 @@ def _json(path: pathlib.Path, data: bytes) -> list[tuple[str, Row]]:
         if any(isinstance(part, list) and part for part in value.values()):
             raise InputError(f"{path} holds columns, not rows: save it as a list of rows.")
         return _numbered(path, [value] if value else [])
-    rows = [row | {"subset": name} for name, part in parts.items() for _, row in _objects(path, part)]
+    rows = [{**row, "subset": name} for name, part in parts.items() for _, row in _objects(path, part)]
     return _numbered(path, rows)
 
 
