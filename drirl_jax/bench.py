@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import json
 import multiprocessing
-import pathlib
 import resource
 import statistics
 import time
@@ -27,6 +26,7 @@ from drirl_jax.data.examples import Examples
 from drirl_jax.floor import Shape, floor, irl_floor, measure_machine
 from drirl_jax.metrics import Clock
 from drirl_jax.models import reward, transformer
+from drirl_jax.runtime.files import place, replace_file
 from drirl_jax.stages import align, irl, objectives
 from drirl_jax.stages.base import Context
 from drirl_jax.types import InputError
@@ -254,7 +254,7 @@ def main(argv: list[str]) -> None:
         text = table(result)
     console.result(text, **result)
     if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(result, indent=1) + "\n")
+        replace_file(place(JSON.value), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

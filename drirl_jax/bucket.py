@@ -17,6 +17,7 @@ import fsspec
 from etils import epath
 
 from drirl_jax import process, sharding
+from drirl_jax.runtime import files, names
 from drirl_jax.types import InputError
 
 SCHEME = "gs://"
@@ -30,10 +31,14 @@ def path(name: str | Path) -> Path:
     """The folder or the place in a bucket of this name.
 
     Raises:
-        InputError: it is neither, or what reads buckets is not installed.
+        InputError: it is neither, no run can have it (`names.need_place_of_run`), or what reads buckets is not
+            installed.
     """
     if "://" not in str(name):
-        return pathlib.Path(name)
+        folder_here = files.place(name)
+        names.need_place_of_run(folder_here.absolute())
+        return folder_here
+    names.need_place_of_run(name)
     if not re.fullmatch(r"gs://[^/]+/.*[^/].*", str(name)):
         raise InputError(f"{name} is neither a folder nor a place in a bucket: those are written gs://BUCKET/PATH.")
     _files()
@@ -44,7 +49,7 @@ def folder(name: str | Path) -> pathlib.Path:
     """The folder of this name, for what works in no bucket. Raises InputError for a place in one."""
     if "://" in str(name):
         raise InputError(f"{name} is no folder, and this command takes no bucket: give a folder here.")
-    return pathlib.Path(name)
+    return files.place(name)
 
 
 @functools.cache

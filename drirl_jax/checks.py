@@ -14,6 +14,7 @@ from drirl_jax.config import default, get, need
 from drirl_jax.data import generators, pipeline
 from drirl_jax.evals import benchmarks, judges
 from drirl_jax.models import flash, lora, reward
+from drirl_jax.runtime import names
 from drirl_jax.stages import base, irl, objectives, sources
 
 # Options that name a choice, and the table whose rows they may be.
@@ -120,6 +121,7 @@ def _data(config: ConfigDict) -> None:
         len(set(config.data.categories)) == len(config.data.categories),
         "config.data.categories repeats a name.",
     )
+    names.check("config.data.categories", config.data.categories, names.AGGREGATES)
     shares = tuple(config.data.shares)
     need(
         not shares or (len(shares) == len(config.data.categories) and max(shares) > 0),

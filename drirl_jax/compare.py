@@ -19,6 +19,7 @@ from drirl_jax.pages import (
     change_told,
     differences,
     key_of,
+    markdown,
     mean_of,
     told,
     values_of,
@@ -26,6 +27,7 @@ from drirl_jax.pages import (
     written,
 )
 from drirl_jax.plots import words
+from drirl_jax.runtime.files import replace_file
 from drirl_jax.types import InputError
 
 SHOWN = 2  # prompts of a category
@@ -181,9 +183,9 @@ def compare(runs: Sequence[Run], out: pathlib.Path) -> str:
     note = NOTE.format(first=first)
     paths = plots.overlaid({name: run.metrics for name, run in named.items()}, out / "plots")
     curves = [Picture.of(path, f"{plots.told(plots.CURVES[name])}, of each run") for name, path in paths.items()]
-    parts = [f"**{table.caption}**\n\n{table.markdown()}" for table in (configs, *shown)]
-    markdown = "\n\n".join([*parts, note]) + "\n"
-    (out / "compare.md").write_text(markdown, encoding="utf-8", errors="replace")
+    parts = [f"**{markdown(table.caption)}**\n\n{table.markdown()}" for table in (configs, *shown)]
+    text = "\n\n".join([*parts, NOTE.format(first=markdown(first))]) + "\n"
+    replace_file(out / "compare.md", text)
     write(
         "compare.html.jinja",
         out / "compare.html",
@@ -195,4 +197,4 @@ def compare(runs: Sequence[Run], out: pathlib.Path) -> str:
         curves=curves,
         responses=list(responses(named)),
     )
-    return markdown
+    return text

@@ -6,11 +6,24 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from typing import Any, TextIO
 
 MODES = ("text", "quiet", "json")
 _mode = "text"
+# What a terminal or a page would obey: controls, and marks that turn the direction of writing.
+CONTROLS = {
+    code: "\ufffd"
+    for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    if chr(code) not in "\t\n\r"
+}
+COLOUR = re.compile("(\033\\[[0-9;]*m)")  # as rich writes it; it cannot move the cursor or write elsewhere
+
+
+def printable(text: str) -> str:
+    """The text with a sign for each of CONTROLS and for half a character: names and texts come from others."""
+    return text.translate(CONTROLS).encode("utf-8", "replace").decode("utf-8")
 
 
 def mode() -> str:
@@ -35,7 +48,8 @@ def speak(as_: str) -> None:
 
 def say(event: str, **facts: Any) -> None:
     """One object on stdout, whatever the mode."""
-    print(json.dumps({"event": event} | _finite(facts), ensure_ascii=False), flush=True)
+    line = json.dumps({"event": event} | _finite(facts), ensure_ascii=False)
+    print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line), flush=True)
 
 
 def result(text: str, **facts: Any) -> None:
@@ -43,7 +57,8 @@ def result(text: str, **facts: Any) -> None:
     if _mode == "json":
         say("result", **facts)
     else:
-        print(text)
+        parts = COLOUR.split(text)
+        print("".join(part if i % 2 else printable(part).replace("\r", "\ufffd") for i, part in enumerate(parts)))
 
 
 def coloured(file: TextIO) -> bool:
@@ -58,7 +73,7 @@ class _Lines(logging.Handler):
 
 class _Sentences(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))
         return f"\033[33m{text}\033[0m" if record.levelno >= logging.WARNING and coloured(self.stream) else text
 
 

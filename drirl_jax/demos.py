@@ -19,6 +19,7 @@ from drirl_jax import checks, console, train
 from drirl_jax import main as command
 from drirl_jax.data import drafts, generators, records
 from drirl_jax.evals import judges
+from drirl_jax.runtime.files import beside, need_apart, place, replace_file
 from drirl_jax.types import InputError
 
 PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts.")
@@ -32,11 +33,12 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
         InputError: something that the user gave is wrong, or too few demonstrations pass.
     """
     checks.validate(config)
+    need_apart(out, prompts)
     rows = records.read(prompts, config.data.categories, optional=("draft", "response"))
     section = config.demos
     records.require(rows, config.data.categories, "train", section.per_category)
     embedder = train.load_encoder(config)
-    memory = out.with_suffix(".replies.jsonl")
+    memory = beside(out, "replies")
     generate = generators.GENERATORS[section.generator](section, lambda: train.load_policy(config), memory)
     outcome = drafts.make(
         rows,
@@ -45,13 +47,12 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
         harmless=config.data.harmless,
         generate=generate,
         embed=embedder,
-        judge=judges.refuses(judges.Setting(config, out.with_suffix(".judgements.jsonl"))),
+        judge=judges.refuses(judges.Setting(config, beside(out, "judgements"))),
         model=config.policy.init if section.generator == "policy" else section.endpoint.model,
         seed=config.seed,
     )
     lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in outcome.records]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(lines), encoding="utf-8")
+    replace_file(out, "".join(lines))
     return outcome
 
 
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
     for name, value in (("config", command.CONFIG.value), ("prompts", PROMPTS.value), ("out", OUT.value)):
         if value is None:
             raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-    outcome = run(command.CONFIG.value, pathlib.Path(PROMPTS.value), pathlib.Path(OUT.value))
+    outcome = run(command.CONFIG.value, place(PROMPTS.value), place(OUT.value))
     told = {"demonstrations": len(outcome.records), "asked": outcome.asked, "left_out": outcome.left_out}
     console.result(f"{outcome.summary()}\nwritten to {OUT.value}", **told, out=OUT.value)
 

@@ -26,6 +26,7 @@ from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import benchmarks, judges
 from drirl_jax.models import hf
+from drirl_jax.runtime.files import replace_file
 from drirl_jax.stages.base import PURPOSE
 from drirl_jax.types import InputError
 
@@ -88,9 +89,7 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
         else:
             found = before
         if found is not before and sharding.writes():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-            temporary.replace(path)
+            replace_file(path, json.dumps(found, indent=1, ensure_ascii=False))
         out.append(found)
     return out
 

@@ -20,6 +20,7 @@ from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import classifier, judges, labelled
 from drirl_jax.models import hf
+from drirl_jax.runtime.files import beside, need_apart, place, replace_file
 from drirl_jax.types import InputError
 
 FIT = flags.DEFINE_string("fit", None, "Labelled responses to fit the classifier on.")
@@ -64,15 +65,15 @@ def main(argv: list[str]) -> None:
     if (FIT.value is None) == (COMPARE.value is None) or TO.value is None:
         raise InputError("give --fit or --compare, one of them, and --to: see python -m drirl_jax.judge --help.")
     config = (command.CONFIG.value or config_lib.default()).copy_and_resolve_references()
-    out = pathlib.Path(TO.value)
+    out, given = place(TO.value), place(FIT.value if COMPARE.value is None else COMPARE.value)
+    need_apart(out, given)
     if FIT.value is not None:
-        told = fit(config, pathlib.Path(FIT.value), out)
+        told = fit(config, given, out)
     else:
         config.evals.update({"judges": tuple(RATERS.value), "classifier": CLASSIFIER.value or ""})
         checks.validate(config)
-        told = compare(config, pathlib.Path(COMPARE.value), out.with_suffix(".judgements.jsonl"))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        told = compare(config, given, beside(out, "judgements"))
+        replace_file(out, json.dumps(told, indent=1) + "\n")
     console.result(f"{json.dumps(told, indent=1)}\nwritten to {out}", **told, out=str(out))
 
 

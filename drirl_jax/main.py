@@ -33,6 +33,7 @@ from ml_collections import config_flags
 
 import drirl_jax.configs
 from drirl_jax import bucket, console, preview, process, sharding, train
+from drirl_jax.runtime.files import place
 from drirl_jax.types import InputError
 
 INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
@@ -143,13 +144,20 @@ def usage() -> str:
     return "\n".join([*lines, "", *(flags.FLAGS.module_help(module) for module in modules)])
 
 
+def _home_in_full(word: str, files: tuple) -> str:
+    """A flag of a config file, its ~ as a path: the file is read while the flags are, and by others."""
+    name, _, value = word.partition("=")
+    is_file = name.lstrip("-") in {file.name for file in files} and value.startswith("~")
+    return f"{name}={place(value)}" if is_file else word
+
+
 def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
     """Absl's flags, config files among them; what is wrong with them is one sentence, as everywhere."""
     if {"--help", "-help", "-h", "-?"} & set(argv[1:]):
         print(usage())
         sys.exit(0)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS([_home_in_full(word, files) for word in argv])
         console.speak("quiet" if QUIET.value else LOG.value)
         for file in files:
             if file.value is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import pathlib
 import sys
 import time
@@ -19,6 +18,8 @@ import jax
 import tqdm
 
 from drirl_jax import console, sharding, sinks
+from drirl_jax.runtime.files import replace_file
+from drirl_jax.runtime.names import scalar_name
 from drirl_jax.types import PyTree
 
 log = logging.getLogger(__name__)
@@ -95,9 +96,7 @@ class MetricWriter:
         at = (turn[stage], step)
         for path in (self.metrics, self.seconds, *filter(pathlib.Path.exists, (self.samples,))):
             kept = [line for row, line in _lines(path) if (turn[row["stage"]], row["step"]) <= at]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
+            replace_file(path, "".join(kept))
         self.rows = len(self.read())
         for name in tuple(self.sinks):
             self._try(name, lambda: self.sinks[name].rewind(stage, step))
@@ -119,8 +118,9 @@ class MetricWriter:
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         with path.open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step} | dict.fromkeys(values) | finite) + "\n")
+        named = {scalar_name(key): value for key, value in finite.items()}
         for name in tuple(self.sinks):
-            self._try(name, lambda: self.sinks[name].write(self.rows - 1, stage, step, finite))
+            self._try(name, lambda: self.sinks[name].write(self.rows - 1, stage, step, named))
 
     def _try(self, name: str, call: Callable[[], Any]) -> None:
         """Calls a sink; one that raises is left out from then on."""

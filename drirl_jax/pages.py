@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import math
 import pathlib
+import re
 import subprocess
 import time
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -18,17 +20,21 @@ import rich.table
 from ml_collections import ConfigDict
 
 import drirl_jax
-from drirl_jax import metrics, workdirs
+from drirl_jax import console, metrics, workdirs
+from drirl_jax.data import overlap
 from drirl_jax.data.examples import Examples
 from drirl_jax.intervals import Interval, difference, interval, paired_shares, wilson
 from drirl_jax.plots import percent
+from drirl_jax.runtime.files import replace_file
 from drirl_jax.types import InputError
 
-# Prompts and responses are untrusted text: everything is escaped, and what no page may hold becomes a replacement sign.
+# Prompts, responses and names are untrusted text: everything is escaped, and what `console.CONTROLS` names is replaced.
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("drirl_jax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
+
+
+REPEATED = "repeated prompts"  # the fact: see `data.overlap.summary`
 
 
 class Run(NamedTuple):
@@ -84,8 +90,8 @@ def read(workdir: pathlib.Path) -> Run:
     return Run(workdir, config, held("facts.json"), rows, seconds, samples, base, aligned, held("reliability.json"))
 
 
-def facts_of(examples: Mapping[str, Examples], categories: Sequence[str]) -> dict:
-    """What is to be noted of program, machine and data: `records` by split and category."""
+def facts_of(examples: Mapping[str, Examples], categories: Sequence[str], harmless: Sequence[str] = ()) -> dict:
+    """What is to be noted of program, machine and data: `records` by split and category, and REPEATED, if any."""
     facts = {
         "drirl_jax": drirl_jax.__version__,
         "revision": revision(pathlib.Path(drirl_jax.__file__).parents[1]),
@@ -96,6 +102,7 @@ def facts_of(examples: Mapping[str, Examples], categories: Sequence[str]) -> dic
             split: {name: len(rows) for name, rows in zip(categories, of.rows_by_category(len(categories)))}
             for split, of in examples.items()
         },
+        REPEATED: overlap.summary(examples, [categories.index(name) for name in harmless]),
     }
     return {name: value for name, value in facts.items() if value}
 
@@ -113,9 +120,7 @@ def revision(source: pathlib.Path) -> str:
 
 def note(workdir: pathlib.Path, facts: Mapping) -> None:
     """Writes facts.json, which is of the last start."""
-    temporary = workdir / "facts.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    temporary.replace(workdir / "facts.json")
+    replace_file(workdir / "facts.json", json.dumps(facts, indent=1) + "\n")
 
 
 def differences(*configs: ConfigDict) -> dict[str, tuple]:
@@ -217,6 +222,11 @@ def change_told(of: Interval | None, text: Callable[[float], str]) -> str:
     return told(of, text, "*" if beyond_noise(of) else "")
 
 
+def markdown(text: str) -> str:
+    """A text in one line of Markdown, where it is itself: no HTML, link, picture, code or cell of a table."""
+    return html.escape(re.sub(r"([\\|\[\]`])", r"\\\1", " ".join(console.printable(text).split())), quote=False)
+
+
 class Table(NamedTuple):
     """A table: its caption, the heads of its columns, its rows of text; `wordy` if these are words, not numbers."""
 
@@ -229,17 +239,17 @@ class Table(NamedTuple):
         """In Markdown, without the caption."""
 
         def line(cells):
-            return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+            return "| " + " | ".join(map(markdown, cells)) + " |"
 
         return "\n".join([line(self.head), "| --- " * len(self.head) + "|", *map(line, self.rows)])
 
     def rich(self) -> rich.table.Table:
         """For the terminal."""
-        out = rich.table.Table(title=self.caption, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        out = rich.table.Table(title=console.printable(self.caption), title_justify="left", box=rich.box.SIMPLE_HEAD)
         for i, name in enumerate(self.head):
-            out.add_column(name, justify="left" if i == 0 or self.wordy else "right")
+            out.add_column(console.printable(name), justify="left" if i == 0 or self.wordy else "right")
         for row in self.rows:
-            out.add_row(*row)
+            out.add_row(*map(console.printable, row))
         return out
 
 
@@ -296,6 +306,5 @@ def answer_of(name: str, row: Mapping, judge: str) -> Answer:
 
 def write(template: str, path: pathlib.Path, **values: Any) -> pathlib.Path:
     """Writes the page that the template makes of the values; returns its path."""
-    html = ENVIRONMENT.get_template(template).render(values).translate(CONTROLS)
-    path.write_text(html, encoding="utf-8", errors="replace")
+    replace_file(path, console.printable(ENVIRONMENT.get_template(template).render(values)))
     return path

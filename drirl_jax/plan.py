@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from typing import Callable, Iterator, NamedTuple, Sequence
 
 import jax
@@ -32,6 +31,7 @@ from drirl_jax import main as command
 from drirl_jax.models import families, flash, hf, reward
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.runtime.files import place, replace_file
 from drirl_jax.stages import align, irl, objectives
 from drirl_jax.stages.base import POLICIES, Context, moved
 from drirl_jax.types import Group, InputError, PyTree
@@ -370,7 +370,7 @@ def main(argv: list[str]) -> None:
     result = plan(config, shape, TOPOLOGY.value)
     console.result(table(result), **result)
     if PLAN.value:
-        pathlib.Path(PLAN.value).write_text(json.dumps(result, indent=1) + "\n")
+        replace_file(place(PLAN.value), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

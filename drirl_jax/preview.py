@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from drirl_jax import optimizer, process, sharding, status, train, workdirs
+from drirl_jax.data import overlap
 from drirl_jax.data.examples import require_both_kinds
 from drirl_jax.evals import runner
 from drirl_jax.floor import Machine, Shape, floor, forward_flops, irl_floor, measure_machine
@@ -43,9 +44,10 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
 
     Returns:
         {"workdir", "devices", "mesh", "policy", "parameters": {"policy", "trained", "rewards", "encoder"}, "records":
-         {split: {category: n}}, "stages": [{"stage", "steps", "done", "finished", "shape": words, "operations": of a
-         step, "seconds": of what is left, "seconds_from": "measured" | "least" | None}], "memory": {part: bytes a
-         device}, "memory_limit": bytes or None, "rate": operations a second, or None where it was not measured}
+         {split: {category: n}}, "repeated_prompts": see `data.overlap.summary`, "stages": [{"stage", "steps", "done",
+         "finished", "shape": words, "operations": of a step, "seconds": of what is left, "seconds_from": "measured" |
+         "least" | None}], "memory": {part: bytes a device}, "memory_limit": bytes or None, "rate": operations a second,
+         or None where it was not measured}
 
     Raises:
         InputError: something that the user gave is wrong.
@@ -72,6 +74,7 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
         "policy": config.policy.init,
         "parameters": {name: count(shapes[name]) for name in ("policy", "trained", "rewards", "encoder")},
         "records": _records(context),
+        "repeated_prompts": overlap.summary(context.examples, harmless),
         "stages": [_stage(name, context, shapes, before.get(name), rate) for name in config.schedule],
         "benchmarks": {questions.name: len(questions.items) for questions in asked},
         "memory": memory(context, shapes),
@@ -301,6 +304,8 @@ def text(found: dict) -> str:
     ]
     for name in next(iter(found["records"].values())):
         lines.append(f"  {name:30}" + "".join(f"{of[name]:8}" for of in found["records"].values()))
+    if found["repeated_prompts"]:
+        lines.append(f"repeated prompts: {found['repeated_prompts']}")
     for stage in found["stages"]:
         done = "done" if stage["finished"] else f"{stage['done']} done" if stage["done"] else "not begun"
         lines.append(f"{stage['stage']}: {stage['steps']} steps, {done}; {stage['shape']}")

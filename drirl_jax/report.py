@@ -18,7 +18,7 @@ from typing import Iterator, Mapping, Sequence
 import numpy as np
 import rich.console
 
-from drirl_jax import compare, guards, plots
+from drirl_jax import compare, console, guards, plots
 from drirl_jax import config as config_lib
 from drirl_jax.intervals import Interval, wilson
 from drirl_jax.pages import (
@@ -44,6 +44,7 @@ from drirl_jax.pages import (
     written,
 )
 from drirl_jax.plots import percent, words
+from drirl_jax.runtime.files import place
 from drirl_jax.types import InputError
 
 SHOWN, MORE = 2, 20  # prompts of a category with their responses: at once, and behind a click
@@ -349,32 +350,31 @@ def cards(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def terminal_table(run: Run) -> str:
     """The before/after table, and the benchmarks', for the terminal."""
-    console = rich.console.Console(width=120, markup=False)
-    with console.capture() as captured:
-        console.print(plots.headline(run.base, run.aligned))
+    page = rich.console.Console(width=120, markup=False)
+    with page.capture() as captured:
+        page.print(plots.headline(run.base, run.aligned))
         for table in filter(None, (by_category(run), benchmarks(run))):
-            console.print(table.rich())
+            page.print(table.rich())
     return captured.get()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("drirl_jax.report", description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", type=pathlib.Path, help="workdir of the run")
+    parser.add_argument("run", nargs="?", help="workdir of the run")
     others = "workdirs of several; the first is the one that the others are compared with"
-    parser.add_argument("--compare", nargs="+", type=pathlib.Path, metavar="RUN", help=others)
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="where the comparison goes; else compared/ beside the first run"
-    )
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help=others)
+    parser.add_argument("--out", help="where the comparison goes; else compared/ beside the first run")
     parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax.report runs/quickstart")
     given = parser.parse_args(argv)
     try:
         if (given.run is None) == (given.compare is None):
             raise InputError("give RUN, or --compare RUN RUN ...: see python -m drirl_jax.report --help.")
         if given.run:
-            print(f"report: {report(read(given.run))}")
+            console.result(f"report: {report(read(place(given.run)))}")
         else:
-            out = given.out or given.compare[0].parent / "compared"
-            print(compare.compare([read(workdir) for workdir in given.compare], out))
+            runs = [place(name) for name in given.compare]
+            out = place(given.out) if given.out else runs[0].parent / "compared"
+            console.result(compare.compare([read(workdir) for workdir in runs], out))
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")
 

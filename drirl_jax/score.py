@@ -25,6 +25,7 @@ from drirl_jax.data.records import Record
 from drirl_jax.evals import runner
 from drirl_jax.models import families, hf, reward
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.runtime.files import need_apart, place, replace_file
 from drirl_jax.stages.base import Context, draw_all
 from drirl_jax.types import InputError
 
@@ -93,13 +94,14 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
     if (RESPONSES.value is None) == (PROMPTS.value is None):
         raise InputError("give --responses to score, or --prompts of whose responses the best is to be taken.")
-    workdir, out = bucket.path(command.WORKDIR.value), pathlib.Path(OUT.value)
+    workdir, out = bucket.path(command.WORKDIR.value), place(OUT.value)
+    given = place(PROMPTS.value if RESPONSES.value is None else RESPONSES.value)
+    need_apart(out, given)
     if RESPONSES.value is not None:
-        rows = of_responses(workdir, pathlib.Path(RESPONSES.value))
+        rows = of_responses(workdir, given)
     else:
-        rows = best_of(workdir, pathlib.Path(PROMPTS.value), BEST_OF.value, BASE.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        rows = best_of(workdir, given, BEST_OF.value, BASE.value)
+    replace_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     mean = float(np.mean([row["reward"] for row in rows]))
     text = f"{len(rows)} rows, mean reward {mean:+.3f}, written to {out}"
     console.result(text, rows=len(rows), mean_reward=mean, out=str(out))

@@ -21,6 +21,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from drirl_jax.runtime.files import replace_file
+from drirl_jax.runtime.names import scalar_name
 from drirl_jax.types import InputError
 
 SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")  # environment variables
@@ -41,6 +43,11 @@ class Start(NamedTuple):
     project: str
     options: Mapping[str, Any]
     rows: list[dict]
+
+    @property
+    def name(self) -> str:
+        """Of the run: its folder's, also where that is called "."."""
+        return pathlib.Path(os.path.abspath(self.workdir)).name
 
 
 class Sink(Protocol):
@@ -118,7 +125,7 @@ class WandB:
         run_id = _kept_id(start.workdir, "wandb") or uuid.uuid4().hex[:12]
         _keep_id(start.workdir, "wandb", run_id)  # before W&B hears of it: a run killed in between has it too
         self.run = wandb.init(
-            dir=start.workdir, project=start.project, name=start.workdir.name, config=dict(start.options),
+            dir=start.workdir, project=start.project, name=start.name, config=dict(start.options),
             id=run_id, resume="allow", reinit="create_new",
             settings=wandb.Settings(
                 silent=True, console="off", disable_git=True, disable_code=True,
@@ -188,7 +195,7 @@ class MLflow:
         else:
             known = self.client.get_experiment_by_name(start.project)
             experiment = known.experiment_id if known else self.client.create_experiment(start.project)
-            run_id = self.client.create_run(experiment, run_name=start.workdir.name).info.run_id
+            run_id = self.client.create_run(experiment, run_name=start.name).info.run_id
             _keep_id(start.workdir, "mlflow", run_id)
             options = [entities.Param(key, str(value)) for key, value in start.options.items()]
             for first in range(0, len(options), 100):  # MLflow's own limit
@@ -250,7 +257,7 @@ def _package(name: str) -> ModuleType:
 
 def _parts(line: dict) -> tuple[str, int, dict[str, float]]:
     """Stage, step and finite scalars of a row of metrics.jsonl."""
-    scalars = {key: x for key, x in line.items() if key not in ("stage", "step") and x is not None}
+    scalars = {scalar_name(key): x for key, x in line.items() if key not in ("stage", "step") and x is not None}
     return line["stage"], line["step"], scalars
 
 
@@ -263,6 +270,4 @@ def _kept_id(workdir: pathlib.Path, sink: str) -> str | None:
 def _keep_id(workdir: pathlib.Path, sink: str, run_id: str) -> None:
     path = workdir / "sinks.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known | {sink: run_id}) + "\n")
-    temporary.replace(path)
+    replace_file(path, json.dumps(known | {sink: run_id}) + "\n")

@@ -16,6 +16,8 @@ import statistics
 import sys
 import time
 
+from drirl_jax.runtime.files import place
+
 SHOWN = ("loss", "reward", "gap", "kl", "alpha_d", "alpha_m", "length", "pairs_right", "accuracy", "skipped")
 RECENT = 20  # steps whose seconds are looked at
 TAIL = 2**21  # bytes of a file that are read, from its end
@@ -137,7 +139,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(argv)
     try:
-        found = of(pathlib.Path(options.run))
+        found = of(place(options.run))
     except ValueError as error:
         sys.exit(f"drirl_jax: {error}")
     print(json.dumps(found) if options.json else text(found))

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import csv
+import io
 import json
 import logging
 import multiprocessing
 import os
 import pathlib
 import queue
-import shutil
 import signal
 import threading
 from typing import Callable, NamedTuple, Sequence
@@ -36,10 +36,14 @@ from drirl_jax.intervals import Interval, difference, interval
 from drirl_jax.models import hf
 from drirl_jax.plots import percent
 from drirl_jax.process import PREEMPTED, keep_memory
+from drirl_jax.runtime import names
+from drirl_jax.runtime.files import place, replace_file
+from drirl_jax.runtime.names import file_name
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 BASE = "base"  # the policy that all runs start from
+FILES = ("curves", "study.csv", "study.md", "study.html", "study.png")  # what lies beside the variants' folders
 # Sections and keys of the config that the rewards of a run depend on.
 REWARDS_DEPEND_ON = (
     "seed data demos irl policy.init policy.system policy.dtype policy.weights "
@@ -114,6 +118,11 @@ COLUMNS = {
 TRAINING_ONLY = ("kl", "minutes")  # which the base does not have
 
 
+def folder_of(workdir: pathlib.Path, variant: str, seed: int) -> pathlib.Path:
+    """Where the variant's run with this seed is."""
+    return workdir / file_name(variant) / str(seed)
+
+
 def config_of(study: ConfigDict, variant: str, seed: int) -> ConfigDict:
     """The run's own config. Raises InputError for a key that no config has."""
     config = study.base.copy_and_resolve_references()
@@ -141,14 +150,18 @@ def check(study: ConfigDict) -> None:
     config_lib.need(
         not missing, f"the config lacks {', '.join(missing)}, so it is no study: see configs/study_smollm2.py."
     )
-    known = ", ".join(study.variants)
+    known = ", ".join(map(str, study.variants))
     config_lib.need(len(study.seeds) > 0, "seeds is empty: give at least one.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     config_lib.need(
         1 <= study.jobs <= cores,
         f"jobs is {study.jobs}: give 1, or at most the {cores} cores that this process may use and give away.",
     )
-    config_lib.need(BASE not in study.variants, f"a variant is called {BASE!r}, which is the policy they start from.")
+    names.check("variants", study.variants, (BASE, *FILES))
+    config_lib.need(
+        len(set(study.seeds)) == len(study.seeds) and all(isinstance(seed, int) for seed in study.seeds),
+        f"seeds is {tuple(study.seeds)}: give whole numbers, each once.",
+    )
     config_lib.need(
         study.reference in study.variants,
         f"reference is {study.reference!r}, which is no variant: choose one of {known}.",
@@ -168,17 +181,14 @@ def take_base(source: pathlib.Path, config: ConfigDict, folder: pathlib.Path) ->
     """Copies the evaluation of the untrained policy from the run whose rewards are taken, where it is the same."""
     evaluated, here = (run / "evals" / "base.json" for run in (source, folder))
     if evaluated.exists() and not here.exists() and workdirs.recall(source).evals == config.evals:
-        here.parent.mkdir(parents=True, exist_ok=True)
-        temporary = here.with_suffix(".tmp")
-        shutil.copyfile(evaluated, temporary)
-        temporary.replace(here)
+        replace_file(here, evaluated.read_text("utf-8"))
 
 
 def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, pathlib.Path]]:
     """Config and folder of every run, those that learn rewards first; the others' reward.init names what they take."""
     learn, take = [], []
     learned: dict[str, pathlib.Path] = {}
-    runs = [(seed, name, (workdir / name / str(seed)).absolute()) for seed in study.seeds for name in study.variants]
+    runs = [(seed, name, folder_of(workdir, name, seed).absolute()) for seed in study.seeds for name in study.variants]
     # Those that were begun come first: others may take the rewards that they have learned.
     for seed, name, folder in sorted(runs, key=lambda run: not (run[2] / "config.json").exists()):
         config = config_of(study, name, seed)
@@ -241,9 +251,9 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
             rewards.result()
         if (folder / "evals" / "aligned.json").exists():
             return workdirs.remember(config, folder)
-        log.info("run %d of %d: %s, seed %d", number, len(runs), folder.parent.name, config.seed)
+        log.info("run %d of %d: %s, seed %d", number, len(runs), names.name_of_file(folder.parent.name), config.seed)
         if config.reward.init:
-            take_base(pathlib.Path(config.reward.init), config, folder)
+            take_base(place(config.reward.init), config, folder)
         cores = free.get()
         try:
             with concurrent.futures.ProcessPoolExecutor(1, fresh, _enter, (cores, console.mode())) as process:
@@ -285,7 +295,7 @@ def results(study: ConfigDict, workdir: pathlib.Path) -> dict[str, list[tuple[di
                 response["harm"] = float(value)
         return result, folder
 
-    folders = {name: [workdir / name / str(seed) for seed in study.seeds] for name in study.variants}
+    folders = {name: [folder_of(workdir, name, seed) for seed in study.seeds] for name in study.variants}
     found = {BASE: [read(folder, "base") for folder in next(iter(folders.values()))]}
     return found | {name: [read(folder, "aligned") for folder in of] for name, of in folders.items()}
 
@@ -343,12 +353,13 @@ def note_of(study: ConfigDict) -> str:
 
 def write_csv(rows: dict, path: pathlib.Path) -> None:
     """One line for each variant and column."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "column", "mean", "low", "high", "difference", "difference_low", "difference_high"])
-        for name, cells in rows.items():
-            for key, (own, beside) in cells.items():
-                writer.writerow([name, key, *own, *(beside or ("", "", ""))])
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["variant", "column", "mean", "low", "high", "difference", "difference_low", "difference_high"])
+    for name, cells in rows.items():
+        for key, (own, beside) in cells.items():
+            writer.writerow([name, key, *own, *(beside or ("", "", ""))])
+    replace_file(path, file.getvalue())
 
 
 def draw(rows: dict, path: pathlib.Path) -> None:
@@ -384,7 +395,7 @@ def draw_curves(study: ConfigDict, found: dict, folder: pathlib.Path) -> dict[st
     drawn = {}
     for name in study.variants:
         rows = mean_metrics([metrics.read(of / "metrics.jsonl") for _, of in found[name]])
-        drawn[name] = plots.training_curves(rows, study.base.data.categories, folder / name)["curves"]
+        drawn[name] = plots.training_curves(rows, study.base.data.categories, folder / file_name(name))["curves"]
     return drawn
 
 
@@ -394,8 +405,8 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
     cells = table(study, found)
     write_csv(cells, workdir / "study.csv")
     shown, note = written(cells), note_of(study)
-    text = f"{shown.markdown()}\n\n{note}\n"
-    (workdir / "study.md").write_text(text, encoding="utf-8")
+    text = f"{shown.markdown()}\n\n{pages.markdown(note)}\n"
+    replace_file(workdir / "study.md", text)
     draw(cells, workdir / "study.png")
     drawn = draw_curves(study, found, workdir / "curves")
     pages.write(
@@ -416,6 +427,7 @@ def main(argv: list[str]) -> None:
         if flag.value is None:
             raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
     study, workdir = command.CONFIG.value, bucket.folder(command.WORKDIR.value)
+    names.need_place_of_run(workdir.absolute())
     run_all(study, workdir)
     console.result(report(study, workdir), workdir=str(workdir))
 

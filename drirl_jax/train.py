@@ -23,6 +23,7 @@ from drirl_jax.evals import judges, runner, watch
 from drirl_jax.models import encoder, families, flash, hf, peft, reward
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.runtime import files
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES, Context, Stage
 from drirl_jax.text import Text
@@ -45,7 +46,7 @@ def prepare(config: ConfigDict, load: bool = True) -> Context:
     sharding.connect(config.distributed)
     jax.config.update("jax_debug_nans", config.debug_nans)
     if config.compilation_cache and load:
-        cache = pathlib.Path(config.compilation_cache).expanduser()
+        cache = files.place(config.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), jax.devices())
@@ -177,7 +178,10 @@ def stages(context: Context, asked: list, place: Workdir, writer: metrics.Metric
     config = context.config
     prompts = sum(len(of_split.id) for of_split in context.examples.values())
     if sharding.writes():
-        pages.note(place.local, facts := pages.facts_of(context.examples, config.data.categories))
+        facts = pages.facts_of(context.examples, config.data.categories, config.data.harmless)
+        pages.note(place.local, facts)
+        if repeated := facts.get(pages.REPEATED):
+            log.warning("%s: figures of the held-out prompts are then of what was trained on", repeated)
         place.push()
         log.info("%s, %d prompts, %s", jax.devices()[0], prompts, config.policy.init)
 
@@ -212,10 +216,7 @@ def stages(context: Context, asked: list, place: Workdir, writer: metrics.Metric
             found = runner.evaluate(context, model, bank)
             found["benchmarks"] = runner.benchmarked(context, model, asked, judges)
             if sharding.writes():
-                path.parent.mkdir(exist_ok=True)
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False))
-                temporary.replace(path)
+                files.replace_file(path, json.dumps(found, indent=1, ensure_ascii=False))
                 place.push()
     if not sharding.writes():
         return
@@ -267,11 +268,12 @@ def judges_of(model: str, config: ConfigDict, names: Sequence[str], memory: path
     """
     rewards_of_run = None
     if "rewards" in names:
-        if not (pathlib.Path(model) / "rewards").is_dir():
+        run = files.place(model)
+        if not (run / "rewards").is_dir():
             raise InputError(f"the judge 'rewards' needs a run with rewards, and {model} is none.")
-        of_run = workdirs.recall(pathlib.Path(model))
+        of_run = workdirs.recall(run)
         context = prepare(of_run)
-        bank = rewards(context, pathlib.Path(of_run.reward.init or model))
+        bank = rewards(context, bucket.path(of_run.reward.init or model))
         rewards_of_run = (context.model, context.text, bank)
     setting = judges.Setting(config, memory, lambda: hf.resolve(config.encoder.init), rewards_of_run)
     return {name: judges.JUDGES[name].make(setting) for name in names}

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from drirl_jax.config import default
+from drirl_jax.runtime.files import place, replace_file
 from drirl_jax.types import InputError
 
 
@@ -22,11 +23,8 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
     if belongs(config, workdir):
         return
     path = workdir / "config.json"
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     plain = json.loads(config.to_json_best_effort(sort_keys=True))
-    temporary.write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+    replace_file(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
 
 
 def belongs(config: ConfigDict, workdir: pathlib.Path) -> bool:
@@ -73,7 +71,7 @@ def of_policy(model: str, given: ConfigDict | None = None) -> ConfigDict:
         model: the workdir of a finished run, whose aligned policy is meant, or whatever config.policy.init may be.
         given: of a run only its evals are taken; the rest is the run's own.
     """
-    run = pathlib.Path(model)
+    run = place(model)
     if is_run(run):
         config = recall(run)
         config.evals.update({"best": "", "every": 0} | (given.evals.to_dict() if given is not None else {}))

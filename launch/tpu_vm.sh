@@ -70,7 +70,7 @@ scratch=$(mktemp -d)
 quoted() {  # the arguments as a shell reads them
   local word words=()
   for word in "$@"; do
-    if [[ $word == *[!A-Za-z0-9_.,:/=@%+-]* ]]; then words+=("${word@Q}"); else words+=("$word"); fi
+    if [[ -z $word || $word == *[!A-Za-z0-9_.,:/=@%+-]* ]]; then words+=("${word@Q}"); else words+=("$word"); fi
   done
   echo "${words[*]}"
 }

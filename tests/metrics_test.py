@@ -175,7 +175,7 @@ def test_a_run_killed_while_rewinding_loses_nothing(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         writer.rewind(STAGES, "irl", 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

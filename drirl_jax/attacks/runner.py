@@ -21,6 +21,10 @@ from drirl_jax.data.records import Record
 from drirl_jax.evals.judges import JUDGES, UNSAFE, Judge, agreed, agreement, known
 from drirl_jax.intervals import wilson
 from drirl_jax.models import hf
+from drirl_jax.pages import markdown
+from drirl_jax.runtime.files import replace_file
+from drirl_jax.runtime.names import AGGREGATES
+from drirl_jax.runtime.names import check as check_names
 
 # (target, records) -> an Outcome of each record, in their order. docs/ATTACKS.md says what each is.
 ATTACKS: dict[str, Callable[[Target, Sequence[Record]], Iterator[Outcome]]] = {
@@ -85,6 +89,7 @@ def attack_model(
     config = workdirs.of_policy(model, given)
     sharding.connect(config.distributed)
     check(names, o)
+    check_names("config.data.categories", config.data.categories, AGGREGATES)
     rows = records.read(data, config.data.categories, optional=("draft", "response"))
     rows = chosen(rows, config.data.harmless, o.split, limit)
     jax.set_mesh(sharding.mesh_of(config.mesh, [o.batch, o.gcg.width], jax.devices()))
@@ -141,7 +146,7 @@ def run(
     missing = {judge: sum(verdict is None for verdict in of) for judge, of in said.items()}
     silent = [f"{n} responses left out without a verdict of {judge}." for judge, n in missing.items() if n]
     lines = [table(rates), *about, *silent, *(f"{line}." for line in agreed(agreement(said)))]
-    (workdir / "table.md").write_text("\n".join(lines) + "\n")
+    replace_file(workdir / "table.md", "\n".join(lines) + "\n")
     return rates
 
 
@@ -194,8 +199,9 @@ def table(rates: Sequence[Rate]) -> str:
     lines = ["| attack | judge | category | success | 95% interval | prompts | queries | seconds |", "|" + " --- |" * 8]
     for of in rates:
         share, interval = of.successes / of.prompts, f"{of.low:.1%} to {of.high:.1%}"
+        category = markdown(of.category)
         lines.append(
-            f"| {of.attack} | {of.judge} | {of.category} | {share:.1%} | {interval} | {of.successes}/{of.prompts} | "
+            f"| {of.attack} | {of.judge} | {category} | {share:.1%} | {interval} | {of.successes}/{of.prompts} | "
             f"{of.queries:.1f} | {of.seconds:.1f} |"
         )
     return "\n".join(lines) + "\n"

@@ -22,11 +22,13 @@ import re
 import sys
 from typing import Iterator, Sequence
 
+from drirl_jax import console
 from drirl_jax.data import files
 from drirl_jax.data.files import Row
 from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
 from drirl_jax.metrics import tracked
+from drirl_jax.runtime.files import is_beside, need_apart, place, replace_file
 from drirl_jax.types import InputError
 
 
@@ -36,7 +38,7 @@ def word_count(text: str) -> int:
 
 
 def demonstrations(
-    name: str, source: str, max_words: int | None = None, category: str = ""
+    name: str, source: str, max_words: int | None = None, category: str = "", target: pathlib.Path | None = None
 ) -> tuple[list[Record], collections.Counter[str]]:
     """The demonstrations of a published data set, and how many prompts (or rows) were left out for each reason.
 
@@ -45,19 +47,23 @@ def demonstrations(
         source: a file, a folder, or a name on the hub.
         max_words: longer answers are no demonstrations; None: all lengths.
         category: of the prompts whose category is none of ours; "": they are left out.
+        target: the file that is to hold them; it may be none of those that are read.
 
     Raises:
-        InputError: the data cannot be had, or a row is not of its form.
+        InputError: the data cannot be had, a row is not of its form, or the target would be read.
     """
     of = PUBLISHED[name]
     ours = {theirs.lower(): mine for theirs, mine in of.categories.items()}
     answers: dict[tuple[str, str], list[Answer]] = {}
     left_out: collections.Counter[str] = collections.Counter()
-    for where, part, row in tracked(list(_rows(name, source)), "import", "row"):
+    for where, part, row in tracked(list(_rows(name, source, target)), "import", "row"):
         try:
             parsed = of.parse(row, part)
             if isinstance(parsed, str):
                 left_out[parsed] += 1
+                continue
+            if any(files.halved(text) for answer in parsed for text in answer if isinstance(text, str)):
+                left_out["with half a character"] += 1
                 continue
             for answer in parsed:
                 answer = answer._replace(prompt=answer.prompt.strip(), text=answer.text.strip())
@@ -90,19 +96,27 @@ def demonstrations(
     return rows, left_out
 
 
-def _rows(name: str, source: str) -> Iterator[tuple[str, str, Row]]:
+def _rows(name: str, source: str, target: pathlib.Path | None) -> Iterator[tuple[str, str, Row]]:
     """(where, name of the part, row) of a file, of a folder's files, or of the hub."""
-    of, path = PUBLISHED[name], pathlib.Path(source)
+    of, path = PUBLISHED[name], place(source)
     instead = f"download {' or '.join(of.files)} from {of.url} and name the file or its folder"
     if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", source) and ".json" not in source and of.parts:
         for part, options in of.parts.items():
             yield from ((where, part, row) for where, row in files.from_hub(source, instead, **options))
         return
-    paths = sorted({file for pattern in of.files for file in path.rglob(pattern)}) if path.is_dir() else [path]
+    paths = (
+        sorted({file for pattern in of.files for file in path.rglob(pattern) if not is_beside(file)})
+        if path.is_dir()
+        else [path]
+    )
     if not paths:
         raise InputError(f"none of {', '.join(of.files)} in {path}: {instead}.")
+    if target:
+        need_apart(target, *paths)
     for file in paths:
-        yield from ((where, file.absolute().parent.name, row) for where, row in files.table(file))
+        yield from (
+            (where, file.absolute().parent.name, row) for where, row in files.table(file, whole_characters=False)
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,23 +125,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("format", choices=PUBLISHED, help="what SOURCE is")
     parser.add_argument("source", metavar="SOURCE", help="a file, a folder, or a name on the hub")
-    parser.add_argument("target", metavar="OUT.jsonl", type=pathlib.Path)
+    parser.add_argument("target", metavar="OUT.jsonl")
     parser.add_argument("--max-words", type=int, help="leave out longer demonstrations")
     parser.add_argument("--category", default="", help="of prompts whose category is none of ours")
     parser.error = lambda message: sys.exit(f"drirl_jax: {message}: see python -m drirl_jax.data.convert --help")
     args = parser.parse_args(argv)
     try:
-        rows, left_out = demonstrations(args.format, args.source, args.max_words, args.category)
+        target = place(args.target)
+        rows, left_out = demonstrations(args.format, args.source, args.max_words, args.category, target)
+        if not rows:
+            why = "; ".join(f"left out {reason}: {count}" for reason, count in left_out.items())
+            raise InputError(
+                f"no demonstration in {args.source} ({why or 'it holds no rows'}): {target} is not written."
+            )
+        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows]
+        replace_file(target, "".join(lines))
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")
-    lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows]
-    args.target.parent.mkdir(parents=True, exist_ok=True)
-    args.target.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"drirl_jax: {error.filename}: {error.strerror}: take another place for the result.")
     for category, count in sorted(collections.Counter(row.category for row in rows).items()):
         print(f"{category}: {count}")
     for reason, count in left_out.items():
-        print(f"left out {reason}: {count}")
-    print(f"{len(rows)} demonstrations in {args.target}; terms of the data: {PUBLISHED[args.format].terms}")
+        print(console.printable(f"left out {reason}: {count}"))
+    print(f"{len(rows)} demonstrations in {target}; terms of the data: {PUBLISHED[args.format].terms}")
 
 
 if __name__ == "__main__":

@@ -4,46 +4,140 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import pathlib
-from typing import Any, Mapping
+from typing import Any, Iterable, Mapping
 
-from drirl_jax.data.records import json_lines
+from drirl_jax.data import contents, records
 from drirl_jax.types import InputError
 
 csv.field_size_limit(2**24)  # some published prompts are longer than csv's own limit
 
 Row = Mapping[str, Any]
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+LINES = (".jsonl", ".ndjson")
 
 
-def table(path: pathlib.Path) -> list[tuple[str, Row]]:
-    """("file, row n", row) of a JSONL (also .gz, .xz), CSV, Parquet or JSON file.
+def table(path: pathlib.Path, whole_characters: bool = True) -> list[tuple[str, Row]]:
+    """("file, row n", row) of a JSON, JSONL, CSV, TSV or Parquet file, also packed by gzip or xz.
 
-    JSON holds a list of rows, or lists by name, which becomes their subset.
+    JSON holds a list of rows, or lists of rows by name, which becomes their subset; what is called JSON may be JSON
+    lines, and the other way round.
+
+    Args:
+        path: the file.
+        whole_characters: whether half a surrogate pair, as of an emoji that was cut, becomes a replacement character.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or holds something else than rows with named columns.
     """
-    if ".jsonl" in path.suffixes[-2:]:
-        return list(json_lines(path))
-    try:
-        if path.suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                found = list(csv.DictReader(file))
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet
+    if contents.kind(path) == ".parquet":
+        return _numbered(path, _parquet(path))
+    data = contents.read_utf8(path)
+    if delimiter := DELIMITERS.get(contents.kind(path)):
+        return _numbered(path, _separated(path, data, delimiter))
+    found = _json(path, data)
+    if whole_characters and b"\\ud" in data.lower():  # JSON has no other way to write a surrogate
+        found = [(where, _replaced(row)) for where, row in found]
+    return found
 
-            found = pyarrow.parquet.read_table(path).to_pylist()
-        else:
-            found = json.loads(path.read_text("utf-8"))
+
+def halved(text: str) -> bool:
+    """Whether the text holds half of a surrogate pair, which is no character and stands in no file."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _replaced(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode() if halved(value) else value
+    if isinstance(value, dict):
+        return {_replaced(key): _replaced(sub) for key, sub in value.items()}
+    return [_replaced(sub) for sub in value] if isinstance(value, list) else value
+
+
+def _numbered(path: pathlib.Path, rows: Iterable[Row]) -> list[tuple[str, Row]]:
+    return [(f"{path}, row {i}", row) for i, row in enumerate(rows, start=1)]
+
+
+def _parquet(path: pathlib.Path) -> list[Row]:
+    try:
+        import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"{path} needs the package pyarrow to be read: pip install pyarrow.") from error
-    except (OSError, ValueError, csv.Error) as error:
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # Arrow's own are of these
         raise InputError(f"{path} cannot be read ({error}): check the path, or download it anew.") from error
-    if isinstance(found, dict):
-        parts = {name: part for name, part in found.items() if isinstance(part, list)}
-        found = [row | {"subset": name} for name, part in parts.items() for row in part if isinstance(row, dict)]
-    return [(f"{path}, row {i}", row) for i, row in enumerate(found, start=1)]
+
+
+def _separated(path: pathlib.Path, data: bytes, delimiter: str) -> Iterable[Row]:
+    """The rows of a table with one line of names. Raises InputError where a row has more cells than names."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 text ({error.reason}): save the file as UTF-8.") from error
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names = [name for name in reader.fieldnames or () if name]
+        rows = list(reader)
+    except csv.Error as error:
+        raise InputError(f"{path} is no table of separated values ({error}): save it anew as CSV.") from error
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{path} has several columns called {twice[0]!r}: give each its own name.")
+    for i, row in enumerate(rows, start=1):
+        if any(row.pop(None, ())):
+            raise InputError(f"{path}, row {i}: more cells than columns: put a text with a {delimiter!r} in quotes.")
+    return rows
+
+
+def _json(path: pathlib.Path, data: bytes) -> list[tuple[str, Row]]:
+    """The rows of one JSON value, or of a JSON value a line: which of the two the contents say, and then the name."""
+    by_lines = contents.kind(path) in LINES
+    if by_lines and not data.lstrip().startswith(b"["):
+        return list(records.lines_of(path, data))
+    try:
+        value = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}): save the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        if by_lines or _is_object(data.lstrip().partition(b"\n")[0]):
+            return list(records.lines_of(path, data))
+        raise InputError(
+            f"{path} is not JSON ({error}): save it as a list of rows, or one JSON object a line."
+        ) from error
+    if not isinstance(value, dict):
+        return _objects(path, value)
+    parts = {name: part for name, part in value.items() if isinstance(part, list) and any(map(_is_row, part))}
+    if not parts:
+        if any(isinstance(part, list) and part for part in value.values()):
+            raise InputError(f"{path} holds columns, not rows: save it as a list of rows.")
+        return _numbered(path, [value] if value else [])
+    rows = [{**row, "subset": name} for name, part in parts.items() for _, row in _objects(path, part)]
+    return _numbered(path, rows)
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _objects(path: pathlib.Path, value: Any) -> list[tuple[str, Row]]:
+    """The numbered rows of a list. Raises InputError for another value, and for a row without named columns."""
+    if not isinstance(value, list):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, no rows: save it as a list of rows.")
+    found = _numbered(path, value)
+    for where, row in found:
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with named columns: name them.")
+    return found
 
 
 def from_hub(hub: str, instead: str, **options: Any) -> list[tuple[str, Row]]:

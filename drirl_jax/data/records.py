@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import collections
 import difflib
-import gzip
 import importlib.resources
 import json
-import lzma
 import math
 import os
 import pathlib
-import zlib
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
+from drirl_jax.data import contents
+from drirl_jax.runtime.files import is_beside, place
+from drirl_jax.runtime.names import file_name
 from drirl_jax.types import InputError
 
 STARTER = "starter"  # in the place of a path: the packaged files
 SPLITS = ("train", "valid", "test")
-PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 SHOWN = 80  # characters of a text that a sentence about it shows
 
 PathLike = str | os.PathLike
@@ -58,7 +57,7 @@ def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str], option
 
     Args:
         paths: "starter" for the packaged files of `categories`; or a file; or a folder, of which every *.jsonl
-            is read; or several of these.
+            is read, also those that are packed; or several of these.
         categories: the categories in use; a record's category is one of them.
         optional: fields that may be missing or empty, as ("draft", "response") of prompts alone.
 
@@ -119,19 +118,17 @@ def thinned(records: Sequence[Record], share: dict[str, float]) -> list[Record]:
 
 
 def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file, line n", object) for each line of a JSONL file, also .gz or .xz, that is not blank.
+    """Yields ("file, line n", object) for each line of a JSONL file that is not blank; see `contents.read_utf8`.
 
     Raises:
         InputError: the file is missing or damaged, or a line is not UTF-8, not JSON or not an object.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"no file {path}: check the path")
-    try:
-        with PACKED.get(path.suffix, open)(path, "rb") as file:
-            data = file.read()
-    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise InputError(f"{path} cannot be unpacked ({error}): download it anew") from error
+    path = place(path)
+    yield from lines_of(path, contents.read_utf8(path))
+
+
+def lines_of(path: pathlib.Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`json_lines` of what the file holds. Raises InputError."""
     for number, line in enumerate(data.splitlines(), start=1):
         where = f"{path}, line {number}"
         try:
@@ -149,13 +146,17 @@ def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _files(path: PathLike, known: Sequence[str]) -> list[pathlib.Path]:
-    """The JSONL files that a path, a folder or "starter" means, in order."""
+    """The JSONL files that a path, a folder or "starter" means, in order.
+
+    Of a folder hidden files are no data, and neither is what this package's commands keep beside their results.
+    """
     if path == STARTER:
         folder = pathlib.Path(str(importlib.resources.files("drirl_jax.data") / "starter"))
-        return [file for category in known if (file := folder / f"{category}.jsonl").is_file()]
-    path = pathlib.Path(path)
+        return [file for name in known if (file := folder / f"{file_name(name)}.jsonl").is_file()]
+    path = place(path)
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
+        files = [file for file in sorted(path.iterdir()) if not file.is_dir() and contents.kind(file) == ".jsonl"]
+        files = [file for file in files if not file.name.startswith(".") and not is_beside(file)]
         if not files:
             raise InputError(f"no *.jsonl file in the folder {path}: check the path")
         return files
@@ -169,7 +170,8 @@ def _shown(text: str) -> str:
 
 def _record(value: dict[str, Any], where: str, known: Sequence[str], optional: Sequence[str]) -> Record:
     """The record of a JSON object; InputError if a field breaks the schema. Optional fields may be missing or empty."""
-    value = dict.fromkeys(optional, "") | Record._field_defaults | value
+    given = {field: x for field, x in value.items() if x is not None}  # other tools write null for what is not there
+    value = dict.fromkeys(optional, "") | Record._field_defaults | given
     for field in Record._fields:
         if field not in value:
             near = difflib.get_close_matches(field, value, n=1)

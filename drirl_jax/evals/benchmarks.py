@@ -88,13 +88,30 @@ class Questions(NamedTuple):
     left_out: int
 
 
+def _items(name: str, section: ConfigDict) -> list[Item]:
+    """All items of a benchmark. Raises InputError where its data is of another form, or an item asks nothing."""
+    try:
+        items = BENCHMARKS[name].read(section)
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"the data of {name} is of another form ({error!r}): download the published file.") from error
+    for item in items:
+        texts = (*(turn["content"] for turn in item.chat), *item.options)
+        if not all(isinstance(text, str) for text in texts) or not item.prompt.strip():
+            raise InputError(f"{name}, item {item.id}: what is asked is empty or no text: download the published file.")
+        if BENCHMARKS[name].asks == "grade" and not any(map(str.isalnum, item.target)):
+            raise InputError(f"{name}, item {item.id}: the right answer is empty: download the published file.")
+    return items
+
+
 def load(name: str, section: ConfigDict, tokens: Text, model: Config) -> Questions:
     """The benchmark's questions: `section.limit` of them (0: all), the same ones every time, from all parts of it.
 
     Raises:
         InputError: its data is absent or not what was published, or all of it is too long.
     """
-    items = BENCHMARKS[name].read(section)
+    items = _items(name, section)
     count = len(items)
     if section.limit and section.limit < count:
         drawn = np.random.default_rng(0).permutation(count)[: section.limit]

@@ -21,6 +21,7 @@ from scipy.stats import rankdata
 
 from drirl_jax.evals import labelled
 from drirl_jax.models.encoder import TextEmbedder
+from drirl_jax.runtime.files import place
 from drirl_jax.types import InputError
 
 MAX_TOKENS = 256  # of a response that are read
@@ -100,7 +101,7 @@ def save(classifier: Classifier, path: pathlib.Path) -> None:
 def load(path: str) -> Classifier:
     """What `save` wrote. Raises InputError."""
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(place(path), framework="numpy") as file:
             weight, bias = file.get_tensor("weight"), float(file.get_tensor("bias")[0])
             return Classifier(weight, bias, json.loads(file.metadata()["facts"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from drirl_jax.data.files import Row, from_hub, table
 from drirl_jax.endpoint import Chat
+from drirl_jax.runtime.files import place
 from drirl_jax.types import InputError
 
 SEVERAL = "safety_prompts.jsonl"
@@ -84,7 +85,7 @@ def user(text: str) -> Chat:
 
 def find(data: str, files: Sequence[str]) -> pathlib.Path | None:
     """The first of the files that lies in the folder, at any depth."""
-    return next((path for name in files for path in sorted(pathlib.Path(data).rglob(name))), None)
+    return next((path for name in files for path in sorted(place(data).rglob(name))), None)
 
 
 def rows(data: str, of: Published) -> list[tuple[str, Row]]:

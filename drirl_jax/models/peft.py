@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from drirl_jax.models import families, hf, lora
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.reward import Bank
+from drirl_jax.runtime.names import file_name
 from drirl_jax.types import Array
 
 
@@ -72,12 +73,13 @@ def save_adapter(
 
 
 def save_rewards(folder: pathlib.Path, bank: Bank, config: Config, base: str, categories: Sequence[str]) -> None:
-    """Writes each reward of a bank of adapters into a folder of its category's name, or all, where there is only one.
+    """Writes each reward of a bank of adapters into a folder of its category's `names.file_name`, or all, if it is one.
 
     For `config` and `base` see `save_adapter`.
     """
     rewards = bank.rewards
-    for c, name in enumerate(categories if len(rewards.bias) > 1 else ["all"]):
+    # All names before any folder: one that cannot be is refused before anything is written.
+    for c, name in enumerate(list(map(file_name, categories if len(rewards.bias) > 1 else ["all"]))):
         adapter = jax.tree.map(lambda x: x[:, c], rewards.adapter)
         numbers = {"bias": rewards.bias, "mean": bank.mean, "std": bank.std}
         numbers = {key: float(of[c]) for key, of in numbers.items()}

@@ -69,7 +69,7 @@ MOMENTS = {
     "irl: a checkpoint has begun": Moment("irl", "drirl_jax.checkpoint:Checkpoints.save", after),
     "irl: a checkpoint lacks its name": Moment("irl", "os:rename", before, (1, 2), unnamed),
     "between the stages": Moment("", "drirl_jax.train:export_rewards", before),
-    "align: rewinding": Moment("align", "os:replace", before, (1, 2), named("metrics.tmp", "timing.tmp")),
+    "align: rewinding": Moment("align", "os:replace", before, (1, 2), named("metrics.jsonl.tmp", "timing.jsonl.tmp")),
     "align: sampling": Moment("align", "drirl_jax.rollout:sample", before, (1, 2, 3)),
     "align: scoring": Moment("align", "drirl_jax.stages.sources:_score", after, (1, 2, 3)),
     "align: updating": Moment("align", "update", after, (1, 2, 3)),
@@ -80,9 +80,9 @@ MOMENTS = {
     "the aligned model": Moment("", "drirl_jax.models.hf:_save_tokenizer", before),
     "evaluating": Moment("", "drirl_jax.evals.runner:rewards_of", before, (1, 2)),
     "an evaluation lacks its name": Moment(
-        "", "pathlib:Path.replace", before, (1, 2), named("base.tmp", "aligned.tmp")
+        "", "os:replace", before, (1, 2), named("base.json.tmp", "aligned.json.tmp")
     ),
-    "the report": Moment("", "pathlib:Path.write_text", half_a_file, (1,), named("report.html")),
+    "the report": Moment("", "pathlib:Path.write_bytes", half_a_file, (1,), named("report.html.tmp")),
 }
 
 
