@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 BASE = "base"  # the policy that all runs start from
 # Sections and keys of the config that the rewards of a run depend on.
 REWARDS_DEPEND_ON = (
-    "seed data demos irl policy.init policy.system policy.dtype policy.weights "
+    "seed data demos irl policy.init policy.system policy.enable_thinking policy.dtype policy.weights "
     "sampler.max_new sampler.temperature sampler.batch "
     "reward.kind reward.one_for_all reward.rank reward.alpha reward.targets reward.layers reward.normalize"
 ).split()

@@ -102,6 +102,11 @@ def open_mark(text: str) -> str:
     return marks[-1][0] if marks and marks[-1].lastgroup == "open" else ""
 
 
+def begins_mark(token: str) -> bool:
+    """Whether a mark of the table begins with this token: it then says more than that a text is over."""
+    return any(mark.startswith(token) for pair in MARKS.items() for mark in pair)
+
+
 def closing(mark: str) -> str:
     """The mark that closes a thought which `mark`, of `open_mark`, opened."""
     return next(close for opening, close in MARKS.items() if re.fullmatch(_pattern(opening), mark))
