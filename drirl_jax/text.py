@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from drirl_jax.models import templates, tokenizers
+from drirl_jax.models.templates import DATE as DATE
 from drirl_jax.models.templates import ChatTemplate, TemplateRefusal
 from drirl_jax.runtime import thoughts
 from drirl_jax.types import Array, InputError
