@@ -20,7 +20,15 @@ from drirl_jax.models import templates
 from drirl_jax.types import InputError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+JSON_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "config.json",
+    "generation_config.json",
+)
 POINTER = "version https://git-lfs"  # how a file begins that Git LFS has left in another's place
 # What an exported generation_config.json keeps of the source's beside ids. The sampler here follows none of it: it
 # draws from the whole softmax at config.sampler.temperature.
@@ -68,6 +76,7 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     own = {name: _json_object(path / name) for name in JSON_FILES}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer("a")  # some wrong types are met only now
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the package tokenizers panics past Exception
@@ -85,8 +94,10 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
             f"the tokenizer in {path} has no fast form: save it as tokenizer.json, with transformers' "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )
-    config = _json_object(path / "config.json")
-    setattr(tokenizer, GENERATION, _generation(path, config, len(tokenizer)))
+    if not tokenizer.vocab_size:
+        raise InputError(f"the tokenizer in {path} has no words: download the model's tokenizer.json again.")
+    config = own["config.json"]
+    setattr(tokenizer, GENERATION, _generation(path, config, own["generation_config.json"], len(tokenizer)))
     eos, size = tokenizer.eos_token_id, _vocabulary(config, len(tokenizer))
     if eos is not None and eos >= size:
         raise InputError(
@@ -128,13 +139,13 @@ def generation_config(config: Mapping[str, Any], tokenizer) -> dict[str, Any]:
     return {key: value for key, value in ids.items() if value is not None}
 
 
-def _generation(path: pathlib.Path, config: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """What config.json and generation_config.json say of the ends of a turn, together, and what else is kept.
+def _generation(path: pathlib.Path, config: dict[str, Any], source: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """What config.json and generation_config.json (`source`) say of the ends of a turn, and what else is kept.
 
     Raises:
         InputError: an id is no token of the model, or a setting has the wrong type.
     """
-    source, size = _json_object(path / "generation_config.json"), _vocabulary(config, tokens)
+    size = _vocabulary(config, tokens)
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     stops: list[int] = []
     for name, values in (("config.json", config), ("config.json", inner), ("generation_config.json", source)):
