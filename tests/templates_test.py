@@ -119,7 +119,10 @@ def test_of_several_templates_the_default_is_taken():
 
 @pytest.mark.parametrize(
     "change",
-    ["{{ raise_exception('too long') if messages[0].content|length > 9 }}", "{{ messages[0].missing.field if '?' in messages[0].content }}"],
+    [
+        "{{ raise_exception('too long') if messages[0].content|length > 9 }}",
+        "{{ messages[0].missing.field if '?' in messages[0].content }}",
+    ],
 )  # fmt: skip
 def test_a_template_that_fails_on_a_real_prompt_names_it(change):
     text = Text(chatml(chat_template=change + CHATML))
