@@ -37,7 +37,7 @@ class Text:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None, enable_thinking: bool = False):
         self.tokenizer, self.system = tokenizer, system
-        self.template = ChatTemplate(tokenizer, enable_thinking)
+        self._template = ChatTemplate(tokenizer, enable_thinking)
         self._need_system_turn()
         self.eos_ids = tokenizers.ends(tokenizer, self.template)
         if not self.eos_ids:
@@ -47,6 +47,13 @@ class Text:
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._hidden = {i for i, token in special.items() if not thoughts.begins_mark(token)}
         self._all_hidden = len(self._hidden) == len(special)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template, made anew where another was put into the tokenizer."""
+        if self._template.given is not self.tokenizer.chat_template:
+            self._template = ChatTemplate(self.tokenizer, self._template.enable_thinking)
+        return self._template
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The ids of one user message in the chat template, up to where the assistant's turn begins.

@@ -41,6 +41,7 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Attributes:
+        given: what the tokenizer has as its chat template.
         opened: the mark of the thought in which every prompt ends; "": prompts end in none.
         before_answer: what stands between a prompt and an answer without a thought; "" if nothing does.
 
@@ -57,6 +58,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool = False):
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
+        self.given = getattr(tokenizer, "chat_template", None)
         self.source = _dated(chosen(tokenizer))
         known = ("enable_thinking", "thinking", *thoughts.MARKS)
         if enable_thinking and not any(name in self.source for name in known):
