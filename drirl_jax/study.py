@@ -46,7 +46,7 @@ BASE = "base"  # the policy that all runs start from
 FILES = ("curves", "study.csv", "study.md", "study.html", "study.png")  # what lies beside the variants' folders
 # Sections and keys of the config that the rewards of a run depend on.
 REWARDS_DEPEND_ON = (
-    "seed data demos irl policy.init policy.system policy.dtype policy.weights "
+    "seed data demos irl policy.init policy.system policy.enable_thinking policy.dtype policy.weights "
     "sampler.max_new sampler.temperature sampler.batch "
     "reward.kind reward.one_for_all reward.rank reward.alpha reward.targets reward.layers reward.normalize"
 ).split()

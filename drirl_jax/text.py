@@ -5,91 +5,109 @@ from __future__ import annotations
 import re
 from typing import Callable, Sequence
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from drirl_jax.models import templates, tokenizers
+from drirl_jax.models.templates import DATE as DATE
+from drirl_jax.models.templates import ChatTemplate, TemplateRefusal
+from drirl_jax.runtime import thoughts
 from drirl_jax.types import Array, InputError
-
-# Some chat templates write today's date; a fixed one keeps a prompt's ids the same on every day of a run.
-DATE = "26 Jul 2024"
 
 
 class Text:
     """A chat model's tokenizer and template, in which what people write is never read as a control token.
 
     Attributes:
-        eos_ids: the ids that end a response: first the one that the template writes after an assistant's
-            turn, then the tokenizer's own end of sequence where it is another.
+        eos_ids: the ids that end a response: first the one that the template writes after an assistant's turn, then
+            all others that the tokenizer and the model's files name (`tokenizers.ends`).
         pad_id: the padding id; may equal an end-of-sequence id, so mask by length.
+        system: the system turn's words; None where the template has its own, or where it knows no system turn and ""
+            is given.
 
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
-        system: the system prompt; None leaves the template's own default, if it has one.
+        system: the system prompt; None leaves the template's own default, if it has one, and "" leaves that out.
+        enable_thinking: see `templates.ChatTemplate`.
 
     Raises:
-        InputError: no chat template, a template that refuses the system prompt, or no end-of-sequence token.
+        InputError: no chat template, one that cannot be used or refuses the system prompt, or no end-of-sequence
+            token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None):
-        if not tokenizer.chat_template:
-            raise InputError(
-                "the tokenizer has no chat template: choose an instruction-tuned model, or put its "
-                "chat_template into tokenizer_config.json"
-            )
-        self.tokenizer = tokenizer
-        self.system = system
-        ends = [self._turn_end(), tokenizer.eos_token_id]
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None, enable_thinking: bool = False):
+        self.tokenizer, self.system = tokenizer, system
+        self._template = ChatTemplate(tokenizer, enable_thinking)
+        self._need_system_turn()
+        self.eos_ids = tokenizers.ends(tokenizer, self.template)
         if not self.eos_ids:
             raise InputError("the tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json")
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
+        special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._hidden = {i for i, token in special.items() if not thoughts.begins_mark(token)}
+        self._all_hidden = len(self._hidden) == len(special)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template, made anew where another was put into the tokenizer."""
+        if self._template.given is not self.tokenizer.chat_template:
+            self._template = ChatTemplate(self.tokenizer, self._template.enable_thinking)
+        return self._template
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The ids of one user message in the chat template, up to where the assistant's turn begins.
 
         Equals `apply_chat_template` for ordinary text; control tokens written inside `prompt` stay text.
+
+        Raises:
+            TemplateRefusal: the template refuses the message, or leaves out its words.
         """
-        return self.chat_ids(self._chat(prompt))
+        return self.chat_ids(self.with_system([{"role": "user", "content": prompt}]))
 
     def chat_ids(self, chat: Sequence[dict[str, str]]) -> list[int]:
         """`prompt_ids` of whole turns {"role", "content"}, whose system turn, if any, is the chat's own."""
-        # A transformers older than 5.22 may ignore the option in silence, hence the bound in setup.py.
-        return self.tokenizer.apply_chat_template(
-            list(chat),
-            add_generation_prompt=True,
-            sanitize_control_tokens=True,
-            return_dict=False,
-            date_string=DATE,
-        )
+        return self.template.ids(chat)
+
+    def with_system(self, chat: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        """The chat, after the system turn where it has none of its own."""
+        has_system = self.system is None or (chat and chat[0]["role"] == "system")
+        return [*chat] if has_system else [{"role": "system", "content": self.system or ""}, *chat]
 
     def response_ids(self, text: str, max_len: int) -> list[int]:
-        """The ids of an assistant's answer and `eos_ids[0]`, cut to `max_len` (a cut answer has no end)."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """The ids of an assistant's answer and `eos_ids[0]`, cut to `max_len` (a cut answer has no end).
+
+        Where thinking is enabled, an answer that has no thought begins by closing the thought that the prompt opens,
+        and one that has (a text of `decode`) goes on in it.
+        """
+        opened, before = self.template.opened, self.template.before_answer
+        begins_in_thought = bool(opened) and text.startswith(opened)
+        ids = self.tokenizer.encode(before, add_special_tokens=False) if before and not begins_in_thought else []
+        text = text.removeprefix(opened) if begins_in_thought else text
+        ids += self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return [*ids, self.eos_ids[0]][:max_len]
 
     def decode(self, ids: Sequence[int] | np.ndarray | Array, length: int) -> str:
-        """The text of the first `length` of `ids` [T], without special tokens."""
+        """The text of the first `length` of a response's `ids` [T], without special tokens.
+
+        Marks of thoughts stay, be they special tokens or not, and the mark that the prompt ends with stands first:
+        `thoughts.without_thought` tells the answer by them.
+        """
         ids = np.asarray(ids)[: int(length)].tolist()
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = ids if self._all_hidden else [i for i in ids if i not in self._hidden]
+        said = self.tokenizer.decode(ids, skip_special_tokens=self._all_hidden, clean_up_tokenization_spaces=False)
+        return self.template.opened + said
 
-    def _chat(self, *turns: str) -> list[dict[str, str]]:
-        """The system prompt, then `turns` by user and assistant alternately."""
-        chat = [{"role": "system", "content": self.system}] if self.system else []
-        return chat + [{"role": role, "content": t} for role, t in zip(("user", "assistant"), turns)]
-
-    def _turn_end(self) -> int | None:
-        """The special token that the template writes right after an assistant's turn, if it is one."""
-        mark = "0MARK0"
+    def _need_system_turn(self) -> None:
+        """Raises InputError unless the template writes the system turn; without one, there is none to leave out."""
+        if self.system is None:
+            return
         try:
-            chat = self.tokenizer.apply_chat_template(self._chat("0", mark), tokenize=False, date_string=DATE)
-        except jinja2.TemplateError as error:
-            hint = "; leave the system prompt empty" if self.system else ""
-            raise InputError(f"the chat template refuses this chat ({error}){hint}") from error
-        ids = self.tokenizer.encode(chat.rpartition(mark)[2], add_special_tokens=False)
-        token = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
-        return ids[0] if token is not None and token.special else None
+            self.template.ids(self.with_system([{"role": "user", "content": templates.USER}]))
+        except TemplateRefusal as error:
+            if self.system:
+                raise InputError(f"{error}; leave the system prompt empty") from error
+            self.system = None
 
 
 def pad(rows: Sequence[Sequence[int]], size: int, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:

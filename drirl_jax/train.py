@@ -95,7 +95,7 @@ def load_policy(config: ConfigDict, load: bool = True) -> tuple[Transformer, Tex
     for key in ("policy.layers", "reward.layers"):
         layers, most = config_lib.get(config, key), model_config.layers
         config_lib.need(layers <= most, f"config.{key} is {layers}, but {config.policy.init} has {most} layers.")
-    tokens = Text(hf.load_tokenizer(path), config.policy.system)
+    tokens = Text(hf.load_tokenizer(path), config.policy.system, config.policy.enable_thinking)
     if load:
         return families.from_hf(hf.read_tensors(path), model_config), tokens
     families.check(hf.read_shapes(path), model_config)

@@ -6,7 +6,6 @@ from typing import Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 
 from drirl_jax import rollout, sharding
@@ -15,6 +14,7 @@ from drirl_jax.endpoint import Chat
 from drirl_jax.models import transformer, vocabulary
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.attention import product
+from drirl_jax.models.templates import TemplateRefusal
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.stages.base import row_batches
 from drirl_jax.text import Text, pad
@@ -59,15 +59,14 @@ def ids_of(tokens: Text, chat: Chat) -> list[int]:
 
     Where the model's template knows no system turn (Gemma 2), what it says stands at the head of the user's.
     """
-    has_system = chat[0]["role"] == "system" or not tokens.system
-    chat = chat if has_system else ({"role": "system", "content": tokens.system or ""}, *chat)
+    chat = tokens.with_system(chat)
     try:
         return tokens.chat_ids(chat)
-    except jinja2.TemplateError:
+    except TemplateRefusal:
         if chat[0]["role"] != "system":
             raise
-        joined = {"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}
-        return tokens.chat_ids([joined, *chat[2:]])
+        head = f"{chat[0]['content']}\n\n" if chat[0]["content"] else ""
+        return tokens.chat_ids([{"role": "user", "content": head + chat[1]["content"]}, *chat[2:]])
 
 
 def _by_bucket(keys: Sequence, batch: int, tokens: Callable):

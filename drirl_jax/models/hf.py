@@ -16,7 +16,6 @@ import gguf
 import huggingface_hub
 import ml_dtypes  # noqa: F401  gives numpy the name bfloat16, which safetensors looks up
 import numpy as np
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -26,7 +25,6 @@ from drirl_jax.models import tokenizers
 from drirl_jax.types import InputError
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # the last two: vocabularies, merges
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 GGUF_TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -181,16 +179,7 @@ def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     return {name: tensors.shape(name) for name in tensors}
 
 
-def load_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or a .gguf file. Raises InputError where there is none to be read."""
-    if path.suffix == ".gguf":
-        return tokenizers.from_gguf(path)
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(
-            f"the model folder {path} has no tokenizer: copy the model's tokenizer.json and "
-            "tokenizer_config.json there."
-        )
-    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+load_tokenizer = tokenizers.load
 
 
 def save(
@@ -202,7 +191,7 @@ def save(
         folder: replaced if it exists.
         config: as `read_config` gives it.
         tensors: by Hugging Face name, all of one type; with tied embeddings, without lm_head.weight.
-        tokenizer: a transformers tokenizer.
+        tokenizer: as `load_tokenizer` gives it: every end of a turn that the source's files name is written.
         shard: bytes of weights that one file may hold, unless one tensor has more.
     """
     dtype = next(iter(tensors.values())).dtype.name
@@ -215,14 +204,12 @@ def save(
             local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
             rope = {"full_attention": rope, "sliding_attention": local}
         config["rope_parameters"] = rope
-    ends = config.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    # A tokenizer may end a chat's turn with another token than the config names.
-    ends = [i for i in dict.fromkeys([*ends, tokenizer.eos_token_id]) if i is not None]
-    ids = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")} | {"eos_token_id": ends or None}
+    generation = tokenizers.generation_config(config, tokenizer)
+    if config.get("eos_token_id") is not None and len(generation["eos_token_id"]) > 1:
+        config["eos_token_id"] = generation["eos_token_id"]
     with replacing(folder) as new:
         write_json(new / "config.json", config)
-        write_json(new / "generation_config.json", {key: i for key, i in ids.items() if i is not None})
+        write_json(new / "generation_config.json", generation)
         _save_tensors(new, tensors, shard)
         _save_tokenizer(new, tokenizer)
 

@@ -1,0 +1,196 @@
+"""Chat templates: which one of a tokenizer is meant, and what it writes, on every day the same and within bounds.
+
+A template is a program that comes with a model. It runs in Jinja's sandbox, once in a process of its own with bounded
+time and memory before it runs here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import logging
+import string
+import subprocess
+import sys
+from typing import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from drirl_jax.models import rendering
+from drirl_jax.runtime import thoughts
+from drirl_jax.types import InputError
+
+log = logging.getLogger(__name__)
+
+# Some templates write today's date; a fixed one keeps a prompt's ids the same on every day of a run.
+DAY = datetime.datetime(2024, 7, 26)
+DATE = DAY.strftime("%d %b %Y")
+LARGEST = 1_000_000  # characters of a template
+USER, ANSWER = "0MARK0", "0MARK1"  # stand for the user's words and the assistant's
+ADVICE = "take the model's own chat template, or correct this one"
+
+Chat = Sequence[dict[str, str]]
+
+
+class TemplateRefusal(InputError):
+    """The chat template does not write this chat."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Attributes:
+        given: what the tokenizer has as its chat template.
+        opened: the mark of the thought in which every prompt ends; "": prompts end in none.
+        before_answer: what stands between a prompt and an answer without a thought; "" if nothing does.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        enable_thinking: whether a reasoning model thinks before it answers. The template takes the value under the
+            names `enable_thinking` and `thinking`. Where a prompt would still end in an open thought, as DeepSeek-R1's
+            and QwQ's do, False closes that thought in the prompt, and True closes it before a demonstration.
+
+    Raises:
+        InputError: there is no template, it takes too much time or memory, leaves out the user's words, writes
+            something else each time, or knows no thoughts that could be enabled.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool = False):
+        self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
+        self.given = getattr(tokenizer, "chat_template", None)
+        self.source = _dated(chosen(tokenizer))
+        known = ("enable_thinking", "thinking", *thoughts.MARKS)
+        if enable_thinking and not any(name in self.source for name in known):
+            raise InputError(
+                "config.policy.enable_thinking is True, but the chat template knows no thoughts: set it to False, or "
+                "take a reasoning model."
+            )
+        need_bounded(self.source, tuple(sorted(_special_tokens(tokenizer).items())))
+        self.opened, self.before_answer = self._thought()
+        if self.before_answer and not enable_thinking:
+            log.warning(
+                "the chat template leaves thoughts open: with config.policy.enable_thinking = False every prompt ends "
+                "with %r after it; serve the aligned model with the same prompts", self.before_answer,
+            )  # fmt: skip
+            # Jinja leaves out one line end at a template's end: it must not come back.
+            closed = "{% if add_generation_prompt %}{{ " + json.dumps(self.before_answer, ensure_ascii=False)
+            self.source = self.source.removesuffix("\n") + closed + " }}{% endif %}"
+            self.opened = self.before_answer = ""
+
+    def text(self, chat: Chat, prompt: bool = True) -> str:
+        """The chat as the template writes it; with `prompt` up to where the assistant's turn begins.
+
+        Raises:
+            TemplateRefusal: the template raises an error.
+        """
+        return self._apply(chat, prompt, tokenize=False)
+
+    def ids(self, chat: Chat) -> list[int]:
+        """The ids of the chat up to where the assistant's turn begins; control tokens in its turns stay text.
+
+        Raises:
+            TemplateRefusal: the template raises an error, or leaves out or changes the words of a turn. It may leave
+                out the blanks around them, and an assistant's thoughts.
+        """
+        text = self.text(chat)
+        for turn in chat:
+            words = turn["content"]
+            words = (thoughts.without_thought(words) if turn["role"] == "assistant" else words).strip()
+            if words not in text:
+                raise TemplateRefusal(
+                    f"the chat template leaves out or changes what the {turn['role']} says ({words[:40]!r}): {ADVICE}."
+                )
+        return self._apply(chat, prompt=True, tokenize=True)
+
+    def turn_end(self) -> int | None:
+        """The special token that the template writes right after an assistant's turn, if it is one."""
+        _, mark, end = self.text(_CHAT, prompt=False).rpartition(ANSWER)
+        ids = self.tokenizer.encode(end, add_special_tokens=False) if mark else []
+        token = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+        return ids[0] if token is not None and token.special else None
+
+    def _apply(self, chat: Chat, prompt: bool, tokenize: bool):
+        try:
+            # A transformers older than 5.22 may ignore sanitize_control_tokens in silence, hence the bound in setup.py.
+            return self.tokenizer.apply_chat_template(
+                list(chat), chat_template=self.source, add_generation_prompt=prompt, tokenize=tokenize,
+                sanitize_control_tokens=tokenize, return_dict=False, date_string=DATE,
+                enable_thinking=self.enable_thinking, thinking=self.enable_thinking,
+            )  # fmt: skip
+        except Exception as error:  # a template is a program of others, which raises what it likes
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            asks = next((turn["content"] for turn in reversed(chat) if turn["role"] == "user"), "")[:40]
+            about = "" if asks == USER else f", whose last question begins {asks!r}"
+            raise TemplateRefusal(f"the chat template refuses this chat ({reason}){about}: {ADVICE}") from error
+
+    def _thought(self) -> tuple[str, str]:
+        """`opened` and `before_answer`, by what the template writes around marks."""
+        prompts = {self.text(_CHAT[:1]) for _ in range(8)}
+        if len(prompts) > 1:
+            raise InputError(f"the chat template writes something else each time: {ADVICE}.")
+        prompt = prompts.pop()
+        if USER not in prompt:
+            raise InputError(f"the chat template leaves out what the user says: {ADVICE}.")
+        opened = thoughts.open_mark(prompt.rpartition(USER)[2])
+        chat = self.text(_CHAT, prompt=False)
+        between = chat.removeprefix(prompt).partition(ANSWER)[0] if chat.startswith(prompt) else ""
+        closes = not thoughts.without_thought(opened + between) and not thoughts.open_mark(opened + between)
+        if between and closes:
+            return opened, between
+        return opened, f"\n{thoughts.closing(opened)}\n\n" if opened else ""
+
+
+_CHAT = ({"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER})
+
+
+def chosen(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template for chats: the only one, or of several the one named "default".
+
+    Raises:
+        InputError: there is none, or it is no text, or too long.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict) and template and "default" not in template:
+        raise InputError(
+            f"the tokenizer has chat templates named {', '.join(map(repr, sorted(template)))}, and none named "
+            "'default': put the one for chats into chat_template.jinja."
+        )
+    template = template.get("default") if isinstance(template, dict) else template
+    if not template or (isinstance(template, str) and not template.strip()):
+        raise InputError(
+            "the tokenizer has no chat template: choose an instruction-tuned model, or put its "
+            "chat_template into tokenizer_config.json"
+        )
+    if not isinstance(template, str):
+        raise InputError(f"the tokenizer's chat template is {type(template).__name__}, not text: {ADVICE}.")
+    if len(template) > LARGEST:
+        raise InputError(f"the chat template has {len(template)} characters, more than {LARGEST}: {ADVICE}.")
+    return template
+
+
+def _dated(template: str) -> str:
+    """The template with a `strftime_now` of its own, which writes DAY."""
+    if "strftime_now" not in template:
+        return template
+    fields = [f"%{flag}{letter}" for letter in string.ascii_letters for flag in ("", "-")]
+    replaced = "".join(f"|replace({field!r}, {DAY.strftime(field)!r})" for field in fields if field in template)
+    # Jinja leaves out the line end after the tag.
+    return "{% macro strftime_now(format) %}{{ format" + replaced + "|replace('%%', '%') }}{% endmacro %}\n" + template
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
+
+@functools.lru_cache(maxsize=256)
+def need_bounded(template: str, tokens: tuple[tuple[str, str], ...]) -> None:
+    """Raises InputError where the template takes too much time, memory or output for chats of usual length."""
+    given = json.dumps({"template": template, "tokens": dict(tokens)})
+    # By -P modules beside the file are not on the path, where one is called like a library.
+    command = [sys.executable, "-P", rendering.__file__]
+    if subprocess.run(command, input=given, capture_output=True, text=True).returncode:
+        raise InputError(
+            f"the chat template takes more than {rendering.SECONDS} s, {rendering.BYTES >> 30} GiB or "
+            f"{rendering.CHARACTERS:,} characters for one chat: {ADVICE}."
+        )
