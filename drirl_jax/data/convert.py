@@ -22,7 +22,7 @@ import re
 import sys
 from typing import Iterator, Sequence
 
-from drirl_jax.data import files
+from drirl_jax.data import files, values
 from drirl_jax.data.files import Row
 from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
@@ -61,7 +61,12 @@ def demonstrations(
                 continue
             for answer in parsed:
                 answer = answer._replace(prompt=answer.prompt.strip(), text=answer.text.strip())
+                if any(map(values.torn, (answer.prompt, answer.text, answer.id, answer.by, answer.lang, *answer.labels))):
+                    left_out["with half a surrogate pair, as of an emoji that was cut"] += 1
+                    continue
                 answers.setdefault((answer.id, answer.prompt), []).append(answer)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{where}: not a {name} record ({error!r}): is it the published file?") from error
     rows = []

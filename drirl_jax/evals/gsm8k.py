@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
 
 URL = "https://github.com/openai/grade-school-math (grade_school_math/data)"
 TEST = Published(("gsm8k/test.jsonl", "gsm8k_test.jsonl", "test.jsonl"), "openai/gsm8k", URL, subset="main")
@@ -23,10 +23,10 @@ def read(section) -> list[Item]:
     """Fields question and answer, whose last line is "#### NUMBER"."""
     shots: list[dict[str, str]] = []
     for where, row in rows(section.data, TRAIN)[: section.shots] if section.shots else []:
-        shots += [{"role": "user", "content": field(where, row, "question")}]
-        shots += [{"role": "assistant", "content": field(where, row, "answer")}]
+        shots += [{"role": "user", "content": words(where, row, "question")}]
+        shots += [{"role": "assistant", "content": words(where, row, "answer")}]
     return [
-        Item(f"gsm8k-{i}", (*shots, *user(field(where, row, "question"))), target=field(where, row, "answer"))
+        Item(f"gsm8k-{i}", (*shots, *user(words(where, row, "question"))), target=words(where, row, "answer"))
         for i, (where, row) in enumerate(rows(section.data, TEST))
     ]
 

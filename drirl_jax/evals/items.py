@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
+from drirl_jax.data import values
 from drirl_jax.data.files import Row, from_hub, table
 from drirl_jax.endpoint import Chat
 from drirl_jax.types import InputError
@@ -124,3 +125,8 @@ def field(where: str, row: Row, *names: str) -> Any:
         if row.get(name) is not None:
             return row[name]
     raise InputError(f"{where}: no column {' or '.join(map(repr, names))}: is it the published file?")
+
+
+def words(where: str, row: Row, *names: str) -> str:
+    """`field`, where it is a text that says something. Raises InputError."""
+    return values.words(f"{where}: {names[0]}", field(where, row, *names))
