@@ -20,7 +20,7 @@ def test_false(value):
     assert values.truth("x", value) is False
 
 
-@pytest.mark.parametrize("value", ["", " ", None, "maybe", "-1", -1, 2, 0.5, float("nan"), "unsafe", [], [True], {}, "²"])
+@pytest.mark.parametrize("value", ["", " ", None, "maybe", "-1", -1, 2, 0.5, float("nan"), "unsafe", [True], {}, "²"])
 def test_neither(value):
     with pytest.raises(InputError, match="^x is .*: known are 'true'"):
         values.truth("x", value)
@@ -69,9 +69,10 @@ def test_an_unknown_word_in_a_published_file_is_refused_with_its_row(row, name, 
         convert.demonstrations("beavertails", folder)
 
 
-@pytest.mark.parametrize("harmful, expected", [("0", True), (0.0, True), ("False", True), ("1", False), ("True", False)])
+@pytest.mark.parametrize("harmful, expected", [("0", True), (0.0, True), ("False", True), ("1", False)])
 def test_whether_an_answer_of_do_not_answer_is_safe(harmful, expected, tmp_path):
-    row = {"question": "How?", "types_of_harm": "Toxic language (hate speech)", "m_response": "So.", "m_harmful": harmful}
+    row = {"question": "How?", "types_of_harm": "Toxic language (hate speech)", "m_response": "So."}
+    row |= {"m_harmful": harmful}
     found, left_out = convert.demonstrations("do_not_answer", lines(tmp_path / "x.jsonl", row) + "/x.jsonl")
     assert bool(found) == expected and bool(left_out) != expected
 
@@ -106,7 +107,7 @@ def test_labels_of_xstest(label, expected, tmp_path):
     (xstest, "xstest.jsonl", {"prompt": "How?", "type": "x", "harmful": "rather"}, "line 1: harmful is 'rather'"),
     (xstest, "xstest.jsonl", {"prompt": "How? \ud83d", "type": "x"}, "line 1: prompt holds half a surrogate"),
     (strongreject, "strongreject_dataset.csv", "category,source,forbidden_prompt\nHate,x,\n", "row 1: .*is empty"),
-    (simpleqa, "simple_qa_test_set.csv", "metadata,problem,answer\nx,How many?,!!!\n", "row 1: the answer '!!!' has no"),
+    (simpleqa, "simple_qa_test_set.csv", "metadata,problem,answer\nx,How?,!!!\n", "row 1: the answer '!!!' has no"),
     (wildchat, "wildchat.jsonl", {"toxic": "so so", "conversation": [{"content": "x"}]}, "line 1: toxic is 'so so'"),
     (advglue, "dev.json", {"sst2": [{"label": 2, "sentence": "x"}]}, "row 1: label is 2: .* from 0 to 1"),
     (advglue, "dev.json", {"sst2": [{"label": -1, "sentence": "x"}]}, "row 1: label is -1"),
@@ -135,7 +136,8 @@ def labels(tmp_path, **columns):
 
 
 @pytest.mark.parametrize("columns", [
-    {"unsafe": "yes"}, {"unsafe": "Unsafe"}, {"unsafe": " 1"}, {"unsafe": True}, {"unsafe": "1.0"}, {"human_majority": 1},
+    {"unsafe": "yes"}, {"unsafe": "Unsafe"}, {"unsafe": " 1"}, {"unsafe": True}, {"unsafe": "1.0"},
+    {"human_majority": 1},
     {"jailbroken": "Jailbroken"}, {"safe": "False"}, {"is_safe": 0}, {"safe": "unsafe"}, {"safe": False},
 ])  # fmt: skip
 def test_responses_that_are_labelled_unsafe(columns, tmp_path):
@@ -150,7 +152,8 @@ def test_responses_that_are_labelled_safe(columns, tmp_path):
 
 
 @pytest.mark.parametrize("columns", [
-    {"unsafe": ""}, {"unsafe": "?"}, {"unsafe": 2}, {"safe": "dunno"}, {"unsafe": 1, "attacked": "x"}, {"final_label": "full"},
+    {"unsafe": ""}, {"unsafe": "?"}, {"unsafe": 2}, {"safe": "dunno"}, {"unsafe": 1, "attacked": "x"},
+    {"final_label": "full"},
 ])  # fmt: skip
 def test_labels_of_no_known_spelling_are_refused_with_their_row(columns, tmp_path):
     with pytest.raises(InputError, match="line 1: .*known are"):

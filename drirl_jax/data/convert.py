@@ -61,7 +61,8 @@ def demonstrations(
                 continue
             for answer in parsed:
                 answer = answer._replace(prompt=answer.prompt.strip(), text=answer.text.strip())
-                if any(map(values.torn, (answer.prompt, answer.text, answer.id, answer.by, answer.lang, *answer.labels))):
+                texts = (answer.prompt, answer.text, answer.id, answer.by, answer.lang, *answer.labels)
+                if any(map(values.torn, texts)):
                     left_out["with half a surrogate pair, as of an emoji that was cut"] += 1
                     continue
                 answers.setdefault((answer.id, answer.prompt), []).append(answer)

@@ -17,7 +17,9 @@ SHOWN = 60  # characters of a value that a sentence about it shows
 
 
 def label(name: str, value: Any, known: Mapping[str, T]) -> T:
-    """What the value means by `known`, whatever its case and the blanks around it; between words "-" and "_" count as blanks.
+    """What the value means by `known`, whatever its case and the blanks around it.
+
+    Between words "-" and "_" count as blanks.
 
     Args:
         name: of the column, for the sentence.

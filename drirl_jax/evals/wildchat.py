@@ -26,7 +26,8 @@ def read(section) -> list[Item]:
         else:
             turn = field(where, row, "conversation")[0]
             first, subset = field(where, turn, "content"), str(turn.get("language") or "")
-            toxic = [values.truth(f"{where}: toxic", each) for each in (row.get("toxic", False), turn.get("toxic", True))]
+            marks = row.get("toxic", False), turn.get("toxic", True)
+            toxic = [values.truth(f"{where}: toxic", mark) for mark in marks]
             if not all(toxic) or subset.strip().lower() not in ("english", ""):
                 continue
         if first.strip() and first not in items:
