@@ -22,11 +22,12 @@ import re
 import sys
 from typing import Iterator, Sequence
 
-from drirl_jax.data import files, values
+from drirl_jax.data import files
 from drirl_jax.data.files import Row
 from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
 from drirl_jax.metrics import tracked
+from drirl_jax.runtime.surrogates import torn
 from drirl_jax.types import InputError
 
 
@@ -62,7 +63,7 @@ def demonstrations(
             for answer in parsed:
                 answer = answer._replace(prompt=answer.prompt.strip(), text=answer.text.strip())
                 texts = (answer.prompt, answer.text, answer.id, answer.by, answer.lang, *answer.labels)
-                if any(map(values.torn, texts)):
+                if any(map(torn, texts)):
                     left_out["with half a surrogate pair, as of an emoji that was cut"] += 1
                     continue
                 answers.setdefault((answer.id, answer.prompt), []).append(answer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any, Mapping, TypeVar
 
+from drirl_jax.runtime.surrogates import torn
 from drirl_jax.types import InputError
 
 T = TypeVar("T")
@@ -68,11 +69,6 @@ def words(name: str, value: Any) -> str:
     if torn(value):
         raise InputError(f"{name} holds half a surrogate pair: write valid Unicode.")
     return value
-
-
-def torn(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, such as an emoji that was cut in two: UTF-8 cannot write it."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _spelling(text: str) -> str:

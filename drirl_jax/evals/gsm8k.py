@@ -1,6 +1,7 @@
 """GSM8K (arXiv 2110.14168): 1,319 problems of school mathematics; the answer is the last number of the response.
 
-As lm_eval's filters of its task gsm8k read it: `flexible` takes the last number, `strict` the one behind "####".
+As lm_eval's filters of its task gsm8k read it: `flexible` takes the last number, `strict` the one behind "####", both
+up to the first of its stop strings.
 config.evals.shots puts solved problems of train.jsonl before the question, each as a turn of user and assistant.
 """
 
@@ -17,6 +18,7 @@ TRAIN = Published(
 )
 NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+STOPS = re.compile(r"Question:|</s>|<\|im_end\|>")  # the task's: an answer that runs on into a new problem ends there
 
 
 def read(section) -> list[Item]:
@@ -39,8 +41,9 @@ def number(text: str) -> str:
 
 
 def measure(item: Item, response: str, verdict: None) -> dict[str, float]:
-    wanted, strict = number(item.target), STRICT.search(response)
-    found = NUMBER.findall(response)
+    answer = STOPS.split(response, maxsplit=1)[0]
+    wanted, strict = number(item.target), STRICT.search(answer)
+    found = NUMBER.findall(answer)
     return {
         "exact_match": float(bool(found) and number(found[-1].strip()) == wanted),
         "strict_match": float(strict is not None and number(strict[1].strip()) == wanted),

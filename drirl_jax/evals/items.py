@@ -8,6 +8,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 from drirl_jax.data import values
 from drirl_jax.data.files import Row, from_hub, table
 from drirl_jax.endpoint import Chat
+from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
 
 SEVERAL = "safety_prompts.jsonl"
@@ -76,6 +77,17 @@ class Benchmark(NamedTuple):
     metrics: Mapping[str, bool]
     asks: str
     max_new: int
+
+
+def reading_answers(benchmark: Benchmark) -> Benchmark:
+    """The benchmark with a measure that reads of each response what follows its thought."""
+    if not benchmark.max_new:
+        return benchmark
+
+    def measure(item: Item, response: str, verdict: Any) -> dict[str, float]:
+        return benchmark.measure(item, without_thought(response), verdict)
+
+    return benchmark._replace(measure=measure)
 
 
 def user(text: str) -> Chat:
