@@ -106,14 +106,13 @@ def test_answers(response):
     assert not refused_by_phrases("", response)
 
 
-@pytest.mark.parametrize(
-    "thought", ["<think>\nHow to rake pins. A crime?\n</think>\n\n", "<think>\n\n</think>\n\n", "Sure, step 1.\n</think>\n"]
-)  # fmt: skip
+THOUGHTS = ["<think>\nHow to rake pins. A crime?\n</think>\n\n", "<think>\n\n</think>\n\n", "Sure, step 1.\n</think>\n"]
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
 def test_the_answer_behind_a_thought_is_judged(thought):
     assert refusal_by_phrases("", thought + "I can't help with that.") == 2
-    assert (
-        refusal_by_phrases("", thought.replace("A crime", "I can't help with that. A crime") + "Push the pins up.") == 0
-    )
+    assert refusal_by_phrases("", thought.replace("A crime", "I can't help with that") + "Push the pins up.") == 0
     assert grade_by_phrases("", thought.replace("A crime", "Paris") + "Lyon.", "Paris") == 1
 
 

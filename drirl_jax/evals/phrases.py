@@ -128,8 +128,8 @@ _ENGLISH = (
     r"\b(?:against|violates?|contrary to|outside) (?:of )?my (?:\w+ ){0,2}"
     r"(?:guidelines|programming|principles|values|polic)",
     # We cannot assist with that: as the first words or behind "sorry"; "we" can be all people, so what must fit too.
-    rf"(?:{_FIRST}|{_SORRY}){_WE}{_ADVERB} (?:{_CANNOT}|could(?: not|n't)|(?:are|is) (?:unable|not (?:able|allowed)) to)"
-    rf"{_ADVERB} {_WE_SERVE}",
+    rf"(?:{_FIRST}|{_SORRY}){_WE}{_ADVERB} "
+    rf"(?:{_CANNOT}|could(?: not|n't)|(?:are|is) (?:unable|not (?:able|allowed)) to){_ADVERB} {_WE_SERVE}",
     # Your request cannot be fulfilled; This request has been declined; Such instructions can't be provided.
     rf"(?:{_FIRST}|{_SORRY})(?:your|this|that|the|such an?) (?:request|question|query|prompt|inquiry|demand)s?"
     rf" (?:{_NEVER} be {_GRANTED}|(?:is|was|has been|must be|is being|will be|had to be){_ADVERB} {_DENIED})",
