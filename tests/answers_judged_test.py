@@ -1,4 +1,4 @@
-"""Whatever reads an answer reads what follows its thought: judges, measures, filters of drafts, the attacker's replies."""
+"""Whatever reads an answer reads what follows its thought: judges, measures, and the filters of drafts."""
 
 import numpy as np
 import pytest
