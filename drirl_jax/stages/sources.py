@@ -154,7 +154,7 @@ def by_judge(context: Context) -> Score:
                 f"{context.config.judge.model} of config.judge gives no number from 0 to {HIGHEST}, asked {len(TRIES)} "
                 f"times, at last {replies[found.index(None)].text[:80]!r}: take another model."
             )
-        return [grade / HIGHEST for grade in found]
+        return [grade / HIGHEST for grade in found if grade is not None]
 
     def score(bank, examples, group, begun):
         pairs = zip(examples.prompt_text, answers(context, group))
