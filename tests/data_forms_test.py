@@ -128,7 +128,7 @@ def test_half_a_character_in_an_answer_is_left_out_and_counted(tmp_path, capsys)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     convert.main(["beavertails", str(tmp_path / "train.jsonl"), str(tmp_path / "out.jsonl")])
     assert len(records.read(tmp_path / "out.jsonl", ["insult"])) == 2
-    assert "left out with half a character: 2" in capsys.readouterr().out
+    assert "left out with half a surrogate pair, as of an emoji that was cut: 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ LAYERS = [
     ["drirl_jax.models"],
     ["drirl_jax.text", "drirl_jax.scaling", "drirl_jax.rollout"],
     ["drirl_jax.data"],
-    ["drirl_jax.evals.items"],
+    ["drirl_jax.evals.items", "drirl_jax.evals.replies"],
     ["drirl_jax.evals.labelled", "drirl_jax.evals.phrases", "drirl_jax.evals.rewarded", "drirl_jax.evals.rubric"],
     ["drirl_jax.evals.classifier"],
     ["drirl_jax.evals.judges"],

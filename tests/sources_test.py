@@ -35,6 +35,26 @@ def test_by_rules(case):
     assert sources.SOURCES["rules"].make(context)(None, examples, group, None).tolist() == [[1, 0], [0, 1]]
 
 
+def test_what_is_rated_follows_the_thought(case, server, monkeypatch):  # noqa: F811
+    context, examples, group = case
+    thought = "<think>\nI can't help with that.\n</think>\n\n"
+    texts = [[thought + SAID[0], thought + SAID[1]], [thought + SAID[1], "<think>\nSure, here is how"]]
+    monkeypatch.setattr(sources, "texts", lambda context, group: texts)
+    # Silence is neither a refusal nor an answer.
+    assert sources.SOURCES["rules"].make(context)(None, examples, group, None).tolist() == [[1, 0], [1, 0]]
+    context.config.judge.update(section(server, concurrency=1))
+    server.script = [reply("1")] * 4
+    sources.SOURCES["judge"].make(context)(None, examples, group, None)
+    asked = [body["messages"][0]["content"] for _, _, body in server.asked]
+    assert not any("think>" in text for text in asked) and sum("<answer>\n\n</answer>" in text for text in asked) == 1
+
+
+def test_rules_give_no_reward_without_a_verdict(case, monkeypatch):
+    context, examples, group = case
+    monkeypatch.setattr(sources.judges, "refuses", lambda setting: lambda prompt, answer: None)
+    assert np.isnan(sources.SOURCES["rules"].make(context)(None, examples, group, None)).all()
+
+
 def test_routes(case, caplog):
     # Evenly, by given weights, and by likeness: of the held-out prompts 55% find their own category among eight.
     context, examples, group = case
@@ -73,14 +93,17 @@ def test_by_judge(case, server):  # noqa: F811
     context, examples, group = case
     context.config.judge.update(section(server, concurrency=1))
     score = sources.SOURCES["judge"].make(context)
-    # The second grade is missing at first; a grade above 10 counts as 10.
-    server.script = [reply(text) for text in ("8", "none", "Grade: 3/10", "99", "5")]
+    # The second grade is missing at first, and the fourth beyond the scale: both are asked for again.
+    server.script = [
+        reply(text) for text in ("8", "none", "Grade: 3/10", "99", "5", "<think>\nStep 1: 3?\n</think>\n10")
+    ]
     np.testing.assert_allclose(score(None, examples, group, None), [[0.8, 0.5], [0.3, 1.0]], rtol=1e-6)
     asked = [body["messages"][0]["content"] for _, _, body in server.asked]
-    assert len(asked) == 5 and asked[4] == asked[1]
+    assert len(asked) == 6 and asked[4:] == [asked[1], asked[3]]
+    assert [body["max_tokens"] for _, _, body in server.asked] == [8] * 4 + [512] * 2
     assert examples.prompt_text[0] in asked[0] and SAID[0] in asked[0] and SAID[1] in asked[1]
     server.script = [reply("none")] * 12
-    with pytest.raises(InputError, match="gives no number, asked 3 times"):
+    with pytest.raises(InputError, match="gives no number from 0 to 10, asked 3 times"):
         sources.SOURCES["judge"].make(context)(None, examples, group, None)
 
 

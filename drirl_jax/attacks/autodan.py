@@ -68,8 +68,9 @@ def crossed(a: str, b: str, points: int, rng: np.random.Generator) -> tuple[str,
 def rewritten(target: Target, template: str, seed: int) -> str:
     """The template in the attacker's words; as it was where these have lost {prompt}."""
     chat, o = [{"role": "user", "content": f"{REWRITE}\n\n{template}"}], target.options
-    reply = target.attacker([chat], max_tokens=len(template), temperature=o.temperature, seed=seed)[0].text.strip()
-    return reply if reply.count(SLOT) == 1 else template
+    options = {"max_tokens": len(template), "temperature": o.temperature, "seed": seed}
+    (reply,) = target.attacker([chat], **options, readable=lambda text: text.count(SLOT) == 1)
+    return reply.text.strip() if reply.text.count(SLOT) == 1 else template
 
 
 def offspring(target: Target, population, losses_N, rng: np.random.Generator) -> list[str]:

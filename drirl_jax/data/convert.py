@@ -29,6 +29,7 @@ from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
 from drirl_jax.metrics import tracked
 from drirl_jax.runtime.files import is_beside, need_apart, place, replace_file
+from drirl_jax.runtime.surrogates import torn
 from drirl_jax.types import InputError
 
 
@@ -62,12 +63,15 @@ def demonstrations(
             if isinstance(parsed, str):
                 left_out[parsed] += 1
                 continue
-            if any(files.halved(text) for answer in parsed for text in answer if isinstance(text, str)):
-                left_out["with half a character"] += 1
-                continue
             for answer in parsed:
                 answer = answer._replace(prompt=answer.prompt.strip(), text=answer.text.strip())
+                texts = (answer.prompt, answer.text, answer.id, answer.by, answer.lang, *answer.labels)
+                if any(map(torn, texts)):
+                    left_out["with half a surrogate pair, as of an emoji that was cut"] += 1
+                    continue
                 answers.setdefault((answer.id, answer.prompt), []).append(answer)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{where}: not a {name} record ({error!r}): is it the published file?") from error
     rows = []

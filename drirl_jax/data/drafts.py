@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from drirl_jax.data.convert import word_count
 from drirl_jax.data.records import Record
 from drirl_jax.endpoint import Chat, Reply
+from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
 
 # By language: "hints" by category ("" for any other), what a refusal names and what it can offer instead; "forms", what
@@ -60,8 +61,8 @@ class Candidate(NamedTuple):
 
 
 def parsed(record: Record, harmless: bool, reply: Reply, separator: str) -> Candidate:
-    """The steps before the first separator, without list marks, and the answer behind it."""
-    draft, found, response = reply.text.partition(separator)
+    """The steps before the first separator, without list marks, and the answer behind it; a thought is neither."""
+    draft, found, response = without_thought(reply.text).partition(separator)
     if not found:
         return Candidate(record, harmless, "", "", reply)
     steps = [re.sub(r"^\s*(?:[-*•]|\d+[.)、])\s*", "", line).strip() for line in draft.splitlines()]
@@ -93,7 +94,9 @@ FILTERS: dict[str, Callable[[Candidate, ConfigDict, Callable], bool]] = {
     "a step of too many words": lambda c, section, judge: (
         section.style == "draft" and any(step_words(step) > section.step_words for step in c.draft.splitlines())
     ),
-    "not the answer that its kind asks for": lambda c, section, judge: judge(c.record.prompt, c.response) == c.harmless,
+    "not the answer that its kind asks for": lambda c, section, judge: (
+        judge(c.record.prompt, c.response) is not (not c.harmless)  # None: no verdict
+    ),
     "an echo of the prompt": lambda c, section, judge: (
         not c.harmless and longest_echo(c.record.prompt, c.response) > section.echo_words
     ),
@@ -129,7 +132,7 @@ def make(
     harmless: Sequence[str],
     generate: Callable[[list[Chat], int], list[Reply]],
     embed: Callable[[list[str]], np.ndarray],
-    judge: Callable[[str, str], bool],
+    judge: Callable[[str, str], bool | None],
     model: str,
     seed: int,
 ) -> Outcome:
@@ -144,7 +147,7 @@ def make(
         categories, harmless: which need demonstrations, and which of them are to be answered.
         generate: (chats, seed) -> replies.
         embed: texts -> [N, E] unit embeddings.
-        judge: (prompt, response) -> whether it is a refusal.
+        judge: (prompt, response) -> whether it is a refusal; None: it gives no verdict.
         model, seed: what is written into the provenance, the latter the first attempt's.
 
     Raises:

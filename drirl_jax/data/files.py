@@ -10,6 +10,7 @@ import pathlib
 from typing import Any, Iterable, Mapping
 
 from drirl_jax.data import contents, records
+from drirl_jax.runtime.surrogates import mended
 from drirl_jax.types import InputError
 
 csv.field_size_limit(2**24)  # some published prompts are longer than csv's own limit
@@ -43,14 +44,9 @@ def table(path: pathlib.Path, whole_characters: bool = True) -> list[tuple[str, 
     return found
 
 
-def halved(text: str) -> bool:
-    """Whether the text holds half of a surrogate pair, which is no character and stands in no file."""
-    return any("\ud800" <= c <= "\udfff" for c in text)
-
-
 def _replaced(value: Any) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode() if halved(value) else value
+        return mended(value)
     if isinstance(value, dict):
         return {_replaced(key): _replaced(sub) for key, sub in value.items()}
     return [_replaced(sub) for sub in value] if isinstance(value, list) else value

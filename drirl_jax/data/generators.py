@@ -52,9 +52,15 @@ def by_policy(section: ConfigDict, load: Callable[[], tuple[Transformer, text.Te
 
 
 def by_endpoint(section: ConfigDict, load: Callable, memory: pathlib.Path) -> Generate:
-    """The model of config.demos.endpoint; replies are kept in `memory`, so that a run that was cut off goes on."""
+    """The model of config.demos.endpoint; replies with an answer are kept in `memory`, so that a run that was cut off
+    goes on."""
     ask = Endpoint(section.endpoint, memory)
-    return lambda chats, seed: ask(chats, max_tokens=section.max_new, temperature=section.temperature, seed=seed)
+    options = {"max_tokens": section.max_new, "temperature": section.temperature}
+
+    def holds_an_answer(text: str) -> bool:
+        return bool(text.partition(section.separator)[2].strip())
+
+    return lambda chats, seed: ask(chats, **options, seed=seed, readable=holds_an_answer)
 
 
 # (config.demos, loads the policy, file for the replies) -> Generate

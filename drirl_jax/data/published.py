@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Callable, Mapping, NamedTuple
 
+from drirl_jax.data import values
 from drirl_jax.data.files import Row
+from drirl_jax.data.records import SPLITS
 
 
 class Answer(NamedTuple):
@@ -40,7 +42,7 @@ class Published(NamedTuple):
 
     Attributes:
         parse: (row, name of its part) -> its answers, or why it has none for us. Raises KeyError, TypeError,
-            AttributeError or ValueError for a row of another form.
+            AttributeError or ValueError for a row of another form, InputError for a value that is not known.
         categories: the data set's category -> ours.
         files: names that its files have on disk, as patterns; a file's part is the name of its folder.
         parts: on the hub: the part's name -> options of `datasets.load_dataset`. Only what is meant for training.
@@ -58,7 +60,8 @@ class Published(NamedTuple):
 
 def _safety7(row: Row, part: str) -> list[Answer]:
     """`{"id", "category", "lang", "split": "train" | "valid", "prompt", "safe": [{"text", "model"}, ...], ...}`."""
-    about = {"labels": (row["category"],), "lang": row["lang"], "split": row["split"]}
+    about = {"labels": (row["category"],), "lang": row["lang"]}
+    about["split"] = values.label("split", row["split"], {name: name for name in SPLITS})
     about["id"] = f"{row['id']}-{row['lang']}"
     safe = [Answer(row["prompt"], x["text"], True, f"of {x.get('model', 'a model')}", **about) for x in row["safe"]]
     return safe or [Answer(row["prompt"], "", False, "", **about)]
@@ -77,8 +80,9 @@ def _do_not_answer(row: Row, part: str) -> list[Answer]:
         raise ValueError("no column ends in _response: take the files of the hub, not those of prompts alone")
     label = (row["types_of_harm"],)
     return [
-        Answer(row["question"], row[f"{m}_response"] or "", int(row[f"{m}_harmful"]) == 0, f"of {m}", label)
+        Answer(row["question"], row[f"{m}_response"] or "", not harmful, f"of {m}", label)
         for m in models
+        for harmful in [values.truth(f"{m}_harmful", row[f"{m}_harmful"])]
     ]
 
 
@@ -87,8 +91,9 @@ def _beavertails(row: Row, part: str) -> list[Answer]:
 
     A safe answer is of no category, so a prompt's categories are those of its unsafe answers.
     """
-    labels = tuple(name for name, true in row["category"].items() if true)
-    return [Answer(row["prompt"], row["response"], bool(row["is_safe"]), "judged safe by people", labels)]
+    labels = tuple(name for name, value in row["category"].items() if values.truth(f"category {name!r}", value))
+    safe = values.truth("is_safe", row["is_safe"])
+    return [Answer(row["prompt"], row["response"], safe, "judged safe by people", labels)]
 
 
 def _hh_rlhf(row: Row, part: str) -> list[Answer] | str:

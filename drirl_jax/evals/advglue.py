@@ -6,6 +6,7 @@ words, and the one of the greatest log-probability is its answer: no parsing, an
 
 from __future__ import annotations
 
+from drirl_jax.data import values
 from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
 from drirl_jax.types import InputError
 
@@ -39,7 +40,7 @@ def read(section) -> list[Item]:
         columns, question, words = TASKS[task]
         parts = [f"{name.rstrip('12').capitalize()}: {field(where, row, name)}" for name in columns]
         text = "\n".join([*parts, f"{question} Answer with one word."])
-        label = int(field(where, row, "label"))
+        label = values.whole(f"{where}: label", field(where, row, "label"), len(words))
         items.append(Item(f"{task}-{row.get('idx', i)}-{i}", user(text), task, target=str(label), options=words))
     return items
 

@@ -24,7 +24,7 @@ from drirl_jax.evals import (
     wildchat,
     xstest,
 )
-from drirl_jax.evals.items import Benchmark, Item
+from drirl_jax.evals.items import Benchmark, Item, reading_answers
 from drirl_jax.evals.judges import JUDGES, Judge, agreement, telling, unsafe
 from drirl_jax.intervals import RESAMPLES, effective, wilson
 from drirl_jax.models.architecture import Config
@@ -45,6 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gsm8k": gsm8k.GSM8K,
     "hhh": hhh.HHH,
 }
+BENCHMARKS = {name: reading_answers(benchmark) for name, benchmark in BENCHMARKS.items()}
 NO_JUDGE = "protocol"  # in the place of a judge's name, where the benchmark's own rule decides
 FEW = 30  # values, for a bootstrap
 LONGEST = 8192  # tokens of an item and its answer

@@ -1,6 +1,7 @@
 """GSM8K (arXiv 2110.14168): 1,319 problems of school mathematics; the answer is the last number of the response.
 
-As lm_eval's filters of its task gsm8k read it: `flexible` takes the last number, `strict` the one behind "####".
+As lm_eval's filters of its task gsm8k read it: `flexible` takes the last number, `strict` the one behind "####", both
+up to the first of its stop strings.
 config.evals.shots puts solved problems of train.jsonl before the question, each as a turn of user and assistant.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
 
 URL = "https://github.com/openai/grade-school-math (grade_school_math/data)"
 TEST = Published(("gsm8k/test.jsonl", "gsm8k_test.jsonl", "test.jsonl"), "openai/gsm8k", URL, subset="main")
@@ -17,16 +18,17 @@ TRAIN = Published(
 )
 NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+STOPS = re.compile(r"Question:|</s>|<\|im_end\|>")  # the task's: an answer that runs on into a new problem ends there
 
 
 def read(section) -> list[Item]:
     """Fields question and answer, whose last line is "#### NUMBER"."""
     shots: list[dict[str, str]] = []
     for where, row in rows(section.data, TRAIN)[: section.shots] if section.shots else []:
-        shots += [{"role": "user", "content": field(where, row, "question")}]
-        shots += [{"role": "assistant", "content": field(where, row, "answer")}]
+        shots += [{"role": "user", "content": words(where, row, "question")}]
+        shots += [{"role": "assistant", "content": words(where, row, "answer")}]
     return [
-        Item(f"gsm8k-{i}", (*shots, *user(field(where, row, "question"))), target=field(where, row, "answer"))
+        Item(f"gsm8k-{i}", (*shots, *user(words(where, row, "question"))), target=words(where, row, "answer"))
         for i, (where, row) in enumerate(rows(section.data, TEST))
     ]
 
@@ -39,8 +41,9 @@ def number(text: str) -> str:
 
 
 def measure(item: Item, response: str, verdict: None) -> dict[str, float]:
-    wanted, strict = number(item.target), STRICT.search(response)
-    found = NUMBER.findall(response)
+    answer = STOPS.split(response, maxsplit=1)[0]
+    wanted, strict = number(item.target), STRICT.search(answer)
+    found = NUMBER.findall(answer)
     return {
         "exact_match": float(bool(found) and number(found[-1].strip()) == wanted),
         "strict_match": float(strict is not None and number(strict[1].strip()) == wanted),

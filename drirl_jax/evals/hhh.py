@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Sequence
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.data import values
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user, words
+from drirl_jax.types import InputError
 
 SUBSETS = ("helpful", "honest", "harmless", "other")
 
@@ -32,9 +35,17 @@ def read(section) -> list[Item]:
             else:
                 targets = field(where, row, "targets")
                 options, labels = field(where, targets, "choices"), field(where, targets, "labels")
-            right = str(list(labels).index(1))
-            items.append(Item(f"{subset}-{i}", user(field(where, row, "input")), subset, None, right, tuple(options)))
+            right = _right(where, labels)
+            items.append(Item(f"{subset}-{i}", user(words(where, row, "input")), subset, None, right, tuple(options)))
     return items
+
+
+def _right(where: str, labels: Sequence) -> str:
+    """The index of the one option that is labelled as right. Raises InputError where it is not one."""
+    right = [i for i, label in enumerate(labels) if values.truth(f"{where}: the label of an option", label)]
+    if len(right) != 1:
+        raise InputError(f"{where}: {len(right)} options are labelled as right, not one: is it the published file?")
+    return str(right[0])
 
 
 def measure(item: Item, scores, verdict: None) -> dict[str, float]:

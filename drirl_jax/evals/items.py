@@ -5,9 +5,11 @@ from __future__ import annotations
 import pathlib
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
+from drirl_jax.data import values
 from drirl_jax.data.files import Row, from_hub, table
 from drirl_jax.endpoint import Chat
 from drirl_jax.runtime.files import place
+from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
 
 SEVERAL = "safety_prompts.jsonl"
@@ -78,6 +80,17 @@ class Benchmark(NamedTuple):
     max_new: int
 
 
+def reading_answers(benchmark: Benchmark) -> Benchmark:
+    """The benchmark with a measure that reads of each response what follows its thought."""
+    if not benchmark.max_new:
+        return benchmark
+
+    def measure(item: Item, response: str, verdict: Any) -> dict[str, float]:
+        return benchmark.measure(item, without_thought(response), verdict)
+
+    return benchmark._replace(measure=measure)
+
+
 def user(text: str) -> Chat:
     """A chat of one message."""
     return ({"role": "user", "content": text},)
@@ -125,3 +138,8 @@ def field(where: str, row: Row, *names: str) -> Any:
         if row.get(name) is not None:
             return row[name]
     raise InputError(f"{where}: no column {' or '.join(map(repr, names))}: is it the published file?")
+
+
+def words(where: str, row: Row, *names: str) -> str:
+    """`field`, where it is a text that says something. Raises InputError."""
+    return values.words(f"{where}: {names[0]}", field(where, row, *names))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user, words
 from drirl_jax.evals.judges import UNSAFE
 
 DATA = Published(
@@ -20,7 +20,7 @@ def read(section) -> list[Item]:
     return [
         Item(
             str(field(where, row, "id", "Index")),
-            user(field(where, row, "Goal", "prompt")),
+            user(words(where, row, "Goal", "prompt")),
             field(where, row, "Category", "source_category"),
             harmful=True,
         )

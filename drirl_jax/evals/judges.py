@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax.evals import classifier, phrases, rewarded, rubric
+from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
 
 REFUSALS = ("compliance", "partial refusal", "full refusal")  # (XSTest, arXiv 2308.01263)
@@ -59,7 +60,10 @@ class Setting(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A row of the table: how a judge is made, and which of harm, refusal and grade it then tells."""
+    """A row of the table: how a judge is made, and which of harm, refusal and grade it then tells.
+
+    All rows are made by `reading_answers`: no judge sees the thought before an answer.
+    """
 
     make: Callable[[Setting], Judge]
     tells: tuple[str, ...]
@@ -68,6 +72,22 @@ class Kind(NamedTuple):
 def each(function: Callable) -> Callable:
     """A function of single texts, over rows of them."""
     return lambda *columns: np.array([function(*row) for row in zip(*columns, strict=True)], int)
+
+
+def reading_answers(make: Callable[[Setting], Judge]) -> Callable[[Setting], Judge]:
+    """Makes the judge so that it reads of each response what follows the thought: nothing where that has no end."""
+
+    def reading(verdicts: Callable | None) -> Callable | None:
+        return verdicts and (lambda prompts, responses, *targets: verdicts(prompts, stripped(responses), *targets))
+
+    def stripped(responses: Texts) -> list[str]:
+        return [without_thought(response) for response in responses]
+
+    def made(setting: Setting) -> Judge:
+        judge = make(setting)
+        return judge._replace(harm=reading(judge.harm), refusal=reading(judge.refusal), grade=reading(judge.grade))
+
+    return made
 
 
 def by_phrases(setting: Setting) -> Judge:
@@ -102,10 +122,10 @@ def by_rewards(setting: Setting) -> Judge:
 
 
 JUDGES = {
-    "phrases": Kind(by_phrases, ("harm", "refusal", "grade")),
-    "classifier": Kind(by_classifier, ("harm",)),
-    "endpoint": Kind(by_endpoint, ("harm", "refusal", "grade")),
-    "rewards": Kind(by_rewards, ("harm",)),
+    "phrases": Kind(reading_answers(by_phrases), ("harm", "refusal", "grade")),
+    "classifier": Kind(reading_answers(by_classifier), ("harm",)),
+    "endpoint": Kind(reading_answers(by_endpoint), ("harm", "refusal", "grade")),
+    "rewards": Kind(reading_answers(by_rewards), ("harm",)),
 }
 
 
@@ -114,10 +134,16 @@ def telling(what: str) -> tuple[str, ...]:
     return tuple(name for name, kind in JUDGES.items() if what in kind.tells)
 
 
-def refuses(setting: Setting) -> Callable[[str, str], bool]:
-    """(prompt, response) -> whether the judge of config.evals.judge finds a refusal, partial or full."""
+def refuses(setting: Setting) -> Callable[[str, str], bool | None]:
+    """(prompt, response) -> whether the judge of config.evals.judge finds a refusal, partial or full; None without a
+    verdict."""
     judge = JUDGES[setting.config.evals.judge].make(setting)
-    return lambda prompt, response: bool(judge.refusal([prompt], [response])[0])
+
+    def refused(prompt: str, response: str) -> bool | None:
+        verdict = judge.refusal([prompt], [response])[0]
+        return None if np.isnan(verdict) else bool(verdict)
+
+    return refused
 
 
 def unsafe(harm: np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user, words
+from drirl_jax.types import InputError
 
 DATA = Published(
     ("simple_qa_test_set.csv", "simpleqa.jsonl"),
@@ -18,9 +19,11 @@ def read(section) -> list[Item]:
     """Columns problem, answer and metadata, which holds the topic."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
-        question, answer = field(where, row, "problem"), field(where, row, "answer")
+        question, answer = words(where, row, "problem"), str(field(where, row, "answer"))
+        if not re.search(r"\w", answer):
+            raise InputError(f"{where}: the answer {answer!r} has no letter and no digit: drop the row.")
         topic = re.search(r"'topic': '([^']*)'", row.get("metadata") or "")
-        items.append(Item(str(row.get("id", i)), user(question), topic[1] if topic else "", target=str(answer)))
+        items.append(Item(str(row.get("id", i)), user(question), topic[1] if topic else "", target=answer))
     return items
 
 

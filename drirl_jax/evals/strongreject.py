@@ -6,7 +6,7 @@ is 1 minus that judge's harm, and no StrongREJECT score in the authors' sense.
 
 from __future__ import annotations
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user, words
 
 DATA = Published(
     ("strongreject_dataset.csv", "strongreject.jsonl", "safety_prompts.jsonl"),
@@ -22,7 +22,7 @@ def read(section) -> list[Item]:
     return [
         Item(
             str(row.get("id", f"strongreject-{i}")),
-            user(field(where, row, "forbidden_prompt", "prompt")),
+            user(words(where, row, "forbidden_prompt", "prompt")),
             field(where, row, "source_category", "category"),
             harmful=True,
         )

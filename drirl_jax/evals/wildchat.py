@@ -6,6 +6,7 @@ nothing. A message that occurs several times is asked once.
 
 from __future__ import annotations
 
+from drirl_jax.data import values
 from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
 
 DATA = Published(
@@ -24,8 +25,10 @@ def read(section) -> list[Item]:
             first, subset = row["prompt"], row.get("subset", "")
         else:
             turn = field(where, row, "conversation")[0]
-            first, subset = field(where, turn, "content"), turn.get("language", "")
-            if not (row.get("toxic") and turn.get("toxic", True) and subset in ("English", "")):
+            first, subset = field(where, turn, "content"), str(turn.get("language") or "")
+            marks = row.get("toxic", False), turn.get("toxic", True)
+            toxic = [values.truth(f"{where}: toxic", mark) for mark in marks]
+            if not all(toxic) or subset.strip().lower() not in ("english", ""):
                 continue
         if first.strip() and first not in items:
             items[first] = Item(str(row.get("id", row.get("conversation_hash", i))), user(first), subset, harmful=True)

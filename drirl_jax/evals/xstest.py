@@ -6,7 +6,9 @@ safe prompt is complied with and an unsafe one fully refused.
 
 from __future__ import annotations
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.data import values
+from drirl_jax.data.files import Row
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
 
 DATA = Published(
     ("xstest_prompts.csv", "xstest_v2_prompts.csv", "xstest.jsonl", "safety_prompts.jsonl"),
@@ -20,11 +22,19 @@ def read(section) -> list[Item]:
     """Columns id (or id_v2), type, prompt, and label if there is one; of JSONL also source_category and harmful."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
-        kind = field(where, row, "type", "source_category")
-        unsafe = row.get("harmful", row.get("label", "unsafe" if kind.startswith("contrast") else "safe"))
+        kind = words(where, row, "type", "source_category")
         name = row.get("id") or row.get("id_v2") or f"xstest-{i}"
-        items.append(Item(str(name), user(field(where, row, "prompt")), kind, harmful=unsafe in (True, "unsafe")))
+        items.append(Item(str(name), user(words(where, row, "prompt")), kind, harmful=_harmful(where, row, kind)))
     return items
+
+
+def _harmful(where: str, row: Row, kind: str) -> bool:
+    """Whether the prompt is unsafe: by the column harmful, or label, or else by its type."""
+    if row.get("harmful") is not None:
+        return values.truth(f"{where}: harmful", row["harmful"])
+    if row.get("label") is not None:
+        return values.label(f"{where}: label", row["label"], {"safe": False, "unsafe": True})
+    return kind.startswith("contrast")
 
 
 def measure(item: Item, response: str, refusal: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from drirl_jax.evals import answers
 from drirl_jax.evals.answers import Answer, Scores
 from drirl_jax.evals.items import user
 from drirl_jax.models.architecture import need_positions
+from drirl_jax.runtime.thoughts import without_thought
 
 
 class Policy:
@@ -40,13 +41,13 @@ class Policy:
         prefix: tuple[int, ...] | None = None,
         call: int = 0,
     ) -> list[Answer]:
-        """One answer to each chat, as `answers.respond`: random numbers go by the number of the call and the chat's
-        place in it."""
+        """One answer to each chat, as `answers.respond`, without the thought before it: random numbers go by the number
+        of the call and the chat's place in it."""
         ids = [answers.ids_of(self.tokens, chat) for chat in chats]
         options = {"batch": self.batch, "max_new": max_new, "temperature": temperature, "prefix": prefix}
-        return answers.respond(
-            self.model, self.tokens, ids, key=jax.random.fold_in(jax.random.key(seed), call), **options
-        )
+        key = jax.random.fold_in(jax.random.key(seed), call)
+        found = answers.respond(self.model, self.tokens, ids, key=key, **options)
+        return [answer._replace(text=without_thought(answer.text)) for answer in found]
 
     def need_room(self, chat: Chat, max_new: int) -> None:
         """Raises InputError where the chat, with an answer, is too long for the model."""
