@@ -46,10 +46,11 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         if not (folder / "config.json").is_file():
             raise InputError(f"the model folder {folder} has no config.json: give a Hugging Face model's folder.")
     config = read_json(folder / "config.json")
-    quantised = [name for name, value in config.items() if QUANTISED_FIELD.search(name) and value not in (None, {})]
+    unused = {name for name in config if QUANTISED_FIELD.search(name) and config[name] in (None, {})}
+    quantised = [name for name in config if QUANTISED_FIELD.search(name) and name not in unused]
     if quantised:
         how = config[quantised[0]]
-        method = how.get("quant_method", how.get("format")) if isinstance(how, dict) else how
+        method = how.get("quant_method", how.get("format", how)) if isinstance(how, dict) else how
         raise InputError(
             f"{folder / 'config.json'} has a {quantised[0]} ({fields.quoted(method)}): quantised weights are not read, "
             "so save the model dequantised, in bfloat16."
@@ -60,7 +61,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
             f"{folder / 'config.json'} has an auto_map to code of its own, and no code of a model folder is run: take "
             "a model that transformers computes itself, or remove the field if its code changes nothing."
         )
-    return {name: value for name, value in config.items() if name not in quantised or value}
+    return {name: value for name, value in config.items() if name not in unused}
 
 
 def open_weights(folder: pathlib.Path) -> Tensors:
@@ -358,10 +359,10 @@ def _need_tie(folder: pathlib.Path, tensors: Tensors) -> None:
     config = folder / "config.json"
     if not (embed in tensors and head in tensors and config.is_file() and fields.tied(read_json(config))):
         return
-    shapes = [tensors.shape(name) for name in (embed, head)]
-    same = shapes[0] == shapes[1] and all(
-        np.array_equal(tensors.rows(embed, i, i + ROWS), tensors.rows(head, i, i + ROWS))
-        for i in range(0, shapes[0][0], ROWS)
+    shape = tensors.shape(embed)
+    parts = ((i, min(i + ROWS, shape[0])) for i in range(0, shape[0], ROWS))
+    same = shape == tensors.shape(head) and all(
+        np.array_equal(tensors.rows(embed, *part), tensors.rows(head, *part)) for part in parts
     )
     if not same:
         raise InputError(

@@ -102,16 +102,16 @@ def shapes_of(config: Config) -> Transformer:
 
 def check(shapes: Mapping[str, tuple[int, ...]], config: Config) -> None:
     """Raises InputError where `from_hf` would, told by the shapes of the tensors under Hugging Face names."""
-    wanted = _wanted(shapes_of(config))
+    wanted = wanted_shapes(config)
     for name, shape in wanted.items():
         _need(name, shapes)
         _fits(name, shapes[name], shape)
     _need_no_others(shapes, wanted, config)
 
 
-def _wanted(model: Transformer) -> dict[str, tuple[int, ...]]:
+def wanted_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The shapes of a decoder's tensors by Hugging Face name."""
-    config = model.config
+    model = shapes_of(config)
     wanted = {theirs: getattr(model, ours).shape for ours, theirs in TOP.items() if hasattr(model, ours)}
     for ours, theirs in FAMILIES[config.family].layer.items():
         if hasattr(model.blocks, ours):
@@ -155,7 +155,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config) -> Transformer:
         InputError: a tensor is missing or misshapen, or there is one that the model does not compute with.
     """
     model = shapes_of(config)
-    _need_no_others(tensors, _wanted(model), config)
+    _need_no_others(tensors, wanted_shapes(config), config)
 
     def take(name, shape):
         _need(name, tensors)

@@ -71,7 +71,7 @@ def need_understood(hf: Mapping, understood: Collection[str]) -> None:
         if name in understood or name in ROPE or not COMPUTES.search(name):
             continue
         neutral = value in NEUTRAL_OF.get(name, NEUTRAL)
-        neutral |= "window" in name and value == hf.get("sliding_window")
+        neutral |= name == "sliding_window_size" and value == hf.get("sliding_window")  # as some Gemma 2 have it
         neutral |= bool(re.search("multiplier|scale|scaling|factor", name)) and value == 1
         if not neutral:
             raise InputError(

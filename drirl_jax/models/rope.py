@@ -41,7 +41,12 @@ def standard(hf: Mapping) -> dict[str, Any]:
         raise InputError(_partial(config["partial_rotary_factor"]))
     parameters, scaling = (_table(hf, name) for name in ("rope_parameters", "rope_scaling"))
     whole, local = _by_layer(hf, parameters)
-    default = THETA_OF.get(hf.get("model_type"), THETA)
+    if "type" in scaling and "rope_type" not in scaling and hf.get("model_type") in BY_LAYER:
+        raise InputError(
+            "config.json names the kind of its rope_scaling by type, which transformers 4 and 5 read differently for "
+            f"{hf['model_type']}: call it rope_type."
+        )
+    default = THETA_OF.get(str(hf.get("model_type")), THETA)
     given = [_read_table(table, hf, "rope_theta", default) for table in (whole, scaling) if table]
     if any(one != given[0] for one in given):
         raise InputError(
@@ -64,7 +69,7 @@ def in_both_forms(config: Mapping) -> dict[str, Any]:
     if "rope_theta" not in config:
         return dict(config)
     whole = (config.get("rope_scaling") or {"rope_type": "default"}) | {"rope_theta": config["rope_theta"]}
-    if config.get("model_type") not in BY_LAYER and "rope_local_base_freq" not in config:
+    if config.get("model_type") not in BY_LAYER:
         return config | {"rope_parameters": whole}
     local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", LOCAL_THETA)}
     return config | {"rope_parameters": {"full_attention": whole, "sliding_attention": local}}
@@ -157,12 +162,16 @@ def _need_known_fields(table: Mapping, kind: str) -> None:
 
 
 def _original(table: Mapping, hf: Mapping) -> int:
-    """The positions of pretraining, which transformers takes from the table, from beside it, or from all positions."""
+    """The positions of pretraining, from the table, or all of them. What stands beside the table transformers 5 takes in
+    one place and leaves out in another."""
     name = "original_max_position_embeddings"
-    inside, beside = table.get(name), hf.get(name)
-    if None not in (inside, beside) and inside != beside:
-        raise InputError(f"config.json has two values of {name}, {quoted(inside)} and {quoted(beside)}: leave one out.")
-    value = next((x for x in (inside, beside, hf.get("max_position_embeddings")) if x is not None), None)
+    value, beside = table.get(name), hf.get(name)
+    if beside not in (None, value):
+        raise InputError(
+            f"config.json has {name}={quoted(beside)} beside its RoPE, and {quoted(value)} in it: write the right one in "
+            "it, and leave the other out."
+        )
+    value = hf.get("max_position_embeddings") if value is None else value
     if type(value) is not int:
         raise InputError(f"config.json has {name}={quoted(value)}: a whole number is needed.")
     return _positive({name: value}, name)
