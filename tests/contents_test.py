@@ -397,6 +397,14 @@ def test_the_encoders_folder_goes_through_the_same_place(tmp_path):
     encoder_refused(tmp_path, "adapter beside the model")
 
 
+def test_a_tensor_that_the_encoder_does_not_compute_with_is_refused(tmp_path):
+    extra = {"bert.encoder.layer.0.attention.self.query.SCB": np.ones(8, np.float32)}
+    save_file(extra, bert(tmp_path) / "model.safetensors")
+    encoder_refused(tmp_path, "hold the tensor encoder.layer.0.attention.self.query.SCB, which no BERT model")
+    save_file({"pooler.dense.weight": np.ones((8, 8), np.float32)}, tmp_path / "model.safetensors")
+    encoder_refused(tmp_path, "lack the tensor")
+
+
 def test_counted_positions_of_an_encoder_are_no_quantised_weights(tmp_path):
     save_file({"embeddings.position_ids": np.arange(16)[None]}, bert(tmp_path) / "model.safetensors")
     assert "embeddings.position_ids" in contents.open_weights(tmp_path)

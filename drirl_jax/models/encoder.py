@@ -165,7 +165,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
 def load(folder: str | Path) -> Encoder:
     """The encoder of a Hugging Face folder (config.json, model.safetensors), in float32.
 
-    Tensor names may carry the prefix "bert."; tensors that no embedding needs, like the pooler, are ignored.
+    Tensor names may carry the prefix "bert."; what no embedding needs, like the pooler, is ignored.
 
     Raises:
         InputError: a file or a tensor is missing, a tensor has a wrong shape, or the model is not supported.
@@ -174,6 +174,13 @@ def load(folder: str | Path) -> Encoder:
     _need_mean(Path(folder))
     weights = contents.open_weights(Path(folder))
     stored = {name.removeprefix("bert."): name for name in weights}
+    known = {*TOP.values(), *(name.format(i) for name in LAYER.values() for i in range(config.layers))}
+    for name in stored:
+        if name.startswith(("embeddings.", "encoder.")) and name not in known and not name.endswith(contents.BUFFERS):
+            raise InputError(
+                f"the encoder's weights in {folder} hold the tensor {name[:80]}, which no BERT model as config.json "
+                "describes it has: the two are not of one model, or it is not supported."
+            )
     model = jax.eval_shape(lambda: Encoder(config, jax.random.key(0)))
 
     def take(name, shape):

@@ -254,7 +254,7 @@ def _open_llama(path: pathlib.Path) -> tokenizers.Gguf:
         )
     for tensor in file.tensors:
         try:
-            gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
+            gguf.quants.dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise InputError(
                 f"{path} holds the tensor {tensor.name} as {tensor.tensor_type.name}, which is not read: use the "

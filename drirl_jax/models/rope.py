@@ -162,14 +162,14 @@ def _need_known_fields(table: Mapping, kind: str) -> None:
 
 
 def _original(table: Mapping, hf: Mapping) -> int:
-    """The positions of pretraining, from the table, or all of them. What stands beside the table transformers 5 takes in
-    one place and leaves out in another."""
+    """The positions of pretraining, from the table, or all of them."""
+    # A value beside the table transformers 5 takes in one place and leaves out in another.
     name = "original_max_position_embeddings"
     value, beside = table.get(name), hf.get(name)
     if beside not in (None, value):
         raise InputError(
-            f"config.json has {name}={quoted(beside)} beside its RoPE, and {quoted(value)} in it: write the right one in "
-            "it, and leave the other out."
+            f"config.json has {name}={quoted(beside)} beside its RoPE, and {quoted(value)} in it: write the right one "
+            "in it, and leave the other out."
         )
     value = hf.get("max_position_embeddings") if value is None else value
     if type(value) is not int:
