@@ -64,15 +64,15 @@ def standard(hf: Mapping) -> dict[str, Any]:
     return config
 
 
-def in_both_forms(config: Mapping) -> dict[str, Any]:
+def in_both_forms(config: Mapping[str, Any]) -> dict[str, Any]:
     """What `standard` gives, with "rope_parameters" too, which transformers 5 writes."""
     if "rope_theta" not in config:
         return dict(config)
     whole = (config.get("rope_scaling") or {"rope_type": "default"}) | {"rope_theta": config["rope_theta"]}
     if config.get("model_type") not in BY_LAYER:
-        return config | {"rope_parameters": whole}
+        return dict(config) | {"rope_parameters": whole}
     local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", LOCAL_THETA)}
-    return config | {"rope_parameters": {"full_attention": whole, "sliding_attention": local}}
+    return dict(config) | {"rope_parameters": {"full_attention": whole, "sliding_attention": local}}
 
 
 def scaling_of(hf: Mapping) -> Linear | Llama3 | None:
