@@ -167,7 +167,7 @@ def test_a_save_that_is_cut_leaves_the_old_model_whole_and_the_next_replaces_it(
 # ------------------------------------------------------------------------------------------------------- GGUF
 
 
-def tiny_gguf(path, peer, architecture="llama", scaling=None, extra=()):
+def tiny_gguf(path, peer, architecture="llama", scaling=None, extra=(), fields=(), kind=np.float32):
     """Writes a torch Llama as llama.cpp's converter does, rotary pairs side by side."""
     config = peer.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -181,6 +181,8 @@ def tiny_gguf(path, peer, architecture="llama", scaling=None, extra=()):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if scaling:
         writer.add_rope_scaling_type(scaling)
+    for name, value in fields:
+        writer.add_uint32(name, value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, value in state(peer).items():
@@ -190,7 +192,7 @@ def tiny_gguf(path, peer, architecture="llama", scaling=None, extra=()):
             value = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(value.shape))
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), value)
     for name in extra:
-        writer.add_tensor(name, np.ones(4, np.float32))
+        writer.add_tensor(name, np.ones(4, kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -219,6 +221,12 @@ def test_a_gguf_file_gives_the_tensors_and_config_that_were_put_in(tmp_path, tie
         ({"scaling": gguf.RopeScalingType.YARN}, "scales RoPE .yarn., which is not read from GGUF"),
         ({"extra": ["rope_freqs.weight"]}, "has the tensor rope_freqs.weight, which no plain Llama"),
         ({"extra": ["blk.0.attn_q.bias"]}, "has the tensor blk.0.attn_q.bias, which no plain Llama"),
+        ({"extra": ["a"], "kind": np.int8}, "holds the tensor a as I8, which is not read"),
+        ({"extra": ["a"], "kind": np.float64}, "holds the tensor a as F64, which is not read"),
+        ({"fields": [("llama.rope.dimension_count", 4)]}, "rope.dimension_count=4 for heads of width 8: .* in part"),
+        ({"fields": [("llama.attention.value_length", 4)]}, "value_length=4 for heads of width 8"),
+        ({"fields": [("llama.attention.sliding_window", 4)]}, "field llama.attention.sliding_window=4, which no plain"),
+        ({"fields": [("llama.logit_scale", 8)]}, "has the field llama.logit_scale=8, which no plain Llama"),
     ],
 )
 def test_a_gguf_file_of_another_model_is_refused(tmp_path, change, message):

@@ -6,7 +6,6 @@ a few fixed shapes to run at, and a cache by text. Weight matrices are [out, in]
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
@@ -15,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from drirl_jax import sharding
 from drirl_jax.metrics import tracked
+from drirl_jax.models import contents, fields
 from drirl_jax.types import Array, InputError, length_mask
 
 TOP = {
@@ -49,6 +48,7 @@ SUPPORTED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
 }
+LARGEST = 2**24  # what any size in a config may be, before anything is made of it
 # The shapes that an embedder runs at: more of them waste less padding but compile more often.
 ROWS = (16, 32, 64)
 TOKENS = (16, 32, 64, 128, 256, 512)
@@ -76,21 +76,18 @@ class EncoderConfig(NamedTuple):
                 raise InputError(
                     f"the encoder's config.json has {name}={config[name]!r}: only {wanted!r} is supported."
                 )
-        try:
-            found = cls(
-                vocab_size=config["vocab_size"],
-                width=config["hidden_size"],
-                layers=config["num_hidden_layers"],
-                heads=config["num_attention_heads"],
-                ffn=config["intermediate_size"],
-                max_positions=config["max_position_embeddings"],
-                norm_eps=float(config.get("layer_norm_eps", 1e-12)),
-                types=config.get("type_vocab_size", 2),
-            )
-        except KeyError as error:
-            raise InputError(
-                f"the encoder's config.json lacks the field {error}: it does not describe a BERT model."
-            ) from error
+        names = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
+        sizes = [config.get(name) for name in names.split()] + [config.get("type_vocab_size", 2)]
+        for name, size in zip([*names.split(), "type_vocab_size"], sizes):
+            if name not in config and size is None:
+                raise InputError(
+                    f"the encoder's config.json lacks the field {name!r}: it does not describe a BERT model."
+                )
+            if not (type(size) is int and 0 < size <= LARGEST):
+                raise InputError(
+                    f"the encoder's config.json has {name}={fields.quoted(size)}: that is no size of a BERT model."
+                )
+        found = cls(*sizes[:-1], norm_eps=fields.number(config, "layer_norm_eps", 1e-12), types=sizes[-1])
         if found.width % found.heads:
             raise InputError(
                 f"the encoder's config.json has hidden_size={found.width}, which its {found.heads} heads do not divide."
@@ -168,28 +165,33 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
 def load(folder: str | Path) -> Encoder:
     """The encoder of a Hugging Face folder (config.json, model.safetensors), in float32.
 
-    Tensor names may carry the prefix "bert."; tensors that no embedding needs, like the pooler, are ignored.
+    Tensor names may carry the prefix "bert."; what no embedding needs, like the pooler, is ignored.
 
     Raises:
         InputError: a file or a tensor is missing, a tensor has a wrong shape, or the model is not supported.
     """
-    for name in ("config.json", "model.safetensors"):
-        if not (Path(folder) / name).is_file():
-            raise InputError(f"the encoder's folder {folder} has no {name}: give the folder of a BERT model.")
-    config = EncoderConfig.from_hf(json.loads((Path(folder) / "config.json").read_text("utf-8")))
-    weights = load_file(Path(folder) / "model.safetensors")
-    tensors = {name.removeprefix("bert."): tensor for name, tensor in weights.items()}
+    config = EncoderConfig.from_hf(contents.read_config(Path(folder)))
+    _need_mean(Path(folder))
+    weights = contents.open_weights(Path(folder))
+    stored = {name.removeprefix("bert."): name for name in weights}
+    known = {*TOP.values(), *(name.format(i) for name in LAYER.values() for i in range(config.layers))}
+    for name in stored:
+        if name.startswith(("embeddings.", "encoder.")) and name not in known and not name.endswith(contents.BUFFERS):
+            raise InputError(
+                f"the encoder's weights in {folder} hold the tensor {name[:80]}, which no BERT model as config.json "
+                "describes it has: the two are not of one model, or it is not supported."
+            )
     model = jax.eval_shape(lambda: Encoder(config, jax.random.key(0)))
 
     def take(name, shape):
-        if name not in tensors:
+        if name not in stored:
             raise InputError(f"the encoder's weights in {folder} lack the tensor {name}: save them whole.")
-        if tensors[name].shape != tuple(shape):
+        if weights.shape(stored[name]) != tuple(shape):
             raise InputError(
-                f"the encoder's tensor {name} has shape {list(tensors[name].shape)}, "
+                f"the encoder's tensor {name} has shape {list(weights.shape(stored[name]))}, "
                 f"but its config.json asks for {list(shape)}."
             )
-        return tensors[name]
+        return weights[stored[name]]
 
     for ours, theirs in LAYER.items():
         shape = getattr(model.blocks, ours).shape[1:]
@@ -198,6 +200,20 @@ def load(folder: str | Path) -> Encoder:
     for ours, theirs in TOP.items():
         setattr(model, ours, nnx.Param(jnp.asarray(take(theirs, getattr(model, ours).shape), jnp.float32)))
     return model
+
+
+def _need_mean(folder: Path) -> None:
+    """Raises InputError where sentence-transformers' files say that a text's embedding is no mean of its tokens'."""
+    pooling = folder / "1_Pooling" / "config.json"
+    if not pooling.exists():
+        return
+    config = contents.read_json(pooling)
+    modes = [name for name, used in config.items() if name.startswith("pooling_mode") and used is not False]
+    if modes != ["pooling_mode_mean_tokens"] and config.get("pooling_mode") != "mean":
+        raise InputError(
+            f"{pooling} has {', '.join(modes)[:80]}: embeddings are means of a text's tokens here, so take an encoder "
+            "that was trained for that."
+        )
 
 
 class TextEmbedder:
@@ -221,11 +237,7 @@ class TextEmbedder:
         config = encoder.config
         if not 3 <= max_tokens <= config.max_positions:
             raise InputError(f"max_tokens={max_tokens} is out of range: the encoder takes 3 to {config.max_positions}.")
-        if tokenizer.get_vocab_size() > config.vocab_size:
-            raise InputError(
-                f"the encoder's tokenizer has {tokenizer.get_vocab_size()} tokens, but its network has only "
-                f"{config.vocab_size}: take both from one folder."
-            )
+        contents.need_embeddings(tokenizer, config.vocab_size, "the encoder's folder")
         if tokenizer.num_special_tokens_to_add(is_pair=False) != 2:
             raise InputError(
                 "the encoder's tokenizer.json puts no [CLS] and [SEP] around a text: add a post_processor."
@@ -243,7 +255,12 @@ class TextEmbedder:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"the encoder's folder {folder} has no tokenizer.json: save its tokenizer.")
-        return cls(load(folder), Tokenizer.from_file(str(path)), max_tokens)
+        encoder = load(folder)
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises no other kind
+            raise InputError(f"{path} cannot be read ({str(error)[:200]}): save the tokenizer again.") from error
+        return cls(encoder, tokenizer, max_tokens)
 
     @property
     def width(self) -> int:

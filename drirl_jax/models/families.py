@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Callable, Mapping, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 
 from drirl_jax import sharding
 from drirl_jax.metrics import Progress, tracked
-from drirl_jax.models import gemma, llama, mistral, qwen
+from drirl_jax.models import fields, gemma, llama, mistral, qwen, rope
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.types import InputError
@@ -42,6 +43,7 @@ SIZES = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**31} | dict.fr
 # Fields of Config by what they must be.
 COUNTS = "vocab width layers heads kv_heads head_dim ffn".split()
 MEASURES = "rope_theta norm_eps attn_softcap final_softcap window".split()
+BUFFERS = (".rotary_emb.inv_freq", ".position_ids")  # which follow from config.json
 TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 # Public models' sizes, from their published config.json.
 PRESETS = llama.PRESETS | mistral.PRESETS | qwen.PRESETS | gemma.PRESETS
@@ -54,12 +56,13 @@ def config_from_hf(hf: Mapping) -> Config:
         InputError: the family, or something that the config asks of it, is not implemented here; or a field is missing.
     """
     kind = hf.get("model_type")
-    if kind not in FAMILIES:
-        raise InputError(f"config.json has model_type={kind!r}: supported are {', '.join(FAMILIES)}.")
+    if kind not in list(FAMILIES):  # a list, as what a file holds may have no hash
+        raise InputError(f"config.json has model_type={fields.quoted(kind)}: supported are {', '.join(FAMILIES)}.")
+    hf = rope.standard(hf)
     for name, most in SIZES.items():
         size = hf.get(name)
         if size is not None and not (type(size) is int and 0 < size <= most):
-            raise InputError(f"config.json has {name}={repr(size)[:80]}: that is no size of a {kind} model.")
+            raise InputError(f"config.json has {name}={fields.quoted(size)}: that is no size of a {kind} model.")
     try:
         config = FAMILIES[kind].config_from_hf(hf)
         config = config._replace(family=kind, positions=hf.get("max_position_embeddings"))
@@ -67,7 +70,7 @@ def config_from_hf(hf: Mapping) -> Config:
         raise
     except KeyError as error:
         raise InputError(f"config.json lacks the field {error}: it does not describe a {kind} model.") from error
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"config.json has a field that no {kind} model can have ({error}).") from error
     _need_numbers(config)
     if config.heads % config.kv_heads or config.head_dim % 2:
@@ -88,7 +91,7 @@ def _need_numbers(config: Config) -> None:
         or (name in [*MEASURES, *scaling] and not (type(value) in (int, float) and 0 <= value < math.inf))
     }
     if wrong:
-        told = ", ".join(f"{name}={repr(value)[:80]}" for name, value in wrong.items())
+        told = ", ".join(f"{name}={fields.quoted(value)}" for name, value in wrong.items())
         raise InputError(f"config.json does not describe a {config.family} model: it comes to {told}.")
 
 
@@ -99,14 +102,32 @@ def shapes_of(config: Config) -> Transformer:
 
 def check(shapes: Mapping[str, tuple[int, ...]], config: Config) -> None:
     """Raises InputError where `from_hf` would, told by the shapes of the tensors under Hugging Face names."""
+    wanted = wanted_shapes(config)
+    for name, shape in wanted.items():
+        _need(name, shapes)
+        _fits(name, shapes[name], shape)
+    _need_no_others(shapes, wanted, config)
+
+
+def wanted_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The shapes of a decoder's tensors by Hugging Face name."""
     model = shapes_of(config)
     wanted = {theirs: getattr(model, ours).shape for ours, theirs in TOP.items() if hasattr(model, ours)}
     for ours, theirs in FAMILIES[config.family].layer.items():
         if hasattr(model.blocks, ours):
             wanted |= {theirs.format(i): getattr(model.blocks, ours).shape[1:] for i in range(config.layers)}
-    for name, shape in wanted.items():
-        _need(name, shapes)
-        _fits(name, shapes[name], shape)
+    return wanted
+
+
+def _need_no_others(tensors: Collection[str], wanted: Collection[str], config: Config) -> None:
+    """Raises InputError where the weights hold what this model does not compute with, such as scales or biases."""
+    spared = TOP["head"] if config.tied else None  # where it differs from the embedding the folder is refused
+    for name in tensors:
+        if name not in wanted and name != spared and not name.endswith(BUFFERS):
+            raise InputError(
+                f"the weights hold the tensor {name[:80]}, which no {config.family} model as config.json describes it "
+                "has: the two are not of one model, or it is not supported."
+            )
 
 
 def _need(name: str, tensors: Mapping) -> None:
@@ -131,9 +152,10 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config) -> Transformer:
     no two are in the host's memory at once, and no device ever holds more layers whole than one.
 
     Raises:
-        InputError: a tensor is missing or misshapen.
+        InputError: a tensor is missing or misshapen, or there is one that the model does not compute with.
     """
     model = shapes_of(config)
+    _need_no_others(tensors, wanted_shapes(config), config)
 
     def take(name, shape):
         _need(name, tensors)

@@ -3,9 +3,9 @@ text models of Gemma 3 (arXiv 2503.19786), with norms of queries and keys and a 
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping, Sequence
 
-from drirl_jax.models import llama
+from drirl_jax.models import fields, llama, rope
 from drirl_jax.models.architecture import Config, Linear
 
 LAYER = llama.LAYER | {
@@ -18,33 +18,46 @@ LAYER = llama.LAYER | {
 ONLY = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "use_bidirectional_attention": False}
 
 
+# Fields that a Gemma's config may have; the rest of the names stand in ONLY.
+UNDERSTOOD = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "sliding_window",
+    "layer_types",
+)
+UNDERSTOOD3 = (*UNDERSTOOD, "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq")
+WINDOW = 4096  # transformers' own where the config does not say
+
+
 def gemma2_from_hf(hf: Mapping) -> Config:
     """The decoder from a Gemma 2's config; raises what `llama.config_from_hf` does."""
-    return _shape(hf, ONLY, 10_000.0)._replace(
+    return _shape(hf, ONLY, UNDERSTOOD, rope.THETA)._replace(
         attn_softcap=hf["attn_logit_softcapping"] or 0.0,
         final_softcap=hf["final_logit_softcapping"] or 0.0,
-        **llama.windows(hf, hf["sliding_window"], lambda i: i % 2 == 0),
+        **llama.windows(hf, fields.size(hf, "sliding_window", WINDOW), lambda i: i % 2 == 0),
     )
 
 
 def gemma3_from_hf(hf: Mapping) -> Config:
     """The same from a Gemma 3 text model's."""
-    pattern = hf.get("sliding_window_pattern", 6)
-    sight = llama.windows(hf, hf["sliding_window"], lambda i: (i + 1) % pattern != 0)
+    pattern = fields.size(hf, "sliding_window_pattern", 6) or 6
+    sight = llama.windows(hf, fields.size(hf, "sliding_window", WINDOW), lambda i: (i + 1) % pattern != 0)
     if sight:
-        sight["local_rope_theta"] = float(hf.get("rope_local_base_freq", 10_000.0))
+        sight["local_rope_theta"] = fields.number(hf, "rope_local_base_freq", rope.LOCAL_THETA)
     # transformers caps no scores of Gemma 3, whatever the config says, so that a cap there is no known model's.
-    return _shape(hf, ONLY | {"attn_logit_softcapping": False}, 1e6)._replace(
+    only = ONLY | {"attn_logit_softcapping": False}
+    return _shape(hf, only, UNDERSTOOD3, rope.THETA_OF["gemma3_text"])._replace(
         qk_norm=True,
         final_softcap=hf.get("final_logit_softcapping") or 0.0,
         **sight,
     )
 
 
-def _shape(hf: Mapping, only: Mapping, rope_theta: float) -> Config:
-    return llama.shape(hf, only, rope_theta, tied=True)._replace(
+def _shape(hf: Mapping, only: Mapping, understood: Sequence[str], rope_theta: float) -> Config:
+    return llama.shape(hf, only, understood, rope_theta)._replace(
         head_dim=hf["head_dim"],
-        query_pre_attn_scalar=float(hf["query_pre_attn_scalar"]),
+        query_pre_attn_scalar=fields.number(hf, "query_pre_attn_scalar", 256.0),
         **_like(hf["hidden_size"]),
     )
 

@@ -14,14 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import gguf
 import huggingface_hub
-import ml_dtypes  # noqa: F401  gives numpy the name bfloat16, which safetensors looks up
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import transformers
 from safetensors.numpy import save_file
 
 from drirl_jax import bucket
 from drirl_jax.metrics import tracked
-from drirl_jax.models import tokenizers
+from drirl_jax.models import contents, rope, tokenizers
 from drirl_jax.types import InputError
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # the last two: vocabularies, merges
@@ -41,6 +40,15 @@ GGUF_LAYER_TENSORS = {
     "ffn_gate.weight": "mlp.gate_proj.weight",
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
+}
+# Fields of a GGUF file's Llama that are read; any other may change what it computes.
+GGUF_FIELDS = {
+    f"llama.{name}"
+    for name in (
+        "embedding_length feed_forward_length block_count context_length vocab_size attention.head_count "
+        "attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
+        "rope.freq_base rope.dimension_count rope.scaling.type"
+    ).split()
 }
 
 
@@ -85,87 +93,29 @@ def read_config(path: pathlib.Path) -> dict:
         path: a model folder or a .gguf file.
 
     Raises:
-        InputError: there is no readable config, it scales the RoPE of local layers, or the GGUF file holds no plain
-            Llama model.
+        InputError: there is no config of a model that `contents` takes, its RoPE is not supported, or the GGUF file
+            holds no plain Llama model.
     """
     if path.suffix == ".gguf":
         return _gguf_config(path)
-    if not (path / "config.json").is_file():
-        raise InputError(f"the model folder {path} has no config.json: give a Hugging Face model's folder.")
-    config = _read_json(path / "config.json")
-    rope = config.get("rope_parameters") or {}  # where transformers 5 keeps it
-    if "full_attention" in rope:  # by the kind of layer
-        local, rope = rope.get("sliding_attention") or {}, rope["full_attention"]
-        if local.get("rope_type", "default") != "default":
-            raise InputError(f"{path} scales the RoPE of its sliding_attention layers, which is not supported.")
-        config["rope_local_base_freq"] = local.get("rope_theta", 10_000.0)
-    if "rope_theta" in rope:
-        del config["rope_parameters"]
-        config["rope_theta"] = rope.pop("rope_theta")
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = rope
+    config = rope.standard(contents.read_config(path))
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")
     return config
 
 
-class Tensors(Mapping):
-    """The tensors of safetensors files by name, each read when it is asked for, in the type that it has on disk."""
-
-    def __init__(self, files: list[pathlib.Path]):
-        self._file = {}
-        for file in files:
-            try:
-                opened = safe_open(file, framework="numpy")
-            except (SafetensorError, FileNotFoundError) as error:
-                raise InputError(f"{file} cannot be read ({error}): download or save the model again.") from error
-            self._file |= dict.fromkeys(opened.keys(), opened)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        file = self._file[name]
-        try:
-            return file.get_tensor(name)
-        except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:  # a type numpy lacks
-            raise InputError(f"the tensor {name} cannot be read ({error}): save the model as bfloat16.") from error
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, which the file's header tells."""
-        return tuple(self._file[name].get_slice(name).get_shape())
-
-    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
-        return name in self._file
-
-    def __iter__(self):
-        return iter(self._file)
-
-    def __len__(self) -> int:
-        return len(self._file)
-
-
-def read_tensors(path: pathlib.Path) -> Tensors | dict[str, np.ndarray]:
+def read_tensors(path: pathlib.Path) -> contents.Tensors | dict[str, np.ndarray]:
     """Every tensor by Hugging Face name; those of safetensors are read one by one as they are asked for.
 
     Args:
         path: a model folder with *.safetensors, or a .gguf file, whose weights are dequantised to float32.
 
     Raises:
-        InputError: there are no readable weights, or the GGUF file holds no plain Llama model.
+        InputError: there are no weights that `contents` takes, or the GGUF file holds no plain Llama model.
     """
     if path.suffix == ".gguf":
         return _gguf_tensors(path)
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = [path / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    else:
-        files = sorted(path.glob("model.safetensors")) or sorted(path.glob("*.safetensors"))
-    if not files and any(path.glob("*.bin")):
-        raise InputError(
-            f"the model folder {path} has weights in *.bin only, pickles, which are not read: convert them "
-            "to safetensors."
-        )
-    if not files:
-        raise InputError(f"the model folder {path} has no weights: put the model's *.safetensors there.")
-    return Tensors(files)
+    return contents.open_weights(path)
 
 
 def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -174,12 +124,17 @@ def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         _, meta, stored = _open_llama(path)
         names = _gguf_names(path, meta, stored)
         return {names[tensor.name]: tuple(int(n) for n in reversed(tensor.shape)) for tensor in stored}
-    tensors = read_tensors(path)
-    assert isinstance(tensors, Tensors)
+    tensors = contents.open_weights(path)
     return {name: tensors.shape(name) for name in tensors}
 
 
-load_tokenizer = tokenizers.load
+def load_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or a .gguf file. Raises InputError where there is none to be read."""
+    tokenizer = tokenizers.load(path)
+    rows = read_config(path).get("vocab_size") if path.suffix == ".gguf" or (path / "config.json").is_file() else None
+    if type(rows) is int:
+        contents.need_embeddings(tokenizer, rows, path)
+    return tokenizer
 
 
 def save(
@@ -196,14 +151,7 @@ def save(
     """
     dtype = next(iter(tensors.values())).dtype.name
     # Each of these twice: under the name that transformers 4 reads, and under that of 5.
-    config = config | {"torch_dtype": dtype, "dtype": dtype}
-    if "rope_theta" in config:
-        scaling = config.get("rope_scaling") or {"rope_type": "default"}
-        rope = scaling | {"rope_theta": config["rope_theta"]}
-        if "rope_local_base_freq" in config:
-            local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
-            rope = {"full_attention": rope, "sliding_attention": local}
-        config["rope_parameters"] = rope
+    config = rope.in_both_forms(config | {"torch_dtype": dtype, "dtype": dtype})
     generation = tokenizers.generation_config(config, tokenizer)
     if config.get("eos_token_id") is not None and len(generation["eos_token_id"]) > 1:
         config["eos_token_id"] = generation["eos_token_id"]
@@ -250,19 +198,12 @@ def _save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shard
 def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
     # transformers 5 writes two things that 4 stops at; it reads their former names just as well.
-    config = _read_json(folder / "tokenizer_config.json")
+    config = contents.read_json(folder / "tokenizer_config.json")
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_json(folder / "tokenizer_config.json", config)
-
-
-def _read_json(file: pathlib.Path) -> dict:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON ({error}): download or save the model again.") from error
 
 
 def write_json(file: pathlib.Path, value: dict) -> None:
@@ -297,6 +238,14 @@ def _open_llama(path: pathlib.Path) -> tokenizers.Gguf:
             f"{path} holds the architecture {architecture!r}, and only 'llama' is read from GGUF: use the model's "
             "Hugging Face folder."
         )
+    for tensor in file.tensors:
+        try:
+            gguf.quants.dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise InputError(
+                f"{path} holds the tensor {tensor.name} as {tensor.tensor_type.name}, which is not read: use the "
+                "model's Hugging Face folder."
+            ) from error
     return file
 
 
@@ -305,6 +254,10 @@ def _gguf_config(path: pathlib.Path) -> dict:
         return _config_of(*_open_llama(path))
     except KeyError as error:
         raise InputError(f"{path} lacks the field {error} of a Llama model: download it again.") from error
+    except (TypeError, ValueError, IndexError, ArithmeticError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} has a field that no Llama model can have ({error}): download it again.") from error
 
 
 def _config_of(path: pathlib.Path, meta: dict, stored: Sequence) -> dict:
@@ -313,8 +266,21 @@ def _config_of(path: pathlib.Path, meta: dict, stored: Sequence) -> dict:
             f"{path} scales RoPE ({meta['llama.rope.scaling.type']}), which is not read from GGUF: use the "
             "model's Hugging Face folder."
         )
+    unknown = sorted(name for name in meta if name.startswith("llama.") and name not in GGUF_FIELDS)
+    if unknown:
+        raise InputError(
+            f"{path} has the field {unknown[0]}={meta[unknown[0]]!r}, which no plain Llama model has: use the model's "
+            "Hugging Face folder."
+        )
     shapes = {tensor.name: tensor.shape for tensor in stored}  # the innermost axis first
     heads = meta["llama.attention.head_count"]
+    width = meta.get("llama.attention.key_length", meta["llama.embedding_length"] // heads)
+    for name in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if meta.get(name, width) != width:
+            raise InputError(
+                f"{path} has {name}={meta[name]} for heads of width {width}: heads that are rotated in part, or whose "
+                "values have a width of their own, are not supported."
+            )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -324,7 +290,7 @@ def _config_of(path: pathlib.Path, meta: dict, stored: Sequence) -> dict:
         "num_hidden_layers": meta["llama.block_count"],
         "num_attention_heads": heads,
         "num_key_value_heads": meta.get("llama.attention.head_count_kv", heads),
-        "head_dim": meta.get("llama.attention.key_length", meta["llama.embedding_length"] // heads),
+        "head_dim": width,
         "vocab_size": int(shapes["token_embd.weight"][1]),
         "max_position_embeddings": meta["llama.context_length"],
         "rope_theta": meta.get("llama.rope.freq_base", 10_000.0),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from drirl_jax.models.architecture import ROPE_SCALING, Config, Linear, Llama3
+from drirl_jax.models import fields, rope
+from drirl_jax.models.architecture import Config, Llama3
 from drirl_jax.types import InputError
 
 # Of one layer: our name, and Hugging Face's with the layer's number left open.
@@ -25,24 +26,32 @@ TYPES = {"full_attention": False, "sliding_attention": True}
 
 def config_from_hf(hf: Mapping) -> Config:
     """The decoder from a Llama's config. Raises InputError for what is not implemented, KeyError for a gap."""
-    return shape(hf, ONLY)
+    config = shape(hf, ONLY, ("layer_types",))
+    if any(name != "full_attention" for name in hf.get("layer_types") or ()):
+        raise InputError(
+            "config.json has layer_types other than full_attention, which transformers leaves out in a llama model: "
+            "remove the field, or take a model of another family."
+        )
+    return config
 
 
-def shape(hf: Mapping, only: Mapping, rope_theta: float = 10_000.0, tied: bool = False) -> Config:
+def shape(hf: Mapping, only: Mapping, understood: Collection[str] = (), rope_theta: float = rope.THETA) -> Config:
     """What all families' configs say in the same words.
 
     Args:
-        hf: a Hugging Face config as `hf.read_config` gives it.
+        hf: a Hugging Face config as `rope.standard` gives it.
         only: values of fields that change the computation; no others are implemented for this family.
-        rope_theta, tied: the family's defaults.
+        understood: names of fields that change the computation and that the family's file reads itself.
+        rope_theta: the family's default.
 
     Raises:
-        InputError: the config asks for what is not implemented here.
+        InputError: the config asks for what is not implemented here, or a field has a wrong type.
         KeyError: a field is missing.
     """
     for name, wanted in only.items():
         if (hf.get(name, wanted) or False) != wanted:
             raise InputError(f"config.json has {name}={hf[name]!r}: only {wanted!r} is supported.")
+    fields.need_understood(hf, [*only, *understood])
     heads = hf["num_attention_heads"]
     return Config(
         vocab=hf["vocab_size"],
@@ -52,22 +61,11 @@ def shape(hf: Mapping, only: Mapping, rope_theta: float = 10_000.0, tied: bool =
         kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
         ffn=hf["intermediate_size"],
-        rope_theta=float(hf.get("rope_theta", rope_theta)),
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        tied=bool(hf.get("tie_word_embeddings", tied)),
-        rope_scaling=_rope_scaling(hf.get("rope_scaling") or {}),
+        rope_theta=fields.number(hf, "rope_theta", rope_theta),
+        norm_eps=fields.number(hf, "rms_norm_eps", 1e-6),
+        tied=fields.tied(hf),
+        rope_scaling=rope.scaling_of(hf),
     )
-
-
-def _rope_scaling(scaling: Mapping) -> Linear | Llama3 | None:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in ROPE_SCALING:
-        raise InputError(f"config.json has the rope_type {kind!r}: supported are default, {', '.join(ROPE_SCALING)}.")
-    if scaling.get("partial_rotary_factor", 1) != 1:
-        raise InputError("config.json has a partial_rotary_factor: heads that are rotated in part are not supported.")
-    return ROPE_SCALING[kind](*(scaling[name] for name in ROPE_SCALING[kind]._fields))
 
 
 def windows(hf: Mapping, window: int | None, is_local: Callable[[int], bool]) -> dict:
@@ -80,12 +78,14 @@ def windows(hf: Mapping, window: int | None, is_local: Callable[[int], bool]) ->
     Raises:
         InputError: the config's "layer_types" do not fit.
     """
-    layers = hf["num_hidden_layers"]
-    types = hf.get("layer_types") or [list(TYPES)[is_local(i)] for i in range(layers)]
-    if len(types) != layers or not TYPES.keys() >= set(types):
+    layers, types = hf["num_hidden_layers"], hf.get("layer_types")
+    if types is None:
+        types = [list(TYPES)[is_local(i)] for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or any(name not in list(TYPES) for name in types):
+        kinds = sorted({str(name) for name in types}) if isinstance(types, list) else [str(types)]
         raise InputError(
-            f"config.json has layer_types of {len(types)} layers and of the kinds {', '.join(sorted(set(types)))}: one "
-            f"for each of the {layers} layers is needed, {' or '.join(TYPES)}."
+            f"config.json has layer_types of {len(types) if isinstance(types, list) else 0} layers and of the kinds "
+            f"{', '.join(kinds)[:80]}: one for each of the {layers} layers is needed, {' or '.join(TYPES)}."
         )
     local = tuple(TYPES[name] for name in types)
     if not any(local):

@@ -1,17 +1,23 @@
-"""The Mistral family: a Llama all of whose layers may have a sliding window (arXiv 2310.06825)."""
+"""The Mistral family: a Llama whose layers may have a sliding window, all (arXiv 2310.06825) or some of them."""
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
-from drirl_jax.models import llama
+from drirl_jax.models import fields, llama
 from drirl_jax.models.architecture import Config
+
+WINDOW = 4096  # transformers' own where the config does not say; null stands for none
 
 
 def config_from_hf(hf: Mapping) -> Config:
-    """The decoder from a Mistral's config; raises what `llama.config_from_hf` does."""
-    config, window = llama.shape(hf, llama.ONLY), hf.get("sliding_window")
-    return config._replace(window=window, local=(True,) * config.layers) if window else config
+    """The decoder from a Mistral's config; raises what `llama.config_from_hf` does.
+
+    With "layer_types" it is what transformers calls Ministral, and loads as such; without, all layers are alike.
+    """
+    window = fields.size(hf, "sliding_window", WINDOW)
+    config = llama.shape(hf, llama.ONLY, ("sliding_window", "layer_types"))
+    return config._replace(**llama.windows(hf, window, lambda i: window is not None))
 
 
 _MISTRAL = Config(32_768, 4096, 32, 32, 8, 128, 14_336, 1e6, tied=False, family="mistral")

@@ -3,10 +3,11 @@ has no biases and norms every head's queries and keys (arXiv 2505.09388)."""
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
-from drirl_jax.models import llama
+from drirl_jax.models import fields, llama
 from drirl_jax.models.architecture import Config
+from drirl_jax.types import InputError
 
 LAYER = llama.LAYER | {
     "q_bias": "model.layers.{}.self_attn.q_proj.bias",
@@ -17,20 +18,29 @@ LAYER = llama.LAYER | {
 }
 
 
+# Fields of the windows, and what transformers takes where they are absent.
+WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+
+
 def qwen2_from_hf(hf: Mapping) -> Config:
     """The decoder from a Qwen2's config; raises what `llama.config_from_hf` does."""
-    return llama.shape(hf, {"hidden_act": "silu"})._replace(qkv_bias=True, **_windows(hf))
+    return llama.shape(hf, {"hidden_act": "silu"}, WINDOWS)._replace(qkv_bias=True, **_windows(hf))
 
 
 def qwen3_from_hf(hf: Mapping) -> Config:
     """The same from a Qwen3's, which must give its head_dim."""
-    config = llama.shape(hf, {"hidden_act": "silu", "attention_bias": False})
+    config = llama.shape(hf, {"hidden_act": "silu", "attention_bias": False}, WINDOWS)
     return config._replace(head_dim=hf["head_dim"], qk_norm=True, **_windows(hf))
 
 
 def _windows(hf: Mapping) -> dict:
-    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    return llama.windows(hf, window, lambda i: bool(window) and i >= hf["max_window_layers"])
+    """Without use_sliding_window the width counts for nothing, whatever it is."""
+    used = fields.boolean(hf, "use_sliding_window", WINDOWS["use_sliding_window"])
+    window = fields.size(hf, "sliding_window", WINDOWS["sliding_window"]) if used else None
+    first = hf.get("max_window_layers", WINDOWS["max_window_layers"])
+    if window and not (type(first) is int and first >= 0):
+        raise InputError(f"config.json has max_window_layers={fields.quoted(first)}: a whole number is needed.")
+    return llama.windows(hf, window, lambda i: window is not None and i >= first)
 
 
 _QWEN = Config(151_936, 896, 24, 14, 2, 64, 4864, 1e6, 1e-6)

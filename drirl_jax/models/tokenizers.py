@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from drirl_jax.models import templates
+from drirl_jax.models import gguf_header, templates
 from drirl_jax.types import InputError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -222,7 +222,7 @@ def open_gguf(path: pathlib.Path) -> Gguf:
     try:
         stat = path.stat()
         return _parsed(path, stat.st_size, stat.st_mtime_ns)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, FileNotFoundError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, OSError) as error:
         raise InputError(f"{path} is not a readable GGUF file ({error}): download it again.") from error
 
 
@@ -230,6 +230,7 @@ def open_gguf(path: pathlib.Path) -> Gguf:
 def _parsed(path: pathlib.Path, size: int, changed: int) -> Gguf:
     """Kept until the file changes or another is opened: config, tokenizer and weights are read one after the other, and
     the words of a vocabulary take the reader seconds."""
+    gguf_header.need_bounded(path)
     reader = gguf.GGUFReader(path)
     return Gguf(path, {key: field.contents() for key, field in reader.fields.items()}, reader.tensors)
 
