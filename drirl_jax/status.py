@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -70,14 +71,23 @@ def _stage(name: str, workdir: pathlib.Path, steps: int | None, rows: list[dict]
 
 
 def held(workdir: pathlib.Path) -> bool:
-    """Whether a process of this machine has taken the workdir, as `process.lock` does."""
+    """Whether a process of this machine has taken the workdir, as `process.Lock` does."""
+    return any(_locked(path) for path in (workdir, workdir / ".lock"))
+
+
+def _locked(path: pathlib.Path) -> bool:
     try:
-        with (workdir / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # no run has been there
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no run has been there, or a file system without locks
+    except OSError:  # a file system without locks
         return False
+    finally:
+        os.close(descriptor)
     return False
 
 

@@ -9,7 +9,9 @@ ROOT = pathlib.Path(drirl_jax.__file__).parent
 
 # Bottom first. A module may import from lines above its own, and from its own line where that is a package.
 LAYERS = [
-    ["drirl_jax", "drirl_jax.types", "drirl_jax.console", "drirl_jax.status"],
+    ["drirl_jax", "drirl_jax.errors"],
+    ["drirl_jax.types", "drirl_jax.console", "drirl_jax.runtime"],
+    ["drirl_jax.status"],
     ["drirl_jax.sharding", "drirl_jax.process", "drirl_jax.intervals", "drirl_jax.sinks"],
     ["drirl_jax.metrics"],
     ["drirl_jax.bucket"],
