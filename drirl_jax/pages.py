@@ -20,15 +20,36 @@ from ml_collections import ConfigDict
 import drirl_jax
 from drirl_jax import metrics, workdirs
 from drirl_jax.data.examples import Examples
+from drirl_jax.evals import runner
 from drirl_jax.intervals import Interval, difference, interval, paired_shares, wilson
 from drirl_jax.plots import percent
-from drirl_jax.types import InputError
+from drirl_jax.runtime import json_files
 
 # Prompts and responses are untrusted text: everything is escaped, and what no page may hold becomes a replacement sign.
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("drirl_jax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
+
+
+# What the files of a workdir say: see `json_files`.
+FIGURE = {"value": float, "low": float, "high": float, "n": int, ...: object}
+BENCHMARK = {
+    "judge": str,
+    "judges": {...: {"metrics": {...: FIGURE}}},
+    "agreement": {...: {"n": int, "agree": float, "kappa": json_files.NUMBER}},
+    "responses": [dict],
+}
+EVALUATION = runner.RESULT | {json_files.Maybe("benchmarks"): {...: BENCHMARK}}
+FACTS = {json_files.Maybe("records"): {...: {...: int}}}
+RELIABILITY = {...: [{"n": int, "confidence": json_files.NUMBER, "right": json_files.NUMBER}]}
+SAMPLES = json_files.ROW | {
+    "category": str,
+    "id": str,
+    "prompt": str,
+    "demonstration": str,
+    "responses": [{"text": str}],
+}
 
 
 class Run(NamedTuple):
@@ -72,16 +93,16 @@ def read(workdir: pathlib.Path) -> Run:
     """The run. Raises InputError if the folder is none, or a file of it is damaged."""
     config = workdirs.recall(workdir)
 
-    def held(name: str) -> dict:
+    def kept(name: str, form: Any) -> dict:
         path = workdir / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({error}): remove it and start the run again.") from error
+        hint = "remove it and start the run again, which makes it anew"
+        return json_files.load(path, form, hint) if path.exists() else {}
 
-    rows, seconds, samples = (metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "timing", "samples"))
-    base, aligned = (held(f"evals/{name}.json") for name in ("base", "aligned"))
-    return Run(workdir, config, held("facts.json"), rows, seconds, samples, base, aligned, held("reliability.json"))
+    rows, seconds = (metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
+    samples = json_files.rows(workdir / "samples.jsonl", SAMPLES)
+    base, aligned = (kept(f"evals/{name}.json", EVALUATION) for name in ("base", "aligned"))
+    facts, reliability = kept("facts.json", FACTS), kept("reliability.json", RELIABILITY)
+    return Run(workdir, config, facts, rows, seconds, samples, base, aligned, reliability)
 
 
 def facts_of(examples: Mapping[str, Examples], categories: Sequence[str]) -> dict:
@@ -113,9 +134,7 @@ def revision(source: pathlib.Path) -> str:
 
 def note(workdir: pathlib.Path, facts: Mapping) -> None:
     """Writes facts.json, which is of the last start."""
-    temporary = workdir / "facts.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    temporary.replace(workdir / "facts.json")
+    json_files.replace(workdir / "facts.json", json.dumps(facts, indent=1) + "\n")
 
 
 def differences(*configs: ConfigDict) -> dict[str, tuple]:

@@ -109,8 +109,8 @@ class Lock:
         has taken it."""
         if not _is_same(self.workdir, self.folder):
             raise InputError(
-                f"the workdir {self.workdir} was removed or moved while it was at work in: put it back, and start the "
-                "same command again."
+                f"the workdir {self.workdir} was removed or moved during the run: put it back, and start the same "
+                "command again."
             )
         if not _is_same(self.workdir / ".lock", self.file.fileno()):
             self.file.close()

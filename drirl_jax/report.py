@@ -10,7 +10,6 @@ evaluated on some prompts of the first.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Iterator, Mapping, Sequence
 import numpy as np
 import rich.console
 
-from drirl_jax import compare, plots
+from drirl_jax import compare, console, plots
 from drirl_jax import config as config_lib
 from drirl_jax.intervals import Interval, wilson
 from drirl_jax.pages import (
@@ -44,6 +43,7 @@ from drirl_jax.pages import (
     written,
 )
 from drirl_jax.plots import percent, words
+from drirl_jax.runtime import json_files
 from drirl_jax.types import InputError
 
 SHOWN, MORE = 2, 20  # prompts of a category with their responses: at once, and behind a click
@@ -291,7 +291,7 @@ def tokens(run: Run) -> list[str]:
         out.append(f"The alignment sampled {sampled:,.0f} tokens in {len(lengths) * c.batch * c.group:,} responses.")
     for path in (run.workdir / name for name in REPLIES):
         if path.exists():
-            replies = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+            replies = json_files.rows(path, {"tokens": int}, "remove that line: the reply is then asked for again")
             written = sum(max(reply["tokens"], 0) for reply in replies)
             out.append(f"{path.name} holds {len(replies):,} replies of a server, {written:,} tokens as it counts them.")
     return out
@@ -347,11 +347,11 @@ def cards(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def terminal_table(run: Run) -> str:
     """The before/after table, and the benchmarks', for the terminal."""
-    console = rich.console.Console(width=120, markup=False)
-    with console.capture() as captured:
-        console.print(plots.headline(run.base, run.aligned))
+    page = rich.console.Console(width=120, markup=False)
+    with page.capture() as captured:
+        page.print(plots.headline(run.base, run.aligned))
         for table in filter(None, (by_category(run), benchmarks(run))):
-            console.print(table.rich())
+            page.print(table.rich())
     return captured.get()
 
 
@@ -378,4 +378,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    console.outlive_readers()
     main()

@@ -17,9 +17,14 @@ import statistics
 import sys
 import time
 
+from drirl_jax import console
+from drirl_jax.runtime import json_files
+
 SHOWN = ("loss", "reward", "gap", "kl", "alpha_d", "alpha_m", "length", "pairs_right", "accuracy", "skipped")
 RECENT = 20  # steps whose seconds are looked at
 TAIL = 2**21  # bytes of a file that are read, from its end
+PRODUCTS = {"irl": "rewards", "align": "aligned", "evals": "report.html"}  # of each stage
+CONFIG = {"schedule": [str], "irl": {"steps": int}, "align": {"steps": int}}
 
 
 def of(workdir: pathlib.Path) -> dict:
@@ -32,13 +37,17 @@ def of(workdir: pathlib.Path) -> dict:
          "stops": steps that a guard has kept, as align-13}; null where nothing is known.
 
     Raises:
-        ValueError: no run is there; one sentence.
+        ValueError: no run is there, or a file of it is damaged; one sentence.
     """
     try:
-        config = json.loads((workdir / "config.json").read_text("utf-8"))
-        schedule, steps = config["schedule"], {name: config[name]["steps"] for name in ("irl", "align")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{workdir} holds no run: it has no config.json of one. Name a --workdir of drirl_jax.main.")
+        config = json_files.load(workdir / "config.json", CONFIG)
+    except ValueError as error:
+        raise ValueError(
+            f"{workdir} holds no run: it has no config.json of one ({error}) Name a --workdir of drirl_jax.main."
+        ) from error
+    schedule, steps = config["schedule"], {name: config[name]["steps"] for name in ("irl", "align")}
+    if unknown := [name for name in schedule if name not in PRODUCTS]:
+        raise ValueError(f"{workdir}/config.json names the stages {unknown}: it is damaged, or of another version.")
     rows, timing = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
     stages = [_stage(name, workdir, steps.get(name), rows, timing) for name in schedule]
     metrics = workdir / "metrics.jsonl"
@@ -56,7 +65,7 @@ def of(workdir: pathlib.Path) -> dict:
 
 
 def _stage(name: str, workdir: pathlib.Path, steps: int | None, rows: list[dict], timing: list[dict]) -> dict:
-    product = {"irl": "rewards", "align": "aligned", "evals": "report.html"}[name]
+    product = PRODUCTS[name]
     finished = bool(_numbered(workdir / product)) if name == "irl" else (workdir / product).exists()
     if name == "evals":
         steps, done = 2, sum((workdir / "evals" / f"{of_}.json").exists() for of_ in ("base", "aligned"))
@@ -98,13 +107,7 @@ def _numbered(folder: pathlib.Path) -> list[int]:
 
 def _rows(path: pathlib.Path) -> list[dict]:
     """The last rows of a JSONL file, without one that is being written."""
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        first = max(0, path.stat().st_size - TAIL)
-        file.seek(first)
-        lines = file.read().split(b"\n")[first > 0 : -1]
-    return [json.loads(line) for line in lines]
+    return json_files.rows(path, json_files.SCALARS, tail=TAIL)
 
 
 def duration(seconds: float) -> str:
@@ -154,4 +157,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    console.outlive_readers()
     main(sys.argv[1:])

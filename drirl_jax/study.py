@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import csv
+import functools
 import json
 import logging
 import multiprocessing
 import os
 import pathlib
 import queue
-import shutil
 import signal
 import threading
 from typing import Callable, NamedTuple, Sequence
@@ -36,6 +36,8 @@ from drirl_jax.intervals import Interval, difference, interval
 from drirl_jax.models import hf
 from drirl_jax.plots import percent
 from drirl_jax.process import PREEMPTED, keep_memory
+from drirl_jax.runtime import json_files
+from drirl_jax.text import Text
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -169,9 +171,7 @@ def take_base(source: pathlib.Path, config: ConfigDict, folder: pathlib.Path) ->
     evaluated, here = (run / "evals" / "base.json" for run in (source, folder))
     if evaluated.exists() and not here.exists() and workdirs.recall(source).evals == config.evals:
         here.parent.mkdir(parents=True, exist_ok=True)
-        temporary = here.with_suffix(".tmp")
-        shutil.copyfile(evaluated, temporary)
-        temporary.replace(here)
+        json_files.replace(here, evaluated.read_text("utf-8"))
 
 
 def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, pathlib.Path]]:
@@ -195,6 +195,17 @@ def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, 
             learned.setdefault(key, folder)
         (learn if "irl" in schedule else take).append((config, folder))
     return learn + take
+
+
+def _contents(config: ConfigDict) -> dict[str, str]:
+    """The hash of what a finished run was made of, but for the items of its benchmarks, which are in its results."""
+    return workdirs.contents_of(config, _tokens(config.policy.init, config.policy.system))
+
+
+@functools.cache
+def _tokens(init: str, system: str | None) -> Text:
+    """Of a policy; runs of a study mostly share one."""
+    return Text(hf.load_tokenizer(hf.resolve(init)), system)
 
 
 def _follow() -> None:
@@ -240,7 +251,7 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
         if rewards:
             rewards.result()
         if (folder / "evals" / "aligned.json").exists():
-            return workdirs.remember(config, folder)
+            return workdirs.remember(config, folder, _contents(config))
         log.info("run %d of %d: %s, seed %d", number, len(runs), folder.parent.name, config.seed)
         if config.reward.init:
             take_base(pathlib.Path(config.reward.init), config, folder)
@@ -276,7 +287,8 @@ def results(study: ConfigDict, workdir: pathlib.Path) -> dict[str, list[tuple[di
         )
 
     def read(folder: pathlib.Path, which: str):
-        result = json.loads((folder / "evals" / f"{which}.json").read_text())
+        hint = "remove it and start the study again, which makes it anew"
+        result = json_files.load(folder / "evals" / f"{which}.json", pages.EVALUATION, hint)
         for response in result["responses"]:
             response["harmless"] = response["category"] in harmless
         if harm:

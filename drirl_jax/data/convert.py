@@ -22,6 +22,7 @@ import re
 import sys
 from typing import Iterator, Sequence
 
+from drirl_jax import console
 from drirl_jax.data import files
 from drirl_jax.data.files import Row
 from drirl_jax.data.published import PUBLISHED, Answer
@@ -131,4 +132,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    console.outlive_readers()
     main()

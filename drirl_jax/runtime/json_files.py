@@ -4,7 +4,7 @@ A form says what a value must be:
 
     a type, or several        dict, (float, type(None)); a float may be written as an integer, a truth value may not
     [form]                    a list of such values
-    {name: form, ...: form}   an object that has these names; after `...` the form of all other values
+    {name: form, ...: form}   an object that has these names, a Maybe perhaps; after `...` the form of all other values
 
 This module needs no jax: `status` reads workdirs with it.
 """
@@ -12,6 +12,7 @@ This module needs no jax: `status` reads workdirs with it.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -23,6 +24,10 @@ SCALARS = ROW | {...: NUMBER}
 HINT = "put a whole copy of the file there"
 
 
+class Maybe(str):
+    """A name that an object may lack."""
+
+
 def fault(value: Any, form: Any, name: str = "") -> str | None:
     """What in the value is not of the form, in words; None where all is."""
     if isinstance(form, list):
@@ -32,7 +37,7 @@ def fault(value: Any, form: Any, name: str = "") -> str | None:
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return f"{name or 'it'} is no object"
-        if missing := [key for key in form if key is not ... and key not in value]:
+        if missing := [key for key in form if key is not ... and key not in value and not isinstance(key, Maybe)]:
             return f"{f'{name} has ' if name else 'it has '}no {missing[0]!r}"
         forms = {key: form.get(key, form.get(..., object)) for key in value}
         found = (fault(value[key], of, f"{name}.{key}".lstrip(".")) for key, of in forms.items())
@@ -73,10 +78,13 @@ def load(path: Any, form: Any = dict, hint: str = HINT) -> Any:
         raise InputError(f"{path} is damaged ({error}): {hint}.") from error
 
 
-def lines(path: Any, form: Any = ROW, hint: str = HINT) -> list[tuple[dict, str]]:
+def lines(path: Any, form: Any = ROW, hint: str = HINT, tail: int = 0) -> list[tuple[dict, str]]:
     """(row, line) of each whole line of a JSONL file; [] where there is none.
 
     A last line without its end, which a killed run leaves, is not among them.
+
+    Args:
+        tail: bytes at the end of the file in which whole lines are looked for; 0: all.
 
     Raises:
         InputError: another line is damaged, or not of the form: the sentence gives its number.
@@ -85,20 +93,24 @@ def lines(path: Any, form: Any = ROW, hint: str = HINT) -> list[tuple[dict, str]
         return []
     found = []
     try:
-        whole = path.read_bytes().split(b"\n")[:-1]
+        with path.open("rb") as file:
+            first = max(0, os.fstat(file.fileno()).st_size - tail) if tail else 0
+            file.seek(first)
+            whole = file.read().split(b"\n")[first > 0 : -1]
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): {hint}.") from error
     for number, line in enumerate(whole, start=1):
         try:
             found.append((_parsed(line, form), f"{line.decode('utf-8')}\n"))
         except ValueError as error:
-            raise InputError(f"{path}, line {number} is damaged ({error}): {hint}.") from error
+            where = f"line {number}" if not first else "a line near its end"
+            raise InputError(f"{path}, {where} is damaged ({error}): {hint}.") from error
     return found
 
 
-def rows(path: Any, form: Any = ROW, hint: str = HINT) -> list[dict]:
+def rows(path: Any, form: Any = ROW, hint: str = HINT, tail: int = 0) -> list[dict]:
     """The rows of `lines`."""
-    return [row for row, _ in lines(path, form, hint)]
+    return [row for row, _ in lines(path, form, hint, tail)]
 
 
 def replace(path: pathlib.Path, text: str) -> None:

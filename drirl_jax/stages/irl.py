@@ -17,6 +17,7 @@ from drirl_jax import optimizer, sharding
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward
+from drirl_jax.runtime import json_files
 from drirl_jax.stages import align
 from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw_all, group_of, row_batches
 from drirl_jax.types import Array, Group, InputError
@@ -264,7 +265,7 @@ def make(context: Context) -> Stage:
             out[f"ece{suffix}"] = calibration_error(curves[name])
             out[f"length_correlation{suffix}"] = correlation(s["whole"][rows, 1 : 1 + K], state.carry.valid[1][rows])
         if context.workdir and step == c.steps and sharding.writes():
-            (context.workdir.local / "reliability.json").write_text(json.dumps(curves, indent=1) + "\n")
+            json_files.replace(context.workdir.local / "reliability.json", json.dumps(curves, indent=1) + "\n")
         return out
 
     def finish(state: State) -> reward.Bank:
