@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import pathlib
+from functools import partial
 from typing import Callable
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from drirl_jax import bucket, sharding
+from drirl_jax.runtime import json_files
 from drirl_jax.types import Array, InputError, PyTree
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,17 @@ def checksums(flat: dict) -> dict[str, int]:
     return {path: int(value) for path, value in jax.device_get(_checksums(flat)).items()}
 
 
+def _unreadable(folder: bucket.Path) -> dict[int, str]:
+    """The checkpoints whose metadata is no JSON object with another in it, and why."""
+    found = {}
+    for step in (path for path in folder.iterdir() if path.name.isdigit()):
+        try:
+            json_files.load(step / "_CHECKPOINT_METADATA", {"custom_metadata": dict})
+        except InputError as error:
+            found[int(step.name)] = str(error)
+    return found
+
+
 class Checkpoints:
     """The checkpoints of one stage: the newest few, each complete or absent whenever the process dies."""
 
@@ -66,7 +79,12 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=ASYNC)
         # Without a handler named here orbax looks into the newest checkpoint, however damaged, how to read all others.
         handler = ocp.StandardCheckpointHandler()
-        self.manager = ocp.CheckpointManager(self.folder, item_handlers=handler, options=options)
+        open_folder = partial(ocp.CheckpointManager, self.folder, item_handlers=handler, options=options)
+        try:
+            self.manager = open_folder()
+        except ValueError:  # metadata of another type, over which orbax stumbles here already
+            self._rename(_unreadable(self.folder))
+            self.manager = open_folder()
 
     def latest(self) -> int | None:
         """The number of finished steps in the newest checkpoint, or None; waits for one that is being written."""
@@ -141,6 +159,11 @@ class Checkpoints:
 
     def _put_aside(self, damaged: dict[int, str]) -> None:
         """Renames these checkpoints, so that the steps can be saved again."""
+        self._rename(damaged)
+        if damaged:
+            self.manager.reload()
+
+    def _rename(self, damaged: dict[int, str]) -> None:
         for step, why in damaged.items():
             if sharding.writes():
                 aside = self._free_name(step)
@@ -150,7 +173,6 @@ class Checkpoints:
                 bucket.move(self.folder / str(step), aside)
         if damaged:
             sharding.agreed(True)  # that is, no process reads the folder before that is done
-            self.manager.reload()
 
     def _free_name(self, step: int) -> bucket.Path:
         """Where nothing was put aside yet."""

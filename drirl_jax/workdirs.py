@@ -69,7 +69,8 @@ def policy_contents(config: ConfigDict, tokens: Text) -> dict[str, str]:
     path = hf.resolve(config.policy.init)
     return {
         "weights": stamp(path),
-        "model": contents.of_model_config(hf.read_config(path)),
+        # A .gguf file holds its config beside the weights, and takes seconds to be parsed.
+        "model": contents.of_model_config(hf.read_config(path)) if path.is_dir() else contents.of_value("in the file"),
         "tokenizer": contents.of_tokenizer(tokens.tokenizer),
         "template": contents.of_template(tokens.tokenizer),
         "ends": contents.of_value(list(tokens.eos_ids)),

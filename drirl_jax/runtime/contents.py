@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import weakref
 from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -81,7 +82,14 @@ def of_model_config(config: Mapping[str, Any]) -> str:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """The hash of a transformers tokenizer in its serialised form, without the state that calls leave in it."""
+    """The hash of a transformers tokenizer in its serialised form, without the state that calls leave in it; computed
+    once for each."""
+    if tokenizer not in _tokenizers:
+        _tokenizers[tokenizer] = _of_tokenizer(tokenizer)
+    return _tokenizers[tokenizer]
+
+
+def _of_tokenizer(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return of_value(tokenizer.get_vocab())
@@ -96,6 +104,7 @@ def of_template(tokenizer: Any) -> str:
 
 
 _weights: dict[tuple, str] = {}
+_tokenizers: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def _state(path: pathlib.Path) -> tuple:
