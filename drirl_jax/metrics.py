@@ -104,10 +104,10 @@ class MetricWriter:
         turn = {name: i for i, name in enumerate(stage_order)}
         at = (turn[stage], step)
         for path in (self.metrics, self.seconds, *filter(pathlib.Path.exists, (self.samples,))):
-            rows = json_files.lines(path, json_files.ROW)
-            if unknown := {row["stage"] for row, _ in rows} - turn.keys():
+            whole = json_files.lines(path, json_files.ROW)
+            if unknown := {row["stage"] for row, _ in whole} - turn.keys():
                 raise InputError(f"{path} has rows of {', '.join(sorted(unknown))}, no stage of config.schedule.")
-            json_files.replace(path, "".join(line for row, line in rows if (turn[row["stage"]], row["step"]) <= at))
+            json_files.replace(path, "".join(line for row, line in whole if (turn[row["stage"]], row["step"]) <= at))
         rows = self.read()
         self.rows = len(rows)
         done = {(row["stage"], row["step"]) for row in rows}
