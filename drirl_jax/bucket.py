@@ -6,12 +6,13 @@ uploaded whole before each checkpoint: what a lost machine takes with it is what
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 import re
 import tempfile
 import uuid
-from typing import TypeAlias
+from typing import Iterator, TypeAlias
 
 import fsspec
 from etils import epath
@@ -114,8 +115,30 @@ class Workdir:
         self.remote = not isinstance(self.kept, pathlib.Path)
         self.local = pathlib.Path(_scratch().name) / uuid.uuid4().hex if self.remote else self.kept
         self.owner, self._pushed = uuid.uuid4().hex.encode(), {}
+        self.lock: process.Lock | None = None
 
-    def take(self) -> object:
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """`take` for what is done inside; an error that comes of a folder that was removed meanwhile says so."""
+        lock = self.take()
+        try:
+            yield
+        except Exception:
+            if lock:
+                lock.require()
+            raise
+        finally:
+            if lock:
+                lock.close()
+
+    def require(self) -> None:
+        """Raises InputError where this process has the workdir no longer, or its folder is gone."""
+        if self.lock:
+            self.lock.require()
+        elif self.remote and _files().cat_file(f"{self.kept}/.owner") != self.owner:
+            raise InputError(f"a newer run is at work in {self.kept}: this one ends, and leaves it to that.")
+
+    def take(self) -> process.Lock | None:
         """Takes the workdir for this process, and fetches from a bucket what a run that goes on reads again.
 
         A folder is locked until what is returned is closed or the process dies. A bucket knows no locks: there the
@@ -125,7 +148,8 @@ class Workdir:
             InputError: another run has the folder, or nothing can be written there.
         """
         if not self.remote:
-            return process.lock(self.local)
+            self.lock = process.lock(self.local)
+            return self.lock
         self.local.mkdir(parents=True)
         try:
             _files().pipe_file(f"{self.kept}/.owner", self.owner)
@@ -143,15 +167,17 @@ class Workdir:
         return None
 
     def push(self) -> None:
-        """Uploads what has changed here since the last time, each file whole; only from the process that writes.
+        """Sees that the workdir is still this process's, and uploads to a bucket what has changed here since the last
+        time, each file whole; only from the process that writes.
 
         Raises:
-            InputError: a newer run has taken the workdir.
+            InputError: another run has taken the workdir, or its folder is gone.
         """
-        if not (self.remote and sharding.writes()):
+        if not sharding.writes():
             return
-        if _files().cat_file(f"{self.kept}/.owner") != self.owner:
-            raise InputError(f"a newer run is at work in {self.kept}: this one ends, and leaves it to that.")
+        self.require()
+        if not self.remote:
+            return
         for file in sorted(file for file in self.local.rglob("*") if file.is_file()):
             if self._pushed.get(file) != (state := _state(file)):
                 _files().put_file(str(file), f"{self.kept}/{file.relative_to(self.local)}")

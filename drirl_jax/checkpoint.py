@@ -9,8 +9,11 @@ all. Beside it stand checksums that were computed on the devices, so that what c
 
 from __future__ import annotations
 
+import itertools
 import logging
 import pathlib
+from functools import partial
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from drirl_jax import bucket, sharding
+from drirl_jax.runtime import json_files
 from drirl_jax.types import Array, InputError, PyTree
 
 log = logging.getLogger(__name__)
@@ -56,13 +60,31 @@ def checksums(flat: dict) -> dict[str, int]:
     return {path: int(value) for path, value in jax.device_get(_checksums(flat)).items()}
 
 
+def _unreadable(folder: bucket.Path) -> dict[int, str]:
+    """The checkpoints whose metadata is no JSON object with another in it, and why."""
+    found = {}
+    for step in (path for path in folder.iterdir() if path.name.isdigit()):
+        try:
+            json_files.load(step / "_CHECKPOINT_METADATA", {"custom_metadata": dict})
+        except InputError as error:
+            found[int(step.name)] = str(error)
+    return found
+
+
 class Checkpoints:
     """The checkpoints of one stage: the newest few, each complete or absent whenever the process dies."""
 
     def __init__(self, folder: bucket.Path, keep: int):
         self.folder = folder.absolute() if isinstance(folder, pathlib.Path) else folder
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=ASYNC)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        # Without a handler named here orbax looks into the newest checkpoint, however damaged, how to read all others.
+        handler = ocp.StandardCheckpointHandler()
+        open_folder = partial(ocp.CheckpointManager, self.folder, item_handlers=handler, options=options)
+        try:
+            self.manager = open_folder()
+        except ValueError:  # metadata of another type, over which orbax stumbles here already
+            self._rename(_unreadable(self.folder))
+            self.manager = open_folder()
 
     def latest(self) -> int | None:
         """The number of finished steps in the newest checkpoint, or None; waits for one that is being written."""
@@ -78,9 +100,24 @@ class Checkpoints:
         metadata = {"checksums": checksums(flat)}
         self.manager.save(step, args=ocp.args.StandardSave(flat), custom_metadata=metadata, force=True)
 
-    def restore(self, template: PyTree) -> tuple[int, PyTree]:
+    def saved(self) -> dict[str, int]:
+        """The checksums that were kept with the newest checkpoint: they identify it, wherever it was copied.
+
+        Raises:
+            InputError: there is none, or it has none.
+        """
+        step = self.latest()
+        try:
+            return self._checksums(step)
+        except Exception as error:  # what a changed byte breaks is not known beforehand
+            raise InputError(f"the newest checkpoint in {self.folder} is damaged ({error}): copy it anew.") from error
+
+    def restore(self, template: PyTree, wrong: Callable[[int], str | None] = lambda step: None) -> tuple[int, PyTree]:
         """The newest checkpoint that is whole: its number of steps, and its tree in the template's structure, types and
         shardings. Newer ones that are damaged are told of and put aside.
+
+        Args:
+            wrong: number of steps -> why such a checkpoint cannot be taken, or None; the same on all processes.
 
         Raises:
             InputError: there is none, or it does not have the template's leaves or shapes.
@@ -89,6 +126,8 @@ class Checkpoints:
         flat, damaged = _flat(template), {}
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
+                if why := wrong(step):
+                    raise ValueError(why)
                 found = self._whole(step, flat)
             except Exception as error:  # what a changed byte breaks is not known beforehand: JSON, zstd, an index
                 damaged[step] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -99,31 +138,47 @@ class Checkpoints:
             )
         raise InputError(
             f"no checkpoint in {self.folder} fits this run ({damaged}): damage, or another version of drirl_jax wrote "
-            "it; take another --workdir, or remove that folder to begin the stage anew."
+            "it; put whole copies there, or take another --workdir. To begin the stage anew move that folder elsewhere."
         )
 
     def _whole(self, step: int, flat: dict) -> dict:
         """The leaves of a checkpoint. Raises whatever orbax does, or ValueError for other numbers than were saved."""
+        saved = self._checksums(step)
         found = self.manager.restore(step, args=ocp.args.StandardRestore(flat))
-        saved = (self.manager.metadata(step).custom_metadata or {}).get("checksums")
-        if saved is not None and (now := checksums(found)) != saved:
-            raise ValueError(
-                f"other numbers than were saved in {[path for path in now if now[path] != saved.get(path)]}"
-            )
+        if (now := checksums(found)) != saved:
+            differ = sorted(path for path in now.keys() | saved.keys() if now.get(path) != saved.get(path))
+            raise ValueError(f"other numbers than were saved in {differ}")
         return found
+
+    def _checksums(self, step: int | None) -> dict[str, int]:
+        """Those that `save` kept. Raises ValueError where there are none: what cannot be checked counts as damaged."""
+        saved = None if step is None else (self.manager.metadata(step).custom_metadata or {}).get("checksums")
+        if not saved:
+            raise ValueError("it has no checksums: a part of it was not copied, or it was never finished")
+        return saved
 
     def _put_aside(self, damaged: dict[int, str]) -> None:
         """Renames these checkpoints, so that the steps can be saved again."""
+        self._rename(damaged)
+        if damaged:
+            self.manager.reload()
+
+    def _rename(self, damaged: dict[int, str]) -> None:
         for step, why in damaged.items():
-            aside = self.folder.with_name(f"{self.folder.name}.damaged") / str(step)
             if sharding.writes():
+                aside = self._free_name(step)
                 log.warning(
                     "%s/%d is damaged (%s): put aside as %s; one before it is taken", self.folder, step, why, aside
                 )
                 bucket.move(self.folder / str(step), aside)
         if damaged:
             sharding.agreed(True)  # that is, no process reads the folder before that is done
-            self.manager.reload()
+
+    def _free_name(self, step: int) -> bucket.Path:
+        """Where nothing was put aside yet."""
+        folder = self.folder.with_name(f"{self.folder.name}.damaged")
+        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
+        return next(path for path in (folder / name for name in names) if not path.exists())
 
     def close(self) -> None:
         """Waits until all is written."""

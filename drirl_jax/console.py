@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import re
 import sys
-from typing import Any, TextIO
+from typing import Any, Iterator, TextIO
 
 MODES = ("text", "quiet", "json")
 _mode = "text"
@@ -44,6 +45,43 @@ def speak(as_: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     for name in ("drirl_jax", "__main__"):  # the latter is the command's own module
         logging.getLogger(name).setLevel(logging.WARNING if as_ == "quiet" else logging.INFO)
+
+
+class _Output:
+    """A stream that outlives its reader: what is written once nobody reads it any longer, as after `| head -1`, is
+    dropped. A run does not end because a pager did."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._dropped():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropped():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropped(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # What the stream still holds is written nowhere, also when Python ends.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+def outlive_readers() -> None:
+    """Lets this process go on when nobody reads its stdout or stderr any longer, or where one was closed from the
+    beginning. Every command calls it first."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        setattr(sys, name, open(os.devnull, "w") if stream is None else _Output(stream))
 
 
 def say(event: str, **facts: Any) -> None:

@@ -25,9 +25,10 @@ from drirl_jax import bucket, checks, console, sharding, train, workdirs
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
 from drirl_jax.evals import benchmarks, judges
-from drirl_jax.models import hf
+from drirl_jax.runtime import json_files
 from drirl_jax.runtime.files import replace_file
 from drirl_jax.stages.base import PURPOSE
+from drirl_jax.text import Text
 from drirl_jax.types import InputError
 
 POLICY = flags.DEFINE_string("policy", None, "The workdir of a run, or a model: a folder, a .gguf file, package:NAME.")
@@ -51,12 +52,28 @@ def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict
     return config
 
 
-def settings(model: str, config: ConfigDict) -> dict:
-    """What responses depend on beside the benchmark: a file of other settings is not taken for this one's."""
-    left_out = ("benchmarks", "every", "best", "split", "judge", "judges", "max_new", "endpoint", "classifier", "batch")
-    kept = {key: value for key, value in json.loads(config.evals.to_json()).items() if key not in left_out}
-    policy = json.loads(config.policy.to_json()) | {"stamp": workdirs.stamp(hf.resolve(config.policy.init))}
-    return {"model": model, "seed": config.seed, "policy": policy} | kept
+# What a file of results says.
+RESULT = {"benchmark": str, "settings": dict, "versions": {...: str}, "responses": [dict], "judges": {...: dict}}
+# Of config.evals: what no response depends on, and where the items lie, of which a hash is kept.
+NO_RESPONSE = ("benchmarks", "every", "best", "split", "judge", "judges", "max_new", "endpoint", "classifier", "batch")
+PLACES = ("data", "limit")
+
+
+def settings(model: str, config: ConfigDict, tokens: Text | None = None) -> dict:
+    """What responses depend on beside the benchmark's items: a file of other settings is not taken for this one's.
+
+    Where the policy lies is not among it, but what it holds: weights, config.json, tokenizer and chat template.
+
+    Args:
+        model: as the user names it, which is no setting: the same model may lie elsewhere.
+        tokens: the policy's, if they are loaded already.
+    """
+    tokens = tokens or train.load_policy(config, load=False)[1]
+    section, policy = (json.loads(of.to_json()) for of in (config.evals, config.policy))
+    kept = {key: value for key, value in section.items() if key not in (*NO_RESPONSE, *PLACES)}
+    policy = {key: value for key, value in policy.items() if key != "init"}
+    policy |= {"contents": workdirs.policy_contents(config, tokens)}
+    return {"seed": config.seed, "policy": policy} | kept
 
 
 def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
@@ -72,17 +89,18 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     policy, tokens = train.load_policy(config)
     asked = [benchmarks.load(name, section, tokens, policy.config) for name in section.benchmarks]
     telling = train.judges_of(model, config, section.judges, workdir / "judgements.jsonl")
-    common, versions = settings(model, config), {name: judge.version for name, judge in telling.items()}
+    common, versions = settings(model, config, tokens), {name: judge.version for name, judge in telling.items()}
     key = jax.random.fold_in(jax.random.key(config.seed), PURPOSE["benchmarks"])
     for questions in asked:
         path = workdir / f"{questions.name}.json"
-        asked_as = {"benchmark": questions.name} | common
-        before = json.loads(path.read_text("utf-8")) if sharding.agreed(path.exists()) else None
+        asked_as = {"benchmark": questions.name, "items": questions.contents} | common
+        before = json_files.load(path, RESULT) if sharding.agreed(path.exists()) else None
         if before is None:
-            found = {"settings": asked_as, "versions": versions}
+            found = {"model": model, "settings": asked_as, "versions": versions}
             found |= benchmarks.run(questions, policy, tokens, section, telling, key)
         elif before["settings"] != asked_as:
-            raise InputError(f"{path} is of other settings: take another --workdir.")
+            other = ", ".join(workdirs.differing(before["settings"], asked_as))
+            raise InputError(f"{path} is of other settings ({other}): take another --workdir.")
         elif before["versions"] != versions:
             again = benchmarks.judged_again(questions, telling, before["responses"])
             found = before | {"versions": versions} | again

@@ -56,6 +56,7 @@ DISK = {
 
 def start(do: Callable[[list[str]], None], resumes: bool = True, files: tuple = (CONFIG,)) -> None:
     """A command: its flags, config files among them, then `main`."""
+    console.outlive_readers()
     app.run(lambda argv: main(argv, do, resumes), flags_parser=partial(parse, files=files))
 
 
@@ -81,6 +82,9 @@ def main(argv: list[str], do: Callable[[list[str]], None] | None = None, resumes
     except KeyboardInterrupt:
         leave("interrupted" + "; started again, it goes on with what is kept" * resumes, INTERRUPTED)
     except Exception as error:
+        if WORKDIR.value and "://" not in WORKDIR.value and isinstance(error, FileNotFoundError):
+            if not pathlib.Path(WORKDIR.value).exists():
+                leave(f"the workdir {WORKDIR.value} was removed or moved meanwhile: put it back, and start again.")
         disk = [code for code in DISK if code == getattr(error, "errno", None) or os.strerror(code) in str(error)]
         if not disk:
             raise
@@ -171,4 +175,5 @@ def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
 
 
 if __name__ == "__main__":
+    console.outlive_readers()
     app.run(main, flags_parser=parse)

@@ -6,21 +6,23 @@ compared bit for bit; seconds go to timing.jsonl.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import pathlib
 import sys
 import time
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import tqdm
 
 from drirl_jax import console, sharding, sinks
+from drirl_jax.runtime import json_files
 from drirl_jax.runtime.files import replace_file
 from drirl_jax.runtime.names import scalar_name
-from drirl_jax.types import PyTree
+from drirl_jax.types import InputError, PyTree
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,12 @@ class MetricWriter:
         """The lines of metrics.jsonl."""
         return read(self.metrics)
 
-    def rewind(self, stage_order: Sequence[str], stage: str, step: int) -> None:
+    def whole_until(self, stage: str) -> int:
+        """The last step of the stage up to which metrics.jsonl has every step; 0 where it lacks the first."""
+        steps = {row["step"] for row in self.read() if row["stage"] == stage}
+        return next(step for step in itertools.count() if step + 1 not in steps)
+
+    def rewind(self, stage_order: Sequence[str], stage: str, step: int, sampled: Iterable[int] = ()) -> None:
         """Drops what was written after this step of this stage, so that a run that goes on repeats no line.
 
         Each file is replaced whole, so a run killed here loses nothing; TensorBoard hides the dropped steps.
@@ -89,15 +96,28 @@ class MetricWriter:
         Args:
             stage_order: the schedule's stages in turn.
             stage, step: the state that the run goes on from; a torn last line is dropped too.
+            sampled: the stage's steps whose samples samples.jsonl should have, as far as they are done.
+
+        Raises:
+            InputError: a file is damaged, or of a stage that is not in the schedule.
         """
         if not self.writes:
             return
         turn = {name: i for i, name in enumerate(stage_order)}
         at = (turn[stage], step)
         for path in (self.metrics, self.seconds, *filter(pathlib.Path.exists, (self.samples,))):
-            kept = [line for row, line in _lines(path) if (turn[row["stage"]], row["step"]) <= at]
-            replace_file(path, "".join(kept))
-        self.rows = len(self.read())
+            whole = json_files.lines(path, json_files.ROW)
+            if unknown := {row["stage"] for row, _ in whole} - turn.keys():
+                raise InputError(f"{path} has rows of {', '.join(sorted(unknown))}, no stage of config.schedule.")
+            replace_file(path, "".join(line for row, line in whole if (turn[row["stage"]], row["step"]) <= at))
+        rows = self.read()
+        self.rows = len(rows)
+        done = {(row["stage"], row["step"]) for row in rows}
+        for path, wanted in ((self.seconds, done), (self.samples, {(stage, n) for n in sampled if n <= step})):
+            there = {(row["stage"], row["step"]) for row in json_files.rows(path)}
+            if lost := sorted(n for of, n in wanted - there):
+                steps = ", ".join(map(str, lost[:5])) + ", ..." * (len(lost) > 5)
+                log.warning("%s lacks %d steps that are done (%s): the report does too", path, len(lost), steps)
         for name in tuple(self.sinks):
             self._try(name, lambda: self.sinks[name].rewind(stage, step))
 
@@ -209,13 +229,6 @@ def tracked(items: Sequence, doing: str, unit: str) -> Iterator:
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """The rows of a JSONL file in order; a torn last line, which a killed run leaves, is not among them."""
-    return [row for row, _ in _lines(path)]
-
-
-def _lines(path: pathlib.Path) -> Iterator[tuple[dict, str]]:
-    """The whole lines of a JSONL file as (row, line); none if there is no file."""
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line), line
+    """The rows of metrics.jsonl or timing.jsonl in order; a torn last line, which a killed run leaves, is not among
+    them. Raises InputError where another one is damaged."""
+    return json_files.rows(path, json_files.SCALARS)

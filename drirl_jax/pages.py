@@ -23,10 +23,11 @@ import drirl_jax
 from drirl_jax import console, metrics, workdirs
 from drirl_jax.data import overlap
 from drirl_jax.data.examples import Examples
+from drirl_jax.evals import runner
 from drirl_jax.intervals import Interval, difference, interval, paired_shares, wilson
 from drirl_jax.plots import percent
+from drirl_jax.runtime import json_files
 from drirl_jax.runtime.files import replace_file
-from drirl_jax.types import InputError
 
 # Prompts, responses and names are untrusted text: everything is escaped, and what `console.CONTROLS` names is replaced.
 ENVIRONMENT = jinja2.Environment(
@@ -35,6 +36,26 @@ ENVIRONMENT = jinja2.Environment(
 
 
 REPEATED = "repeated prompts"  # the fact: see `data.overlap.summary`
+
+
+# What the files of a workdir say: see `json_files`.
+FIGURE = {"value": float, "low": float, "high": float, "n": int, ...: object}
+BENCHMARK = {
+    "judge": str,
+    "judges": {...: {"metrics": {...: FIGURE}}},
+    "agreement": {...: {"n": int, "agree": float, "kappa": json_files.NUMBER}},
+    "responses": [dict],
+}
+EVALUATION = runner.RESULT | {json_files.Maybe("benchmarks"): {...: BENCHMARK}}
+FACTS = {json_files.Maybe("records"): {...: {...: int}}}
+RELIABILITY = {...: [{"n": int, "confidence": json_files.NUMBER, "right": json_files.NUMBER}]}
+SAMPLES = json_files.ROW | {
+    "category": str,
+    "id": str,
+    "prompt": str,
+    "demonstration": str,
+    "responses": [{"text": str}],
+}
 
 
 class Run(NamedTuple):
@@ -78,16 +99,16 @@ def read(workdir: pathlib.Path) -> Run:
     """The run. Raises InputError if the folder is none, or a file of it is damaged."""
     config = workdirs.recall(workdir)
 
-    def held(name: str) -> dict:
+    def kept(name: str, form: Any) -> dict:
         path = workdir / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({error}): remove it and start the run again.") from error
+        hint = "remove it and start the run again, which makes it anew"
+        return json_files.load(path, form, hint) if path.exists() else {}
 
-    rows, seconds, samples = (metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "timing", "samples"))
-    base, aligned = (held(f"evals/{name}.json") for name in ("base", "aligned"))
-    return Run(workdir, config, held("facts.json"), rows, seconds, samples, base, aligned, held("reliability.json"))
+    rows, seconds = (metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
+    samples = json_files.rows(workdir / "samples.jsonl", SAMPLES)
+    base, aligned = (kept(f"evals/{name}.json", EVALUATION) for name in ("base", "aligned"))
+    facts, reliability = kept("facts.json", FACTS), kept("reliability.json", RELIABILITY)
+    return Run(workdir, config, facts, rows, seconds, samples, base, aligned, reliability)
 
 
 def facts_of(examples: Mapping[str, Examples], categories: Sequence[str], harmless: Sequence[str] = ()) -> dict:

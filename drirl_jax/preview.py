@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from drirl_jax import optimizer, process, sharding, status, train, workdirs
+from drirl_jax import bucket, optimizer, process, sharding, status, train, workdirs
 from drirl_jax.data import overlap
 from drirl_jax.data.examples import require_both_kinds
 from drirl_jax.evals import runner
@@ -60,7 +60,9 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
             require_both_kinds(context.examples[split], harmless, split)
     asked = runner.questions_of(context)
     process.require_free(workdir)
-    begun = status.of(workdir) if workdirs.belongs(config, workdir) else None
+    if config.reward.init:
+        train.need_same_policy(context, bucket.path(config.reward.init))
+    begun = status.of(workdir) if _goes_on(context, workdir, asked) else None
     shapes = placed(context)
     mesh = jax.sharding.get_mesh()
     # Emulated devices share the cores on which the rate is measured.
@@ -81,6 +83,14 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
         "memory_limit": memory_limit(),
         "rate": rate,
     }
+
+
+def _goes_on(context: Context, workdir: pathlib.Path, asked: list) -> bool:
+    """Whether the run was begun there. Raises InputError where the workdir holds another one."""
+    begun = workdirs.belongs(context.config, workdir)  # a few options, before many files are hashed
+    return begun and workdirs.belongs(
+        context.config, workdir, workdirs.contents_of(context.config, context.text, asked)
+    )
 
 
 def count(tree: PyTree) -> int:

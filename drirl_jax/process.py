@@ -76,23 +76,85 @@ def require_free(workdir: pathlib.Path) -> None:
         raise InputError(TAKEN.format(workdir))
 
 
-def lock(workdir: pathlib.Path) -> TextIO:
-    """Makes the workdir and takes it for this process, until the file that is returned is closed or the process dies.
+class Lock:
+    """A workdir that this process has taken, until `close` or its death.
+
+    The folder itself is locked, so that no one who removes files in it lets a second run in. So is .lock in it: some
+    file systems lock files alone, and older versions know no other lock.
 
     Raises:
         InputError: another process has it, or nothing can be written there.
     """
+
+    def __init__(self, workdir: pathlib.Path):
+        self.workdir = workdir
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self.folder = os.open(workdir, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(
+                f"the workdir {workdir} cannot be written ({error.strerror}): take another --workdir."
+            ) from error
+        try:
+            alone = self._taken(self.folder)
+            self.file = self._file()
+            if not (alone or self._taken(self.file.fileno())):
+                log.warning("%s cannot be locked: see that no second run is started there", workdir)
+        except BaseException:
+            os.close(self.folder)
+            raise
+
+    def require(self) -> None:
+        """Takes .lock again where it was removed. Raises InputError where the folder is no longer there, or another run
+        has taken it."""
+        if not _is_same(self.workdir, self.folder):
+            raise InputError(
+                f"the workdir {self.workdir} was removed or moved during the run: put it back, and start the same "
+                "command again."
+            )
+        if not _is_same(self.workdir / ".lock", self.file.fileno()):
+            self.file.close()
+            self.file = self._file()
+
+    def close(self) -> None:
+        """Leaves the workdir to others."""
+        self.file.close()
+        os.close(self.folder)
+
+    def _file(self) -> TextIO:
+        try:
+            file = (self.workdir / ".lock").open("a")
+        except OSError as error:
+            raise InputError(
+                f"the workdir {self.workdir} cannot be written ({error.strerror}): take another --workdir."
+            ) from error
+        try:
+            self._taken(file.fileno())
+        except InputError:
+            file.close()
+            raise
+        return file
+
+    def _taken(self, descriptor: int) -> bool:
+        """Whether it is locked now; False on a file system that locks no such thing. Raises InputError where another
+        process has it."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(TAKEN.format(self.workdir)) from error
+        except OSError:
+            return False
+        return True
+
+
+def _is_same(path: pathlib.Path, descriptor: int) -> bool:
+    """Whether the path still leads to what was opened."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a")
-    except OSError as error:
-        raise InputError(
-            f"the workdir {workdir} cannot be written ({error.strerror}): take another --workdir."
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(TAKEN.format(workdir)) from error
-    except OSError as error:  # a file system without locks
-        log.warning("%s cannot be locked (%s): see that no second run is started there", workdir, error.strerror)
-    return file
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def lock(workdir: pathlib.Path) -> Lock:
+    """Makes the workdir and takes it for this process. Raises InputError like `Lock`."""
+    return Lock(workdir)

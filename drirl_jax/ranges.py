@@ -40,6 +40,7 @@ class Range(NamedTuple):
             return "give a finite number"
         if self.whole and not isinstance(value, numbers.Integral):
             return "give a whole number"
+        value = float(value)
         if self.zero and value == 0:
             return None
         if value < self.low or (self.above and value == self.low):

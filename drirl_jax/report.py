@@ -10,7 +10,6 @@ evaluated on some prompts of the first.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from drirl_jax.pages import (
     written,
 )
 from drirl_jax.plots import percent, words
+from drirl_jax.runtime import json_files
 from drirl_jax.runtime.files import place
 from drirl_jax.types import InputError
 
@@ -294,7 +294,7 @@ def tokens(run: Run) -> list[str]:
         out.append(f"The alignment sampled {sampled:,.0f} tokens in {len(lengths) * c.batch * c.group:,} responses.")
     for path in (run.workdir / name for name in REPLIES):
         if path.exists():
-            replies = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+            replies = json_files.rows(path, {"tokens": int}, "remove that line: the reply is then asked for again")
             written = sum(max(reply["tokens"], 0) for reply in replies)
             out.append(f"{path.name} holds {len(replies):,} replies of a server, {written:,} tokens as it counts them.")
     return out
@@ -380,4 +380,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    console.outlive_readers()
     main()

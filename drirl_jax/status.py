@@ -11,16 +11,21 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import pathlib
 import statistics
 import sys
 import time
 
+from drirl_jax import console
+from drirl_jax.runtime import json_files
 from drirl_jax.runtime.files import place
 
 SHOWN = ("loss", "reward", "gap", "kl", "alpha_d", "alpha_m", "length", "pairs_right", "accuracy", "skipped")
 RECENT = 20  # steps whose seconds are looked at
 TAIL = 2**21  # bytes of a file that are read, from its end
+PRODUCTS = {"irl": "rewards", "align": "aligned", "evals": "report.html"}  # of each stage
+CONFIG = {"schedule": [str], "irl": {"steps": int}, "align": {"steps": int}}
 
 
 def of(workdir: pathlib.Path) -> dict:
@@ -33,13 +38,17 @@ def of(workdir: pathlib.Path) -> dict:
          "stops": steps that a guard has kept, as align-13}; null where nothing is known.
 
     Raises:
-        ValueError: no run is there; one sentence.
+        ValueError: no run is there, or a file of it is damaged; one sentence.
     """
     try:
-        config = json.loads((workdir / "config.json").read_text("utf-8"))
-        schedule, steps = config["schedule"], {name: config[name]["steps"] for name in ("irl", "align")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{workdir} holds no run: it has no config.json of one. Name a --workdir of drirl_jax.main.")
+        config = json_files.load(workdir / "config.json", CONFIG)
+    except ValueError as error:
+        raise ValueError(
+            f"{workdir} holds no run: it has no config.json of one ({error}) Name a --workdir of drirl_jax.main."
+        ) from error
+    schedule, steps = config["schedule"], {name: config[name]["steps"] for name in ("irl", "align")}
+    if unknown := [name for name in schedule if name not in PRODUCTS]:
+        raise ValueError(f"{workdir}/config.json names the stages {unknown}: it is damaged, or of another version.")
     rows, timing = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
     stages = [_stage(name, workdir, steps.get(name), rows, timing) for name in schedule]
     metrics = workdir / "metrics.jsonl"
@@ -57,7 +66,7 @@ def of(workdir: pathlib.Path) -> dict:
 
 
 def _stage(name: str, workdir: pathlib.Path, steps: int | None, rows: list[dict], timing: list[dict]) -> dict:
-    product = {"irl": "rewards", "align": "aligned", "evals": "report.html"}[name]
+    product = PRODUCTS[name]
     finished = bool(_numbered(workdir / product)) if name == "irl" else (workdir / product).exists()
     if name == "evals":
         steps, done = 2, sum((workdir / "evals" / f"{of_}.json").exists() for of_ in ("base", "aligned"))
@@ -72,14 +81,23 @@ def _stage(name: str, workdir: pathlib.Path, steps: int | None, rows: list[dict]
 
 
 def held(workdir: pathlib.Path) -> bool:
-    """Whether a process of this machine has taken the workdir, as `process.lock` does."""
+    """Whether a process of this machine has taken the workdir, as `process.Lock` does."""
+    return any(_locked(path) for path in (workdir, workdir / ".lock"))
+
+
+def _locked(path: pathlib.Path) -> bool:
     try:
-        with (workdir / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # no run has been there
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no run has been there, or a file system without locks
+    except OSError:  # a file system without locks
         return False
+    finally:
+        os.close(descriptor)
     return False
 
 
@@ -90,13 +108,7 @@ def _numbered(folder: pathlib.Path) -> list[int]:
 
 def _rows(path: pathlib.Path) -> list[dict]:
     """The last rows of a JSONL file, without one that is being written."""
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        first = max(0, path.stat().st_size - TAIL)
-        file.seek(first)
-        lines = file.read().split(b"\n")[first > 0 : -1]
-    return [json.loads(line) for line in lines]
+    return json_files.rows(path, json_files.SCALARS, tail=TAIL)
 
 
 def duration(seconds: float) -> str:
@@ -146,4 +158,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    console.outlive_readers()
     main(sys.argv[1:])

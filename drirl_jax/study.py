@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import csv
+import functools
 import io
 import json
 import logging
@@ -36,9 +37,10 @@ from drirl_jax.intervals import Interval, difference, interval
 from drirl_jax.models import hf
 from drirl_jax.plots import percent
 from drirl_jax.process import PREEMPTED, keep_memory
-from drirl_jax.runtime import names
+from drirl_jax.runtime import json_files, names
 from drirl_jax.runtime.files import place, replace_file
 from drirl_jax.runtime.names import file_name
+from drirl_jax.text import Text
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -207,6 +209,17 @@ def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, 
     return learn + take
 
 
+def _contents(config: ConfigDict) -> dict[str, str]:
+    """The hash of what a finished run was made of, but for the items of its benchmarks, which are in its results."""
+    return workdirs.contents_of(config, _tokens(config.policy.init, config.policy.system))
+
+
+@functools.cache
+def _tokens(init: str, system: str | None) -> Text:
+    """Of a policy; runs of a study mostly share one."""
+    return Text(hf.load_tokenizer(hf.resolve(init)), system)
+
+
 def _follow() -> None:
     """Asks this process to end when the study is no more, even if it was killed."""
     multiprocessing.parent_process().join()
@@ -250,7 +263,7 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
         if rewards:
             rewards.result()
         if (folder / "evals" / "aligned.json").exists():
-            return workdirs.remember(config, folder)
+            return workdirs.remember(config, folder, _contents(config))
         log.info("run %d of %d: %s, seed %d", number, len(runs), names.name_of_file(folder.parent.name), config.seed)
         if config.reward.init:
             take_base(place(config.reward.init), config, folder)
@@ -286,7 +299,8 @@ def results(study: ConfigDict, workdir: pathlib.Path) -> dict[str, list[tuple[di
         )
 
     def read(folder: pathlib.Path, which: str):
-        result = json.loads((folder / "evals" / f"{which}.json").read_text())
+        hint = "remove it and start the study again, which makes it anew"
+        result = json_files.load(folder / "evals" / f"{which}.json", pages.EVALUATION, hint)
         for response in result["responses"]:
             response["harmless"] = response["category"] in harmless
         if harm:

@@ -23,8 +23,8 @@ from drirl_jax.evals import judges, runner, watch
 from drirl_jax.models import encoder, families, flash, hf, peft, reward
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.runtime import files
-from drirl_jax.stages import align, irl
+from drirl_jax.runtime.files import replace_file
+from drirl_jax.stages import align, irl, samples
 from drirl_jax.stages.base import POLICIES, Context, Stage
 from drirl_jax.text import Text
 from drirl_jax.types import InputError, PyTree
@@ -104,7 +104,7 @@ def load_policy(config: ConfigDict, load: bool = True) -> tuple[Transformer, Tex
 
 # What a run must have in common with the one whose rewards it takes.
 COMMON = (
-    "data.categories policy.init sampler.max_new reward.kind reward.one_for_all reward.rank reward.alpha "
+    "data.categories sampler.max_new reward.kind reward.one_for_all reward.rank reward.alpha "
     "reward.targets reward.layers"
 ).split()
 
@@ -117,14 +117,21 @@ def need_rewards(config: ConfigDict, workdir: bucket.Path) -> None:
         f"no rewards in {folder}: name the workdir of a run whose IRL stage has ended.",
     )
     theirs = workdirs.recall(workdir)
-    for key in COMMON:
+    # Once the contents of the policies are known, they decide: see `rewards`.
+    for key in COMMON if workdirs.noted(workdir) else (*COMMON, "policy.init"):
         here, there = (config_lib.get(of, key) for of in (config, theirs))
         config_lib.need(here == there, f"the rewards in {folder} are of config.{key} = {there!r}, not {here!r}.")
+
+
+def need_same_policy(context: Context, workdir: bucket.Path) -> None:
+    """Raises InputError unless the run in this workdir started from a policy that holds what the context's does."""
+    sharding.told(lambda: workdirs.require_same(workdir, workdirs.policy_contents(context.config, context.text)))
 
 
 def rewards(context: Context, workdir: bucket.Path) -> reward.Bank:
     """The rewards that a run has left in this workdir. Raises InputError if they do not fit the context's config."""
     need_rewards(context.config, workdir)
+    need_same_policy(context, workdir)
     fresh = irl.init_rewards(context)
     template = reward.Bank(fresh, mean=fresh.bias, std=fresh.bias)
     return Checkpoints(workdir / "rewards", keep=1).restore(template)[1]
@@ -165,11 +172,12 @@ def run(config: ConfigDict, workdir: bucket.Path) -> None:
     place = Workdir(workdir)
     context = dataclasses.replace(prepare(config), workdir=place)
     asked = runner.questions_of(context)
-    if sharding.writes():
-        held = place.take()  # noqa: F841  until the end of this function
-        workdirs.remember(config, place.local)
     chosen = (config.metrics.sinks, config.metrics.project, workdirs.flat(config))
-    with metrics.MetricWriter(place.local, sharding.writes(), *chosen) as writer:
+    with contextlib.ExitStack() as stack:
+        if sharding.writes():
+            stack.enter_context(place.at_work())
+            workdirs.remember(config, place.local, workdirs.contents_of(config, context.text, asked))
+        writer = stack.enter_context(metrics.MetricWriter(place.local, sharding.writes(), *chosen))
         stages(context, asked, place, writer, started)
 
 
@@ -210,13 +218,14 @@ def stages(context: Context, asked: list, place: Workdir, writer: metrics.Metric
         return
 
     # --------------------------------------------------------------------------------------- before and after
+    settings = runner.settings(context, bank, judges, workdirs.noted(place.local) if sharding.writes() else {})
     for name, model in {"base": context.model, "aligned": aligned}.items():
         path = place.local / "evals" / f"{name}.json"
-        if not sharding.agreed(path.exists()):
-            found = runner.evaluate(context, model, bank)
+        if not sharding.agreed(sharding.writes() and runner.is_done(path, settings)):
+            found = {"settings": settings} | runner.evaluate(context, model, bank)
             found["benchmarks"] = runner.benchmarked(context, model, asked, judges)
             if sharding.writes():
-                files.replace_file(path, json.dumps(found, indent=1, ensure_ascii=False))
+                replace_file(path, json.dumps(found, indent=1, ensure_ascii=False))
                 place.push()
     if not sharding.writes():
         return
@@ -292,8 +301,11 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: 
         stack.callback(checkpoints.close)
         done, state = 0, sharding.place(stage.init())
         if checkpoints.latest():
-            done, state = checkpoints.restore(state)
-        writer.rewind(config.schedule, name, done)
+            last = sharding.told(lambda: writer.whole_until(name))
+            why = f"metrics.jsonl lacks step {last + 1} of {name}, which it has done"
+            done, state = checkpoints.restore(state, lambda step: why if step > last else None)
+        sampled = samples.steps_kept(stage.steps, config.metrics.samples) if name == "align" else ()
+        writer.rewind(config.schedule, name, done, sampled)
         rows = [row for row in writer.read() if row["stage"] == name]
         first, before = (rows[0], rows[-1]) if rows else ({}, {})
         progress = metrics.Progress(name, total=stage.steps, start=done, shown=sharding.writes())

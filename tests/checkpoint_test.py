@@ -121,6 +121,60 @@ def test_where_none_is_whole_or_fits_nothing_is_put_aside(two, tmp_path):
     assert_same(Checkpoints(tmp_path / "run", keep=2).restore(template)[1], tree(2))
 
 
+def emptied(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def lacks(name):
+    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+def says(text):
+    return lambda folder: (folder / "_CHECKPOINT_METADATA").write_text(text)
+
+
+COPIED_IN_PART = {
+    "empty": emptied,
+    "without arrays": lacks("default"),
+    "without metadata": lacks("_CHECKPOINT_METADATA"),
+    "empty metadata": says(""),
+    "metadata without checksums": says("{}"),
+    "metadata of another type": says('{"custom_metadata": [1]}'),
+    "metadata that is a list": says("[]"),
+    "some checksums": says('{"custom_metadata": {"checksums": {"[\'step\']": 5}}}'),
+}
+
+
+@pytest.mark.parametrize("how", COPIED_IN_PART)
+def test_a_newest_checkpoint_copied_in_part_leaves_the_older_one_usable(two, tmp_path, how):
+    shutil.copytree(two, tmp_path / "run")
+    COPIED_IN_PART[how](tmp_path / "run" / "2")
+    kept = Checkpoints(tmp_path / "run", keep=2)
+    step, found = kept.restore(tree(0))
+    assert step == 1
+    assert_same(found, tree(1))
+    with contextlib.closing(kept):
+        kept.save(2, tree(2))
+    assert_same(Checkpoints(tmp_path / "run", keep=2).restore(tree(0))[1], tree(2))
+    assert (tmp_path / "run.damaged" / "2").is_dir()
+
+
+def test_a_checkpoint_that_may_not_be_taken_is_put_aside_and_nothing_is_lost(two, tmp_path):
+    for n in (1, 2):  # twice: the one that was put aside first stays
+        shutil.copytree(two, tmp_path / "run", dirs_exist_ok=True)
+        kept = Checkpoints(tmp_path / "run", keep=2)
+        step, _ = kept.restore(tree(0), lambda step: "not yet" if step > 1 else None)
+        assert step == 1 and len(list((tmp_path / "run.damaged").iterdir())) == n
+    with pytest.raises(InputError, match="no checkpoint .* fits this run .*not yet.* move that folder elsewhere"):
+        Checkpoints(tmp_path / "run", keep=2).restore(tree(0), lambda step: "not yet")
+    assert (tmp_path / "run" / "1").is_dir()
+    with pytest.raises(InputError, match="newest checkpoint in .* is damaged .it has no checksums"):
+        Checkpoints(tmp_path / "none", keep=1).saved()
+    copy = shutil.copytree(two, tmp_path / "copy")
+    assert Checkpoints(copy, keep=2).saved() == Checkpoints(two, keep=2).saved() != {}
+
+
 @pytest.mark.slow
 def test_a_step_does_not_wait_for_the_disk(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path, keep=1)) as kept:

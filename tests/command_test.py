@@ -126,6 +126,32 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, config):
         status.main([])
 
 
+READERS = """
+import subprocess, sys
+from drirl_jax import console
+console.outlive_readers()
+mode = sys.argv[1]
+if mode in ("text", "json"):
+    console.speak(mode)
+    for i in range(20_000):
+        console.result(f"line {i}", line=i)
+else:
+    from drirl_jax import status
+    for i in range(200):
+        status.main(sys.argv[2:])
+print("done", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("mode", ["text", "json", "status"])
+def test_a_command_outlives_the_reader_of_its_output(begun, mode):
+    command = f"set -o pipefail; {sys.executable} -c '{READERS}' {mode} {begun} --json | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "done\n") and len(done.stdout.splitlines()) == 1
+    closed = f"{sys.executable} -c '{READERS}' {mode} {begun} --json >&- 2>&-"
+    assert subprocess.run(["bash", "-c", closed]).returncode == 0
+
+
 def test_the_status_needs_no_jax(begun):
     code = "import sys; from drirl_jax import status; status.main(sys.argv[1:]); print('jax' in sys.modules)"
     command = [sys.executable, "-c", code, str(begun), "--json"]

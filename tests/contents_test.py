@@ -1,432 +1,318 @@
-"""What a model folder may hold: whatever else lies in it is one sentence, before any tensor is read."""
+"""What a workdir belongs to: its config and what the files that it names hold, wherever they lie."""
 
 import json
 import os
-import struct
+import shutil
 
-import ml_dtypes
 import numpy as np
 import pytest
-import transformers
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models
+import small_run
+from safetensors.numpy import load_file, save_file
 
-from drirl_jax.models import contents, encoder, families, hf, tokenizers
+from drirl_jax import config as config_lib
+from drirl_jax import pages, process, status, workdirs
+from drirl_jax.bucket import Workdir
+from drirl_jax.evals import runner
+from drirl_jax.models import hf
+from drirl_jax.runtime import contents, json_files
+from drirl_jax.text import Text
 from drirl_jax.types import InputError
 
-CONFIG = {
-    "model_type": "llama", "vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rope_theta": 1e4,
-    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
-EMBED, HEAD, QUERY = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
+
+def write_kept(path, text):
+    """Writes as many bytes, and sets the file's time back: an edit that neither size nor time tell."""
+    stat = path.stat()
+    path.write_text(text)
+    assert path.stat().st_size == stat.st_size
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def weights(**changes):
-    """The tensors of CONFIG's model, all of one random draw."""
-    config = families.config_from_hf(CONFIG | changes)
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in families.wanted_shapes(config).items()}
+def test_a_copy_has_the_same_hash_and_an_edit_in_place_another(tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("abc")
+    before = contents.of_folder(folder, ["*.json"])
+    copy = shutil.copytree(folder, tmp_path / "two")
+    os.utime(copy / "tokenizer.json", (1, 1))
+    (copy / "README.md").write_text("not looked at")
+    assert contents.of_folder(copy, ["*.json"]) == before
+    write_kept(folder / "tokenizer.json", "abd")
+    assert contents.of_folder(folder, ["*.json"]) != before
+    (copy / "tokenizer.json").rename(copy / "other.json")
+    assert contents.of_folder(copy, ["*.json"]) != before
 
 
-def made(folder, tensors=None, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    save_file(weights() if tensors is None else tensors, folder / "model.safetensors")
-    return folder
+def test_weights_are_known_by_their_arrays_not_by_their_files(tmp_path):
+    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+    save_file(tensors, one / "model.safetensors", {"format": "pt"})
+    save_file(tensors, other / "model.safetensors")  # another header
+    found = [contents.of_weights(folder, hf.read_tensors(folder)) for folder in (one, other)]
+    assert found[0] == found[1] == contents.of_weights(tmp_path, tensors)
+    changes = [{"a": tensors["a"] + 1}, {"a": tensors["a"].reshape(3, 2)}, {"a": tensors["a"].view(np.int32)}]
+    assert len({contents.of_tensors(tensors | change) for change in changes} | {found[0]}) == 4
 
 
-def dry_run(folder):
-    """What a plan or a dry run reads of a folder."""
-    config = families.config_from_hf(hf.read_config(folder))
-    families.check(hf.read_shapes(folder), config)
-    return config
+def test_records_are_known_in_any_order_and_a_config_without_what_is_not_the_model():
+    rows = [("a", "b"), ("c", "d")]
+    assert contents.of_records(rows) == contents.of_records(rows[::-1]) != contents.of_records([("a", "d"), ("c", "b")])
+    config = {"rope_theta": 1e4, "transformers_version": "4", "_name_or_path": "x"}
+    assert contents.of_model_config(config) == contents.of_model_config({"rope_theta": 1e4})
+    assert contents.of_model_config(config) != contents.of_model_config(config | {"rope_theta": 2e4})
 
 
-def refused(folder, message):
-    with pytest.raises(InputError, match=message) as error:
-        dry_run(folder)
-    assert len(str(error.value)) < 600
+def loaded(folder, tokens=None):
+    config = config_lib.default()
+    config.policy.init = str(folder)
+    return workdirs.policy_contents(config, tokens or Text(hf.load_tokenizer(folder)))
 
 
-def with_header(file, header, data=b""):
-    """A safetensors file with this header, as bytes or as an object."""
-    header = header if isinstance(header, bytes) else json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(header)) + header + data)
+def edited(file, change):
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
 
 
-def test_a_folder_that_is_understood_passes(tmp_path):
-    assert dry_run(made(tmp_path)).tied
+def test_each_part_of_a_policy_has_its_own_hash(policy, tmp_path):
+    tokens = Text(hf.load_tokenizer(policy))
+    before = loaded(policy, tokens)
+    assert set(before) == set(workdirs.POLICY)
+    tokens.tokenizer(["one", "one and two"], padding=True, truncation=True, max_length=3)  # leaves a state behind
+    copy = shutil.copytree(policy, tmp_path / "copy")
+
+    def changed(tokens=None):
+        after = loaded(copy, tokens)
+        return [key for key in before if before[key] != after[key]]
+
+    assert changed(tokens) == []
+    file = copy / "model.safetensors"
+    save_file({name: tensor * 0.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert changed(tokens) == ["weights"]
+    rope = {"rope_theta": 12345.0, "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}}
+    edited(copy / "config.json", lambda tree: tree.update(rope))
+    assert changed(tokens) == ["weights", "model"]
+    file = copy / "chat_template.jinja"
+    file.write_text(file.read_text().replace("You are a helpful AI assistant", "You answer all that is asked"))
+    edited(copy / "tokenizer.json", lambda tree: tree["model"]["merges"].pop(len(tree["model"]["merges"]) // 2))
+    assert changed() == ["weights", "model", "tokenizer", "template"]
 
 
-# ------------------------------------------------------------------------------------------ quantised weights
+# -------------------------------------------------------------------------------------------- the workdir
+
+
+def begun(tmp_path, **changes):
+    config = config_lib.default()
+    config.update_from_flattened_dict(changes)
+    now = dict.fromkeys(workdirs.POLICY + ("data", "encoder"), "0" * 32)
+    workdirs.remember(config, tmp_path, now)
+    return config, now
+
+
+def test_changed_contents_are_refused_by_name(tmp_path):
+    config, now = begun(tmp_path)
+    workdirs.remember(config, tmp_path, now)
+    before = (tmp_path / "config.json").read_text()
+    for name in now:
+        with pytest.raises(InputError) as refused:
+            workdirs.remember(config, tmp_path, now | {name: "1" * 32})
+        assert workdirs.CONTENTS[name].rstrip(",") in str(refused.value) and "other contents" in str(refused.value)
+    with pytest.raises(InputError, match="made with other contents of the weights"):
+        workdirs.require_same(tmp_path, {"weights": "1"})
+    assert (tmp_path / "config.json").read_text() == before and workdirs.noted(tmp_path) == now
+
+
+def test_the_same_contents_may_lie_elsewhere(tmp_path):
+    config, now = begun(tmp_path)
+    moved = config.copy_and_resolve_references()
+    moved.policy.init, moved.data.path, moved.encoder.init = (
+        "gs://bucket/model",
+        "/elsewhere/data",
+        "/elsewhere/encoder",
+    )
+    workdirs.remember(moved, tmp_path, now)
+    assert workdirs.recall(tmp_path).policy.init == "gs://bucket/model"  # where it lies now
+    config.reward.init = "runs/other"  # of which no hash is known
+    with pytest.raises(InputError, match="reward.init: '' there, 'runs/other' now"):
+        workdirs.remember(config, tmp_path, now)
+
+
+def test_a_workdir_of_an_older_version_is_told_of_and_then_known(tmp_path, caplog):
+    config, now = begun(tmp_path)
+    edited(tmp_path / "config.json", lambda tree: tree.pop("contents"))
+    workdirs.remember(config, tmp_path, now)
+    assert "begun by a version of drirl_jax that kept no hashes" in caplog.text
+    with pytest.raises(InputError, match="other contents"):
+        workdirs.remember(config, tmp_path, now | {"data": "1"})
+    edited(tmp_path / "config.json", lambda tree: tree["align"].pop("group"))
+    with pytest.raises(InputError, match=r"begun by another version of drirl_jax, whose options are others \(align.gr"):
+        workdirs.remember(config, tmp_path, now)
+
+
+JUDGED = {"evals.judge": "endpoint", "evals.judges": ("endpoint",), "evals.endpoint.model": "other"}
 
 
 @pytest.mark.parametrize(
-    "field, value, words",
+    "before,change,fits",
     [
-        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes'"),
-        ("quantization_config", {"quant_method": "compressed-tensors"}, "'compressed-tensors'"),
-        ("quantization_config", {"bits": 4}, "'bits': 4"),
-        ("quantization_config", ["gptq"], "gptq"),
-        ("quantization", {"group_size": 64, "bits": 4}, "'bits': 4"),
-        ("compression_config", {"format": "pack-quantized"}, "'pack-quantized'"),
+        ({}, JUDGED, True),
+        (
+            {},
+            {"evals.classifier": "other.safetensors", "judge.model": "unused", "scaling.endpoint.url": "unused"},
+            True,
+        ),
+        ({"reward.source": "judge"}, {"judge.model": "other"}, False),
+        ({"reward.source": "judge"}, {"judge.timeout": 5.0, "judge.concurrency": 2}, True),
+        ({"reward.source": "rules"}, {"evals.judge": "endpoint"}, False),
+        ({"scaling.split": "llm"}, {"scaling.endpoint.model": "other"}, False),
+        ({"evals.benchmarks": ("xstest",), "evals.every": 5}, {"evals.judges": ("endpoint",)}, False),
+        ({"evals.benchmarks": ("xstest",)}, {"evals.judges": ("endpoint",)}, True),
+        ({}, {"metrics.samples": 1, "guards.kl": 9.0, "compilation_cache": ""}, True),
+        ({}, {"evals.temperature": 0.5}, False),
     ],
+    ids=str,
 )
-def test_a_config_of_quantised_weights_is_refused_though_every_shape_fits(tmp_path, field, value, words):
-    refused(made(tmp_path, **{field: value}), f"has a {field} .*{words}.* quantised weights are not read")
-
-
-def test_no_quantisation_is_none(tmp_path):
-    config = hf.read_config(made(tmp_path, quantization_config=None))
-    assert "quantization_config" not in config
-
-
-@pytest.mark.parametrize("name", contents.QUANTISED)
-def test_a_file_that_tells_of_quantisation_is_refused(tmp_path, name):
-    (made(tmp_path) / name).write_text('{"bits": 4}')
-    refused(tmp_path, f"has a {name}: quantised weights")
-
-
-@pytest.mark.parametrize("kind", ["int8", "uint8", "int32", "bool", "float8_e4m3fn", "float8_e5m2"])
-def test_weights_that_are_no_floats_are_refused_without_any_config_that_tells(tmp_path, kind):
-    tensors = weights()
-    tensors[QUERY] = np.ones(tensors[QUERY].shape, getattr(ml_dtypes, kind, kind))
-    made(tmp_path, tensors)
-    refused(tmp_path, f"holds the tensor {QUERY} as .*save the model dequantised")
-    with pytest.raises(InputError, match="dequantised"):
-        hf.read_tensors(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["float16", "float64", "bfloat16"])
-def test_floats_of_every_width_pass(tmp_path, kind):
-    dry_run(made(tmp_path, {name: x.astype(getattr(ml_dtypes, kind, kind)) for name, x in weights().items()}))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        f"{QUERY}_scale",
-        "model.layers.0.self_attn.q_proj.bias",
-        "model.layers.0.self_attn.q_norm.weight",
-        "model.layers.1.input_layernorm.weight",
-        "score.weight",
-    ],
-)
-@pytest.mark.parametrize("load", [True, False])
-def test_a_tensor_that_the_model_does_not_compute_with_is_refused(tmp_path, name, load):
-    folder = made(tmp_path, weights() | {name: np.ones(4, np.float32)})
-    with pytest.raises(InputError, match=f"hold the tensor {name}, which no llama model"):
-        config = families.config_from_hf(hf.read_config(folder))
-        families.from_hf(hf.read_tensors(folder), config) if load else families.check(hf.read_shapes(folder), config)
-
-
-def test_what_follows_from_the_config_may_lie_beside_the_weights(tmp_path):
-    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    dry_run(made(tmp_path, weights() | buffers))
-
-
-# ------------------------------------------------------------------------------------- adapters, runs, code
-
-
-@pytest.mark.parametrize("name", contents.ADAPTER)
-def test_an_adapter_beside_a_model_is_refused(tmp_path, name):
-    (made(tmp_path) / name).write_text("{}")
-    refused(tmp_path, f"holds an adapter beside the model .{name}.*merge")
-
-
-def test_an_adapter_alone_is_called_one_and_its_base_is_named(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
-    refused(tmp_path, "PEFT adapter of 'owner/base' and no model: merge the two")
-    (tmp_path / "adapter_config.json").write_text("[")
-    refused(tmp_path, "PEFT adapter of a base that it does not name")
-
-
-def test_a_workdir_is_called_one(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"policy": {}, "schedule": [], "align": {}}))
-    refused(tmp_path, "workdir of a run that has not come to its end.*start the run again")
-    (tmp_path / "aligned").mkdir()
-    refused(tmp_path, "workdir of a run: give the model in it, .*aligned")
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "aligned").rmdir()
-    (tmp_path / "checkpoints").mkdir()
-    refused(tmp_path, "workdir of a run that has not come to its end")
-
-
-def test_a_model_with_code_of_its_own_is_refused(tmp_path):
-    refused(made(tmp_path, auto_map={"AutoModelForCausalLM": "modeling.Mine"}), "no code of a model folder is run")
-    assert "auto_map" in hf.read_config(made(tmp_path, auto_map={"AutoTokenizer": ["tokens.Mine", None]}))
-
-
-# ------------------------------------------------------------------------------------------ ties
-
-
-def test_two_matrices_where_the_config_ties_them(tmp_path):
-    tensors = weights()
-    dry_run(made(tmp_path, tensors | {HEAD: tensors[EMBED]}))
-    refused(made(tmp_path, tensors | {HEAD: tensors[EMBED] + 1}), "ties the embedding to lm_head.*that differs")
-    refused(made(tmp_path, tensors | {HEAD: tensors[EMBED][:4]}), "that differs")
-    dry_run(made(tmp_path, tensors | {HEAD: tensors[EMBED] + 1}, tie_word_embeddings=False))
-
-
-def test_ties_longer_than_what_is_compared_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "ROWS", 3)
-    tensors = weights()
-    other = tensors[EMBED].copy()
-    other[-1, -1] += 1
-    dry_run(made(tmp_path, tensors | {HEAD: tensors[EMBED]}))
-    refused(made(tmp_path, tensors | {HEAD: other}), "that differs")
-
-
-def test_one_matrix_where_the_config_asks_for_two(tmp_path):
-    refused(made(tmp_path, tie_word_embeddings=False), f"lack the tensor {HEAD}")
-    refused(made(tmp_path, tie_word_embeddings="false"), "tie_word_embeddings='false': true or false")
-
-
-# ------------------------------------------------------------------------------------------ index and shards
-
-
-def sharded(folder, parts=2, place=None):
-    """The model in several files, and an index of them."""
-    tensors = weights()
-    made(folder, tensors)
-    (folder / "model.safetensors").unlink()
-    where = {}
-    for i in range(parts):
-        file = f"model-{i + 1:05d}-of-{parts:05d}.safetensors"
-        names = list(tensors)[i::parts]
-        save_file({name: tensors[name] for name in names}, folder / file)
-        where |= dict.fromkeys(names, file)
-    write_index(folder, where if place is None else place)
-    return folder
-
-
-def write_index(folder, place):
-    (folder / contents.INDEX).write_text(json.dumps({"weight_map": place}))
-
-
-def index(folder):
-    return json.loads((folder / contents.INDEX).read_text())["weight_map"]
-
-
-def test_shards_with_and_without_their_index(tmp_path):
-    dry_run(sharded(tmp_path))
-    (tmp_path / contents.INDEX).unlink()
-    dry_run(tmp_path)
-    (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    refused(tmp_path, "holds model-00001-of-00002.safetensors but lacks model-00002-of-00002")
-
-
-def test_an_index_beside_a_single_file_may_be_another_models(tmp_path):
-    save_file(weights(), sharded(tmp_path) / "model.safetensors")
-    refused(tmp_path, "may be two models: remove the older one")
-    write_index(made(tmp_path / "one"), dict.fromkeys(weights(), "model.safetensors"))
-    dry_run(tmp_path / "one")
-
-
-def test_shards_of_two_models(tmp_path):
-    sharded(tmp_path, 3)
-    sharded(tmp_path, 2)
-    refused(tmp_path, "holds model-00001-of-00003.safetensors beside model-00001-of-00002.*of the older model")
-    (tmp_path / contents.INDEX).unlink()
-    refused(tmp_path, "both hold the tensor")
-
-
-def test_an_index_that_is_older_than_its_files(tmp_path):
-    place = index(sharded(tmp_path))
-    write_index(tmp_path, {name: file for name, file in place.items() if name != EMBED})
-    refused(tmp_path, f"puts the tensor {EMBED} into no file")
-    write_index(tmp_path, place | {"gone": place[EMBED]})
-    refused(tmp_path, "puts the tensor gone into .* lies in none")
-    write_index(tmp_path, dict(zip(place, reversed(place.values()))))
-    refused(tmp_path, "the index is of another model")
-
-
-@pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/x.safetensors", "a/b.safetensors", "..", "", "x.bin", 3, None, "a\\b.safetensors"]
-)
-def test_an_index_names_files_of_its_own_folder_alone(tmp_path, name):
-    place = index(sharded(tmp_path / "m"))
-    save_file(weights(), tmp_path / "x.safetensors")
-    write_index(tmp_path / "m", place | {EMBED: name})
-    refused(tmp_path / "m", "no name of a safetensors file in the same folder")
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 99999]
-)
-def test_a_torn_index(tmp_path, content):
-    (sharded(tmp_path) / contents.INDEX).write_text(content)
-    refused(tmp_path, "index.json")
-
-
-# ------------------------------------------------------------------------------------------ config.json
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b'"llama"', b"3", b"\xff\xfe", b"[" * 99999])
-def test_a_torn_config(tmp_path, content):
-    (made(tmp_path) / "config.json").write_bytes(content)
-    refused(tmp_path, "config.json")
-
-
-@pytest.mark.parametrize("name", [name for name in CONFIG if name not in ("tie_word_embeddings", "hidden_act")])
-@pytest.mark.parametrize("value", ["32", None, -1, [], {}, True, float("nan"), 1e400])
-def test_a_field_of_another_type(tmp_path, name, value):
-    made(tmp_path, **{name: value})
-    if value is None and name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta"):
-        return  # stands for the default
-    refused(tmp_path, "config.json")
-
-
-@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\xff" * 16, b"version https://git-lfs.github.com/spec/v1\noid"])
-def test_weights_that_are_none(tmp_path, content):
-    (made(tmp_path) / "model.safetensors").write_bytes(content)
-    refused(tmp_path, "git lfs pull" if b"git" in content else "model.safetensors cannot be read")
-
-
-# ------------------------------------------------------------------------------------------ bounds before work
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", contents.INDEX])
-def test_a_pipe_is_no_file(tmp_path, name):
-    file = made(tmp_path) / name
-    file.unlink(missing_ok=True)
-    os.mkfifo(file)
-    refused(tmp_path, f"{name} is no regular file")
-
-
-def test_headers_out_of_all_measure(tmp_path, monkeypatch):
-    file = made(tmp_path) / "model.safetensors"
-    empty = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(9)}
-    monkeypatch.setattr(contents, "TENSORS", 8)
-    with_header(file, empty)
-    refused(tmp_path, "holds 9 tensors, more than any model")
-    monkeypatch.setattr(contents, "HEADER_BYTES", 2**8)
-    refused(tmp_path, "its header has .* MiB, more than any model's")
-    file.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    refused(tmp_path, "ends before its header does")
-    with_header(file, b"[" * 200)
-    refused(tmp_path, "cannot be read")
-    for entry in ([], 3, {}, {"dtype": "F32", "shape": 3}, {"dtype": "F32", "shape": ["a"], "data_offsets": [0, 0]}):
-        with_header(file, {EMBED: entry})
-        refused(tmp_path, "cannot be read")
-
-
-def test_a_json_file_out_of_all_measure(tmp_path, monkeypatch):
-    made(tmp_path)
-    monkeypatch.setattr(contents, "JSON_BYTES", 64)
-    refused(tmp_path, "no such file of a model has")
-
-
-GGUF = b"GGUF" + struct.pack("<I", 3)
-
-
-@pytest.mark.parametrize(
-    "counts, fields",
-    [
-        ((0, 1), struct.pack("<Q1sIIQ", 1, b"a", 9, 0, 2**40)),  # an array of 2^40 bytes
-        ((0, 1), struct.pack("<Q1sIIQ", 1, b"a", 9, 8, 2**40)),  # of strings
-        ((0, 1), struct.pack("<Q1sIIQ", 1, b"a", 9, 9, 2**20) + b"\0" * 16),  # of arrays
-        ((0, 1), struct.pack("<Q1sIQ", 1, b"a", 8, 2**40)),  # a string
-        ((0, 1), struct.pack("<Q", 2**40)),  # a name
-        ((0, 2**40), b""),
-        ((2**40, 0), b""),
-        ((1, 0), struct.pack("<Q1sI", 1, b"a", 2**31) + b"\0" * 16),  # axes
-        ((0, 1), struct.pack("<Q1sI", 1, b"a", 99)),  # a type
-    ],
-)
-def test_a_small_gguf_file_that_claims_much_is_refused_at_once(tmp_path, counts, fields):
-    path = tmp_path / "tiny.gguf"
-    path.write_bytes((GGUF + struct.pack("<QQ", *counts) + fields).ljust(68, b"\0"))
-    with pytest.raises(InputError, match="tiny.gguf is not a readable GGUF file"):
-        tokenizers.open_gguf(path)
-
-
-# ------------------------------------------------------------------------------------------ ids without an embedding
-
-
-def words(count, **roles):
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(count)}, "w0"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1", **roles)
-
-
-@pytest.mark.parametrize("count", [7, 8])
-def test_a_tokenizer_of_no_more_ids_than_embeddings_passes(tmp_path, count):
-    words(count).save_pretrained(made(tmp_path))
-    assert len(hf.load_tokenizer(tmp_path)) == count
-
-
-def test_an_id_without_an_embedding_is_refused(tmp_path):
-    tokenizer = words(8)
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.save_pretrained(made(tmp_path))
-    with pytest.raises(InputError, match="9 tokens, up to the id 8 .'<pad>'.*only 8 embeddings"):
-        hf.load_tokenizer(tmp_path)
-
-
-def test_a_placeholder_of_images_may_have_none(tmp_path):
-    words(8, extra_special_tokens={"image_token": "<image>"}).save_pretrained(made(tmp_path))
-    assert len(hf.load_tokenizer(tmp_path)) == 9
-
-
-# ------------------------------------------------------------------------------------------ the encoder's folder
-
-BERT = {
-    "model_type": "bert", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 8, "max_position_embeddings": 16,
-}  # fmt: skip
-
-
-def bert(folder, **changes):
-    (folder / "config.json").write_text(json.dumps(BERT | changes))
-    save_file({"embeddings.word_embeddings.weight": np.ones((8, 8), np.float32)}, folder / "model.safetensors")
-    return folder
-
-
-def encoder_refused(folder, message):
-    with pytest.raises(InputError, match=message):
-        encoder.load(folder)
-
-
-def test_the_encoders_folder_goes_through_the_same_place(tmp_path):
-    encoder_refused(bert(tmp_path), "lack the tensor encoder.layer.0")
-    encoder_refused(bert(tmp_path, quantization_config={"quant_method": "gptq"}), "'gptq'")
-    save_file({"embeddings.word_embeddings.weight": np.ones((8, 8), np.int8)}, bert(tmp_path) / "model.safetensors")
-    encoder_refused(tmp_path, "save the model dequantised")
-    (bert(tmp_path) / "adapter_config.json").write_text("{}")
-    encoder_refused(tmp_path, "adapter beside the model")
-
-
-def test_a_tensor_that_the_encoder_does_not_compute_with_is_refused(tmp_path):
-    extra = {"bert.encoder.layer.0.attention.self.query.SCB": np.ones(8, np.float32)}
-    save_file(extra, bert(tmp_path) / "model.safetensors")
-    encoder_refused(tmp_path, "hold the tensor encoder.layer.0.attention.self.query.SCB, which no BERT model")
-    save_file({"pooler.dense.weight": np.ones((8, 8), np.float32)}, tmp_path / "model.safetensors")
-    encoder_refused(tmp_path, "lack the tensor")
-
-
-def test_counted_positions_of_an_encoder_are_no_quantised_weights(tmp_path):
-    save_file({"embeddings.position_ids": np.arange(16)[None]}, bert(tmp_path) / "model.safetensors")
-    assert "embeddings.position_ids" in contents.open_weights(tmp_path)
-
-
-@pytest.mark.parametrize("name", [name for name in BERT if name != "model_type"])
-@pytest.mark.parametrize("value", ["8", None, -1, [], True, 1e30])
-def test_a_field_of_the_encoder_of_another_type(tmp_path, name, value):
-    encoder_refused(bert(tmp_path, **{name: value}), "encoder's config.json has|lacks")
-
-
-def test_an_encoder_that_pools_otherwise_is_refused(tmp_path):
-    (tmp_path / "1_Pooling").mkdir()
-    pooling = tmp_path / "1_Pooling" / "config.json"
-    pooling.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
-    encoder_refused(bert(tmp_path), "pooling_mode_cls_token: embeddings are means")
-    pooling.write_text(json.dumps({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}))
-    encoder_refused(tmp_path, "lack the tensor")
-
-
-def test_an_encoders_tokenizer_that_is_torn(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "load", lambda folder: None)
-    (bert(tmp_path) / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="tokenizer.json cannot be read"):
-        encoder.TextEmbedder.from_folder(tmp_path)
+def test_what_no_training_depends_on_may_change(tmp_path, before, change, fits):
+    config, now = begun(tmp_path, **before)
+    config.update_from_flattened_dict(change)
+    if fits:
+        workdirs.remember(config, tmp_path, now)
+        assert workdirs.flat(workdirs.recall(tmp_path)) == workdirs.flat(config)
+    else:
+        with pytest.raises(InputError, match="holds a run of a different config"):
+            workdirs.remember(config, tmp_path, now)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"contents": 3}', "\x00\x00"], ids=repr)
+def test_a_damaged_config_is_one_sentence_and_stays(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for use in (workdirs.recall, lambda path: workdirs.remember(config_lib.default(), path, {"data": "1"})):
+        with pytest.raises(InputError, match="config.json is damaged"):
+            use(tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_config_of_wrong_types_is_one_sentence(tmp_path):
+    begun(tmp_path)
+    edited(tmp_path / "config.json", lambda tree: tree.update(schedule=3))
+    with pytest.raises(InputError, match="config.json is of another version of drirl_jax, or damaged"):
+        workdirs.recall(tmp_path)
+
+
+@pytest.mark.parametrize("trace", workdirs.TRACES)
+def test_a_run_without_its_config_is_not_begun_anew(tmp_path, trace):
+    (tmp_path / trace).mkdir()
+    with pytest.raises(InputError, match=f"holds {trace} of a run, but no config.json"):
+        workdirs.remember(config_lib.default(), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------- its files as read
+
+
+DAMAGES = {
+    "evals/base.json": ("", "[]", '{"overall": {}}', '{"overall": 3, "by_category": {}, "responses": []}'),
+    "facts.json": ("{", "3", '{"records": {"train": 5}}'),
+    "reliability.json": ("[]", '{"all": [{"n": "6"}]}'),
+    "metrics.jsonl": ("{}\n", "nonsense\n", '{"stage": "irl", "step": 1, "loss": "x"}\n', "[1]\n", "\xff\n"),
+    "timing.jsonl": ('{"stage": "irl", "step": "1"}\n', "null\n"),
+    "samples.jsonl": ('{"stage": "align", "step": 1}\n', "{\n"),
+}
+
+
+@pytest.mark.parametrize("name,text", [(name, text) for name, texts in DAMAGES.items() for text in texts])
+def test_a_report_says_which_file_is_damaged(tmp_path, name, text):
+    small_run.write(tmp_path)
+    path = tmp_path / name
+    path.write_bytes((path.read_bytes() if name.endswith("l") else b"") + text.encode("latin-1"))
+    with pytest.raises(InputError) as refused:
+        pages.read(tmp_path)
+    assert f"{path}" in str(refused.value) and "is damaged" in str(refused.value)
+    if name.endswith("l"):
+        assert f", line {len(path.read_bytes().splitlines())} is" in str(refused.value)
+
+
+def test_the_status_says_which_file_is_damaged(tmp_path):
+    small_run.write(tmp_path)
+    assert status.of(tmp_path)["last"]["step"] == 8
+    whole = (tmp_path / "timing.jsonl").read_text()
+    for text in ("nonsense\n", "{}\n", '{"stage": "irl", "step": null}\n'):
+        (tmp_path / "timing.jsonl").write_text(whole + text)
+        with pytest.raises(ValueError, match="timing.jsonl, line 17 is damaged"):
+            status.of(tmp_path)
+    edited(tmp_path / "config.json", lambda tree: tree.update(schedule=["irl", "pretrain"]))
+    with pytest.raises(ValueError, match="names the stages .'pretrain'.: it is damaged"):
+        status.of(tmp_path)
+
+
+def test_a_form_says_what_is_wrong():
+    form = {"n": int, json_files.Maybe("of"): [str], ...: json_files.NUMBER}
+    assert json_files.fault({"n": 1, "of": ["a"], "x": None, "y": 2}, form) is None
+    for value, why in (
+        ([], "it is no object"),
+        ({}, "it has no 'n'"),
+        ({"n": True}, "n is true, not of type int"),
+        ({"n": 1, "of": [3]}, "of[0] is 3, not of type str"),
+        ({"n": 1, "x": "1"}, 'x is "1", not of type float or null'),
+    ):
+        assert json_files.fault(value, form) == why
+
+
+def test_an_evaluation_of_another_judge_or_a_damaged_one_is_made_anew(tmp_path, caplog):
+    path, settings = tmp_path / "base.json", {"judge": "phrases 1", "judges": {}, "rewards": None}
+    result = small_run.result("base")
+    assert not runner.is_done(path, settings) and not caplog.text
+    path.write_text(json.dumps(result | {"settings": settings}))
+    assert runner.is_done(path, settings)
+    assert not runner.is_done(path, settings | {"judge": "phrases 2"}) and "another judge" in caplog.text
+    path.write_text(json.dumps(result))  # of an older version
+    assert not runner.is_done(path, settings)
+    path.write_text('{"settings"')
+    assert not runner.is_done(path, settings) and "is damaged" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ its lock
+
+
+def test_a_lock_file_that_a_cleaner_removes_lets_no_second_run_in(tmp_path):
+    first = process.lock(tmp_path / "run")
+    (tmp_path / "run" / ".lock").unlink()
+    for _ in range(2):
+        assert status.held(tmp_path / "run")
+        with pytest.raises(InputError, match="another run is at work"):
+            process.lock(tmp_path / "run")
+        with pytest.raises(InputError, match="another run is at work"):
+            process.require_free(tmp_path / "run")
+    first.require()
+    assert (tmp_path / "run" / ".lock").exists()
+    first.close()
+    process.lock(tmp_path / "run").close()
+
+
+def test_where_only_files_can_be_locked_the_first_run_finds_the_second(tmp_path, monkeypatch):
+    taken = process.Lock._taken
+    monkeypatch.setattr(
+        process.Lock, "_taken", lambda lock, fd: fd != getattr(lock, "folder", None) and taken(lock, fd)
+    )
+    first = process.lock(tmp_path)
+    with pytest.raises(InputError, match="another run is at work"):
+        process.lock(tmp_path)
+    (tmp_path / ".lock").unlink()
+    second = process.lock(tmp_path)
+    with pytest.raises(InputError, match="another run is at work"):
+        first.require()
+    second.close()
+    first.close()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_workdir_that_is_removed_during_a_run_is_one_sentence(tmp_path, again):
+    place = Workdir(tmp_path / "run")
+    with pytest.raises(InputError, match="the workdir .*run was removed or moved during the run"):
+        with place.at_work():
+            place.push()
+            shutil.rmtree(tmp_path / "run")
+            if again:
+                (tmp_path / "run").mkdir()  # as orbax would
+                place.push()
+            (tmp_path / "run" / "metrics.jsonl").open("a")

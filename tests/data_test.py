@@ -264,6 +264,33 @@ def test_builder_gives_way_to_a_process_that_was_first(tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("damage", ["emptied", "cut", "torn", "another"])
+def test_prepared_data_that_is_damaged_is_prepared_anew(tmp_path, caplog, damage):
+    path, data = write(tmp_path / "a.jsonl", *rows(4)), tmp_path / "data"
+    want = list(builder.load(path, CATEGORIES, data)["train"])
+    (records_file,), (info,) = data.rglob("*.array_record*"), data.rglob("dataset_info.json")
+    if damage == "emptied":
+        for file in (records_file, info, *data.rglob("features.json")):
+            file.unlink()
+    elif damage == "cut":
+        records_file.write_bytes(records_file.read_bytes()[:-40])
+    elif damage == "torn":
+        info.write_text(info.read_text()[:50])
+    else:
+        other = builder.load(write(tmp_path / "b.jsonl", *rows(4, prompt="p {}")), CATEGORIES, tmp_path / "other")
+        assert other["train"] is not None
+        records_file.write_bytes(next((tmp_path / "other").rglob("*.array_record*")).read_bytes())
+    assert list(builder.load(path, CATEGORIES, data)["train"]) == want
+    assert "is damaged" in caplog.text and "it is prepared anew" in caplog.text
+
+
+def test_without_a_home_data_is_prepared_for_this_process_alone(tmp_path, monkeypatch, caplog):
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setattr(builder.tfds.core.constants, "DATA_DIR", str(tmp_path / "home" / "tensorflow_datasets"))
+    assert len(builder.load(write(tmp_path / "a.jsonl", *rows(4)), CATEGORIES)["train"]) == 4
+    assert "no prepared data can be kept in" in caplog.text
+
+
 def test_builder_does_not_hide_other_failures(tmp_path):
     (tmp_path / "data").write_text("a file in the folder's place")
     with pytest.raises(OSError):

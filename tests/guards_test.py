@@ -111,6 +111,32 @@ def test_warnings_come_once_for_each_crossing_also_after_a_restart(tmp_path, cap
     assert told == [("2", "KL"), ("3", "mean reward"), ("5", "KL")]
 
 
+def test_where_metrics_are_older_than_the_checkpoint_their_steps_are_done_again(tmp_path, caplog):
+    whole = run(tmp_path / "whole", stage())
+    run(tmp_path / "old", stage())
+    file = tmp_path / "old" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:5]))  # checkpoints are of the steps 4 and 6
+    jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "old", stage()), whole)
+    assert file.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert "metrics.jsonl lacks step 6 of align" in caplog.text and "put aside" in caplog.text
+    for broken in ("", "".join(lines[1:]), "".join(lines[:1] + lines[2:])):
+        file.write_text(broken)
+        with pytest.raises(InputError, match=r"metrics.jsonl lacks step [12] of align, which it has done.* put whole"):
+            run(tmp_path / "old", stage())
+    file.write_text("".join(lines[:3]) + "{torn\n" + "".join(lines[3:]))
+    with pytest.raises(InputError, match="metrics.jsonl, line 4 is damaged"):
+        run(tmp_path / "old", stage())
+
+
+def test_lost_times_and_samples_are_told_of(tmp_path, caplog):
+    run(tmp_path, stage())
+    (tmp_path / "timing.jsonl").unlink()
+    run(tmp_path, stage(8))
+    assert "timing.jsonl lacks 6 steps that are done (1, 2, 3, 4, 5, ...)" in caplog.text
+    assert "samples.jsonl lacks" in caplog.text
+
+
 def test_log_probabilities_that_differ_and_rewards_that_are_not_finite_stop_the_run():
     limits = config_lib.default().guards
     fine = {"skipped_in_a_row": 0.0, "sampler_gap": 0.09}

@@ -130,8 +130,7 @@ def test_grades(text, grade):
     assert rubric.read_grade(text) == grade
 
 
-@pytest.mark.parametrize("piece", ["class: ", "0 ", "0", " ", "1/", ":1", '"', "refused: 0 ", "grade: 1 to ", "(",
-"-"])
+@pytest.mark.parametrize("piece", ["class: ", "0 ", "0", " ", "1/", ":1", '"', "refused: 0 ", "grade: 1 to ", "(", "-"])
 def test_repetitive_replies_take_no_time(piece):
     start = time.perf_counter()
     for function in (rubric.read_harm, rubric.read_refusal, rubric.read_grade, lambda text: grade_alone(text, 10)):

@@ -20,12 +20,22 @@ from drirl_jax.data import records
 from drirl_jax.data.records import Record
 from drirl_jax.evals.judges import JUDGES, UNSAFE, Judge, agreed, agreement, known
 from drirl_jax.intervals import wilson
-from drirl_jax.models import hf
 from drirl_jax.pages import markdown
+from drirl_jax.runtime import contents, json_files
 from drirl_jax.runtime.files import replace_file
 from drirl_jax.runtime.names import AGGREGATES
 from drirl_jax.runtime.names import check as check_names
 
+# A line of ATTACK.jsonl.
+RESULT = {
+    "id": str,
+    "category": str,
+    "prompt": str,
+    "response": str,
+    "queries": int,
+    "seconds": json_files.NUMBER,
+    "safe": {...: (bool, type(None))},
+}
 # (target, records) -> an Outcome of each record, in their order. docs/ATTACKS.md says what each is.
 ATTACKS: dict[str, Callable[[Target, Sequence[Record]], Iterator[Outcome]]] = {
     "none": templates.once(templates.plain),
@@ -98,12 +108,21 @@ def attack_model(
     target = Target(*train.load_policy(config), o, {name: safe(judge) for name, judge in judges.items()}, attacker)
     if sharding.writes():
         asked = {name: value for name, value in o.items() if name not in ("batch", "max_prompt")}  # change no result
-        said = {"model": config.policy, "data": data, "categories": config.data.categories, "options": asked}
-        said |= {"stamp": workdirs.stamp(hf.resolve(config.policy.init))}
+        said = {"model": config.policy, "categories": config.data.categories, "options": asked}
         said |= {"versions": {name: judge.version for name, judge in judges.items()}}
-        workdirs.remember(ConfigDict(said), workdir)
+        workdirs.remember(ConfigDict(said), workdir, contents_of(config, target, names))
     about = [f"Judge {name}: {', '.join(filter(None, (of.version, known(of.facts))))}." for name, of in judges.items()]
     return run(target, rows, names, workdir, about)
+
+
+def contents_of(config: ConfigDict, target: Target, names: Sequence[str]) -> dict[str, str]:
+    """The hash of what the results of these attacks depend on, beside the prompts, which stand in the results."""
+    found, o = workdirs.policy_contents(config, target.text), target.options
+    if "autodan" in names:
+        found["templates"] = contents.of_file(o.autodan.templates)
+    if "selfcipher" in names and o.selfcipher.demonstrations:
+        found["demonstrations"] = contents.of_file(o.selfcipher.demonstrations)
+    return found
 
 
 def safe(judge: Judge) -> Callable[[str, str], bool | None]:
@@ -120,10 +139,20 @@ def run(
     target: Target, rows: Sequence[Record], names: Sequence[str], workdir: pathlib.Path, about: Sequence[str] = ()
 ) -> list["Rate"]:
     """Every attack on every prompt that has no result yet, in workdir/ATTACK.jsonl; the rates of all, in table.md, with
-    what is said `about` the judges, what they leave without a verdict and how far they agree."""
+    what is said `about` the judges, what they leave without a verdict and how far they agree.
+
+    Raises:
+        InputError: a file of results is damaged, or has the result of another prompt under the id of one of these.
+    """
     for attack in names:
         path = workdir / f"{attack}.jsonl"
-        done = {result["id"] for result in results(path)}
+        done = {result["id"]: result["prompt"] for result in results(path)}
+        other = [row.id for row in rows if done.get(row.id, row.prompt) != row.prompt]
+        need(
+            not other,
+            f"{path} has results of other prompts under the ids {', '.join(other[:3])}: the data has changed; put back "
+            "what was there, or take another --workdir.",
+        )
         left = [row for row in rows if not sharding.agreed(row.id in done)]
         progress = metrics.Progress(attack, len(rows), len(rows) - len(left), sharding.writes())
         began = time.perf_counter()
@@ -155,7 +184,7 @@ def results(path: pathlib.Path) -> list[dict]:
     if path.exists() and sharding.writes():
         whole = path.read_bytes()
         os.truncate(path, whole.rfind(b"\n") + 1)
-    return metrics.read(path)
+    return json_files.rows(path, RESULT)
 
 
 class Rate(NamedTuple):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.resources
 import json
+import logging
+import pathlib
+import shutil
 import sys
+import tempfile
 from typing import Sequence
 
 import grain
@@ -17,6 +22,8 @@ from drirl_jax import console, sharding
 from drirl_jax.data import records
 from drirl_jax.data.records import PathLike, Record
 from drirl_jax.types import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -91,20 +98,55 @@ def load(
     if len(set(sharding.gathered(demos.name))) > 1:
         raise InputError(f"the processes read different records in {paths}: give all of them the same files.")
     with sharding.together():
+        return _opened(demos, data_dir)
+
+
+def _opened(demos: DemosConfig, named: PathLike | None) -> dict[str, grain.MapDataset]:
+    """The prepared data set, compared with the records that it was made of. What is damaged is prepared anew; where
+    TFDS's own place cannot be written, as without a home, it is prepared for this process alone."""
+    data_dir = pathlib.Path(named or tfds.core.constants.DATA_DIR)
+    folder = data_dir / SafetyDemos.name / demos.name / str(SafetyDemos.VERSION)
+    try:
+        return _prepared(demos, data_dir)
+    except Exception as error:  # a changed byte may break JSON, a protocol buffer, zstd or an index
+        damage = error
+    if folder.is_dir():
+        log.warning("%s is damaged (%s): it is prepared anew", folder, f"{type(damage).__name__}: {damage}"[:200])
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(Exception):
+            return _prepared(demos, data_dir)
+    if named is not None:
+        raise damage
+    log.warning("no prepared data can be kept in %s (%s): set TFDS_DATA_DIR to a folder for it", data_dir, damage)
+    return _prepared(demos, pathlib.Path(_own_folder().name))
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory:
+    """A folder of this process, which goes when it ends."""
+    return tempfile.TemporaryDirectory(prefix="drirl_jax-data-")
+
+
+def _prepared(demos: DemosConfig, data_dir: pathlib.Path) -> dict[str, grain.MapDataset]:
+    """The data set in this place. Raises ValueError where it does not hold the config's records, and whatever TFDS
+    does."""
+    builder = SafetyDemos(config=demos, data_dir=data_dir)
+    if console.mode() != "text":
+        tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it does on stdout, which is for the result
+            builder.download_and_prepare(file_format="array_record")
+    except OSError:
+        if not builder.data_path.is_dir():
+            raise
+        # Another process was first: what it prepared has the same content.
         builder = SafetyDemos(config=demos, data_dir=data_dir)
-        if console.mode() != "text":
-            tfds.disable_progress_bar()
-        try:
-            with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it does on stdout, which is for the result
-                builder.download_and_prepare(file_format="array_record")
-        except OSError:
-            if not builder.data_path.is_dir():
-                raise
-            # Another process was first: what it prepared has the same content.
-            builder = SafetyDemos(config=demos, data_dir=data_dir)
-    return {
+    opened = {
         split: grain.MapDataset.source(source).map(_to_record) for split, source in builder.as_data_source().items()
     }
+    if sorted(Record(*row) for rows in opened.values() for row in rows) != sorted(demos.records):
+        raise ValueError("other records than those that it was made of")
+    return opened
 
 
 def read(

@@ -156,4 +156,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    console.outlive_readers()
     main()

@@ -29,6 +29,7 @@ from drirl_jax.evals.judges import JUDGES, Judge, agreement, telling, unsafe
 from drirl_jax.intervals import RESAMPLES, effective, wilson
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.runtime import contents
 from drirl_jax.text import Text
 from drirl_jax.types import Array, InputError
 
@@ -87,6 +88,11 @@ class Questions(NamedTuple):
     options: list[list[list[int]]]
     of: int
     left_out: int
+
+    @property
+    def contents(self) -> str:
+        """A hash of the items, wherever their files lie."""
+        return contents.of_value([self.name, *(item._asdict() for item in self.items)])
 
 
 def _items(name: str, section: ConfigDict) -> list[Item]:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import pathlib
+from typing import Mapping
+
 import jax
 import numpy as np
 
 from drirl_jax import sharding
 from drirl_jax.data.examples import Examples
-from drirl_jax.evals import benchmarks, judges
+from drirl_jax.evals import benchmarks, judges, rewarded
 from drirl_jax.evals.benchmarks import Questions
 from drirl_jax.models import hf, reward
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.runtime import json_files
 from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
+from drirl_jax.types import InputError
 
+log = logging.getLogger(__name__)
+# What an evaluation says, as reports read it.
+RESULT = {
+    "overall": {...: json_files.NUMBER},
+    "by_category": {...: {"n": int, "refused": json_files.NUMBER, "reward": json_files.NUMBER}},
+    "responses": [
+        {
+            "id": str,
+            "category": str,
+            "prompt": str,
+            "response": str,
+            "refused": (bool, type(None)),
+            "reward": json_files.NUMBER,
+        }
+    ],
+}
 score = jax.jit(reward.score)
 
 
@@ -44,6 +66,43 @@ def judges_of(context: Context, bank: reward.Bank | None) -> dict[str, judges.Ju
     """Those that config.evals.judges names."""
     setting = setting_of(context, bank)
     return {name: judges.JUDGES[name].make(setting) for name in context.config.evals.judges}
+
+
+def settings(
+    context: Context, bank: reward.Bank | None, telling: Mapping[str, judges.Judge], contents: Mapping[str, str]
+) -> dict:
+    """What an evaluation of a run depends on beside the policy's training: one of other settings is made anew.
+
+    Args:
+        telling: the judges of the benchmarks.
+        contents: the hashes that the run's workdir keeps.
+    """
+    section = context.config.evals
+    options = {key: list(of) if isinstance(of, tuple) else of for key, of in section.items()}
+    # What these choose is known by its version or its hash, or changes nothing.
+    apart = ("judge", "judges", "classifier", "endpoint", "data", "batch", "every", "best")
+    judge = judges.JUDGES[section.judge].make(setting_of(context, bank))
+    return {
+        "options": {key: of for key, of in options.items() if key not in apart},
+        "contents": {key: of for key, of in contents.items() if key not in ("rewards", "classifier")},
+        "rewards": bank and rewarded.version(bank),
+        "judge": judge.version,
+        "judges": {name: of.version for name, of in telling.items()},
+    }
+
+
+def is_done(path: pathlib.Path, settings: Mapping) -> bool:
+    """Whether an evaluation of these settings is in the file; one of others, or a damaged one, is to be made anew."""
+    if not path.exists():
+        return False
+    try:
+        before = json_files.load(path, RESULT).get("settings")
+    except InputError as error:
+        log.warning("%s It is made anew.", error)
+        return False
+    if before != settings:
+        log.warning("%s is of another judge, other options or other contents: it is made anew.", path)
+    return before == settings
 
 
 def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> dict:
