@@ -23,7 +23,7 @@ from drirl_jax.evals import judges, runner, watch
 from drirl_jax.models import encoder, families, flash, hf, peft, reward
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.runtime.files import replace_file
+from drirl_jax.runtime import files
 from drirl_jax.stages import align, irl, samples
 from drirl_jax.stages.base import POLICIES, Context, Stage
 from drirl_jax.text import Text
@@ -225,7 +225,7 @@ def stages(context: Context, asked: list, place: Workdir, writer: metrics.Metric
             found = {"settings": settings} | runner.evaluate(context, model, bank)
             found["benchmarks"] = runner.benchmarked(context, model, asked, judges)
             if sharding.writes():
-                replace_file(path, json.dumps(found, indent=1, ensure_ascii=False))
+                files.replace_file(path, json.dumps(found, indent=1, ensure_ascii=False))
                 place.push()
     if not sharding.writes():
         return
