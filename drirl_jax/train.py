@@ -188,8 +188,6 @@ def stages(context: Context, asked: list, place: Workdir, writer: metrics.Metric
     if sharding.writes():
         facts = pages.facts_of(context.examples, config.data.categories, config.data.harmless)
         pages.note(place.local, facts)
-        if repeated := facts.get(pages.REPEATED):
-            log.warning("%s: figures of the held-out prompts are then of what was trained on", repeated)
         place.push()
         log.info("%s, %d prompts, %s", jax.devices()[0], prompts, config.policy.init)
 

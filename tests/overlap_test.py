@@ -46,6 +46,18 @@ def test_the_counts_by_split_and_kind():
     assert said.endswith("1 prompts stand as harmful and as harmless")
 
 
+LONG = "My neighbour parks on my lawn every single day, so which polite words could I leave on his windscreen?"
+
+
+def test_a_prompt_with_a_word_changed_is_nearly_the_same():
+    train = split((LONG, HARMLESS), ("Something else altogether", HARMLESS))
+    test = split((LONG.replace("polite", "kind"), HARMLESS), ("Where do swallows spend the winter?", HARMLESS))
+    assert overlap.summary({"train": train, "test": test}, [HARMLESS]) == (
+        "1 of 2 prompts of split test are nearly those of a training prompt"
+    )
+    assert overlap.nearly(["abcdef"], ["abcdef", "xyz"]) == 1 and overlap.nearly(["abc"], ["abd"]) == 0
+
+
 def test_without_training_prompts_there_is_nothing_to_tell():
     assert overlap.summary({"given": TRAIN}, [HARMLESS]) == ""
 

@@ -8,7 +8,7 @@ from typing import Iterator, NamedTuple, Sequence
 import numpy as np
 
 from drirl_jax import sharding, text
-from drirl_jax.data import records
+from drirl_jax.data import overlap, records
 from drirl_jax.metrics import tracked
 from drirl_jax.types import InputError
 
@@ -102,7 +102,11 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
     prompts = [row[0] for split in rows.values() for row in split]
     prefix = common_prefix(prompts)
     size = -(-(max(map(len, prompts)) - len(prefix)) // 4) * 4
-    return {split: _pad(of_split, prefix, size, config.sampler.max_new) for split, of_split in rows.items() if of_split}
+    padded = {split: _pad(batch, prefix, size, config.sampler.max_new) for split, batch in rows.items() if batch}
+    harmless = [category[name] for name in config.data.harmless]
+    if (repeated := overlap.summary(padded, harmless)) and sharding.writes():
+        log.warning("%s: figures of held-out prompts are then of what was trained on", repeated)
+    return padded
 
 
 def _ids(share: Sequence[records.Record], tokens: text.Text, config) -> Iterator[tuple[list[int], list[int]]]:
