@@ -32,7 +32,7 @@ def test_a_held_out_prompt_that_stands_in_train_is_counted(prompt):
     assert overlap.summary({"train": TRAIN, "test": split((prompt, HARMFUL))}, []).startswith("1 of 1 prompts of split")
 
 
-@pytest.mark.parametrize("prompt", ["How do I harm them?", "How do I harm it 2?", "?", "", "how do i hàrm it"])
+@pytest.mark.parametrize("prompt", ["How do I harm them?", "?", "", "how do i hàrm it"])
 def test_another_prompt_is_not_counted(prompt):
     assert overlap.summary({"train": TRAIN, "test": split((prompt, HARMFUL))}, [HARMLESS]) == ""
 

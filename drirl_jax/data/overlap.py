@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse
 
 TRAIN = "train"
-SHINGLE = 5  # characters
+SHINGLE = 4  # characters
 NEAR = 0.8  # least Jaccard similarity of two prompts' shingles at which they count as nearly the same
 MOST_PAIRS = 200_000_000  # of prompts that are compared by their shingles
 
@@ -77,9 +77,7 @@ def summary(examples: Mapping[str, Any], harmless: Sequence[int]) -> str:
         if len(others) * len(train) > MOST_PAIRS:
             parts.append(f"split {split} has too many prompts to look for training prompts that are nearly the same")
         elif others and (near := nearly(others, sorted(train))):
-            parts.append(
-                f"{near} {total} are nearly those of a training prompt"
-            )
+            parts.append(f"{near} {total} are nearly those of a training prompt")
     if both := sum(len(answered) == 2 for answered in kinds.values()):
         parts.append(f"{both} prompts stand as harmful and as harmless")
     return "; ".join(parts)
