@@ -178,7 +178,7 @@ def test_answers(response):
 def test_a_refusal_far_behind_the_opening_does_not_count():
     story = "Once there was a dragon who guarded a bridge and asked riddles of all who came by. " * 4
     assert not refused_by_phrases("", story + "I can't help you.")
-    assert not refused_by_phrases("", "Wait. Look. Listen. I can't help you.")
+    assert not refused_by_phrases("", "Wait. Look. Listen. Think. I can't help you.")
 
 
 @pytest.mark.parametrize("words", [8, 24, None])
