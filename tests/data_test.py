@@ -201,7 +201,7 @@ def test_starter_set_has_harmless_prompts():
 def test_half_of_the_harmless_prompts_are_look_alikes_and_half_ordinary(split):
     # The card gives the ranges of ids; both kinds mix questions and orders.
     card = (pathlib.Path(records.__file__).parent / "starter" / "README.md").read_text("utf-8")
-    first = int(re.search(r"from `harmless-(\d+)` on\s+ordinary", card)[1])
+    first = int(re.search(r"from `harmless-(\d+)` on, are\s+ordinary", card)[1])
     rows = records.by_split("starter", ["harmless"], unanswered=True)[split]
     number = np.array([int(r.id.removeprefix("harmless-")) for r in rows])
     question = np.array([r.prompt.rstrip().endswith("?") for r in rows])
