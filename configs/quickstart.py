@@ -12,7 +12,7 @@ from drirl_jax.config import default
 
 def get_config():
     c = default()
-    c.data.max_prompt = 64
+    c.data.max_prompt = 80
     c.demos.keep_draft = False
     # Whether to refuse is decided in the first words; short responses leave time for many prompts.
     c.sampler.max_new = 8

@@ -52,7 +52,8 @@ def prepare(config: ConfigDict, load: bool = True) -> Context:
     mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), jax.devices())
     sampling = sharding.sampling_mesh(config.sampler.mesh, config.align.batch, mesh)
     jax.set_mesh(mesh)
-    by_split = (builder.read if load else records.by_split)(config.data.path, config.data.categories)
+    reader = builder.read if load else records.by_split
+    by_split = reader(config.data.path, config.data.categories, harmless=config.data.harmless)
     shares = dict(zip(config.data.categories, config.data.shares))
     trained = [category for category in config.data.categories if shares.get(category, 1.0) > 0]
     if "train" in by_split:

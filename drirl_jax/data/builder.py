@@ -33,9 +33,14 @@ class DemosConfig(tfds.core.BuilderConfig):
     records: tuple[Record, ...] = dataclasses.field(default=(), repr=False)
 
 
-def config(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> DemosConfig:
+def config(
+    paths: PathLike | Sequence[PathLike],
+    categories: Sequence[str],
+    harmless: Sequence[str] = records.HARMLESS,
+    unanswered: bool = False,
+) -> DemosConfig:
     """The config of the demonstrations in `paths` (see `records.read`): changed data has another name."""
-    rows = tuple(records.read(paths, categories))
+    rows = tuple(records.read(paths, categories, harmless=harmless, unanswered=unanswered))
     made = _named(rows)
     return next((known for known in SafetyDemos.BUILDER_CONFIGS if known.name == made.name), made)
 
@@ -74,7 +79,11 @@ class SafetyDemos(tfds.core.GeneratorBasedBuilder):
 
 
 def load(
-    paths: PathLike | Sequence[PathLike], categories: Sequence[str], data_dir: PathLike | None = None
+    paths: PathLike | Sequence[PathLike],
+    categories: Sequence[str],
+    data_dir: PathLike | None = None,
+    harmless: Sequence[str] = records.HARMLESS,
+    unanswered: bool = False,
 ) -> dict[str, grain.MapDataset]:
     """Prepares the demonstrations under `data_dir`, unless they are there, and opens them.
 
@@ -84,6 +93,7 @@ def load(
         paths: "starter", a file, a folder, or several of these (see `records.read`).
         categories: the categories in use.
         data_dir: where prepared data sets lie; None for TFDS's own place (~/tensorflow_datasets).
+        harmless, unanswered: which records may be unanswered, and whether to keep them (see `records.read`).
 
     Returns:
         split -> the split's records, to be read at any index; a split without records is absent. Their order
@@ -94,7 +104,7 @@ def load(
             read different records.
     """
     with sharding.together():
-        demos = config(paths, categories)
+        demos = config(paths, categories, harmless, unanswered)
     if len(set(sharding.gathered(demos.name))) > 1:
         raise InputError(f"the processes read different records in {paths}: give all of them the same files.")
     with sharding.together():
@@ -150,10 +160,14 @@ def _prepared(demos: DemosConfig, data_dir: pathlib.Path) -> dict[str, grain.Map
 
 
 def read(
-    paths: PathLike | Sequence[PathLike], categories: Sequence[str], data_dir: PathLike | None = None
+    paths: PathLike | Sequence[PathLike],
+    categories: Sequence[str],
+    data_dir: PathLike | None = None,
+    harmless: Sequence[str] = records.HARMLESS,
+    unanswered: bool = False,
 ) -> dict[str, list[Record]]:
     """The records of `load` in lists; of several processes each reads its share of what is prepared."""
-    prepared = load(paths, categories, data_dir)
+    prepared = load(paths, categories, data_dir, harmless, unanswered)
     return {split: [Record(*row) for row in sharding.shared(of, list)] for split, of in prepared.items()}
 
 

@@ -6,7 +6,8 @@ One JSON object a line, every field a string:
      "prompt": "...", "draft": "Wants an insult.\\nInsults hurt.", "response": "I can't ..."}
 
 `draft` holds the Chain-of-Draft steps, one a line, and may be empty. "provenance" (who wrote it, and how) may be left
-out. Further fields are ignored.
+out. Further fields are ignored. A training record of a harmless category may be unanswered: its `response` is empty.
+It is for a stage that learns from the model's own answers, and all other readers leave it out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import collections
 import difflib
 import importlib.resources
 import json
+import logging
 import math
 import os
 import pathlib
@@ -25,7 +27,10 @@ from drirl_jax.runtime.files import is_beside, place
 from drirl_jax.runtime.names import file_name
 from drirl_jax.types import InputError
 
+log = logging.getLogger(__name__)
+
 STARTER = "starter"  # in the place of a path: the packaged files
+HARMLESS = ("harmless",)  # the categories to be answered, where a caller names no others
 SPLITS = ("train", "valid", "test")
 SHOWN = 80  # characters of a text that a sentence about it shows
 
@@ -52,7 +57,13 @@ def demonstration(record: Record, keep_draft: bool, separator: str = "####") -> 
     return record.response
 
 
-def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str], optional: Sequence[str] = ()) -> list[Record]:
+def read(
+    paths: PathLike | Sequence[PathLike],
+    categories: Sequence[str],
+    optional: Sequence[str] = (),
+    harmless: Sequence[str] = HARMLESS,
+    unanswered: bool = False,
+) -> list[Record]:
     """Reads and checks demonstrations, in the order of the paths and of their lines.
 
     Args:
@@ -60,31 +71,44 @@ def read(paths: PathLike | Sequence[PathLike], categories: Sequence[str], option
             is read, also those that are packed; or several of these.
         categories: the categories in use; a record's category is one of them.
         optional: fields that may be missing or empty, as ("draft", "response") of prompts alone.
+        harmless: those of the categories whose training records may be unanswered.
+        unanswered: whether to keep unanswered records; otherwise they are left out, and the log counts them.
 
     Raises:
         InputError: a file is missing, or a record breaks the schema: the sentence gives file and line.
     """
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    records, first_at = [], {}
+    records, first_at, left_out = [], {}, 0
     for file in [file for path in several for file in _files(path, categories)]:
         for where, value in json_lines(file):
-            record = _record(value, where, categories, optional)
+            record = _record(value, where, categories, optional, harmless)
             if record.id in first_at:
                 raise InputError(
                     f"{where}: the id {_shown(record.id)} was used before at {first_at[record.id]}: give each record "
                     "its own"
                 )
             first_at[record.id] = where
-            records.append(record)
+            if unanswered or "response" in optional or record.response.strip():
+                records.append(record)
+            else:
+                left_out += 1
+    if left_out:
+        log.info("left out %d training prompts that have no answer", left_out)
     if not records:
-        raise InputError(f"no records in {', '.join(map(str, several))}: write one JSON object a line")
+        kind = "answered records" if left_out else "records"
+        raise InputError(f"no {kind} in {', '.join(map(str, several))}: write one JSON object a line")
     return records
 
 
-def by_split(paths: PathLike | Sequence[PathLike], categories: Sequence[str]) -> dict[str, list[Record]]:
+def by_split(
+    paths: PathLike | Sequence[PathLike],
+    categories: Sequence[str],
+    harmless: Sequence[str] = HARMLESS,
+    unanswered: bool = False,
+) -> dict[str, list[Record]]:
     """The records of `read` by split, each split in their order; a split without records is absent."""
     splits = collections.defaultdict(list)
-    for record in read(paths, categories):
+    for record in read(paths, categories, harmless=harmless, unanswered=unanswered):
         splits[record.split].append(record)
     return dict(splits)
 
@@ -168,7 +192,9 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")
 
 
-def _record(value: dict[str, Any], where: str, known: Sequence[str], optional: Sequence[str]) -> Record:
+def _record(
+    value: dict[str, Any], where: str, known: Sequence[str], optional: Sequence[str], harmless: Sequence[str]
+) -> Record:
     """The record of a JSON object; InputError if a field breaks the schema. Optional fields may be missing or empty."""
     given = {field: x for field, x in value.items() if x is not None}  # other tools write null for what is not there
     value = dict.fromkeys(optional, "") | Record._field_defaults | given
@@ -189,7 +215,13 @@ def _record(value: dict[str, Any], where: str, known: Sequence[str], optional: S
         raise InputError(f"{where}: unknown category {_shown(record.category)}: {hint}known are {', '.join(known)}")
     if record.split not in SPLITS:
         raise InputError(f"{where}: unknown split {_shown(record.split)}: use one of {', '.join(SPLITS)}")
-    for field, name in (("id", "id"), ("prompt", "prompt"), ("response", "demonstration (response)")):
+    for field in ("id", "prompt"):
         if field not in optional and not getattr(record, field).strip():
-            raise InputError(f"{where}: the {name} is empty: write one or drop the line")
+            raise InputError(f"{where}: the {field} is empty: write one or drop the line")
+    may_lack_answer = "response" in optional or (record.split == "train" and record.category in harmless)
+    if not record.response.strip() and not may_lack_answer:
+        raise InputError(
+            f"{where}: the demonstration (response) is empty, and only training prompts of harmless categories may "
+            "lack one: write one or drop the line"
+        )
     return record
