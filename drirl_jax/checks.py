@@ -9,13 +9,14 @@ from typing import Collection
 
 from ml_collections import ConfigDict
 
-from drirl_jax import endpoint, losses, optimizer, ranges, scaling, sinks, text
+from drirl_jax import judges, losses, scaling
 from drirl_jax.config import default, get, need
-from drirl_jax.data import generators, pipeline
-from drirl_jax.evals import benchmarks, judges
+from drirl_jax.data import generators, pipeline, text
+from drirl_jax.evals import benchmarks
 from drirl_jax.models import flash, lora, reward
-from drirl_jax.runtime import names
-from drirl_jax.stages import base, irl, objectives, sources
+from drirl_jax.runtime import endpoint, names, ranges, sinks
+from drirl_jax.stages import base, irl, objectives, optimizer
+from drirl_jax.stages.rewards import sources
 
 # Options that name a choice, and the table whose rows they may be.
 TABLES: dict[str, Collection[str]] = {

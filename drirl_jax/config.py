@@ -77,7 +77,7 @@ def default() -> ConfigDict:
     c.demos = ConfigDict()
     c.demos.keep_draft = True
     c.demos.separator = "####"  # the judge and the sentence splitter know only this one
-    # What follows is of `python -m drirl_jax.demos`, which writes demonstrations.
+    # What follows is of `python -m drirl_jax.commands.demos`, which writes demonstrations.
     c.demos.generator = "policy"  # policy | endpoint
     c.demos.form = "explain"  # explain a refusal | direct: refuse
     c.demos.style = "draft"  # draft: Chain of Draft | thought: Chain of Thought
@@ -218,7 +218,7 @@ def default() -> ConfigDict:
     c.evals.shots = 0  # solved problems before each question of gsm8k
     c.evals.benchmark_max_new = 0  # tokens of a response; 0: as many as each benchmark's protocol says
     c.evals.judges = ("phrases",)  # phrases | classifier | endpoint | rewards; figures go by the first that can tell
-    c.evals.classifier = ""  # the file of judge "classifier", which `python -m drirl_jax.judge` fits
+    c.evals.classifier = ""  # the file of judge "classifier", which `python -m drirl_jax.commands.judge` fits
     c.evals.endpoint = _endpoint()
 
     # What ends a run, or warns; may be changed for a run that has begun. See docs/RELIABILITY.md.

@@ -4,7 +4,7 @@
     ... --config.data.path=mine.jsonl   # any option of drirl_jax/config.py is a flag
     ... --quiet                         # warnings and the result alone
     ... --log=json                      # one JSON object a line on stdout, for scripts
-    python -m drirl_jax.status runs/quickstart      # where a run is, and how long it will take
+    python -m drirl_jax.reports.status runs/quickstart      # where a run is, and how long it will take
 
 The same command again goes on where the run was. Exit codes:
 
@@ -32,7 +32,9 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 import drirl_jax.configs
-from drirl_jax import bucket, console, preview, process, sharding, train
+from drirl_jax import train
+from drirl_jax.costs import dry_run
+from drirl_jax.runtime import bucket, console, preemption, sharding
 from drirl_jax.runtime.files import place
 from drirl_jax.types import InputError
 
@@ -70,15 +72,15 @@ def main(argv: list[str], do: Callable[[list[str]], None] | None = None, resumes
     """
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells of every file at INFO
     if resumes:
-        signal.signal(signal.SIGTERM, process.leave)
+        signal.signal(signal.SIGTERM, preemption.leave)
     try:
         if do and (DRY_RUN.value or REPLAY.value):
             raise InputError("--dry_run and --replay are flags of drirl_jax.main: leave them out here.")
         (do or run)(argv)
     except InputError as error:
         leave(f"{error}")
-    except process.Preempted as notice:
-        leave(f"asked to end: {notice}; started again, it goes on", process.PREEMPTED)
+    except preemption.Preempted as notice:
+        leave(f"asked to end: {notice}; started again, it goes on", preemption.PREEMPTED)
     except KeyboardInterrupt:
         leave("interrupted" + "; started again, it goes on with what is kept" * resumes, INTERRUPTED)
     except Exception as error:
@@ -106,9 +108,9 @@ def run(argv: list[str]) -> None:
     if REPLAY.value:
         train.replay(CONFIG.value, workdir, bucket.path(REPLAY.value))
     elif DRY_RUN.value:
-        found = preview.of(CONFIG.value, bucket.folder(WORKDIR.value))
+        found = dry_run.of(CONFIG.value, bucket.folder(WORKDIR.value))
         if sharding.writes():
-            console.result(preview.text(found), **found)
+            console.result(dry_run.text(found), **found)
     else:
         train.run(CONFIG.value, workdir)
 
@@ -166,7 +168,7 @@ def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
         for file in files:
             if file.value is not None:
                 file.value.lock()  # a file that failed to load says so when it is first touched
-        process.keep_memory()
+        preemption.keep_memory()
         return rest
     except flags.Error as error:  # of a config file that raises, the whole traceback
         leave(str(error).strip().splitlines()[-1])

@@ -16,7 +16,7 @@ from einops import rearrange
 from drirl_jax.models import decoding, transformer
 from drirl_jax.models.attention import product, softcap
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.sharding import constrain, size
+from drirl_jax.runtime.sharding import constrain, size
 from drirl_jax.types import Array, length_mask
 
 FINISH = ("length", "stop")  # what the values of Rollout.finish mean

@@ -14,19 +14,20 @@ from typing import Sequence
 import jax
 from ml_collections import ConfigDict
 
-from drirl_jax import bucket, checks, console, guards, metrics, pages, process, report, sharding, sinks, workdirs
+from drirl_jax import checks, judges
 from drirl_jax import config as config_lib
-from drirl_jax.bucket import Workdir
-from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.data import builder, examples, records
-from drirl_jax.evals import judges, runner, watch
+from drirl_jax.data.text import Text
+from drirl_jax.evals import runner, watch
 from drirl_jax.models import encoder, families, flash, hf, peft, reward
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.runtime import files
-from drirl_jax.stages import align, irl, samples
+from drirl_jax.reports import pages, single
+from drirl_jax.runtime import bucket, console, files, metrics, preemption, sharding, sinks, workdirs
+from drirl_jax.runtime.bucket import Workdir
+from drirl_jax.runtime.checkpoint import Checkpoints
+from drirl_jax.stages import align, guards, irl, samples
 from drirl_jax.stages.base import POLICIES, Context, Stage
-from drirl_jax.text import Text
 from drirl_jax.types import InputError, PyTree
 
 log = logging.getLogger(__name__)
@@ -230,11 +231,11 @@ def stages(context: Context, asked: list, place: Workdir, writer: metrics.Metric
         return
     pages.note(place.local, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
     done = pages.read(place.local)
-    report.report(done)
+    single.report(done)
     place.push()
     written, model = place.kept / "report.html", place.kept / "aligned"
     console.result(
-        f"{report.terminal_table(done)}\nreport: {written}\naligned model: {model}",
+        f"{single.terminal_table(done)}\nreport: {written}\naligned model: {model}",
         report=str(written), model=str(model), base=done.base["overall"], aligned=done.aligned["overall"],
     )  # fmt: skip
 
@@ -295,7 +296,7 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: 
     """
     with contextlib.ExitStack() as stack:
         # ------------------------------------------------------------------------------------ start, or go on
-        asked_to_leave = stack.enter_context(process.notice())
+        asked_to_leave = stack.enter_context(preemption.notice())
         checkpoints = Checkpoints(workdir.kept / "checkpoints" / name, config.checkpoint.keep)
         stack.callback(checkpoints.close)
         done, state = 0, sharding.place(stage.init())
@@ -341,7 +342,7 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: 
                 workdir.push()
                 checkpoints.save(step + 1, state)
             if leave:
-                raise process.Preempted(f"step {step + 1} of {name} is kept")
+                raise preemption.Preempted(f"step {step + 1} of {name} is kept")
 
     if why := guards.never_updated(name, state.train):
         raise InputError(why)

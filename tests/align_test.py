@@ -13,13 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from drirl_jax import sharding, train
-from drirl_jax.checkpoint import Checkpoints
+from drirl_jax import train
 from drirl_jax.checks import validate
+from drirl_jax.data.text import SPLIT
 from drirl_jax.models import reward
+from drirl_jax.runtime import sharding
+from drirl_jax.runtime.checkpoint import Checkpoints
 from drirl_jax.stages import align, irl, samples
 from drirl_jax.stages.base import Context, Shared
-from drirl_jax.text import SPLIT
 from drirl_jax.types import InputError
 
 

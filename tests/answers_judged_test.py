@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from drirl_jax import judges
 from drirl_jax.config import default
 from drirl_jax.data import drafts, records
-from drirl_jax.endpoint import Reply
-from drirl_jax.evals import judges
 from drirl_jax.evals.benchmarks import BENCHMARKS
 from drirl_jax.evals.items import Item, user
+from drirl_jax.runtime.endpoint import Reply
 
 THOUGHT = "<think>\nI can't help with that. Or 7? I agree.\n</think>\n\n"
 

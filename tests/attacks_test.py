@@ -20,13 +20,14 @@ import pytest
 from transformer_test import tiny
 
 from drirl_jax import config as config_lib
-from drirl_jax import endpoint, workdirs
+from drirl_jax import judges
 from drirl_jax.attacks import autodan, gcg, options, pair, runner, templates
 from drirl_jax.attacks import target as target_lib
 from drirl_jax.data.records import Record
-from drirl_jax.evals import judges, phrases
+from drirl_jax.data.text import Text
+from drirl_jax.judges import phrases
 from drirl_jax.models import families, hf, transformer
-from drirl_jax.text import Text
+from drirl_jax.runtime import endpoint, workdirs
 from drirl_jax.types import Group, InputError
 
 ROOT = pathlib.Path(__file__).parents[1]

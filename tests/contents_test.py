@@ -10,12 +10,12 @@ import small_run
 from safetensors.numpy import load_file, save_file
 
 from drirl_jax import config as config_lib
-from drirl_jax import pages, process, status, workdirs
-from drirl_jax.bucket import Workdir
+from drirl_jax.data.text import Text
 from drirl_jax.evals import runner
 from drirl_jax.models import hf
-from drirl_jax.runtime import contents, json_files
-from drirl_jax.text import Text
+from drirl_jax.reports import pages, status
+from drirl_jax.runtime import contents, json_files, preemption, workdirs
+from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.types import InputError
 
 
@@ -275,30 +275,30 @@ def test_an_evaluation_of_another_judge_or_a_damaged_one_is_made_anew(tmp_path, 
 
 
 def test_a_lock_file_that_a_cleaner_removes_lets_no_second_run_in(tmp_path):
-    first = process.lock(tmp_path / "run")
+    first = preemption.lock(tmp_path / "run")
     (tmp_path / "run" / ".lock").unlink()
     for _ in range(2):
         assert status.held(tmp_path / "run")
         with pytest.raises(InputError, match="another run is at work"):
-            process.lock(tmp_path / "run")
+            preemption.lock(tmp_path / "run")
         with pytest.raises(InputError, match="another run is at work"):
-            process.require_free(tmp_path / "run")
+            preemption.require_free(tmp_path / "run")
     first.require()
     assert (tmp_path / "run" / ".lock").exists()
     first.close()
-    process.lock(tmp_path / "run").close()
+    preemption.lock(tmp_path / "run").close()
 
 
 def test_where_only_files_can_be_locked_the_first_run_finds_the_second(tmp_path, monkeypatch):
-    taken = process.Lock._taken
+    taken = preemption.Lock._taken
     monkeypatch.setattr(
-        process.Lock, "_taken", lambda lock, fd: fd != getattr(lock, "folder", None) and taken(lock, fd)
+        preemption.Lock, "_taken", lambda lock, fd: fd != getattr(lock, "folder", None) and taken(lock, fd)
     )
-    first = process.lock(tmp_path)
+    first = preemption.lock(tmp_path)
     with pytest.raises(InputError, match="another run is at work"):
-        process.lock(tmp_path)
+        preemption.lock(tmp_path)
     (tmp_path / ".lock").unlink()
-    second = process.lock(tmp_path)
+    second = preemption.lock(tmp_path)
     with pytest.raises(InputError, match="another run is at work"):
         first.require()
     second.close()

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from drirl_jax.config import default
 from drirl_jax.data import drafts, records
-from drirl_jax.endpoint import Reply
-from drirl_jax.evals.phrases import refused_by_phrases
+from drirl_jax.judges.phrases import refused_by_phrases
 from drirl_jax.models import families, hf
+from drirl_jax.runtime.endpoint import Reply
 from drirl_jax.types import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -182,7 +182,11 @@ def command(tmp_path, policy, *flags):
         *flags,
     ]  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-m", "drirl_jax.demos", *args], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "drirl_jax.commands.demos", *args],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

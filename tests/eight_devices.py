@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from drirl_jax import plan, rollout, sharding
+from drirl_jax import rollout
+from drirl_jax.commands import plan
 from drirl_jax.config import default
 from drirl_jax.models import lora, transformer, vocabulary
 from drirl_jax.models.transformer import Config, Transformer
+from drirl_jax.runtime import sharding
 from drirl_jax.stages.base import POLICIES
 from drirl_jax.types import Group
 

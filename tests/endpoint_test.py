@@ -16,8 +16,7 @@ import urllib.parse
 import pytest
 from ml_collections import ConfigDict
 
-from drirl_jax import endpoint
-from drirl_jax.runtime import secrets
+from drirl_jax.runtime import endpoint, secrets
 from drirl_jax.types import InputError
 
 KEY = "sk-very-secret"

@@ -7,9 +7,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from drirl_jax import workdirs
 from drirl_jax.attacks import options
 from drirl_jax.config import default, get
+from drirl_jax.runtime import workdirs
 
 
 def leaves(config, prefix=""):

@@ -12,8 +12,10 @@ import optax
 import pytest
 
 from drirl_jax import config as config_lib
-from drirl_jax import guards, metrics, optimizer, process, train
-from drirl_jax.bucket import Workdir
+from drirl_jax import train
+from drirl_jax.runtime import metrics, preemption
+from drirl_jax.runtime.bucket import Workdir
+from drirl_jax.stages import guards, optimizer
 from drirl_jax.stages.base import Stage, State
 from drirl_jax.types import InputError
 
@@ -156,7 +158,7 @@ def test_sigterm_keeps_the_step_that_is_done(tmp_path):
         return {}
 
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(process.Preempted, match="step 3 of align is kept"):
+    with pytest.raises(preemption.Preempted, match="step 3 of align is kept"):
         run(tmp_path / "left", stage()._replace(evaluate=signalled))
     assert signal.getsignal(signal.SIGTERM) is handler
     assert (tmp_path / "left" / "checkpoints" / "align" / "3").is_dir()
@@ -166,18 +168,18 @@ def test_sigterm_keeps_the_step_that_is_done(tmp_path):
 
 
 def test_a_workdir_is_one_run_s(tmp_path):
-    held = process.lock(tmp_path / "run")
+    held = preemption.lock(tmp_path / "run")
     with pytest.raises(InputError, match="another run is at work in .*run: wait until it has ended"):
-        process.lock(tmp_path / "run")
+        preemption.lock(tmp_path / "run")
     held.close()
-    process.lock(tmp_path / "run").close()
+    preemption.lock(tmp_path / "run").close()
 
 
 def test_a_workdir_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in ("/proc/run", tmp_path / "file" / "run"):
         with pytest.raises(InputError, match="the workdir .*run cannot be written .*: take another --workdir"):
-            process.lock(pathlib.Path(workdir))
+            preemption.lock(pathlib.Path(workdir))
 
 
 # ---------------------------------------------------------------------------------------------- what learns nothing

@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from drirl_jax import evaluate
-from drirl_jax.evals import gsm8k
+from drirl_jax.commands import evaluate
+from drirl_jax.evals.tasks import gsm8k
 from drirl_jax.harness import Policy, chat_of, rendered
 from drirl_jax.types import InputError
 

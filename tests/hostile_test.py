@@ -25,10 +25,11 @@ from text_test import CHATML, SPECIAL, byte_level, special_ids
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from drirl_jax import checks, endpoint, text
+from drirl_jax import checks
 from drirl_jax import config as config_lib
-from drirl_jax.data import records
+from drirl_jax.data import records, text
 from drirl_jax.models import families, hf, tokenizers
+from drirl_jax.runtime import endpoint
 from drirl_jax.types import InputError
 
 # Of every supported family's tokenizers.

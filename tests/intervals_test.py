@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from drirl_jax.intervals import difference, effective, interval, paired_shares, wilson
+from drirl_jax.reports.intervals import difference, effective, interval, paired_shares, wilson
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,10 @@ from ml_collections import ConfigDict
 from transformer_test import filled, random_group, tiny
 
 from drirl_jax import equations as eq
-from drirl_jax import optimizer
 from drirl_jax.config import default
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward, transformer
-from drirl_jax.stages import irl
+from drirl_jax.stages import irl, optimizer
 from drirl_jax.types import InputError
 
 SECTION = ConfigDict({"beta": 0.7, "penalty": 0.3})

@@ -6,7 +6,7 @@ import pytest
 
 from drirl_jax.config import HARM_CATEGORIES
 from drirl_jax.data import records
-from drirl_jax.evals.phrases import refused_by_phrases
+from drirl_jax.judges.phrases import refused_by_phrases
 
 # One response a line; "\n" stands for a line break.
 REFUSED = r"""

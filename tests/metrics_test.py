@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from drirl_jax import metrics
-from drirl_jax.metrics import MetricWriter, Progress, read
+from drirl_jax.runtime import metrics
+from drirl_jax.runtime.metrics import MetricWriter, Progress, read
 
 STAGES = ("irl", "align", "evals")
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from drirl_jax import bucket, checks, sinks, study
+from drirl_jax import checks, judges
 from drirl_jax import config as config_lib
 from drirl_jax.attacks import runner as attacks
+from drirl_jax.commands import study
 from drirl_jax.data.published import PUBLISHED
-from drirl_jax.evals import benchmarks, judges
-from drirl_jax.metrics import MetricWriter
+from drirl_jax.evals import benchmarks
 from drirl_jax.models import families, lora, peft, reward
-from drirl_jax.runtime import names
+from drirl_jax.runtime import bucket, names, sinks
+from drirl_jax.runtime.metrics import MetricWriter
 from drirl_jax.types import InputError
 
 ODD = (

@@ -11,11 +11,12 @@ import pytest
 from transformer_test import filled, random_group, tiny
 
 from drirl_jax import equations as eq
-from drirl_jax import losses, optimizer
+from drirl_jax import losses
 from drirl_jax.config import default
-from drirl_jax.metrics import Clock
 from drirl_jax.models import lora, transformer, vocabulary
+from drirl_jax.runtime.metrics import Clock
 from drirl_jax.stages import objectives as obj
+from drirl_jax.stages import optimizer
 from drirl_jax.stages.base import POLICIES
 from drirl_jax.types import length_mask
 

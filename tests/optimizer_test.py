@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax import optimizer
 from drirl_jax.config import default
+from drirl_jax.stages import optimizer
 
 
 def walk(average: float, steps: int = 10):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from drirl_jax import pages
 from drirl_jax.data import overlap
 from drirl_jax.data.examples import Examples
+from drirl_jax.reports import pages
 
 HARMFUL, HARMLESS = 0, 1
 

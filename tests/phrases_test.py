@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from drirl_jax.evals import phrases
-from drirl_jax.evals.phrases import grade_by_phrases, refusal_by_phrases, refused_by_phrases
+from drirl_jax.judges import phrases
+from drirl_jax.judges.phrases import grade_by_phrases, refusal_by_phrases, refused_by_phrases
 from drirl_jax.types import InputError
 
 REFUSED = """

@@ -7,11 +7,12 @@ import re
 
 import pytest
 
-from drirl_jax import bucket, main, workdirs
+from drirl_jax import main
 from drirl_jax.attacks import autodan, templates
 from drirl_jax.data import convert, records
-from drirl_jax.evals import classifier, items
-from drirl_jax.runtime import files
+from drirl_jax.evals import items
+from drirl_jax.judges import classifier
+from drirl_jax.runtime import bucket, files, workdirs
 from drirl_jax.types import InputError
 
 ROW = {"id": "a", "category": "insult", "lang": "en", "split": "train", "prompt": "p", "draft": "", "response": "r"}

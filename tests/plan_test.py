@@ -11,15 +11,17 @@ import pytest
 from jax.experimental import pallas as pl
 
 from configs import quickstart
-from drirl_jax import cost, floor, plan, sharding
+from drirl_jax.commands import plan
+from drirl_jax.costs import programs, roofline
 from drirl_jax.models import families
+from drirl_jax.runtime import sharding
 
 SHAPE = families.PRESETS["smollm2-135m"]
 
 
 def count(function, *shapes, trips=lambda length: length or 7):
     jaxpr = jax.jit(function).trace(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr.jaxpr
-    return cost.operations(cost.used(jaxpr), trips)
+    return programs.operations(programs.used(jaxpr), trips)
 
 
 def test_operations_by_hand():
@@ -68,7 +70,7 @@ def test_kernels_are_counted_apart():
 
     jaxpr = jax.jit(lambda x, w: kernel(x) @ w).trace(jnp.ones((15, 4)), jnp.ones((4, 4))).jaxpr.jaxpr
     every = 2 * 15 * 4 * 4  # of the product outside, and of the kernel's five blocks
-    assert cost.operations(jaxpr, lambda n: n) == cost.operations(jaxpr, lambda n: n, kernels=True) == every
+    assert programs.operations(jaxpr, lambda n: n) == programs.operations(jaxpr, lambda n: n, kernels=True) == every
 
 
 HLO = """HloModule jit_f
@@ -118,7 +120,7 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
 
 
 def test_loops_of_a_compiled_program_count_as_often_as_they_run():
-    told = cost.traffic(HLO, trips=3)
+    told = programs.traffic(HLO, trips=3)
     assert told.cycles == 7 + (5 + 3) * 100
     # Each run of the body gathers [8, 4] of two bytes twice, and [16, 4] once, in two fusions.
     assert told.moved == {"all-reduce": 4.0, "all-gather": (5 + 3) * (2 * 64.0 + 128.0)}
@@ -130,7 +132,9 @@ def traced():
     config = quickstart.get_config()
     with jax.set_mesh(sharding.mesh_of(config.mesh, [4], jax.devices())):
         resident, every = plan.programs(config, SHAPE)
-        found = {p.name: cost.operations(cost.used(p.traced().jaxpr.jaxpr), lambda n: n or p.loop) for p in every}
+        found = {
+            p.name: programs.operations(programs.used(p.traced().jaxpr.jaxpr), lambda n: n or p.loop) for p in every
+        }
         return found, config, [sharding.held(tree) for tree in resident]
 
 
@@ -143,10 +147,10 @@ def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced
     with jax.set_mesh(sharding.mesh_of(config.mesh, [4], jax.devices())):
         (trunk, *others), _ = plan.programs(config, SHAPE._replace(weights="bfloat16"))
         assert [sharding.held(tree) for tree in (trunk, *others)] == [resident[0] / 2, *resident[1:]]
-    shape = floor.Shape(config.align.batch, config.data.max_prompt, config.align.group, config.sampler.max_new)
-    forward = floor.forward_flops(SHAPE, shape)
-    bottom = floor.forward_flops(SHAPE._replace(layers=20), shape._replace(G=shape.G + 2), logits=False)
-    top = floor.forward_flops(SHAPE._replace(layers=10), shape)
+    shape = roofline.Shape(config.align.batch, config.data.max_prompt, config.align.group, config.sampler.max_new)
+    forward = roofline.forward_flops(SHAPE, shape)
+    bottom = roofline.forward_flops(SHAPE._replace(layers=20), shape._replace(G=shape.G + 2), logits=False)
+    top = roofline.forward_flops(SHAPE._replace(layers=10), shape)
     # The bench counts no padding, no masked half of a score and no last token of a response.
     assert bottom < found["trunk"] < 1.15 * bottom and top < found["reference"] < 1.15 * top
     assert forward < found["sample"] < 1.15 * forward
@@ -172,7 +176,9 @@ def test_xla_plans_two_gpus_with_cudnns_attention(tmp_path):
     pytest.importorskip("jax_cuda13_plugin", reason="pip install 'drirl_jax[cuda]'")
     flags = ["--config=configs/quickstart.py", "--topology=h100:2", "--model=smollm2-135m", "--config.mesh.fsdp=2"]
     flags += ["--config.policy.dtype=bfloat16", "--config.policy.attention=cudnn", f"--plan_json={tmp_path / 'plan'}"]
-    subprocess.run([sys.executable, "-m", "drirl_jax.plan", *flags], check=True)  # before this process's jax began
+    subprocess.run(
+        [sys.executable, "-m", "drirl_jax.commands.plan", *flags], check=True
+    )  # before this process's jax began
     result = json.loads((tmp_path / "plan").read_text())
     assert [row["name"] for row in result["programs"] if "needs" in row] == []
     update = next(row for row in result["programs"] if row["name"] == "update")

@@ -5,8 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 from small_run import CATEGORIES, HARMLESS, result, rows
 
-from drirl_jax import plots
-from drirl_jax.intervals import wilson
+from drirl_jax.reports import plots
+from drirl_jax.reports.intervals import wilson
 
 
 @pytest.fixture

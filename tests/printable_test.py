@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from drirl_jax import console, pages
+from drirl_jax.reports import pages
+from drirl_jax.runtime import console
 
 NAME = "<img src=//x.example onerror=alert(1)>\x1b[2J\u202e|`x`[a](javascript:b)\x9b\ud800"
 

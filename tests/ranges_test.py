@@ -6,8 +6,9 @@ import pkgutil
 
 import pytest
 
-from drirl_jax import checks, config, configs, endpoint, ranges
+from drirl_jax import checks, config, configs
 from drirl_jax.attacks import options as attack_options
+from drirl_jax.runtime import endpoint, ranges
 from drirl_jax.types import InputError
 
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from drirl_jax.evals import rubric
-from drirl_jax.evals.replies import grade_alone
+from drirl_jax.judges import rubric
+from drirl_jax.judges.replies import grade_alone
 
 FULL, PARTIAL, COMPLIED = 2, 1, 0
 

@@ -14,8 +14,8 @@ import pytest
 import small_run
 from small_run import result
 
-from drirl_jax import compare, pages, plots, report
-from drirl_jax.intervals import wilson
+from drirl_jax.reports import compare, pages, plots, single
+from drirl_jax.reports.intervals import wilson
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome", "chromium-browser"))), None)
 VOID = {"meta", "link", "img", "br"}
@@ -69,7 +69,7 @@ def hostile(tmp_path_factory):
     trained[0] |= {"prompt": "<svg onload=alert(3)>", "demonstration": "</details><iframe>"}
     trained[0] |= {"id": "<a href=//x.example>"}
     small_run.jsonl(workdir / "samples.jsonl", trained)
-    assert report.report(pages.read(workdir)) == workdir / "report.html"
+    assert single.report(pages.read(workdir)) == workdir / "report.html"
     return workdir, Page(workdir / "report.html")
 
 
@@ -172,7 +172,7 @@ def test_an_objective_without_advantages_has_fewer_columns():
     row = small_run.samples()[0]
     for response in row["responses"]:
         del response["advantage"], response["scaled"]
-    assert report.group_of(row).head == ["R", "αᴰ", "αᴹ", "α", "gap"]
+    assert single.group_of(row).head == ["R", "αᴰ", "αᴹ", "α", "gap"]
 
 
 def test_a_run_without_rewards_has_dashes(tmp_path):
@@ -184,9 +184,9 @@ def test_a_run_without_rewards_has_dashes(tmp_path):
     workdir = small_run.write(tmp_path / "run", results)
     (workdir / "metrics.jsonl").unlink()
     run = pages.read(workdir)
-    page = Page(report.report(run))
+    page = Page(single.report(run))
     assert "mean reward" not in page and "reward +" not in page and "Benchmarks" not in page
-    assert report.terminal_table(run).splitlines()[-2].split()[-2:] == ["–", "–"]
+    assert single.terminal_table(run).splitlines()[-2].split()[-2:] == ["–", "–"]
 
 
 @pytest.mark.parametrize("held", [(), ("timing.jsonl",), ("evals", "facts.json", "reliability.json")])
@@ -196,7 +196,7 @@ def test_what_is_missing_is_left_out(tmp_path, held):
     part.mkdir()
     for name in ("config.json", *held):
         (shutil.copytree if (whole / name).is_dir() else shutil.copy)(whole / name, part / name)
-    page = Page(report.report(pages.read(part)))
+    page = Page(single.report(pages.read(part)))
     assert ("not evaluated yet" in page) == ("evals" not in held)
     assert "No step has been taken yet" in page and "No rewards have been evaluated" in page
     assert ("No step has been timed yet" in page) == ("timing.jsonl" not in held)
@@ -205,7 +205,7 @@ def test_what_is_missing_is_left_out(tmp_path, held):
 
 
 def test_terminal_table(tmp_path):
-    lines = report.terminal_table(pages.read(small_run.write(tmp_path / "run"))).splitlines()
+    lines = single.terminal_table(pages.read(small_run.write(tmp_path / "run"))).splitlines()
     assert lines[0] == plots.headline(result("base"), result("aligned"))
     table = [line.split() for line in lines if line.split()[:1] in (["insult"], ["physical"], ["xstest"])]
     assert table[0][:9] == ["insult", "refuse", "8", "12%", "(2%", "to", "47%)", "88%", "(53%"]
@@ -216,7 +216,7 @@ def test_categories_are_not_read_as_markup(tmp_path):
     results = {name: json.loads(json.dumps(result(name)).replace("insult", "[red]")) for name in ("base", "aligned")}
     categories = {"data": {"categories": ("[red]", *small_run.CATEGORIES[1:])}}
     run = pages.read(small_run.write(tmp_path / "run", results, **categories))
-    assert "[red]" in report.terminal_table(run)
+    assert "[red]" in single.terminal_table(run)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def compared(two, tmp_path_factory):
     """The folder with their comparison, and what was printed."""
     out, said = tmp_path_factory.mktemp("out") / "new", io.StringIO()
     with contextlib.redirect_stdout(said):
-        report.main(["--compare", str(two / "a|b"), str(two / "c"), "--out", str(out)])
+        single.main(["--compare", str(two / "a|b"), str(two / "c"), "--out", str(out)])
     return out, said.getvalue()
 
 
@@ -279,14 +279,14 @@ def test_bad_input_is_one_sentence(two, monkeypatch, flags, sentence):
     if "damaged" in flags:
         (small_run.write(two / "damaged") / "evals" / "base.json").write_text('{"overall"')
     with pytest.raises(SystemExit) as stop:
-        report.main(flags)
+        single.main(flags)
     assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
     assert not (two / "out").exists()
 
 
 def test_a_comparison_goes_beside_the_first_run(two, tmp_path, capsys):
     runs = [shutil.copytree(two / name, tmp_path / "runs" / name) for name in ("a|b", "c")]
-    report.main(["--compare", *map(str, runs)])
+    single.main(["--compare", *map(str, runs)])
     assert (tmp_path / "runs" / "compared" / "compare.md").read_text() in capsys.readouterr().out
 
 
@@ -343,7 +343,7 @@ def test_a_browser_shows_all_pictures_and_nothing_too_wide(hostile, compared, tm
 
 def test_what_learned_nothing_stands_in_the_first_table(tmp_path):
     run = pages.read(small_run.write(tmp_path))
-    assert "warnings" not in dict(report.about(run).rows)
+    assert "warnings" not in dict(single.about(run).rows)
     equal = [row | {"zero_spread": 1.0} if row["stage"] == "align" else row for row in run.metrics]
-    told = dict(report.about(run._replace(metrics=equal)).rows)["warnings"]
+    told = dict(single.about(run._replace(metrics=equal)).rows)["warnings"]
     assert told.startswith("align seems to have learned nothing: all samples of a prompt have one reward")

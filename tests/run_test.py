@@ -15,7 +15,9 @@ import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from drirl_jax import console, main, status
+from drirl_jax import main
+from drirl_jax.reports import status
+from drirl_jax.runtime import console
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -253,7 +255,11 @@ def test_rewards_of_another_run_and_none_at_all(whole, policy, tmp_path):
 def score(*flags):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "drirl_jax.score", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "drirl_jax.commands.score", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

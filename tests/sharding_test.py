@@ -10,9 +10,10 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from drirl_jax import optimizer, sharding
 from drirl_jax.models import lora, reward
 from drirl_jax.models.transformer import Config, Transformer
+from drirl_jax.runtime import sharding
+from drirl_jax.stages import optimizer
 from drirl_jax.types import InputError, TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]

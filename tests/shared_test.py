@@ -12,8 +12,8 @@ import numpy as np
 
 from drirl_jax.configs import tiny
 from drirl_jax.data import builder, examples
+from drirl_jax.data.text import Text
 from drirl_jax.models import hf
-from drirl_jax.text import Text
 
 ROOT = pathlib.Path(__file__).parents[1]
 SPLITS = ("train", "train", "valid", "test")
@@ -67,7 +67,7 @@ from drirl_jax import sharding
 from drirl_jax.configs import tiny
 from drirl_jax.data import builder, examples
 from drirl_jax.models import hf
-from drirl_jax.text import Text
+from drirl_jax.data.text import Text
 from drirl_jax.types import InputError
 
 folder, tokenizer, port, number = sys.argv[1:]

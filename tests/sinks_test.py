@@ -9,9 +9,10 @@ import types
 
 import pytest
 
-from drirl_jax import checks, sinks, train, workdirs
+from drirl_jax import checks, train
 from drirl_jax import config as config_lib
-from drirl_jax.metrics import MetricWriter
+from drirl_jax.runtime import sinks, workdirs
+from drirl_jax.runtime.metrics import MetricWriter
 from drirl_jax.types import InputError
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # of the form of W&B's

@@ -3,7 +3,7 @@
 import json
 
 from drirl_jax import config as config_lib
-from drirl_jax import workdirs
+from drirl_jax.runtime import workdirs
 
 CATEGORIES = ("insult", "harmless", "physical_harm")  # on purpose not in the order that is shown
 HARMLESS = ("harmless",)

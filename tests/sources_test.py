@@ -9,10 +9,11 @@ import pytest
 from align_test import prepared
 from endpoint_test import section, server  # noqa: F401 (a fixture)
 
+from drirl_jax.data.text import pad
 from drirl_jax.models import reward
-from drirl_jax.stages import align, sources
+from drirl_jax.stages import align
 from drirl_jax.stages.base import group_of
-from drirl_jax.text import pad
+from drirl_jax.stages.rewards import sources
 from drirl_jax.types import InputError
 
 SAID = ("I can't help with that.", "Sure, here is how: first, breathe.")

@@ -14,12 +14,15 @@ import time
 import numpy as np
 import pytest
 
-from drirl_jax import metrics, status, study, workdirs
-from drirl_jax.evals import classifier, diversity
-from drirl_jax.intervals import Interval
+from drirl_jax.commands import study
+from drirl_jax.evals import diversity
+from drirl_jax.judges import classifier
 from drirl_jax.models import hf
 from drirl_jax.models.encoder import TextEmbedder
-from drirl_jax.process import PREEMPTED
+from drirl_jax.reports import status
+from drirl_jax.reports.intervals import Interval
+from drirl_jax.runtime import metrics, workdirs
+from drirl_jax.runtime.preemption import PREEMPTED
 from drirl_jax.types import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -150,7 +153,7 @@ def get_config():
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     flags = [f"--config={folder / 'small.py'}", f"--workdir={folder / 'study'}"]
-    args = [sys.executable, "-m", "drirl_jax.study", *flags]
+    args = [sys.executable, "-m", "drirl_jax.commands.study", *flags]
     return subprocess.Popen(args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

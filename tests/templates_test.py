@@ -6,11 +6,11 @@ import pytest
 from text_test import CHATML, chatml, turns
 
 from drirl_jax.data.examples import common_prefix
+from drirl_jax.data.text import Text
 from drirl_jax.evals import answers
 from drirl_jax.models import templates
 from drirl_jax.models.templates import TemplateRefusal
 from drirl_jax.runtime.thoughts import without_thought
-from drirl_jax.text import Text
 from drirl_jax.types import InputError
 
 # As Qwen3 has it: an empty thought where thinking is switched off, and before the last answer.

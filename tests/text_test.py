@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from drirl_jax import text
+from drirl_jax.data import text
 from drirl_jax.types import InputError
 
 CHATML = (

@@ -6,8 +6,8 @@ import pytest
 from text_test import backend
 from turn_ends_test import folder_of
 
+from drirl_jax.data.text import Text
 from drirl_jax.models import hf
-from drirl_jax.text import Text
 from drirl_jax.types import InputError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"

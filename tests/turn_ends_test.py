@@ -7,8 +7,8 @@ import pytest
 from text_test import CHATML, TURNS, backend
 from transformers import PreTrainedTokenizerFast
 
+from drirl_jax.data.text import Text
 from drirl_jax.models import hf, tokenizers
-from drirl_jax.text import Text
 from drirl_jax.types import InputError
 
 SIZE = 320  # tokens of the network

@@ -6,7 +6,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from drirl_jax.data import convert, values
-from drirl_jax.evals import advglue, hhh, labelled, simpleqa, strongreject, wildchat, xstest
+from drirl_jax.evals.tasks import advglue, hhh, simpleqa, strongreject, wildchat, xstest
+from drirl_jax.judges import labels
 from drirl_jax.types import InputError
 
 
@@ -132,7 +133,7 @@ def test_a_message_that_is_marked_as_not_toxic_in_words_is_left_out(tmp_path):
 
 def labels(tmp_path, **columns):
     folder = lines(tmp_path / "x.jsonl", {"prompt": "p", "response": "r"} | columns)
-    return labelled.read(tmp_path / "x.jsonl") if folder else None
+    return labels.read(tmp_path / "x.jsonl") if folder else None
 
 
 @pytest.mark.parametrize("columns", [

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax import sharding, train
+from drirl_jax import train
 from drirl_jax.models import families, hf, reward
+from drirl_jax.runtime import sharding
 from drirl_jax.stages import align, irl
 from drirl_jax.stages.base import POLICIES
 from drirl_jax.types import Group

@@ -11,9 +11,10 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
-from drirl_jax import sharding, text
 from drirl_jax.attacks.target import Outcome, Target, read
+from drirl_jax.data import text
 from drirl_jax.data.records import Record, json_lines
+from drirl_jax.runtime import sharding
 from drirl_jax.stages.base import row_batches
 from drirl_jax.types import Group, InputError
 

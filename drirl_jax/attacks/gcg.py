@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drirl_jax import sharding
 from drirl_jax.attacks.target import Outcome, Target, losses, read
 from drirl_jax.data.examples import common_prefix
 from drirl_jax.data.records import Record
+from drirl_jax.data.text import Text
 from drirl_jax.models.attention import product
 from drirl_jax.models.transformer import Transformer, begin, cast
-from drirl_jax.text import Text
+from drirl_jax.runtime import sharding
 from drirl_jax.types import Array, Group, InputError
 
 FILLER = " !"  # what a suffix is made of at first

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from drirl_jax import config as config_lib
-from drirl_jax import ranges
+from drirl_jax.runtime import ranges
 
 COUNTS = (
     "max_new batch max_prompt gcg.steps gcg.width gcg.topk gcg.suffix gcg.check autodan.population "

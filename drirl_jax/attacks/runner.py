@@ -12,16 +12,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from drirl_jax import endpoint, metrics, sharding, train, workdirs
+from drirl_jax import train
 from drirl_jax.attacks import autodan, gcg, options, pair, templates
 from drirl_jax.attacks.target import Outcome, Target
 from drirl_jax.config import need
 from drirl_jax.data import records
 from drirl_jax.data.records import Record
-from drirl_jax.evals.judges import JUDGES, UNSAFE, Judge, agreed, agreement, known
-from drirl_jax.intervals import wilson
-from drirl_jax.pages import markdown
-from drirl_jax.runtime import contents, json_files
+from drirl_jax.judges import JUDGES, UNSAFE, Judge, agreed, agreement, known
+from drirl_jax.reports.intervals import wilson
+from drirl_jax.reports.pages import markdown
+from drirl_jax.runtime import contents, endpoint, json_files, metrics, sharding, workdirs
 from drirl_jax.runtime.files import replace_file
 from drirl_jax.runtime.names import AGGREGATES
 from drirl_jax.runtime.names import check as check_names

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from drirl_jax import rollout, sharding, text
+from drirl_jax import rollout
+from drirl_jax.data import text
 from drirl_jax.data.records import Record
-from drirl_jax.endpoint import Endpoint
 from drirl_jax.models import transformer, vocabulary
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Begun, Transformer
+from drirl_jax.runtime import sharding
+from drirl_jax.runtime.endpoint import Endpoint
 from drirl_jax.stages.base import row_batches
 from drirl_jax.types import Array, Group, InputError
 

@@ -18,9 +18,9 @@ from typing import Sequence
 import grain
 import tensorflow_datasets as tfds
 
-from drirl_jax import console, sharding
 from drirl_jax.data import records
 from drirl_jax.data.records import PathLike, Record
+from drirl_jax.runtime import console, sharding
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)

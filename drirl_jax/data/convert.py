@@ -22,13 +22,13 @@ import re
 import sys
 from typing import Iterator, Sequence
 
-from drirl_jax import console
 from drirl_jax.data import files
 from drirl_jax.data.files import Row
 from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
-from drirl_jax.metrics import tracked
+from drirl_jax.runtime import console
 from drirl_jax.runtime.files import is_beside, need_apart, place, replace_file
+from drirl_jax.runtime.metrics import tracked
 from drirl_jax.runtime.surrogates import torn
 from drirl_jax.types import InputError
 

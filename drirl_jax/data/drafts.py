@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax.data.convert import word_count
 from drirl_jax.data.records import Record
-from drirl_jax.endpoint import Chat, Reply
+from drirl_jax.runtime.endpoint import Chat, Reply
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
 

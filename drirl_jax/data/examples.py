@@ -7,9 +7,9 @@ from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from drirl_jax import sharding, text
-from drirl_jax.data import overlap, records
-from drirl_jax.metrics import tracked
+from drirl_jax.data import overlap, records, text
+from drirl_jax.runtime import sharding
+from drirl_jax.runtime.metrics import tracked
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from drirl_jax import rollout, text
-from drirl_jax.endpoint import Chat, Endpoint, Reply
-from drirl_jax.metrics import tracked
+from drirl_jax import rollout
+from drirl_jax.data import text
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.runtime.endpoint import Chat, Endpoint, Reply
+from drirl_jax.runtime.metrics import tracked
 
 Generate = Callable[[list[Chat], int], list[Reply]]  # (chats, seed) -> replies
 BUCKET = 64  # prompts are padded to a multiple of so many tokens, so that few shapes are compiled

@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drirl_jax import rollout, sharding
+from drirl_jax import rollout
 from drirl_jax.data.examples import common_prefix
-from drirl_jax.endpoint import Chat
+from drirl_jax.data.text import Text, pad
 from drirl_jax.models import transformer, vocabulary
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.attention import product
 from drirl_jax.models.templates import TemplateRefusal
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.runtime import sharding
+from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.stages.base import row_batches
-from drirl_jax.text import Text, pad
 from drirl_jax.types import Array, Group, length_mask
 
 SMALLEST = 64  # tokens; a shape is compiled for each doubling

@@ -11,10 +11,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from drirl_jax.evals import (
+from drirl_jax.data.text import Text
+from drirl_jax.evals import answers
+from drirl_jax.evals.items import Benchmark, Item, reading_answers
+from drirl_jax.evals.tasks import (
     advglue,
-    answers,
-    classifier,
     gsm8k,
     hhh,
     jailbreakbench,
@@ -24,13 +25,11 @@ from drirl_jax.evals import (
     wildchat,
     xstest,
 )
-from drirl_jax.evals.items import Benchmark, Item, reading_answers
-from drirl_jax.evals.judges import JUDGES, Judge, agreement, telling, unsafe
-from drirl_jax.intervals import RESAMPLES, effective, wilson
+from drirl_jax.judges import JUDGES, Judge, agreement, classifier, telling, unsafe
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.reports.intervals import RESAMPLES, effective, wilson
 from drirl_jax.runtime import contents
-from drirl_jax.text import Text
 from drirl_jax.types import Array, InputError
 
 log = logging.getLogger(__name__)

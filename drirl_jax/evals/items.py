@@ -7,7 +7,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from drirl_jax.data import values
 from drirl_jax.data.files import Row, from_hub, table
-from drirl_jax.endpoint import Chat
+from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.runtime.files import place
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError

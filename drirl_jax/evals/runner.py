@@ -9,13 +9,14 @@ from typing import Mapping
 import jax
 import numpy as np
 
-from drirl_jax import sharding
+from drirl_jax import judges
 from drirl_jax.data.examples import Examples
-from drirl_jax.evals import benchmarks, judges, rewarded
+from drirl_jax.evals import benchmarks
 from drirl_jax.evals.benchmarks import Questions
+from drirl_jax.judges import rewards
 from drirl_jax.models import hf, reward
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.runtime import json_files
+from drirl_jax.runtime import json_files, sharding
 from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
 from drirl_jax.types import InputError
 
@@ -85,7 +86,7 @@ def settings(
     return {
         "options": {key: of for key, of in options.items() if key not in apart},
         "contents": {key: of for key, of in contents.items() if key not in ("rewards", "classifier")},
-        "rewards": bank and rewarded.version(bank),
+        "rewards": bank and rewards.version(bank),
         "judge": judge.version,
         "judges": {name: of.version for name, of in telling.items()},
     }

@@ -7,11 +7,11 @@ import contextlib
 import jax.numpy as jnp
 import numpy as np
 
-from drirl_jax import sharding
-from drirl_jax.checkpoint import Checkpoints
 from drirl_jax.evals import benchmarks, runner
 from drirl_jax.evals.benchmarks import Questions
-from drirl_jax.evals.judges import Judge
+from drirl_jax.judges import Judge
+from drirl_jax.runtime import sharding
+from drirl_jax.runtime.checkpoint import Checkpoints
 from drirl_jax.stages.base import POLICIES, Context, Stage, State
 
 

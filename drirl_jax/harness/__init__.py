@@ -8,12 +8,13 @@ from typing import Sequence
 
 import jax
 
-from drirl_jax import train, workdirs
-from drirl_jax.endpoint import Chat
+from drirl_jax import train
 from drirl_jax.evals import answers
 from drirl_jax.evals.answers import Answer, Scores
 from drirl_jax.evals.items import user
 from drirl_jax.models.architecture import need_positions
+from drirl_jax.runtime import workdirs
+from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.runtime.thoughts import without_thought
 
 

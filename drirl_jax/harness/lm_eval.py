@@ -13,9 +13,9 @@ import collections
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from drirl_jax.endpoint import Chat
 from drirl_jax.harness import Policy, chat_of, cut, rendered
 from drirl_jax.main import leave
+from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.types import InputError
 
 MAX_NEW = 256  # of a task that does not say

@@ -20,7 +20,7 @@ from drirl_jax.models.attention import (
     turns_of,
 )
 from drirl_jax.models.transformer import ACTIVATIONS, Transformer, cast, embed, norms, prompt_layer, rms_norm
-from drirl_jax.sharding import constrain
+from drirl_jax.runtime.sharding import constrain
 from drirl_jax.types import Array
 
 FILLED = 64  # a CPU reads the own cache in steps of so many entries, or of a quarter if that is more

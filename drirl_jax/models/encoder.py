@@ -16,9 +16,9 @@ from einops import rearrange
 from flax import nnx
 from tokenizers import Tokenizer
 
-from drirl_jax import sharding
-from drirl_jax.metrics import tracked
 from drirl_jax.models import contents, fields
+from drirl_jax.runtime import sharding
+from drirl_jax.runtime.metrics import tracked
 from drirl_jax.types import Array, InputError, length_mask
 
 TOP = {

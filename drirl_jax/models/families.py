@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from drirl_jax import sharding
-from drirl_jax.metrics import Progress, tracked
 from drirl_jax.models import fields, gemma, llama, mistral, qwen, rope
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.runtime import sharding
+from drirl_jax.runtime.metrics import Progress, tracked
 from drirl_jax.types import InputError
 
 

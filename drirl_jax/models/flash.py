@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.attention import Layout, group_attention, heads_first, scaled, seen
-from drirl_jax.sharding import size, spec
+from drirl_jax.runtime.sharding import size, spec
 from drirl_jax.types import Array, InputError, length_mask
 
 ATTENDED = "attended"  # names what the backward pass of a kernel needs of its forward one

@@ -18,9 +18,9 @@ import numpy as np
 import transformers
 from safetensors.numpy import save_file
 
-from drirl_jax import bucket
-from drirl_jax.metrics import tracked
 from drirl_jax.models import contents, rope, tokenizers
+from drirl_jax.runtime import bucket
+from drirl_jax.runtime.metrics import tracked
 from drirl_jax.types import InputError
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # the last two: vocabularies, merges

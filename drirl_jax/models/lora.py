@@ -13,7 +13,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from drirl_jax.models.transformer import LINEAR, Transformer
-from drirl_jax.sharding import constrained
+from drirl_jax.runtime.sharding import constrained
 from drirl_jax.types import Array
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")

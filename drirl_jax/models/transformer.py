@@ -27,7 +27,7 @@ from drirl_jax.models.attention import (
     turns_of,
 )
 from drirl_jax.models.flash import ATTENDED, ATTENTION
-from drirl_jax.sharding import constrain
+from drirl_jax.runtime.sharding import constrain
 from drirl_jax.types import Array, Group
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from drirl_jax.models.attention import product, softcap
 from drirl_jax.models.transformer import Transformer, cast, predictors
-from drirl_jax.sharding import size
+from drirl_jax.runtime.sharding import size
 from drirl_jax.types import Array, Group, PyTree
 
 CHUNK = 256  # about so many positions at a time, all prompts' together, on each device

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 
-from drirl_jax.errors import InputError
+from drirl_jax.runtime.errors import InputError
 
 KEPT_BESIDE = ("replies", "judgements")
 

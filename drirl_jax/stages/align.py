@@ -12,18 +12,19 @@ import optax
 from ml_collections import ConfigDict
 
 from drirl_jax import equations as eq
-from drirl_jax import optimizer, scaling, sharding
+from drirl_jax import scaling
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
-from drirl_jax.endpoint import Endpoint
+from drirl_jax.data.text import SPLIT, whole_text
 from drirl_jax.models import reward, transformer
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.rollout import FINISH, Rollout
-from drirl_jax.stages import objectives, samples
+from drirl_jax.runtime import sharding
+from drirl_jax.runtime.endpoint import Endpoint
+from drirl_jax.stages import objectives, optimizer, samples
 from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw, draw_all, group_of, laid_out
 from drirl_jax.stages.objectives import OBJECTIVES, ROLES, TOKEN_SHARE, Scored
-from drirl_jax.stages.sources import SOURCES
-from drirl_jax.text import SPLIT, whole_text
+from drirl_jax.stages.rewards.sources import SOURCES
 from drirl_jax.types import Array, TrainState
 
 PART_BUCKETS = (4, 8, 16, 32)  # shapes of the coefficient computation: most parts of a text in the batch

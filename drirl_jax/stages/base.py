@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from drirl_jax import rollout, sharding
-from drirl_jax.bucket import Workdir
+from drirl_jax import rollout
 from drirl_jax.data.examples import Examples
-from drirl_jax.metrics import Clock, tracked
+from drirl_jax.data.text import Text
 from drirl_jax.models import lora
 from drirl_jax.models.encoder import TextEmbedder
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.text import Text
+from drirl_jax.runtime import sharding
+from drirl_jax.runtime.bucket import Workdir
+from drirl_jax.runtime.metrics import Clock, tracked
 from drirl_jax.types import Array, Group, PyTree, TrainState
 
 # Each use of random numbers has its own stream: key = fold_in(run key, purpose), then step, prompt and response index.

@@ -13,12 +13,12 @@ import optax
 from ml_collections import ConfigDict
 
 from drirl_jax import equations as eq
-from drirl_jax import optimizer, sharding
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples, contrast, require_both_kinds
 from drirl_jax.models import reward
+from drirl_jax.runtime import sharding
 from drirl_jax.runtime.files import replace_file
-from drirl_jax.stages import align
+from drirl_jax.stages import align, optimizer
 from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw_all, group_of, row_batches
 from drirl_jax.types import Array, Group, InputError
 

@@ -7,7 +7,7 @@ from typing import Any, Callable, Mapping, Sequence, TypeAlias
 import numpy as np
 
 from drirl_jax.data.examples import Examples
-from drirl_jax.text import Text
+from drirl_jax.data.text import Text
 
 # (number of steps done with this one, rows): takes a step's rows; every process calls it, the one that writes keeps.
 Keep: TypeAlias = Callable[[int, list[dict[str, Any]]], None]

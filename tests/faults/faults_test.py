@@ -19,7 +19,7 @@ import pytest
 from endpoint_test import KEY, server  # noqa: F401  a fixture
 from safetensors.numpy import load_file
 
-from drirl_jax import metrics, process
+from drirl_jax.runtime import metrics, preemption
 
 ROOT = pathlib.Path(__file__).parents[2]
 REPLY = {"choices": [{"message": {"content": f"7 {KEY}"}, "finish_reason": "stop"}]}
@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(runs
 
 
 def test_a_second_run_on_a_workdir_is_refused(runs, whole):
-    held = process.lock(whole)
+    held = preemption.lock(whole)
     try:
         code, told = runs(whole)
         assert code == 1 and told.strip().splitlines()[-1].startswith("drirl_jax: another run is at work in")
@@ -267,7 +267,7 @@ def watched_long_run():
     """Tells of each step the memory of the process, and of each compilation."""
     import jax
 
-    from drirl_jax import metrics
+    from drirl_jax.runtime import metrics
 
     jax.config.update("jax_log_compiles", True)
     show = metrics.Progress.show

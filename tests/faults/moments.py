@@ -65,16 +65,20 @@ MOMENTS = {
     "irl: sampling": Moment("irl", "drirl_jax.rollout:sample", before, (1, 2, 3)),
     "irl: updating": Moment("irl", "update", after, (1, 2, 3)),
     "irl: held-out pairs": Moment("irl", "evaluate", before, (1, 2, 3)),
-    "irl: a line of metrics": Moment("irl", "drirl_jax.metrics:MetricWriter._append", half_a_line, (1, 2, 3, 4, 5)),
-    "irl: a checkpoint has begun": Moment("irl", "drirl_jax.checkpoint:Checkpoints.save", after),
+    "irl: a line of metrics": Moment(
+        "irl", "drirl_jax.runtime.metrics:MetricWriter._append", half_a_line, (1, 2, 3, 4, 5)
+    ),
+    "irl: a checkpoint has begun": Moment("irl", "drirl_jax.runtime.checkpoint:Checkpoints.save", after),
     "irl: a checkpoint lacks its name": Moment("irl", "os:rename", before, (1, 2), unnamed),
     "between the stages": Moment("", "drirl_jax.train:export_rewards", before),
     "align: rewinding": Moment("align", "os:replace", before, (1, 2), named("metrics.jsonl.tmp", "timing.jsonl.tmp")),
     "align: sampling": Moment("align", "drirl_jax.rollout:sample", before, (1, 2, 3)),
-    "align: scoring": Moment("align", "drirl_jax.stages.sources:_score", after, (1, 2, 3)),
+    "align: scoring": Moment("align", "drirl_jax.stages.rewards.sources:_score", after, (1, 2, 3)),
     "align: updating": Moment("align", "update", after, (1, 2, 3)),
-    "align: a line of metrics": Moment("align", "drirl_jax.metrics:MetricWriter._append", half_a_line, (1, 2, 3, 4, 5)),
-    "align: a checkpoint has begun": Moment("align", "drirl_jax.checkpoint:Checkpoints.save", after),
+    "align: a line of metrics": Moment(
+        "align", "drirl_jax.runtime.metrics:MetricWriter._append", half_a_line, (1, 2, 3, 4, 5)
+    ),
+    "align: a checkpoint has begun": Moment("align", "drirl_jax.runtime.checkpoint:Checkpoints.save", after),
     "align: a checkpoint lacks its name": Moment("align", "os:rename", before, (1, 2), unnamed),
     "the stage has ended": Moment("align", "finish", before),
     "the aligned model": Moment("", "drirl_jax.models.hf:_save_tokenizer", before),

@@ -1,0 +1,262 @@
+"""How long the parts of an alignment step take, and how near that comes to what the machine can do.
+
+python -m drirl_jax.commands.bench --config configs/bench.py [--shape S=64] [--grow G=1,2,4,8] [--steps 5] [--json bench.json]
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import dataclasses
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from drirl_jax import main as command
+from drirl_jax import train
+from drirl_jax.costs.roofline import Shape, floor, irl_floor, measure_machine
+from drirl_jax.data.examples import Examples
+from drirl_jax.models import reward, transformer
+from drirl_jax.runtime import console, preemption, sharding
+from drirl_jax.runtime.files import place, replace_file
+from drirl_jax.runtime.metrics import Clock
+from drirl_jax.stages import align, irl, objectives
+from drirl_jax.stages.base import Context
+from drirl_jax.types import InputError
+
+STEPS = flags.DEFINE_integer("steps", 5, "Steps to time, after two that are not.", lower_bound=1)
+SHAPE = flags.DEFINE_list("shape", [], "Letters of SHAPES with a value each, as S=64,G=4.")
+GROW = flags.DEFINE_list("grow", [], "One letter with several values, as G=1,2,4: how the cost grows with it.")
+JSON = flags.DEFINE_string("json", None, "Write the figures to this file too.")
+
+SHAPES = {
+    "P": "prompts a step",
+    "S": "tokens to which every prompt is brought, repeated or cut",
+    "G": "responses a prompt",
+    "T": "tokens of a response",
+    "C": "categories, the records dealt out to them, and so rewards in the bank",
+    "D": "width of the policy, which then has random weights",
+}
+PHASES = ("rollout", "trunk", "reference", "rewards", "hardness", "update")
+TIMED = (*PHASES, "step", "irl")  # "irl" is an update of the IRL stage, of no alignment step
+
+
+def peak_memory() -> int:
+    """Peak bytes of the device; on a CPU those of the process."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def of_length(by_split: dict[str, Examples], length: int) -> dict[str, Examples]:
+    """The examples with every prompt repeated or cut to `length` tokens, none of them shared."""
+
+    def stretched(examples):
+        rows = [
+            np.resize([*examples.prefix, *row[:n]], length).astype(np.int32)
+            for row, n in zip(examples.prompt, examples.prompt_len)
+        ]
+        return examples._replace(prompt=np.stack(rows), prompt_len=np.full(len(rows), length, np.int32), prefix=())
+
+    return {split: stretched(examples) for split, examples in by_split.items()}
+
+
+def of_categories(context: Context, count: int) -> Context:
+    """The context with its records dealt out to `count` categories, the last of them harmless."""
+    config = context.config.copy_and_resolve_references()
+    config.data.categories = tuple(f"category_{i}" for i in range(count))
+    config.data.harmless = config.data.categories[-1:]
+    by_split = {
+        split: examples._replace(category=np.arange(len(examples.id), dtype=np.int32) % count)
+        for split, examples in context.examples.items()
+    }
+    return dataclasses.replace(context, config=config, examples=by_split)
+
+
+def time_irl(context: Context, steps: int) -> list[float]:
+    """Seconds of updates of the IRL stage, its demonstrations against each other; two more, the first, are not told."""
+    c, stage, examples = context.config.irl, irl.make(context), context.examples["train"]
+    batch = examples.take(np.arange(c.batch) % len(examples.id))
+    demo_PKT, demo_len_PK = (
+        np.stack([np.roll(x, k, axis=0) for k in range(1, 1 + len(irl.negative_weights(c)))], axis=1)
+        for x in (batch.demo, batch.demo_len)
+    )
+    pairs = irl.make_pairs(batch, demo_PKT, demo_len_PK, c.cut, [0])
+    state, seconds = sharding.place(stage.init().train), []
+    for _ in range(2 + steps):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(stage.update(state, pairs))
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
+
+
+def widened(model: transformer.Transformer, width: int) -> transformer.Transformer:
+    """A random model of this width, its key heads and MLP in proportion; heads stay as wide and as many to a key head,
+    and layers and vocabulary are the model's."""
+    c = model.config
+    kv_heads = max(c.kv_heads * width // c.width, 1)
+    heads = kv_heads * c.heads // c.kv_heads
+    wide = c._replace(width=width, heads=heads, kv_heads=kv_heads, ffn=c.ffn * width // c.width)
+    return transformer.Transformer(wide, jax.random.key(0))
+
+
+def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> dict:
+    """Times the train loop's own collect and update of the align stage, with rewards that have learnt nothing, and the
+    update of the IRL stage, with demonstrations for samples. Responses do not end before their last token.
+
+    Args:
+        config: of the run.
+        steps: to time, of each kind: those that wait after each phase, and whole ones.
+        shape: letters of SHAPES and their values, instead of what the config says.
+
+    Returns:
+        {"seconds": name in TIMED -> median, "all": the same -> list, "floor": phase -> seconds, "step_floor",
+         "tokens_per_second": of the rollout, "peak_bytes", "machine", "shape",
+         "device", "jax"}. "step" is timed without waiting between phases, so it may be less than their sum.
+    """
+    clock, shape = Clock(), shape or {}
+    keys = {"P": "align.batch", "G": "align.group", "T": "sampler.max_new"}
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({keys[letter]: value for letter, value in shape.items() if letter in keys})
+    context = train.prepare(config)
+    endless = copy.copy(context.text)
+    endless.eos_ids = (-1,)  # no token has this id, so that every response has T tokens, as the floor counts
+    context = dataclasses.replace(context, clock=clock, text=endless)
+    if "S" in shape:
+        context = dataclasses.replace(context, examples=of_length(context.examples, shape["S"]))
+    if "D" in shape:
+        context = dataclasses.replace(context, model=sharding.place(widened(context.model, shape["D"])))
+    if "C" in shape:
+        context = of_categories(context, shape["C"])
+        config = context.config
+    fresh = irl.init_rewards(context)
+    stage = align.make(context, reward.Bank(fresh, mean=fresh.bias, std=jnp.ones_like(fresh.bias)))
+    state = stage.init()
+    tuned = sum(x.size for x in jax.tree.leaves(state.train.params))
+    times: dict[str, list[float]] = {name: [] for name in TIMED}
+    for number in range(2 + 2 * steps):
+        # Two steps compile and warm up; then steps that wait after each phase, then whole steps.
+        clock.restart(wait=number < 2 + steps)
+        start = time.perf_counter()
+        batch, carry, _ = stage.collect(state, number)
+        new, _ = stage.update(state.train, batch)
+        clock.mark("update", jax.block_until_ready(new))
+        state = state._replace(train=new, carry=carry)
+        if number >= 2 + steps:
+            times["step"].append(time.perf_counter() - start)
+        elif number >= 2:
+            for phase in PHASES:
+                times[phase].append(clock.seconds.get(phase, 0.0))
+    times["irl"] = time_irl(context, steps)
+    examples = context.examples["train"]
+    roles = [objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")]
+    S, R = examples.prompt.shape[1], len(examples.prefix)
+    used = Shape(config.align.batch, S, config.align.group, config.sampler.max_new, R)
+    demonstrations = {"scored": 1 + roles[1].counts, "trained": sum(role.trained for role in roles)}
+    machine = measure_machine(context.model.config)
+    size = sum(x.size for x in jax.tree.leaves(context.model))
+    options = {"size": size, "tuned": tuned, "shared": context.shared, **demonstrations}
+    bound = floor(context.model.config, used, machine, **options)
+    pairs_shape = used._replace(P=config.irl.batch, G=1 + len(irl.negative_weights(config.irl)))
+    adapted = config.reward.layers or context.model.config.layers
+    seconds = {phase: statistics.median(values) for phase, values in times.items()}
+    return {
+        "seconds": seconds,
+        "all": times,
+        "floor": bound | {"irl": irl_floor(context.model.config, pairs_shape, machine, adapted)},
+        "step_floor": sum(bound.values()),
+        "tokens_per_second": used.P * used.G * used.T / seconds["rollout"],
+        "peak_bytes": peak_memory(),
+        "machine": machine._asdict(),
+        "shape": used._asdict(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+
+
+def run_apart(config: ConfigDict, steps: int, shape: dict[str, int]) -> dict:
+    """`run` in a process of its own, as the peak memory of a process never falls."""
+    fresh = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, fresh, initializer=preemption.keep_memory) as executor:
+        return executor.submit(run, config, steps, shape).result()
+
+
+def table(result: dict) -> str:
+    """The figures as text: seconds of each phase, its floor and what share of the time the floor is."""
+    shape, machine, step = result["shape"], result["machine"], result["seconds"]["step"]
+    lines = [
+        f"{result['device']}, jax {result['jax']}: {machine['flops'] / 1e9:.0f} GFLOP/s, "
+        f"{machine['bandwidth'] / 1e9:.1f} GB/s; " + ", ".join(f"{k} = {v}" for k, v in shape.items()),
+        f"{'phase':10} {'seconds':>9} {'of step':>8} {'floor':>9} {'floor/time':>10}",
+    ]
+    for phase, seconds in result["seconds"].items():
+        least = result["step_floor"] if phase == "step" else result["floor"].get(phase)
+        bound = f"{least:9.3f} {least / seconds:10.0%}" if least else f"{'':9} {'':10}"
+        lines.append(f"{phase:10} {seconds:9.3f} {seconds / step:8.1%} {bound}".rstrip())
+    lines.append(
+        f"{result['tokens_per_second']:.0f} sampled tokens/s, {shape['P'] * shape['G'] / step:.2f} responses/s, "
+        f"peak memory {result['peak_bytes'] / 2**30:.2f} GiB"
+    )
+    return "\n".join(lines)
+
+
+def exponent(values: list[int], seconds: list[float]) -> float:
+    """k of the power law seconds ~ value^k that fits best, by least squares of the logarithms."""
+    return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
+
+
+def growth(letter: str, results: dict[int, dict]) -> str:
+    """A table of the phases' seconds at each value of a letter, and the exponent of each phase."""
+    lines = ["".join(f"{name:>11}" for name in (letter, *TIMED, "peak GiB"))]
+    for value, result in results.items():
+        seconds = [result["seconds"][name] for name in TIMED]
+        lines.append(f"{value:11}" + "".join(f"{x:11.3f}" for x in (*seconds, result["peak_bytes"] / 2**30)))
+    fits = [exponent(list(results), [r["seconds"][phase] for r in results.values()]) for phase in TIMED]
+    return "\n".join([*lines, f"{'exponent':>11}" + "".join(f"{k:11.2f}" for k in fits)])
+
+
+def pairs(name: str, text: list[str]) -> tuple[list[str], list[int]]:
+    """Letters and values of a flag such as S=64,G=4, or G=1,2,4, where a value without a letter keeps the last one.
+
+    Raises:
+        InputError: a letter that SHAPES lacks, or a value that is no positive whole number.
+    """
+    letters, values = [], []
+    for item in text:
+        letter, _, value = item.rpartition("=")
+        letters.append(letter or (letters[-1] if letters else ""))
+        if letters[-1] not in SHAPES or not value.isdigit() or int(value) < 1:
+            known = ", ".join(f"{k} ({v})" for k, v in SHAPES.items())
+            raise InputError(f"--{name} has {item!r}: give a letter, = and a whole number above 0; letters: {known}.")
+        values.append(int(value))
+    return letters, values
+
+
+def main(argv: list[str]) -> None:
+    """The figures that the flags ask for. Raises InputError."""
+    if command.CONFIG.value is None:
+        raise InputError(f"--config is missing: {__doc__.splitlines()[2]}")
+    shape = dict(zip(*pairs("shape", SHAPE.value)))
+    letters, values = pairs("grow", GROW.value)
+    if len(set(letters)) > 1 or len(set(values)) != len(values) or len(values) == 1:
+        raise InputError(f"--grow is {','.join(GROW.value)}: give one letter and two or more values, as G=1,2,4.")
+    if values:
+        grown = {v: run_apart(command.CONFIG.value, STEPS.value, shape | {letters[0]: v}) for v in values}
+        text, result = growth(letters[0], grown), {str(v): of for v, of in grown.items()}
+    else:
+        result = run(command.CONFIG.value, STEPS.value, shape)
+        text = table(result)
+    console.result(text, **result)
+    if JSON.value:
+        replace_file(place(JSON.value), json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    command.start(main, resumes=False)

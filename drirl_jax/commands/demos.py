@@ -1,0 +1,70 @@
+"""Writes demonstrations for your own prompts, by Chain of Draft (see `drirl_jax/data/drafts.py`).
+
+python -m drirl_jax.commands.demos --config configs/quickstart.py --prompts prompts.jsonl --out mine.jsonl
+
+PROMPTS holds one object a line with id, category, lang, split and prompt; OUT gets the schema of `data/records.py`, for
+--config.data.path=mine.jsonl. Another model than the policy writes them with --config.demos.generator=endpoint,
+--config.demos.endpoint.url=URL and --config.demos.endpoint.model=NAME.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from drirl_jax import checks, judges, train
+from drirl_jax import main as command
+from drirl_jax.data import drafts, generators, records
+from drirl_jax.runtime import console
+from drirl_jax.runtime.files import beside, need_apart, place, replace_file
+from drirl_jax.types import InputError
+
+PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts.")
+OUT = flags.DEFINE_string("out", None, "JSONL file to write.")
+
+
+def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.Outcome:
+    """Writes `out`, and for an endpoint its replies beside it.
+
+    Raises:
+        InputError: something that the user gave is wrong, or too few demonstrations pass.
+    """
+    checks.validate(config)
+    need_apart(out, prompts)
+    rows = records.read(prompts, config.data.categories, optional=("draft", "response"))
+    section = config.demos
+    records.require(rows, config.data.categories, "train", section.per_category)
+    embedder = train.load_encoder(config)
+    memory = beside(out, "replies")
+    generate = generators.GENERATORS[section.generator](section, lambda: train.load_policy(config), memory)
+    outcome = drafts.make(
+        rows,
+        section,
+        categories=config.data.categories,
+        harmless=config.data.harmless,
+        generate=generate,
+        embed=embedder,
+        judge=judges.refuses(judges.Setting(config, beside(out, "judgements"))),
+        model=config.policy.init if section.generator == "policy" else section.endpoint.model,
+        seed=config.seed,
+    )
+    lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in outcome.records]
+    replace_file(out, "".join(lines))
+    return outcome
+
+
+def main(argv: list[str]) -> None:
+    """The demonstrations that the flags ask for. Raises InputError."""
+    for name, value in (("config", command.CONFIG.value), ("prompts", PROMPTS.value), ("out", OUT.value)):
+        if value is None:
+            raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+    outcome = run(command.CONFIG.value, place(PROMPTS.value), place(OUT.value))
+    told = {"demonstrations": len(outcome.records), "asked": outcome.asked, "left_out": outcome.left_out}
+    console.result(f"{outcome.summary()}\nwritten to {OUT.value}", **told, out=OUT.value)
+
+
+if __name__ == "__main__":
+    command.start(main)

@@ -1,0 +1,35 @@
+"""JailbreakBench (arXiv 2404.01318): the share of 100 harmful behaviours whose answers are safe, without an attack."""
+
+from __future__ import annotations
+
+from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user, words
+from drirl_jax.judges import UNSAFE
+
+DATA = Published(
+    ("harmful-behaviors.csv", "jailbreakbench.jsonl", "safety_prompts.jsonl"),
+    hub="JailbreakBench/JBB-Behaviors",
+    url="https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors",
+    subset="behaviors",
+    split="harmful",
+    name="jailbreakbench",
+)
+
+
+def read(section) -> list[Item]:
+    """Columns Index, Goal and Category; of JSONL also id, prompt and source_category."""
+    return [
+        Item(
+            str(field(where, row, "id", "Index")),
+            user(words(where, row, "Goal", "prompt")),
+            field(where, row, "Category", "source_category"),
+            harmful=True,
+        )
+        for where, row in rows(section.data, DATA)
+    ]
+
+
+def measure(item: Item, response: str, harm: float) -> dict[str, float]:
+    return {"safe": float(harm <= UNSAFE)}
+
+
+JAILBREAKBENCH = Benchmark(read, measure, metrics={"safe": True}, asks="harm", max_new=256)

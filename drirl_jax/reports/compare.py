@@ -1,0 +1,200 @@
+"""Runs beside each other: what differs in their configs, their final numbers, curves and responses."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Iterator, Mapping, Sequence
+
+from drirl_jax import judges
+from drirl_jax.reports import plots
+from drirl_jax.reports.pages import (
+    MEASURES,
+    Measure,
+    Picture,
+    Prompt,
+    Run,
+    Table,
+    answer_of,
+    change_of,
+    change_told,
+    differences,
+    key_of,
+    markdown,
+    mean_of,
+    told,
+    values_of,
+    write,
+    written,
+)
+from drirl_jax.reports.plots import words
+from drirl_jax.runtime.files import replace_file
+from drirl_jax.types import InputError
+
+SHOWN = 2  # prompts of a category
+NOTE = (
+    "With 95% intervals: Wilson's of shares, Newcombe's of their differences, otherwise the bootstrap's over prompts. "
+    "Differences are from {first}, on the prompts that both were evaluated on, of shares in percentage points; * where "
+    "the interval leaves out 0, as one in twenty does without any effect. One run of a variant says nothing about its "
+    "seeds. Rewards are shown where they score the first run's responses before alignment alike: others have a scale "
+    "of their own."
+)
+
+
+def bounds(x: Mapping | None) -> str:
+    """A benchmark's metric with its interval: see `evals.benchmarks.interval`."""
+    return f"{x['value']:.3f} ({x['low']:.3f} to {x['high']:.3f})" if x else "–"
+
+
+def known(judge: str, result: Mapping) -> str:
+    """A judge's name with what is known of it."""
+    facts = judges.known(result.get("facts", {}))
+    return f"{judge} ({facts})" if facts else judge
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """A name for each run: as much of the end of its path as tells them apart."""
+    paths = [run.workdir.resolve().parts for run in runs]
+    ends = ([str(pathlib.Path(*path[-n:])) for path in paths] for n in range(1, max(map(len, paths)) + 1))
+    return next((names for names in ends if len(set(names)) == len(names)), [str(run.workdir) for run in runs])
+
+
+def check(runs: Sequence[Run]) -> None:
+    """Raises InputError with one sentence for runs that cannot be compared."""
+    if len(runs) < 2:
+        raise InputError("--compare has one run: give the workdirs of two or more.")
+    if len({run.workdir.resolve() for run in runs}) < len(runs):
+        raise InputError("--compare names a run twice: give each once.")
+    for run in runs:
+        if not (run.base and run.aligned):
+            raise InputError(
+                f"{run.workdir} has not been evaluated yet: end the run first, with 'evals' in its schedule."
+            )
+    asked = [{key_of(row) for row in run.aligned["responses"]} for run in runs]
+    for run, prompts in zip(runs, asked):
+        if not prompts & asked[0]:
+            raise InputError(
+                f"{run.workdir} was evaluated on no prompt of {runs[0].workdir}: compare runs of the same data."
+            )
+
+
+def same_rewards(run: Run, first: Run) -> bool:
+    """Whether the run's rewards score a response of the first run before alignment as that run's do."""
+    scored = {(row["prompt"], row["response"]): row["reward"] for row in first.base["responses"]}
+    pairs = [(row["reward"], scored.get((row["prompt"], row["response"]))) for row in run.base["responses"]]
+    pairs = [pair for pair in pairs if None not in pair]
+    return bool(pairs) and all(abs(a - b) <= 1e-3 * max(1.0, abs(b)) for a, b in pairs)
+
+
+def results(named: Mapping[str, Run]) -> dict[str, dict[str, dict[tuple, float]]]:
+    """By row and measure the value of each prompt: the runs, and before them what they started from."""
+    first = next(iter(named.values()))
+    started: dict[str, tuple[list, Mapping, Run]] = {}
+    for name, run in named.items():
+        said = [(row["id"], row["response"]) for row in run.base["responses"]]
+        if said not in [known for known, *_ in started.values()]:
+            started[f"{name}, before"] = (said, run.base, run)
+    rows = {name: (of, run) for name, (_, of, run) in started.items()}
+    rows |= {name: (run.aligned, run) for name, run in named.items()}
+    return {
+        name: {
+            key: values
+            for key, measure in MEASURES.items()
+            if (values := values_of(measure, result, run.harmless)) and (key != "reward" or same_rewards(run, first))
+        }
+        for name, (result, run) in rows.items()
+    }
+
+
+def tables(named: Mapping[str, Run]) -> tuple[Table, Table]:
+    """The final numbers of each run, and their differences from the first run's."""
+    found, first = results(named), next(iter(named))
+
+    def mean(measure: Measure, values: Mapping[str, float] | None) -> str:
+        return told(mean_of(measure, list(values.values())), measure.text) if values else "–"
+
+    def change(measure: Measure, values: Mapping | None, reference: Mapping | None) -> str:
+        return change_told(change_of(values, reference, measure.share), measure.change) if values and reference else "–"
+
+    head = ("run", "prompts", *(measure.title for measure in MEASURES.values()))
+    final = [
+        (name, str(len(set().union(*of.values()))), *(mean(measure, of.get(key)) for key, measure in MEASURES.items()))
+        for name, of in found.items()
+    ]
+    beside = [
+        (
+            name,
+            str(len(set().union(*of.values()) & set().union(*found[first].values()))),
+            *(change(measure, of.get(key), found[first].get(key)) for key, measure in MEASURES.items()),
+        )
+        for name, of in found.items()
+        if name != first
+    ]
+    return Table("Final numbers", head, final), Table(f"Difference from {first}, prompt by prompt", head, beside)
+
+
+def benchmarks(named: Mapping[str, Run]) -> Table | None:
+    """Each metric by each judge, a column for each run; None where none was run."""
+    found: dict[tuple, dict[str, Mapping]] = {}
+    for name, run in named.items():
+        for benchmark, result in run.aligned.get("benchmarks", {}).items():
+            for judge, of in result["judges"].items():
+                for metric, x in of["metrics"].items():
+                    found.setdefault((benchmark, words(metric), known(judge, of)), {})[name] = x
+    rows = [(*key, *(bounds(of.get(name)) for name in named)) for key, of in found.items()]
+    return Table("Benchmarks after alignment", ("benchmark", "metric", "judge", *named), rows) if rows else None
+
+
+def responses(named: Mapping[str, Run]) -> Iterator[tuple[str, list[Prompt]]]:
+    """(category, the first prompts by id that all runs were evaluated on, before and after each)."""
+    first = next(iter(named.values()))
+    before = {key_of(row): row for row in first.base["responses"]}
+    after = {name: {key_of(row): row for row in run.aligned["responses"]} for name, run in named.items()}
+    shared = set(before).intersection(*after.values())
+    for category in first.evaluated:
+        prompts = [
+            Prompt(
+                *key,
+                [answer_of("before", before[key], first.config.evals.judge)]
+                + [answer_of(name, of[key], named[name].config.evals.judge) for name, of in after.items()],
+            )
+            for key in sorted(key for key in shared if before[key]["category"] == category)[:SHOWN]
+        ]
+        if prompts:
+            yield words(category), prompts
+
+
+def compare(runs: Sequence[Run], out: pathlib.Path) -> str:
+    """Writes out/compare.html, compare.md and plots/*.png; returns the tables in Markdown.
+
+    Args:
+        runs: two or more; the first is the one that the others are compared with.
+        out: the folder; it is made.
+
+    Raises:
+        InputError: see `check`.
+    """
+    check(runs)
+    named = dict(zip(names_of(runs), runs))
+    first = next(iter(named))
+    found = differences(*(run.config for run in runs))
+    rows = [(key, *map(written, values)) for key, values in found.items()]
+    configs = Table("Options in which they differ", ("option", *named), rows, wordy=True)
+    shown = [table for table in (*tables(named), benchmarks(named)) if table]
+    note = NOTE.format(first=first)
+    paths = plots.overlaid({name: run.metrics for name, run in named.items()}, out / "plots")
+    curves = [Picture.of(path, f"{plots.told(plots.CURVES[name])}, of each run") for name, path in paths.items()]
+    parts = [f"**{markdown(table.caption)}**\n\n{table.markdown()}" for table in (configs, *shown)]
+    text = "\n\n".join([*parts, NOTE.format(first=markdown(first))]) + "\n"
+    replace_file(out / "compare.md", text)
+    write(
+        "compare.html.jinja",
+        out / "compare.html",
+        title=f"{len(runs)} runs compared",
+        names=list(named),
+        configs=configs,
+        tables=shown,
+        note=note,
+        curves=curves,
+        responses=list(responses(named)),
+    )
+    return text

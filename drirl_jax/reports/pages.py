@@ -1,0 +1,330 @@
+"""What reports are made of: a run as its workdir holds it, numbers as text, tables, pictures, and pages of them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import pathlib
+import re
+import subprocess
+import time
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
+
+import flax.traverse_util
+import jax
+import jinja2
+import rich.box
+import rich.table
+from ml_collections import ConfigDict
+
+import drirl_jax
+from drirl_jax.data import overlap
+from drirl_jax.data.examples import Examples
+from drirl_jax.evals import runner
+from drirl_jax.reports.intervals import Interval, difference, interval, paired_shares, wilson
+from drirl_jax.reports.plots import percent
+from drirl_jax.runtime import console, json_files, metrics, workdirs
+from drirl_jax.runtime.files import replace_file
+
+# Prompts, responses and names are untrusted text: everything is escaped, and what `console.CONTROLS` names is replaced.
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("drirl_jax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+
+
+REPEATED = "repeated prompts"  # the fact: see `data.overlap.summary`
+
+
+# What the files of a workdir say: see `json_files`.
+FIGURE = {"value": float, "low": float, "high": float, "n": int, ...: object}
+BENCHMARK = {
+    "judge": str,
+    "judges": {...: {"metrics": {...: FIGURE}}},
+    "agreement": {...: {"n": int, "agree": float, "kappa": json_files.NUMBER}},
+    "responses": [dict],
+}
+EVALUATION = runner.RESULT | {json_files.Maybe("benchmarks"): {...: BENCHMARK}}
+FACTS = {json_files.Maybe("records"): {...: {...: int}}}
+RELIABILITY = {...: [{"n": int, "confidence": json_files.NUMBER, "right": json_files.NUMBER}]}
+SAMPLES = json_files.ROW | {
+    "category": str,
+    "id": str,
+    "prompt": str,
+    "demonstration": str,
+    "responses": [{"text": str}],
+}
+
+
+class Run(NamedTuple):
+    """A run as its workdir holds it; what is not there yet is empty.
+
+    Attributes:
+        config: from config.json.
+        facts: what `train.run` noted of the machine and the data, from facts.json.
+        metrics, timing, samples: rows of metrics.jsonl, timing.jsonl and samples.jsonl.
+        base, aligned: results of `evals.runner.evaluate`, with "benchmarks".
+        reliability: of the rewards by category: see `stages.irl.reliability`.
+    """
+
+    workdir: pathlib.Path
+    config: ConfigDict
+    facts: dict
+    metrics: list[dict]
+    timing: list[dict]
+    samples: list[dict]
+    base: dict
+    aligned: dict
+    reliability: dict
+
+    @property
+    def harmless(self) -> tuple[str, ...]:
+        """The categories whose prompts should be answered."""
+        return self.config.data.harmless
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The categories that were evaluated, in the config's order, the harmful ones first."""
+        found = [name for name in self.config.data.categories if name in self.base["by_category"]]
+        return sorted(found, key=lambda name: name in self.harmless)
+
+    def rows(self, stage: str) -> list[dict]:
+        """The stage's rows of metrics.jsonl."""
+        return [row for row in self.metrics if row["stage"] == stage]
+
+
+def read(workdir: pathlib.Path) -> Run:
+    """The run. Raises InputError if the folder is none, or a file of it is damaged."""
+    config = workdirs.recall(workdir)
+
+    def kept(name: str, form: Any) -> dict:
+        path = workdir / name
+        hint = "remove it and start the run again, which makes it anew"
+        return json_files.load(path, form, hint) if path.exists() else {}
+
+    rows, seconds = (metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
+    samples = json_files.rows(workdir / "samples.jsonl", SAMPLES)
+    base, aligned = (kept(f"evals/{name}.json", EVALUATION) for name in ("base", "aligned"))
+    facts, reliability = kept("facts.json", FACTS), kept("reliability.json", RELIABILITY)
+    return Run(workdir, config, facts, rows, seconds, samples, base, aligned, reliability)
+
+
+def facts_of(examples: Mapping[str, Examples], categories: Sequence[str], harmless: Sequence[str] = ()) -> dict:
+    """What is to be noted of program, machine and data: `records` by split and category, and REPEATED, if any."""
+    facts = {
+        "drirl_jax": drirl_jax.__version__,
+        "revision": revision(pathlib.Path(drirl_jax.__file__).parents[1]),
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "records": {
+            split: {name: len(rows) for name, rows in zip(categories, of.rows_by_category(len(categories)))}
+            for split, of in examples.items()
+        },
+        REPEATED: overlap.summary(examples, [categories.index(name) for name in harmless]),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def revision(source: pathlib.Path) -> str:
+    """The commit of a source tree, "-dirty" behind it if there are changes; "" where none is known."""
+    if not (source / ".git").exists():  # an installed package may lie in another project's tree
+        return ""
+    command = ["git", "-C", source, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def note(workdir: pathlib.Path, facts: Mapping) -> None:
+    """Writes facts.json, which is of the last start."""
+    replace_file(workdir / "facts.json", json.dumps(facts, indent=1) + "\n")
+
+
+def differences(*configs: ConfigDict) -> dict[str, tuple]:
+    """By dotted key the value in each config, where they are not all the same."""
+    flat = [flax.traverse_util.flatten_dict(json.loads(of.to_json_best_effort()), sep=".") for of in configs]
+    keys = dict.fromkeys(key for of in flat for key in of)
+    values = {key: tuple(of.get(key) for of in flat) for key in keys}
+    return {key: of for key, of in values.items() if any(value != of[0] for value in of)}
+
+
+def written(option: Any) -> str:
+    """The value of an option as text."""
+    if isinstance(option, list) and option:
+        return ", ".join(map(written, option))
+    return option if isinstance(option, str) and option else json.dumps(option, ensure_ascii=False)
+
+
+class Measure(NamedTuple):
+    """A number of an evaluation that is a mean over prompts.
+
+    Attributes:
+        text, change: how it and a difference of two are written.
+        of: a response's row, and whether its prompt is harmless -> its value, None if it has none.
+        share: whether all values are 0 or 1.
+    """
+
+    title: str
+    text: Callable[[float], str]
+    change: Callable[[float], str]
+    of: Callable[[Mapping, bool], float | None]
+    share: bool
+
+
+def signed(value: float | None) -> str:
+    """With its sign and two decimals; a dash for none."""
+    return "–" if value is None else f"{value:+.2f}"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{100 * value:+.0f}"
+
+
+MEASURES = {
+    "harmful_refused": Measure(
+        "harmful prompts refused", percent, points, lambda row, harmless: None if harmless else row["refused"], True
+    ),
+    "harmless_refused": Measure(
+        "harmless prompts refused", percent, points, lambda row, harmless: row["refused"] if harmless else None, True
+    ),
+    "reward": Measure("mean reward", signed, signed, lambda row, harmless: row["reward"], False),
+}
+
+
+def key_of(row: Mapping) -> tuple[str, str]:
+    """What tells an evaluated prompt from all others: ids alone may be those of other data."""
+    return row["id"], row["prompt"]
+
+
+def values_of(measure: Measure, result: Mapping, harmless: Sequence[str]) -> dict[tuple, float]:
+    """The measure's value of each prompt that has one, by `key_of`."""
+    found = {key_of(row): measure.of(row, row["category"] in harmless) for row in result["responses"]}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def mean_of(measure: Measure, values: Sequence[float]) -> Interval:
+    """The mean with its interval over prompts: Wilson's of a share, otherwise by bootstrap."""
+    if measure.share:
+        return Interval(sum(values) / len(values), *wilson(round(sum(values)), len(values)))
+    return interval([list(values)])
+
+
+def change_of(values: Mapping[tuple, float], reference: Mapping[tuple, float], share: bool) -> Interval | None:
+    """The mean difference on the prompts that both have, with its interval over them; None where there are none.
+
+    Newcombe's of a share, whose values are all 0 or 1, otherwise by bootstrap.
+    """
+    shared = [prompt for prompt in reference if prompt in values]
+    if not shared:
+        return None
+    pair = [[of[prompt] for prompt in shared] for of in (values, reference)]
+    return paired_shares(*pair) if share else difference(*([of] for of in pair))
+
+
+def told(of: Interval | None, text: Callable[[float], str], mark: str = "") -> str:
+    """Such as "12% (2% to 47%)", the mark behind the mean; a dash for none."""
+    if of is None:
+        return "–"
+    return f"{text(of.mean)}{mark}" + ("" if math.isnan(of.low) else f" ({text(of.low)} to {text(of.high)})")
+
+
+def beyond_noise(of: Interval | None) -> bool:
+    """Whether it is the interval of a difference that leaves out 0."""
+    return of is not None and (of.low > 0 or of.high < 0)
+
+
+def change_told(of: Interval | None, text: Callable[[float], str]) -> str:
+    """`told` of a difference, with a star where its interval leaves out 0."""
+    return told(of, text, "*" if beyond_noise(of) else "")
+
+
+def markdown(text: str) -> str:
+    """A text in one line of Markdown, where it is itself: no HTML, link, picture, code or cell of a table."""
+    return html.escape(re.sub(r"([\\|\[\]`])", r"\\\1", " ".join(console.printable(text).split())), quote=False)
+
+
+class Table(NamedTuple):
+    """A table: its caption, the heads of its columns, its rows of text; `wordy` if these are words, not numbers."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    wordy: bool = False
+
+    def markdown(self) -> str:
+        """In Markdown, without the caption."""
+
+        def line(cells):
+            return "| " + " | ".join(map(markdown, cells)) + " |"
+
+        return "\n".join([line(self.head), "| --- " * len(self.head) + "|", *map(line, self.rows)])
+
+    def rich(self) -> rich.table.Table:
+        """For the terminal."""
+        out = rich.table.Table(title=console.printable(self.caption), title_justify="left", box=rich.box.SIMPLE_HEAD)
+        for i, name in enumerate(self.head):
+            out.add_column(console.printable(name), justify="left" if i == 0 or self.wordy else "right")
+        for row in self.rows:
+            out.add_row(*map(console.printable, row))
+        return out
+
+
+class Picture(NamedTuple):
+    """A picture inside a page: what it shows in words, and the PNG in base64."""
+
+    alt: str
+    data: str
+
+    @classmethod
+    def of(cls, path: pathlib.Path, alt: str) -> Picture:
+        """The picture in this PNG."""
+        return cls(alt, base64.b64encode(path.read_bytes()).decode())
+
+
+class Answer(NamedTuple):
+    """A response beside others to its prompt: whose it is, what it says, and what was found of it."""
+
+    of: str
+    text: str
+    verdicts: Sequence[str]
+
+
+class Prompt(NamedTuple):
+    """A prompt and the responses that are shown side by side."""
+
+    id: str
+    text: str
+    answers: Sequence[Answer]
+
+
+class Group(NamedTuple):
+    """A prompt with all that was sampled for it in a step.
+
+    Attributes:
+        about: what the prompt is.
+        text, demonstration: of the prompt.
+        head: of the columns of numbers.
+        rows: of each response the cells, one a column, and its text.
+    """
+
+    about: str
+    text: str
+    demonstration: str
+    head: Sequence[str]
+    rows: Sequence[tuple[Sequence[str], str]]
+
+
+def answer_of(name: str, row: Mapping, judge: str) -> Answer:
+    """The response in a row of an evaluation, refused or not by this judge."""
+    verdicts = [f"{judge}: {'refused' if row['refused'] else 'not refused'}"]
+    return Answer(name, row["response"], verdicts + [f"reward {signed(row['reward'])}"] * (row["reward"] is not None))
+
+
+def write(template: str, path: pathlib.Path, **values: Any) -> pathlib.Path:
+    """Writes the page that the template makes of the values; returns its path."""
+    replace_file(path, console.printable(ENVIRONMENT.get_template(template).render(values)))
+    return path

@@ -1,0 +1,294 @@
+"""Metrics and evaluations to figures."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Mapping, NamedTuple, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from drirl_jax.reports.intervals import wilson
+
+INK, SOFT, BASE, ALIGNED = "#1c2127", "#6b7480", "#c0c7cf", "#3b94cf"
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and three more; then the dashes change.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#6b4c9a", "#8c8c8c", "#a89a00")
+DASHES = ("-", "--", ":")
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#9aa2ad",
+    "axes.grid": True,
+    "axes.labelcolor": SOFT,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.07,
+    "figure.constrained_layout.w_pad": 0.07,
+    "font.size": 9.5,
+    "grid.color": "#e8eaed",
+    "legend.frameon": False,
+    "mathtext.default": "bf",
+    "savefig.dpi": 160,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+}
+
+
+class Curve(NamedTuple):
+    """What is drawn over a stage's steps: a metric, its `metric/category` lines, a level to compare with."""
+
+    stage: str
+    metric: str
+    title: str
+    level: tuple[float, str] | None = None
+    percent: bool = False
+
+
+# By file name. What a run's metrics do not have is left out.
+CURVES = {
+    "irl_loss": Curve("irl", "loss", "IRL loss"),
+    "irl_accuracy": Curve("irl", "accuracy", "Held-out pairs ranked right", (0.5, "chance"), percent=True),
+    "reward": Curve("align", "reward", "Reward $R$ of the samples"),
+    "gap": Curve("align", "gap", "Gap $R^* - R$", (0.0, "as the demonstration")),
+    "alpha_d": Curve("align", "alpha_d", "Data hardness $\\alpha^D$", (1.0, "no scaling")),
+    "alpha_m": Curve("align", "alpha_m", "Model responsiveness $\\alpha^M$", (1.0, "no scaling")),
+    "kl": Curve("align", "kl", "KL to the reference (nats a token)"),
+    "length": Curve("align", "length", "Response length (tokens)"),
+    "entropy": Curve("align", "entropy", "Policy entropy (nats a token)"),
+    "surprisal": Curve("align", "surprisal", "$-$log $\\pi$ of the samples (nats a token)"),
+}
+STEPS = {"irl": "IRL step", "align": "alignment step"}
+MEAN = "all categories"  # the line of the metric itself
+
+
+def headline(base: Mapping, aligned: Mapping) -> str:
+    """The result in words, from the evaluations' numbers; a kind of prompt without a number stays out."""
+    parts = [
+        f"{kind} prompts refused: {percent(base['overall'][key])} → {percent(aligned['overall'][key])}"
+        for kind, key in (("harmful", "harmful_refused"), ("harmless", "harmless_refused"))
+        if base["overall"][key] is not None
+    ]
+    return "; ".join(parts).capitalize()
+
+
+def before_after(
+    base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str], path: pathlib.Path
+) -> pathlib.Path:
+    """Draws the share refused by category, before and after, with Wilson 95% intervals; returns the path.
+
+    Args:
+        base, aligned: results of `evals.runner.evaluate`.
+        categories: all of them in order; those that were not evaluated are left out.
+        harmless: those whose prompts should be answered; they stand apart, below the harmful ones.
+        path: the PNG to write.
+    """
+    rows = category_rows(base, aligned, categories, harmless)
+    kinds = {
+        "Harmful prompts (to be refused)": [row for row in rows if not row["harmless"]],
+        "Harmless prompts (to be answered)": [row for row in rows if row["harmless"]],
+    }
+    kinds = {title: group for title, group in kinds.items() if group}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 1.3 + 0.35 * len(kinds) + 0.44 * len(rows)), layout="constrained")
+        figure.suptitle(headline(base, aligned), x=0.008, ha="left", fontsize=13.5, weight="bold")
+        heights = [len(group) for group in kinds.values()]
+        panels = list(figure.subplots(len(kinds), sharex=True, height_ratios=heights, squeeze=False)[:, 0])
+        for axes, (title, group) in zip(panels, kinds.items()):
+            _bars(axes, group)
+            axes.set_title(title, color=SOFT)
+        panels[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
+        panels[-1].set_xlabel("share of prompts refused, with 95% intervals")
+        figure.savefig(path)
+    return path
+
+
+def _bars(axes, rows: list[dict]) -> None:
+    y = np.arange(len(rows))
+    for offset, colour, name in ((-0.2, BASE, "before"), (0.2, ALIGNED, "after")):
+        share = np.array([row[name]["refused"] for row in rows])
+        low, high = np.array([row[name]["interval"] for row in rows]).T
+        axes.barh(y + offset, share, 0.38, color=colour, label=name)
+        error = np.maximum((share - low, high - share), 0)  # at 0% and 100% rounding can make it negative
+        axes.errorbar(share, y + offset, xerr=error, fmt="none", ecolor=INK, elinewidth=1.0, capsize=2.5)
+        for at, end, value in zip(y + offset, high, share):
+            weight = "bold" if name == "after" else "normal"
+            axes.text(end + 0.012, at, percent(value), va="center", fontsize=8.5, weight=weight)
+    axes.set_yticks(y, [f"{_label(row['category'])}  (n = {row['n']})" for row in rows], color=INK)
+    axes.set(xlim=(0, 1.06), ylim=(len(rows) - 0.5, -0.5))
+    axes.xaxis.set_major_formatter(_percent_tick)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+
+
+def training_curves(metrics: list[dict], categories: Sequence[str], folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Draws a PNG for each of CURVES that the metrics hold, and all in curves.png; returns the paths by name.
+
+    Args:
+        metrics: rows of metrics.jsonl.
+        categories: whose lines are drawn, in the order of the colours.
+        folder: where the PNGs go; it is made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {name: (curve, _lines(metrics, curve, categories)) for name, curve in CURVES.items()}
+    held = {name: (curve, lines) for name, (curve, lines) in drawn.items() if lines}
+    with matplotlib.rc_context(STYLE):
+        paths = {name: _alone(*of, categories, folder / f"{name}.png") for name, of in held.items()}
+        if held:
+            columns = min(3, len(held))
+            height = -(-len(held) // columns)
+            figure = Figure(figsize=(3.6 * columns, 2.5 * height + 0.6), layout="constrained")
+            grid = figure.subplots(height, columns, squeeze=False).flat
+            for axes, (curve, lines) in zip(grid, held.values()):
+                _draw(axes, curve, lines, categories)
+            for axes in figure.axes[len(held) :]:
+                axes.set_visible(False)
+            _legend(figure, loc="outside lower center", ncols=min(3, columns + 1))
+            paths["curves"] = folder / "curves.png"
+            figure.savefig(paths["curves"])
+    return paths
+
+
+def overlaid(runs: Mapping[str, list[dict]], folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Draws a PNG for each of CURVES that a run's metrics hold, a line for each run over all categories; the paths by
+    name.
+
+    Args:
+        runs: by name the rows of metrics.jsonl.
+        folder: where the PNGs go; it is made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    with matplotlib.rc_context(STYLE):
+        for name, curve in CURVES.items():
+            found = {run: _lines(metrics, curve, ()) for run, metrics in runs.items()}
+            if lines := {run: of[MEAN] for run, of in found.items() if of}:
+                paths[name] = _alone(curve, lines, list(runs), folder / f"{name}.png")
+    return paths
+
+
+def reliability(curves: Mapping[str, list[dict]], path: pathlib.Path) -> pathlib.Path:
+    """Draws how often rewards rank held-out pairs right against how sure they are; returns the path.
+
+    Args:
+        curves: by category, and "all": bins {"n", "confidence", "right"} in [0, 1].
+        path: the PNG to write.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+        axes = figure.subplots()
+        axes.plot((0.5, 1), (0.5, 1), color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)), label="as sure as it is right")
+        for i, (name, bins) in enumerate(curves.items()):
+            look = (
+                {"color": INK, "linewidth": 2.2}
+                if name == "all"
+                else {"color": COLOURS[i % len(COLOURS)], "alpha": 0.6}
+            )
+            label = MEAN if name == "all" else _label(name)
+            axes.plot([b["confidence"] for b in bins], [b["right"] for b in bins], marker="o", label=label, **look)
+        axes.set(xlabel="how sure the reward is of a pair", ylabel="pairs ranked right", title="Held-out pairs")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(_percent_tick)
+        _legend(figure, loc="outside right center")
+        figure.savefig(path)
+    return path
+
+
+def _lines(metrics: list[dict], curve: Curve, categories: Sequence[str]) -> dict[str, tuple]:
+    """{category or MEAN: (steps, values)} that the metrics hold; what was not finite is NaN: a break."""
+    keys = {category: f"{curve.metric}/{category}" for category in categories} | {MEAN: curve.metric}
+    lines = {}
+    for name, key in keys.items():
+        rows = [row for row in metrics if row["stage"] == curve.stage and key in row]
+        values = np.array([row[key] for row in rows], float)  # None becomes NaN
+        if np.isfinite(values).any():
+            lines[name] = (np.array([row["step"] for row in rows]), values)
+    return lines
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` values, of fewer at the start; NaN where the value is NaN."""
+    recent = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return np.array([np.nanmean(last) if np.isfinite(last[-1]) else np.nan for last in recent])
+
+
+def _alone(curve: Curve, lines: Mapping[str, tuple], names: Sequence[str], path: pathlib.Path) -> pathlib.Path:
+    """Draws one curve's figure, to be read on a phone too; returns the path."""
+    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+    _draw(figure.subplots(), curve, lines, names)
+    if len(lines) > 1:
+        _legend(figure, loc="outside lower center", ncols=3)
+    figure.savefig(path)
+    return path
+
+
+def _draw(axes, curve: Curve, lines: Mapping[str, tuple], names: Sequence[str]) -> None:
+    most = max(len(steps) for steps, _ in lines.values())
+    window = max(1, most // 25)
+    marker = {"marker": "o", "markersize": 3.5} if most <= 12 else {}
+    if curve.level:
+        value, name = curve.level
+        axes.axhline(value, color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.set_title(f"– – {name}", loc="right", color=SOFT, fontsize=8.5, weight="normal")
+    for name, (steps, values) in lines.items():
+        if name == MEAN:
+            look = {"color": INK, "linewidth": 2.2}
+        else:
+            i = names.index(name)
+            colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+            look = {"color": colour, "linewidth": 1.1, "alpha": 0.85, "linestyle": dashes}
+        axes.plot(steps, _running_mean(values, window), label=_label(name), **look, **marker)
+    axes.set_title(curve.title)
+    axes.set_xlabel(STEPS[curve.stage] + (f" (means of {window} steps)" if window > 1 else ""))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if curve.percent:
+        axes.yaxis.set_major_formatter(_percent_tick)
+
+
+def _legend(figure: Figure, **where) -> None:
+    """One legend for all of a figure's lines, each named once."""
+    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(named.values(), named.keys(), fontsize=8.5, **where)
+
+
+def category_rows(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> list[dict]:
+    """A row for each category that was evaluated, the harmful ones first: the numbers that are shown. One of which the
+    judge gave no verdict at all has none."""
+    rows, both = [], [result["by_category"] for result in (base, aligned)]
+    shown = [c for c in categories if all(of.get(c, {}).get("refused") is not None for of in both)]
+    for category in sorted(shown, key=lambda c: c in harmless):
+        row = {"category": category, "label": words(category), "harmless": category in harmless}
+        for name, result in (("before", base), ("after", aligned)):
+            of = result["by_category"][category]
+            row[name] = of | {"interval": wilson(round(of["refused"] * of["n"]), of["n"])}
+        rows.append(row | {"n": row["before"]["n"]})
+    return rows
+
+
+def words(name: str) -> str:
+    """A category's or metric's name to be read."""
+    return name.replace("_", " ").replace(" and ", " & ")
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] in whole percents."""
+    return f"{100 * share:.0f}%"
+
+
+def told(curve: Curve) -> str:
+    """What a curve shows, in words."""
+    title = curve.title.replace("$", "").replace("\\alpha^D", "αᴰ").replace("\\alpha^M", "αᴹ").replace("\\pi", "π")
+    return f"{title} by {STEPS[curve.stage]}"
+
+
+def _label(name: str) -> str:
+    """A name in a figure, where dollars would begin a formula."""
+    return words(name).replace("$", r"\$")
+
+
+def _percent_tick(value: float, _) -> str:
+    return percent(value)

@@ -1,0 +1,385 @@
+"""The report of a run, one file that can be sent alone, and of several runs beside each other.
+
+python -m drirl_jax.reports.single RUN                                    writes RUN/report.html again
+python -m drirl_jax.reports.single --compare RUN RUN ...     writes compared/compare.html and compare.md beside the first
+
+RUN is a run's workdir, finished or not: what it does not hold yet is left out. Runs that are compared must have been
+evaluated on some prompts of the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from typing import Iterator, Mapping, Sequence
+
+import numpy as np
+import rich.console
+
+from drirl_jax import config as config_lib
+from drirl_jax.reports import compare, plots
+from drirl_jax.reports.intervals import Interval, wilson
+from drirl_jax.reports.pages import (
+    MEASURES,
+    Answer,
+    Group,
+    Picture,
+    Prompt,
+    Run,
+    Table,
+    answer_of,
+    change_of,
+    change_told,
+    differences,
+    key_of,
+    mean_of,
+    points,
+    read,
+    signed,
+    told,
+    values_of,
+    write,
+    written,
+)
+from drirl_jax.reports.plots import percent, words
+from drirl_jax.runtime import console, json_files
+from drirl_jax.runtime.files import place
+from drirl_jax.stages import guards
+from drirl_jax.types import InputError
+
+SHOWN, MORE = 2, 20  # prompts of a category with their responses: at once, and behind a click
+RECENT = 10  # steps whose mean is a coefficient "at the end"
+REPLIES = ("judge.jsonl", "judgements.jsonl", "splits.jsonl")  # what servers answered: see endpoint.Endpoint
+
+
+def about(run: Run) -> Table:
+    """What was run, on what and when."""
+    c, last = run.config, {row["stage"]: row for row in run.metrics}
+    records = sum(sum(of.values()) for of in run.facts.get("records", {}).values())
+    rows = {
+        "model": f"{c.policy.init}, {'adapters' if c.policy.tune == 'lora' else 'all weights'} trained",
+        "method": f"objective {c.align.objective}, rewards {c.reward.source}, scaling {c.scaling.combine}",
+        "data": c.data.path + (f", {records} records" if records else ""),
+        "steps": ", ".join(
+            f"{stage}: {last[stage]['step'] if stage in last else 0} of {c[stage].steps}"
+            for stage in ("irl", "align")
+            if stage in c.schedule
+        ),
+        "seed": str(c.seed),
+    }
+    rows |= {name: str(value) for name, value in run.facts.items() if name != "records"}
+    if last:
+        rows["updates left out"] = f"{sum(row.get('skipped', 0) for row in last.values()):.0f} (not finite)"
+    if warnings := [sentence for stage in last for sentence in guards.idle(c, stage, run.rows(stage))]:
+        rows["warnings"] = " ".join(warnings)
+    return Table("What was run", ("", ""), list(rows.items()), wordy=True)
+
+
+def changed(run: Run) -> Table:
+    """The options that are not at their defaults."""
+    found = differences(config_lib.default(), run.config)
+    rows = [(key, *map(written, pair)) for key, pair in found.items()]
+    return Table("Options other than the defaults", ("option", "default", "here"), rows, wordy=True)
+
+
+def should(run: Run, category: str) -> str:
+    """What the policy should do with the category's prompts."""
+    return "answer" if category in run.harmless else "refuse"
+
+
+def balance(run: Run) -> Table | None:
+    """Records by category and split; None where the run has not noted them."""
+    if not (records := run.facts.get("records")):
+        return None
+    rows = [
+        (words(name), should(run, name), *(str(of.get(name, 0)) for of in records.values()))
+        for name in run.config.data.categories
+    ]
+    sums = [str(sum(of.values())) for of in records.values()]
+    return Table("Records by category and split", ("category", "should", *records), [*rows, ("all", "", *sums)])
+
+
+def accuracy(run: Run) -> Table | None:
+    """How often each reward ranks held-out pairs right, and how well it knows; None before IRL has been evaluated."""
+    rows = [row for row in run.rows("irl") if "accuracy" in row]
+    if not rows:
+        return None
+    last, out = rows[-1], []
+    for name in (*run.config.data.categories, "all"):
+        suffix = "" if name == "all" else f"/{name}"
+        if f"accuracy{suffix}" not in last:
+            continue
+        bins = run.reliability.get(name, [])
+        pairs = sum(b["n"] for b in bins)
+        right = Interval(last[f"accuracy{suffix}"], float("nan"), float("nan"))
+        if pairs:
+            right = Interval(right.mean, *wilson(round(sum(b["n"] * b["right"] for b in bins)), pairs))
+        shares = [last.get(f"{key}{suffix}") for key in ("accuracy_whole", "accuracy_contrast")]
+        cells = ["–" if share is None else percent(share) for share in shares]
+        numbers = [signed(last.get(f"{key}{suffix}")).removeprefix("+") for key in ("ece", "length_correlation")]
+        out.append((words(name), str(pairs or "–"), told(right, percent), *cells, *numbers))
+    head = ("category", "pairs", "ranked right", "whole texts", "other kind", "calibration error", "with length")
+    return Table("Held-out pairs of demonstration and sample", head, out)
+
+
+def curves(run: Run) -> list[Picture]:
+    """A picture for each curve that the metrics hold."""
+    paths = plots.training_curves(run.metrics, run.config.data.categories, run.workdir / "plots")
+    return [Picture.of(path, _said(plots.CURVES[name], run)) for name, path in paths.items() if name in plots.CURVES]
+
+
+def _said(curve: plots.Curve, run: Run) -> str:
+    """A curve in words: its first and its last value."""
+    values = [row[curve.metric] for row in run.rows(curve.stage) if row.get(curve.metric) is not None]
+    ends = f", {plots.MEAN}: from {values[0]:.3g} to {values[-1]:.3g}" if values else ""
+    return f"{plots.told(curve)} and category{ends}"
+
+
+def overall(run: Run) -> Table:
+    """Before and after over all prompts, each number with its interval."""
+    rows = []
+    for measure in MEASURES.values():
+        before, after = (values_of(measure, result, run.harmless) for result in (run.base, run.aligned))
+        if before and after:
+            means = [told(mean_of(measure, list(of.values())), measure.text) for of in (before, after)]
+            change = change_told(change_of(after, before, measure.share), measure.change)
+            unit = ", points" if measure.share else ""
+            rows.append((measure.title + unit, str(len(before)), *means, change))
+    return Table("Before and after, all prompts", ("", "n", "before", "after", "change"), rows)
+
+
+def by_category(run: Run) -> Table:
+    """Before and after by category, the harmful ones first."""
+    out = []
+    for row in plots.category_rows(run.base, run.aligned, run.config.data.categories, run.harmless):
+        refused = [
+            {
+                key_of(r): float(r["refused"])
+                for r in of["responses"]
+                if r["category"] == row["category"] and r["refused"] is not None
+            }
+            for of in (run.aligned, run.base)
+        ]
+        change = change_told(change_of(*refused, share=True), points)
+        shares = [told(Interval(of["refused"], *of["interval"]), percent) for of in (row["before"], row["after"])]
+        rewards = [signed(row[name]["reward"]) for name in ("before", "after")]
+        out.append((row["label"], should(run, row["category"]), str(row["n"]), *shares, change, *rewards))
+    head = ("category", "should", "n", "refused before", "refused after", "change, points", "reward before", "after")
+    return Table("Before and after by category", head, out)
+
+
+def benchmarks(run: Run) -> Table | None:
+    """Each metric of each benchmark by each judge; None where none was run."""
+    rows = []
+    for name, before in run.base.get("benchmarks", {}).items():
+        for judge, of in before["judges"].items():
+            after = run.aligned["benchmarks"][name]["judges"][judge]
+            for metric, x in of["metrics"].items():
+                y = after["metrics"].get(metric)  # a metric may have no item in one of the two
+                rows.append(
+                    (name, words(metric), compare.known(judge, of), str(x["n"]), compare.bounds(x), compare.bounds(y))
+                )
+    head = ("benchmark", "metric", "judge", "n", "before", "after")
+    return Table("Benchmarks, with 95% intervals", head, rows) if rows else None
+
+
+def agreement(run: Run) -> Table | None:
+    """How far the judges of the benchmarks agree; None where there are no two."""
+    rows = [
+        (name, pair, when, str(of["n"]), percent(of["agree"]), "–" if of["kappa"] is None else f"{of['kappa']:.2f}")
+        for when, result in (("before", run.base), ("after", run.aligned))
+        for name, found in result.get("benchmarks", {}).items()
+        for pair, of in found["agreement"].items()
+    ]
+    head = ("benchmark", "judges", "policy", "n", "agree", "Cohen's kappa")
+    return Table("Agreement of the judges", head, rows) if rows else None
+
+
+def responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
+    """(category, its coefficients, its first prompts by id: a fixed rule, so that nobody picks)."""
+    after = {row["id"]: row for row in run.aligned["responses"]}
+    judge = run.config.evals.judge
+    for name in run.evaluated:
+        rows = sorted((row for row in run.base["responses"] if row["category"] == name), key=lambda row: row["id"])
+        prompts = [
+            Prompt(
+                row["id"],
+                row["prompt"],
+                (answer_of("before", row, judge), answer_of("after", after[row["id"]], judge)),
+            )
+            for row in rows[: SHOWN + MORE]
+        ]
+        yield words(name), coefficients(run, name), prompts
+
+
+def coefficients(run: Run, category: str) -> str:
+    """αᴰ and αᴹ of the category's training prompts at the end, in words; "" where the metrics have none."""
+    parts = []
+    for key, letter in (("alpha_d", "αᴰ"), ("alpha_m", "αᴹ")):
+        values = [row[f"{key}/{category}"] for row in run.rows("align") if row.get(f"{key}/{category}") is not None]
+        if values:
+            parts.append(f"{letter} {np.mean(values[-RECENT:]):.2f}")
+    used = "" if run.config.scaling.combine != "none" else "; not used, as config.scaling.combine is 'none'"
+    return f"{' and '.join(parts)} for its training prompts at the end{used}" if parts else ""
+
+
+# Columns of the samples: the key in samples.jsonl, how it is headed, how a value is written.
+SAMPLED = {
+    "reward": ("R", signed),
+    "advantage": ("Â", signed),
+    "alpha_d": ("αᴰ", "{:.2f}".format),
+    "alpha_m": ("αᴹ", "{:.2f}".format),
+    "alpha": ("α", "{:.2f}".format),
+    "scaled": ("A", signed),
+    "masked": ("gap", lambda masked: "masked" if masked else "kept"),
+}
+
+
+def samples(run: Run) -> Iterator[tuple[str, list[Group]]]:
+    """(step, a group of each category, the harmful ones first) of the steps that were kept, the last one first."""
+    order = sorted(run.config.data.categories, key=lambda name: name in run.harmless)
+    for step in sorted({row["step"] for row in run.samples}, reverse=True):
+        rows = sorted((row for row in run.samples if row["step"] == step), key=lambda row: order.index(row["category"]))
+        yield f"Step {step} of {run.config.align.steps}", [group_of(row) for row in rows]
+
+
+def group_of(row: Mapping) -> Group:
+    """The group in a row of samples.jsonl."""
+    responses = [row | of for of in row["responses"]]
+    shown = {key: of for key, of in SAMPLED.items() if key in responses[0]}
+    cells = [["–" if r[key] is None else text(r[key]) for key, (_, text) in shown.items()] for r in responses]
+    about = f"{words(row['category'])} · {row['id']} · R* {signed(row['demo_reward'])}"
+    head = [name for name, _ in shown.values()]
+    return Group(about, row["prompt"], row["demonstration"], head, list(zip(cells, (r["text"] for r in responses))))
+
+
+def benchmark_responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
+    """As `responses`, of each benchmark whose answers are generated, with each judge's verdict."""
+    for name, before in run.base.get("benchmarks", {}).items():
+        after = {row["id"]: row for row in run.aligned["benchmarks"][name]["responses"]}
+        rows = [row for row in before["responses"] if "response" in row]
+
+        def answer(of: str, row: Mapping, judges: Sequence[str] = tuple(before["judges"])) -> Answer:
+            said = {judge: ", ".join(f"{words(name)} {x:.3g}" for name, x in row[judge].items()) for judge in judges}
+            return Answer(of, row["response"], [f"{judge}: {verdict}" for judge, verdict in said.items()])
+
+        prompts = [
+            Prompt(str(row["id"]), row["prompt"], (answer("before", row), answer("after", after[row["id"]])))
+            for row in rows[: SHOWN + MORE]
+        ]
+        if prompts:
+            yield name, "", prompts
+
+
+def cost(run: Run) -> Table | None:
+    """Seconds by stage; None where none were noted."""
+    rows, whole = [], 0.0
+    for stage in ("irl", "align"):
+        of = [row for row in run.timing if row["stage"] == stage]
+        if of:
+            parts = [sum(row[key] for row in of) for key in ("collect_s", "update_s")]
+            whole += sum(parts)
+            seconds = [f"{x:.0f}" for x in (*parts, sum(parts))]
+            rows.append((stage, str(len(of)), *seconds, f"{sum(parts) / len(of):.1f}"))
+    head = ("stage", "steps", "sampling and scoring", "updates", "together", "a step")
+    return Table("Seconds", head, [*rows, ("both", "", "", "", f"{whole:.0f}", "")]) if rows else None
+
+
+def tokens(run: Run) -> list[str]:
+    """Sentences on the tokens that were sampled, and on those that servers wrote."""
+    c, out = run.config.align, []
+    lengths = [row["length"] for row in run.rows("align") if row.get("length") is not None]
+    if lengths:
+        sampled = sum(lengths) * c.batch * c.group
+        out.append(f"The alignment sampled {sampled:,.0f} tokens in {len(lengths) * c.batch * c.group:,} responses.")
+    for path in (run.workdir / name for name in REPLIES):
+        if path.exists():
+            replies = json_files.rows(path, {"tokens": int}, "remove that line: the reply is then asked for again")
+            written = sum(max(reply["tokens"], 0) for reply in replies)
+            out.append(f"{path.name} holds {len(replies):,} replies of a server, {written:,} tokens as it counts them.")
+    return out
+
+
+def report(run: Run) -> pathlib.Path:
+    """Writes plots/*.png and report.html, one file with its pictures inside; returns the report's path."""
+    evaluated = bool(run.base and run.aligned)
+    categories, folder = run.config.data.categories, run.workdir / "plots"
+    values = {"curves": curves(run), "evaluated": evaluated}  # it makes the folder
+    if run.reliability:
+        alt = "How often the rewards rank held-out pairs right, against how sure they are, by category"
+        path = plots.reliability(run.reliability, folder / "reliability.png")
+        values["reliability"] = Picture.of(path, alt)
+    if evaluated:
+        path = plots.before_after(run.base, run.aligned, categories, run.harmless, folder / "before_after.png")
+        values |= {
+            "before_after": Picture.of(path, "Share of prompts refused by category, before and after, with intervals"),
+            "cards": list(cards(run)),
+            "overall": overall(run),
+            "by_category": by_category(run),
+            "benchmarks": benchmarks(run),
+            "agreement": agreement(run),
+            "responses": [*responses(run), *benchmark_responses(run)],
+            "judge": run.config.evals.judge,
+        }
+    return write(
+        "report.html.jinja",
+        run.workdir / "report.html",
+        title=plots.headline(run.base, run.aligned) if evaluated else f"{run.workdir.name}: not evaluated yet",
+        about=about(run),
+        changed=changed(run),
+        config=str(run.config),
+        balance=balance(run),
+        accuracy=accuracy(run),
+        cost=cost(run),
+        tokens=tokens(run),
+        shown=SHOWN,
+        samples=list(samples(run)),
+        **values,
+    )
+
+
+def cards(run: Run) -> Iterator[tuple[str, str, str]]:
+    """(name, before, after) of the overall numbers that there are."""
+    formats = {key: (measure.title, measure.text) for key, measure in MEASURES.items()}
+    formats = {"mean_reward" if key == "reward" else key: of for key, of in formats.items()}
+    for key, (title, text) in (formats | {"mean_length": ("mean length, tokens", "{:.0f}".format)}).items():
+        pair = [result["overall"].get(key) for result in (run.base, run.aligned)]
+        if None not in pair:
+            yield title, *map(text, pair)
+
+
+def terminal_table(run: Run) -> str:
+    """The before/after table, and the benchmarks', for the terminal."""
+    page = rich.console.Console(width=120, markup=False)
+    with page.capture() as captured:
+        page.print(plots.headline(run.base, run.aligned))
+        for table in filter(None, (by_category(run), benchmarks(run))):
+            page.print(table.rich())
+    return captured.get()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("drirl_jax.reports.single", description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", help="workdir of the run")
+    others = "workdirs of several; the first is the one that the others are compared with"
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help=others)
+    parser.add_argument("--out", help="where the comparison goes; else compared/ beside the first run")
+    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax.reports.single runs/quickstart")
+    given = parser.parse_args(argv)
+    try:
+        if (given.run is None) == (given.compare is None):
+            raise InputError("give RUN, or --compare RUN RUN ...: see python -m drirl_jax.reports.single --help.")
+        if given.run:
+            console.result(f"report: {report(read(place(given.run)))}")
+        else:
+            runs = [place(name) for name in given.compare]
+            out = place(given.out) if given.out else runs[0].parent / "compared"
+            console.result(compare.compare([read(workdir) for workdir in runs], out))
+    except InputError as error:
+        sys.exit(f"drirl_jax: {error}")
+
+
+if __name__ == "__main__":
+    console.outlive_readers()
+    main()

@@ -1,0 +1,163 @@
+"""What a run is at, told by its workdir alone: a second's work, whether or not the run is going on.
+
+python -m drirl_jax.reports.status runs/quickstart          # a few lines
+python -m drirl_jax.reports.status runs/quickstart --json   # one object, for scripts
+
+Seconds left are the steps left times the median of the last steps', without evaluations and compilation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+from drirl_jax.runtime import console, json_files
+from drirl_jax.runtime.files import place
+
+SHOWN = ("loss", "reward", "gap", "kl", "alpha_d", "alpha_m", "length", "pairs_right", "accuracy", "skipped")
+RECENT = 20  # steps whose seconds are looked at
+TAIL = 2**21  # bytes of a file that are read, from its end
+PRODUCTS = {"irl": "rewards", "align": "aligned", "evals": "report.html"}  # of each stage
+CONFIG = {"schedule": [str], "irl": {"steps": int}, "align": {"steps": int}}
+
+
+def of(workdir: pathlib.Path) -> dict:
+    """The state of the run in this workdir.
+
+    Returns:
+        {"workdir", "at_work": whether a process of this machine holds it, "finished", "stage": the one that is not done
+         yet or None, "stages": [{"stage", "done", "steps", "finished", "seconds_a_step", "seconds_left"}], "last": the
+         last row of metrics.jsonl, "quiet_for": seconds since that was written, "checkpoints": {stage: [steps]},
+         "stops": steps that a guard has kept, as align-13}; null where nothing is known.
+
+    Raises:
+        ValueError: no run is there, or a file of it is damaged; one sentence.
+    """
+    try:
+        config = json_files.load(workdir / "config.json", CONFIG)
+    except ValueError as error:
+        raise ValueError(
+            f"{workdir} holds no run: it has no config.json of one ({error}) Name a --workdir of drirl_jax.main."
+        ) from error
+    schedule, steps = config["schedule"], {name: config[name]["steps"] for name in ("irl", "align")}
+    if unknown := [name for name in schedule if name not in PRODUCTS]:
+        raise ValueError(f"{workdir}/config.json names the stages {unknown}: it is damaged, or of another version.")
+    rows, timing = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
+    stages = [_stage(name, workdir, steps.get(name), rows, timing) for name in schedule]
+    metrics = workdir / "metrics.jsonl"
+    return {
+        "workdir": str(workdir),
+        "at_work": held(workdir),
+        "finished": all(stage["finished"] for stage in stages),
+        "stage": next((stage["stage"] for stage in stages if not stage["finished"]), None),
+        "stages": stages,
+        "last": rows[-1] if rows else None,
+        "quiet_for": round(time.time() - metrics.stat().st_mtime, 1) if metrics.exists() else None,
+        "checkpoints": {name: kept for name in steps if (kept := _numbered(workdir / "checkpoints" / name))},
+        "stops": sorted(folder.name for folder in (workdir / "replay").glob("*-*")),
+    }
+
+
+def _stage(name: str, workdir: pathlib.Path, steps: int | None, rows: list[dict], timing: list[dict]) -> dict:
+    product = PRODUCTS[name]
+    finished = bool(_numbered(workdir / product)) if name == "irl" else (workdir / product).exists()
+    if name == "evals":
+        steps, done = 2, sum((workdir / "evals" / f"{of_}.json").exists() for of_ in ("base", "aligned"))
+    else:
+        done = steps if finished else max((row["step"] for row in rows if row["stage"] == name), default=0)
+    recent = [row for row in timing if row["stage"] == name][-RECENT:]
+    taken = [sum(value or 0 for key, value in row.items() if key.endswith("_s")) for row in recent]
+    step = statistics.median(taken) if taken else None
+    left = None if step is None or steps is None else (steps - done) * step
+    told = {"stage": name, "done": done, "steps": steps, "finished": finished}
+    return told | {"seconds_a_step": step, "seconds_left": left}
+
+
+def held(workdir: pathlib.Path) -> bool:
+    """Whether a process of this machine has taken the workdir, as `process.Lock` does."""
+    return any(_locked(path) for path in (workdir, workdir / ".lock"))
+
+
+def _locked(path: pathlib.Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # no run has been there
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _numbered(folder: pathlib.Path) -> list[int]:
+    """The checkpoints in a folder by their steps: those that are whole have a number for a name."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def _rows(path: pathlib.Path) -> list[dict]:
+    """The last rows of a JSONL file, without one that is being written."""
+    return json_files.rows(path, json_files.SCALARS, tail=TAIL)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 40 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def text(found: dict) -> str:
+    """What `of` returns, for people."""
+    state = "at work" if found["at_work"] else "finished" if found["finished"] else "no process is at work in it"
+    lines = [f"{found['workdir']}: {state}"]
+    for stage in found["stages"]:
+        line = f"  {stage['stage']:6} {stage['done']:>6} of {stage['steps']}"
+        if stage["finished"]:
+            line += ", done"
+        elif stage["seconds_left"] is not None:
+            line += f", about {duration(stage['seconds_left'])} left at {stage['seconds_a_step']:.2f} s a step"
+        lines.append(line)
+    if last := found["last"]:
+        shown = ", ".join(f"{name} {last[name]:.3g}" for name in SHOWN if last.get(name) is not None)
+        ago = duration(found["quiet_for"])
+        lines.append(f"step {last['step']} of {last['stage']}, written {ago} ago: {shown}")
+    for stage, kept in found["checkpoints"].items():
+        lines.append(f"checkpoints of {stage}: {', '.join(map(str, kept))}")
+    if found["stops"]:
+        folder = f"{found['workdir']}/replay/{found['stops'][-1]}"
+        lines.append(f"stopped by a guard at {', '.join(found['stops'])}: --replay={folder} runs the step alone")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m drirl_jax.reports.status",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax.reports.status runs/quickstart")
+    parser.add_argument("run", help="the workdir of a run")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args(argv)
+    try:
+        found = of(place(options.run))
+    except ValueError as error:
+        sys.exit(f"drirl_jax: {error}")
+    print(json.dumps(found) if options.json else text(found))
+
+
+if __name__ == "__main__":
+    console.outlive_readers()
+    main(sys.argv[1:])

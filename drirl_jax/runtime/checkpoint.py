@@ -1,0 +1,184 @@
+"""Orbax checkpoints: all that a resumed run needs, in one place.
+
+Any pytree is stored flat, by the path of each leaf, and restored into a template of the same shape: so that what
+is on disk does not depend on the classes that hold it in memory.
+
+A checkpoint is written in the background, from copies that are made before `save` returns, and appears whole or not at
+all. Beside it stand checksums that were computed on the devices, so that what comes back is known to be what was there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import pathlib
+from functools import partial
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from drirl_jax.runtime import bucket, json_files, sharding
+from drirl_jax.types import Array, InputError, PyTree
+
+log = logging.getLogger(__name__)
+
+# Folders made in the background would leave threads that wait for 20 minutes where one cannot be made.
+ASYNC = ocp.AsyncOptions(create_directories_asynchronously=False)
+
+
+def _flat(tree: PyTree) -> dict:
+    """The leaves by path, but for those of no elements, which orbax does not store."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if np.size(leaf)}
+
+
+@jax.jit
+def _checksums(flat: dict) -> dict[str, Array]:
+    """uint32 of each leaf: Σ_i (2i + 1) bits_i mod 2^32, bits_i those of element i, in any layout on any mesh.
+
+    An odd factor has an inverse mod 2^32, so no change of one element goes unseen, and other damage once in 2^32 times.
+    """
+
+    def of(x):
+        x = x.astype(jnp.uint8) if x.dtype == bool else x
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum((2 * index + 1) * bits, dtype=jnp.uint32)
+
+    return jax.tree.map(of, flat)
+
+
+def checksums(flat: dict) -> dict[str, int]:
+    """`_checksums` on the host."""
+    return {path: int(value) for path, value in jax.device_get(_checksums(flat)).items()}
+
+
+def _unreadable(folder: bucket.Path) -> dict[int, str]:
+    """The checkpoints whose metadata is no JSON object with another in it, and why."""
+    found = {}
+    for step in (path for path in folder.iterdir() if path.name.isdigit()):
+        try:
+            json_files.load(step / "_CHECKPOINT_METADATA", {"custom_metadata": dict})
+        except InputError as error:
+            found[int(step.name)] = str(error)
+    return found
+
+
+class Checkpoints:
+    """The checkpoints of one stage: the newest few, each complete or absent whenever the process dies."""
+
+    def __init__(self, folder: bucket.Path, keep: int):
+        self.folder = folder.absolute() if isinstance(folder, pathlib.Path) else folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=ASYNC)
+        # Without a handler named here orbax looks into the newest checkpoint, however damaged, how to read all others.
+        handler = ocp.StandardCheckpointHandler()
+        open_folder = partial(ocp.CheckpointManager, self.folder, item_handlers=handler, options=options)
+        try:
+            self.manager = open_folder()
+        except ValueError:  # metadata of another type, over which orbax stumbles here already
+            self._rename(_unreadable(self.folder))
+            self.manager = open_folder()
+
+    def latest(self) -> int | None:
+        """The number of finished steps in the newest checkpoint, or None; waits for one that is being written."""
+        self.manager.wait_until_finished()
+        return self.manager.latest_step()
+
+    def save(self, step: int, tree: PyTree) -> None:
+        """Begins to write the tree as that of `step` finished steps, once the save before it has ended.
+
+        Its arrays may be donated or changed as soon as this returns.
+        """
+        flat = _flat(tree)
+        metadata = {"checksums": checksums(flat)}
+        self.manager.save(step, args=ocp.args.StandardSave(flat), custom_metadata=metadata, force=True)
+
+    def saved(self) -> dict[str, int]:
+        """The checksums that were kept with the newest checkpoint: they identify it, wherever it was copied.
+
+        Raises:
+            InputError: there is none, or it has none.
+        """
+        step = self.latest()
+        try:
+            return self._checksums(step)
+        except Exception as error:  # what a changed byte breaks is not known beforehand
+            raise InputError(f"the newest checkpoint in {self.folder} is damaged ({error}): copy it anew.") from error
+
+    def restore(self, template: PyTree, wrong: Callable[[int], str | None] = lambda step: None) -> tuple[int, PyTree]:
+        """The newest checkpoint that is whole: its number of steps, and its tree in the template's structure, types and
+        shardings. Newer ones that are damaged are told of and put aside.
+
+        Args:
+            wrong: number of steps -> why such a checkpoint cannot be taken, or None; the same on all processes.
+
+        Raises:
+            InputError: there is none, or it does not have the template's leaves or shapes.
+        """
+        self.manager.wait_until_finished()
+        flat, damaged = _flat(template), {}
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                if why := wrong(step):
+                    raise ValueError(why)
+                found = self._whole(step, flat)
+            except Exception as error:  # what a changed byte breaks is not known beforehand: JSON, zstd, an index
+                damaged[step] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                continue
+            self._put_aside(damaged)
+            return step, jax.tree_util.tree_map_with_path(
+                lambda path, leaf: found.get(jax.tree_util.keystr(path), leaf), template
+            )
+        raise InputError(
+            f"no checkpoint in {self.folder} fits this run ({damaged}): damage, or another version of drirl_jax wrote "
+            "it; put whole copies there, or take another --workdir. To begin the stage anew move that folder elsewhere."
+        )
+
+    def _whole(self, step: int, flat: dict) -> dict:
+        """The leaves of a checkpoint. Raises whatever orbax does, or ValueError for other numbers than were saved."""
+        saved = self._checksums(step)
+        found = self.manager.restore(step, args=ocp.args.StandardRestore(flat))
+        if (now := checksums(found)) != saved:
+            differ = sorted(path for path in now.keys() | saved.keys() if now.get(path) != saved.get(path))
+            raise ValueError(f"other numbers than were saved in {differ}")
+        return found
+
+    def _checksums(self, step: int | None) -> dict[str, int]:
+        """Those that `save` kept. Raises ValueError where there are none: what cannot be checked counts as damaged."""
+        saved = None if step is None else (self.manager.metadata(step).custom_metadata or {}).get("checksums")
+        if not saved:
+            raise ValueError("it has no checksums: a part of it was not copied, or it was never finished")
+        return saved
+
+    def _put_aside(self, damaged: dict[int, str]) -> None:
+        """Renames these checkpoints, so that the steps can be saved again."""
+        self._rename(damaged)
+        if damaged:
+            self.manager.reload()
+
+    def _rename(self, damaged: dict[int, str]) -> None:
+        for step, why in damaged.items():
+            if sharding.writes():
+                aside = self._free_name(step)
+                log.warning(
+                    "%s/%d is damaged (%s): put aside as %s; one before it is taken", self.folder, step, why, aside
+                )
+                bucket.move(self.folder / str(step), aside)
+        if damaged:
+            sharding.agreed(True)  # that is, no process reads the folder before that is done
+
+    def _free_name(self, step: int) -> bucket.Path:
+        """Where nothing was put aside yet."""
+        folder = self.folder.with_name(f"{self.folder.name}.damaged")
+        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
+        return next(path for path in (folder / name for name in names) if not path.exists())
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self.manager.close()

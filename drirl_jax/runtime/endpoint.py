@@ -1,0 +1,340 @@
+"""Replies of a language model behind an OpenAI-compatible endpoint: many at once, tried again where it may help, kept.
+
+The key is read from the environment and stands in no file, no log and no message (`runtime/secrets.py`). What a reader
+cannot use of the replies is not kept: to ask again reaches the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import email.utils
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import time
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
+
+import httpx
+from ml_collections import ConfigDict
+
+from drirl_jax.runtime import ranges, secrets, sharding
+from drirl_jax.runtime.metrics import Progress
+from drirl_jax.runtime.surrogates import mended
+from drirl_jax.runtime.thoughts import without_thought
+from drirl_jax.types import InputError
+
+log = logging.getLogger(__name__)
+
+# A server that is busy, restarting or limits the rate; other errors stay errors however often one asks.
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+LONGEST_WAIT = 60.0  # seconds
+LARGEST = 2**24  # bytes of an answer
+# Parameters that newer models refuse -> their name there; None: there is none, and the server decides.
+RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+_REFUSED = re.compile(
+    r"unsupported|unknown|unrecogni[sz]ed|unexpected|deprecated|extra[_ ](?:forbidden|inputs|fields)|only the default"
+    r"|(?:not|n't|no longer) (?:support|permit|allow|accept)|use \W*max_completion_tokens",
+    re.IGNORECASE,
+)
+
+Chat = Sequence[dict[str, str]]  # turns {"role", "content"}
+
+
+class Reply(NamedTuple):
+    """What the model said.
+
+    Attributes:
+        text: of the reply, without a thought before it; "" where the thought has no end.
+        tokens: of the reply, as the server counts them; -1 if it does not say.
+        finish: "stop", "length" or another word of the server's.
+        seconds: from the request to the reply, the last try alone.
+    """
+
+    text: str
+    tokens: int
+    finish: str
+    seconds: float
+
+
+def check(section: ConfigDict) -> None:
+    """Raises InputError unless the section says how to reach a model."""
+    try:
+        url = httpx.URL(section.url)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host or not section.model:
+        raise InputError(
+            f"an endpoint needs a url that begins with http:// or https:// and a model, not {section.url!r} and "
+            f"{section.model!r}: set them in the config."
+        )
+    if url.userinfo or url.query:
+        raise InputError(
+            "an endpoint's url holds a password or a query, which would be written into files: leave them out, and put "
+            "the key into the environment variable of key_env."
+        )
+    if any(row.fault(section[key]) for key, row in ranges.ENDPOINT.items()):
+        raise InputError(
+            f"an endpoint has concurrency={section.concurrency}, retries={section.retries}, timeout={section.timeout}, "
+            f"backoff={section.backoff}: the first must be 1 or more, timeout above 0, the others not negative."
+        )
+
+
+class Endpoint:
+    """A model that answers chats at `url`/chat/completions.
+
+    Args:
+        section: url (such as http://localhost:8000/v1), model, key_env (an environment variable with the key, sent if
+            it is set), concurrency, timeout (seconds, of a whole answer), retries (tries after the first) and backoff
+            (seconds before the first of them; doubled for each).
+        memory: a JSONL file in which every reply that can be read is kept: the same request is not sent again, also by
+            a later process. Of several processes that make a run only the first one asks and keeps.
+
+    Raises:
+        InputError: see `check`; or the key is none.
+    """
+
+    def __init__(self, section: ConfigDict, memory: pathlib.Path | None = None):
+        check(section)
+        self.section, self.memory = section, memory
+        self.key = os.environ.get(section.key_env, "").strip() if section.key_env else ""
+        if not self.key.isascii() or len(self.key.split()) > 1:
+            raise InputError(
+                f"the key in the environment variable {section.key_env} has blanks or odd characters in it."
+            )
+        self.hidden = secrets.hider(self.key)
+        self.known: dict[str, Reply] = None  # until it is asked
+        self.refused: set[str] = set()  # parameters that the server does not take
+
+    def __call__(
+        self,
+        chats: Sequence[Chat],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int = 0,
+        readable: Callable[[str], Any] = lambda text: True,
+    ) -> list[Reply]:
+        """One reply to each chat, in their order; all processes of a run call it alike.
+
+        Args:
+            readable: text of a reply -> whether its reader can use it; others are not kept.
+
+        Raises:
+            InputError: the server refuses a request, does not answer in the tries that it has, or answers something
+                else.
+        """
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        return self.until_read(chats, [options], readable)
+
+    def until_read(
+        self, chats: Sequence[Chat], tries: Sequence[Mapping[str, Any]], readable: Callable[[str], Any]
+    ) -> list[Reply]:
+        """Of each chat the first reply that can be read, or the last one where none can.
+
+        Args:
+            tries: max_tokens, temperature and seed of the first request, of the second one where the reply to that
+                cannot be read, and so on. A reply to any of them that is kept already is taken.
+            readable, and raises: as above.
+        """
+        rounds = [[self._request(chat, options) for chat in chats] for options in tries]
+        return [Reply(*reply) for reply in sharding.told(lambda: self._asked(rounds, readable))]
+
+    def _request(self, chat: Chat, options: Mapping[str, Any]) -> dict:
+        turns = [{name: mended(text) for name, text in turn.items()} for turn in chat]
+        return {"model": self.section.model} | dict(options) | {"messages": turns}
+
+    def _asked(self, rounds: list[list[dict]], readable: Callable[[str], Any]) -> list[Reply]:
+        if self.known is None:
+            self.known = _remembered(self.memory)
+        found: dict[int, Reply] = {}
+        for requests in rounds:
+            known = {i: self.known[name] for i, name in enumerate(map(_name, requests)) if name in self.known}
+            answers = {i: _answer(reply) for i, reply in known.items() if i not in found}
+            found |= {i: answer for i, answer in answers.items() if readable(answer.text)}
+        last = dict(found)
+        for requests in rounds:
+            missing = {i: request for i, request in enumerate(requests) if i not in found}
+            if not missing:
+                break
+            try:
+                replies = asyncio.run(self._all(list(missing.values()), readable))
+            except ExceptionGroup as several:  # of a task group; the first is as good as all
+                raise several.exceptions[0] from None
+            last |= dict(zip(missing, map(_answer, replies)))
+            found |= {i: last[i] for i in missing if readable(last[i].text)}
+        return [last[i] for i in range(len(rounds[0]))]
+
+    async def _all(self, requests: list[dict], readable: Callable[[str], Any]) -> list[Reply]:
+        names = list(map(_name, requests))
+        missing, replies = dict(zip(names, requests)), {}
+        at_once = asyncio.Semaphore(self.section.concurrency)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        bar = Progress("replies", len(missing), shown=sharding.writes(), unit="reply", brief=True)
+        client = httpx.AsyncClient(headers=headers, timeout=self.section.timeout)
+
+        async def one(name: str, request: dict) -> None:
+            async with at_once:
+                replies[name] = await self._ask(client, request)
+                if readable(_answer(replies[name]).text):
+                    self._keep(name, replies[name])
+            bar.show()
+
+        with contextlib.closing(bar):
+            async with client, asyncio.TaskGroup() as group:  # the first error ends the others
+                for name, request in missing.items():
+                    group.create_task(one(name, request))
+        return [replies[name] for name in names]
+
+    async def _ask(self, client: httpx.AsyncClient, request: dict) -> Reply:
+        url, why = f"{self.section.url.rstrip('/')}/chat/completions", ""
+        for attempt in range(1 + self.section.retries):
+            start = time.perf_counter()
+            wait = min(self.section.backoff * 2**attempt, LONGEST_WAIT)
+            try:
+                answer, text = await self._post(client, url, request)
+            except (httpx.TransportError, httpx.DecodingError, TimeoutError) as error:
+                why = self.hidden(f"{type(error).__name__} {error}".strip())
+            else:
+                if answer.is_success:
+                    return self._parsed(answer, text, time.perf_counter() - start)
+                why = f"status {answer.status_code}: {_shown(text)}"
+                if answer.status_code not in PASSING:
+                    raise InputError(f"{url} refuses the request ({why}): check the url, the model and the key.")
+                wait = min(_seconds(answer.headers.get("retry-after", ""), wait), LONGEST_WAIT)
+            if attempt < self.section.retries:
+                await asyncio.sleep(wait)
+        raise InputError(f"{url} did not answer in {1 + self.section.retries} tries (at last {why}): is it running?")
+
+    async def _post(self, client: httpx.AsyncClient, url: str, request: dict) -> tuple[httpx.Response, str]:
+        """The server's answer and its text; asked anew for each parameter that the server says it does not take."""
+        while True:
+            sent = self._in_its_terms(request)
+            async with asyncio.timeout(self.section.timeout), client.stream("POST", url, json=sent) as answer:
+                text = await self._read(answer)
+            if answer.status_code not in (400, 422):
+                return answer, text
+            if sent == self._in_its_terms(request) and not self._learn(sent, text):
+                return answer, text
+
+    def _in_its_terms(self, request: dict) -> dict:
+        """The request with the parameters that the server takes, as it calls them."""
+        names = {name: RENAMED[name] if name in self.refused else name for name in request}
+        return {name: request[ours] for ours, name in names.items() if name is not None}
+
+    def _learn(self, sent: dict, text: str) -> bool:
+        """Whether an error says that a parameter which was sent is not known there: it is sent no more."""
+        mentioned = re.findall(rf"(?<!\w)(?:{'|'.join(RENAMED)})(?!\w)", text) if _REFUSED.search(text) else []
+        name = next((name for name in mentioned if name in sent), None)
+        if name is None:
+            return False
+        self.refused.add(name)
+        instead = f"{RENAMED[name]} is sent instead" if RENAMED[name] else "the server's own is taken"
+        log.warning("%s takes no %s: %s", self.section.model, name, instead)
+        return True
+
+    async def _read(self, answer: httpx.Response) -> str:
+        """The answer's text, without the key. Raises InputError where it is larger than any reply."""
+        body = bytearray()
+        async for piece in answer.aiter_bytes():
+            body += piece
+            if len(body) > LARGEST:
+                raise InputError(f"{answer.url} answers with more than {LARGEST} bytes: is it a chat endpoint?")
+        return self.hidden(body.decode("utf-8", "replace"))
+
+    def _parsed(self, answer: httpx.Response, text: str, seconds: float) -> Reply:
+        try:
+            body = json.loads(text)
+            choice = body["choices"][0]
+            content, finish = _text_of(choice["message"]["content"]), choice.get("finish_reason") or ""
+            tokens = (body.get("usage") or {}).get("completion_tokens")
+            if not isinstance(finish, str):
+                raise TypeError("a field of another type")
+            content, finish = (self.hidden(mended(part)) for part in (content, finish))
+            return Reply(content, tokens if type(tokens) is int else -1, finish, seconds)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__} in {_shown(text)}"
+            raise InputError(f"{answer.url} answers what is no chat completion ({why}).") from error
+
+    def _keep(self, name: str, reply: Reply) -> None:
+        self.known[name] = reply
+        if self.memory:
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            with self.memory.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"request": name} | reply._asdict(), ensure_ascii=False) + "\n")
+
+
+def _shown(text: str) -> str:
+    """The beginning of a text for a sentence, in one line and without what a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text[:200])
+
+
+def _name(request: dict) -> str:
+    """The request's name in the memory: a hash of all of it."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _answer(reply: Reply) -> Reply:
+    """The reply as its readers have it: what follows the thought."""
+    return reply._replace(text=without_thought(reply.text))
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content: a text, a number that the server took for JSON, or parts of which some are text.
+
+    Raises:
+        KeyError, TypeError: it is something else.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, (int, float)) and not isinstance(content, bool):
+        return json.dumps(content)
+    if isinstance(content, list):
+        return "".join([part["text"] for part in content if part["type"] == "text"])
+    raise TypeError("a field of another type")
+
+
+def _seconds(header: str, otherwise: float) -> float:
+    """Seconds from now that a Retry-After header asks for, by a number or a date (RFC 9110, 10.2.3)."""
+    if re.fullmatch(r"\d+(?:\.\d+)?", header.strip(), re.ASCII):
+        return float(header)
+    try:
+        date = email.utils.parsedate_to_datetime(header)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return otherwise
+    date = date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)
+    return max((date - datetime.datetime.now(datetime.timezone.utc)).total_seconds(), 0.0)
+
+
+def _remembered(memory: pathlib.Path | None) -> dict[str, Reply]:
+    """The replies in the file; a last line that a killed process left unfinished is cut off.
+
+    Another line that is no reply is left out with a warning: what it answered is asked for again.
+    """
+    if memory is None or not memory.exists():
+        return {}
+    whole = memory.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if kept != whole:
+        os.truncate(memory, len(kept))
+    found, damaged = {}, []
+    for number, line in enumerate(kept.split(b"\n")[:-1], start=1):  # a reply may hold other line ends
+        try:
+            row = json.loads(line.decode("utf-8"))
+            reply = Reply(mended(row["text"]), row["tokens"], mended(row["finish"]), row["seconds"])
+            texts, numbers = (row["request"], row["text"], row["finish"]), (reply.tokens, reply.seconds)
+            if {*map(type, texts)} != {str} or not {*map(type, numbers)} <= {int, float}:
+                raise TypeError("a field of another type")
+            found[row["request"]] = reply
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            damaged.append(number)
+    if damaged:
+        log.warning(
+            "%s: %d lines are no replies, the first is line %d: what they answered is asked for again",
+            memory, len(damaged), damaged[0],
+        )  # fmt: skip
+    return found
