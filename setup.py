@@ -17,7 +17,7 @@ setup(
     # drirl_jax/configs is a link to configs/, which a .zip of the source does not keep.
     packages=sorted({*find_packages(include=["drirl_jax", "drirl_jax.*"]), "drirl_jax.configs"}),
     package_dir={"drirl_jax.configs": "configs"},
-    package_data={"drirl_jax": ["data/starter/*", "templates/*"]},
+    package_data={"drirl_jax": ["data/*.json", "data/starter/*", "reports/templates/*"]},
     install_requires=[
         "absl-py",
         "einops",
@@ -46,7 +46,10 @@ setup(
         "tqdm",
         "transformers>=5.22",
     ],
-    entry_points={"inspect_ai": ["drirl_jax = drirl_jax.harness.inspect_ai"]},
+    entry_points={
+        "console_scripts": ["drirl = drirl_jax.__main__:main"],
+        "inspect_ai": ["drirl_jax = drirl_jax.harness.inspect_ai"],
+    },
     extras_require={
         "tpu": ["jax[tpu]", "gcsfs"],
         "cuda": ["jax[cuda13]"],

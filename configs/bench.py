@@ -1,6 +1,6 @@
 """The workloads of the speed comparison: SmolLM2-135M, 4 prompts x 8 responses of 64 tokens, full fine-tuning, float32.
 
-python -m drirl_jax.commands.bench --config configs/bench.py --shape S=64   (or 256)
+python -m drirl_jax bench --config configs/bench.py --shape S=64   (or 256)
 """
 
 from drirl_jax.config import default

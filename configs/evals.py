@@ -1,7 +1,7 @@
 """The benchmarks that judge safety, and two that say whether the policy is still of use.
 
-python -m drirl_jax.commands.judge --fit LABELLED.jsonl --to judge.safetensors
-python -m drirl_jax.commands.evaluate --config configs/evals.py --config.evals.classifier=judge.safetensors \
+python -m drirl_jax judge --fit LABELLED.jsonl --to judge.safetensors
+python -m drirl_jax evaluate --config configs/evals.py --config.evals.classifier=judge.safetensors \
     --policy runs/quickstart --data FOLDER --limit 100 --workdir results
 """
 

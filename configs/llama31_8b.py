@@ -1,6 +1,6 @@
 """Llama-3.1-8B-Instruct with adapters on 4 to 256 TPU chips, or, as `:gpus`, on a node of eight GPUs of 80 GB.
 
-python -m drirl_jax.commands.plan --config configs/llama31_8b.py:64 --topology v5e:8x8 --model llama3.1-8b
+python -m drirl_jax plan --config configs/llama31_8b.py:64 --topology v5e:8x8 --model llama3.1-8b
 python -m drirl_jax.main --config configs/llama31_8b.py:64 --workdir runs/llama31_8b
 
 Planned with the chips' own compilers on 4 to 256 chips and on a node of H100 (docs/SCALE.md); none has run.

@@ -1,6 +1,6 @@
 """Objectives, scalings and data compared on SmolLM2-135M-Instruct and the starter set, three seeds.
 
-python -m drirl_jax.commands.study --config configs/study_smollm2.py --workdir runs/study
+python -m drirl_jax study --config configs/study_smollm2.py --workdir runs/study
 
 or parts of it, `--config configs/study_smollm2.py:main` or `:combine+sweeps` (PARTS has their names). The runs are
 the quickstart's, with plain groups (no demonstration in them), so that all objectives learn from the same samples; a

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict, config_dict
 
-from drirl_jax.models import lora
 from drirl_jax.types import InputError
 
+# The weight matrices of a layer that an adapter may change.
+ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
 HARM_CATEGORIES = (
     "insult",
     "unfairness_and_discrimination",
@@ -58,7 +59,7 @@ def default() -> ConfigDict:
     c.policy.attention = "einsum"
     c.policy.rank = 16
     c.policy.alpha = 32.0
-    c.policy.targets = lora.TARGETS
+    c.policy.targets = ADAPTED
     c.policy.layers = 0  # how many layers, the last ones, have adapters; 0: all. What none adapts is computed once
 
     c.encoder = ConfigDict()
@@ -77,7 +78,7 @@ def default() -> ConfigDict:
     c.demos = ConfigDict()
     c.demos.keep_draft = True
     c.demos.separator = "####"  # the judge and the sentence splitter know only this one
-    # What follows is of `python -m drirl_jax.commands.demos`, which writes demonstrations.
+    # What follows is of `python -m drirl_jax demos`, which writes demonstrations.
     c.demos.generator = "policy"  # policy | endpoint
     c.demos.form = "explain"  # explain a refusal | direct: refuse
     c.demos.style = "draft"  # draft: Chain of Draft | thought: Chain of Thought
@@ -218,7 +219,7 @@ def default() -> ConfigDict:
     c.evals.shots = 0  # solved problems before each question of gsm8k
     c.evals.benchmark_max_new = 0  # tokens of a response; 0: as many as each benchmark's protocol says
     c.evals.judges = ("phrases",)  # phrases | classifier | endpoint | rewards; figures go by the first that can tell
-    c.evals.classifier = ""  # the file of judge "classifier", which `python -m drirl_jax.commands.judge` fits
+    c.evals.classifier = ""  # the file of judge "classifier", which `python -m drirl_jax judge` fits
     c.evals.endpoint = _endpoint()
 
     # What ends a run, or warns; may be changed for a run that has begun. See docs/RELIABILITY.md.
@@ -265,20 +266,20 @@ def _endpoint() -> ConfigDict:
     return e
 
 
-def get(config: ConfigDict, dotted: str):
+def get_option(config: ConfigDict, dotted: str):
     """The value at a dotted key such as "irl.loss"."""
     for name in dotted.split("."):
         config = config[name]
     return config
 
 
-def need(true: bool, sentence: str) -> None:
+def require(true: bool, sentence: str) -> None:
     """Raises InputError with this sentence unless `true`."""
     if not true:
         raise InputError(sentence)
 
 
-def micro_batches(config: ConfigDict) -> list[int]:
+def micro_batch_sizes(config: ConfigDict) -> list[int]:
     """Of how many prompts the micro-batches of the scheduled stages are."""
     c = config
     prompts = {"irl": c.irl.batch // c.irl.accumulate}

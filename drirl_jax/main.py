@@ -4,7 +4,7 @@
     ... --config.data.path=mine.jsonl   # any option of drirl_jax/config.py is a flag
     ... --quiet                         # warnings and the result alone
     ... --log=json                      # one JSON object a line on stdout, for scripts
-    python -m drirl_jax.reports.status runs/quickstart      # where a run is, and how long it will take
+    python -m drirl_jax status runs/quickstart      # where a run is, and how long it will take
 
 The same command again goes on where the run was. Exit codes:
 
@@ -34,8 +34,8 @@ from ml_collections import config_flags
 import drirl_jax.configs
 from drirl_jax import train
 from drirl_jax.costs import dry_run
-from drirl_jax.runtime import bucket, console, preemption, sharding
-from drirl_jax.runtime.files import place
+from drirl_jax.runtime import bucket, console, preemption, processes
+from drirl_jax.runtime.files import expand_path
 from drirl_jax.types import InputError
 
 INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
@@ -72,7 +72,7 @@ def main(argv: list[str], do: Callable[[list[str]], None] | None = None, resumes
     """
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells of every file at INFO
     if resumes:
-        signal.signal(signal.SIGTERM, preemption.leave)
+        signal.signal(signal.SIGTERM, preemption.raise_preempted)
     try:
         if do and (DRY_RUN.value or REPLAY.value):
             raise InputError("--dry_run and --replay are flags of drirl_jax.main: leave them out here.")
@@ -93,7 +93,7 @@ def main(argv: list[str], do: Callable[[list[str]], None] | None = None, resumes
         where = getattr(error, "filename", None) or WORKDIR.value
         leave(f"{where}: {os.strerror(disk[0])}: {DISK[disk[0]]}.")
     if console.mode() == "json":
-        console.say("end", exit=0)
+        console.print_event("end", exit=0)
 
 
 def run(argv: list[str]) -> None:
@@ -104,13 +104,13 @@ def run(argv: list[str]) -> None:
         raise InputError(f"--config is missing: {__doc__.splitlines()[0]}; there are {', '.join(config_files())}.")
     if WORKDIR.value is None:
         raise InputError(f"--workdir is missing: {__doc__.splitlines()[0]}")
-    workdir = bucket.path(WORKDIR.value)
+    workdir = bucket.parse_path(WORKDIR.value)
     if REPLAY.value:
-        train.replay(CONFIG.value, workdir, bucket.path(REPLAY.value))
+        train.replay(CONFIG.value, workdir, bucket.parse_path(REPLAY.value))
     elif DRY_RUN.value:
-        found = dry_run.of(CONFIG.value, bucket.folder(WORKDIR.value))
-        if sharding.writes():
-            console.result(dry_run.text(found), **found)
+        found = dry_run.plan_run(CONFIG.value, bucket.local_folder(WORKDIR.value))
+        if processes.is_writer():
+            console.print_result(dry_run.text(found), **found)
     else:
         train.run(CONFIG.value, workdir)
 
@@ -118,7 +118,7 @@ def run(argv: list[str]) -> None:
 def leave(sentence: str, code: int = 1) -> NoReturn:
     """Ends the process with this code, after the sentence that says why."""
     if console.mode() == "json":
-        console.say("end", exit=code, message=sentence)
+        console.print_event("end", exit=code, message=sentence)
     if code == 1:
         sys.exit(f"drirl_jax: {sentence}")
     print(f"drirl_jax: {sentence}", file=sys.stderr)
@@ -154,7 +154,7 @@ def _home_in_full(word: str, files: tuple) -> str:
     """A flag of a config file, its ~ as a path: the file is read while the flags are, and by others."""
     name, _, value = word.partition("=")
     is_file = name.lstrip("-") in {file.name for file in files} and value.startswith("~")
-    return f"{name}={place(value)}" if is_file else word
+    return f"{name}={expand_path(value)}" if is_file else word
 
 
 def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
@@ -164,11 +164,11 @@ def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
         sys.exit(0)
     try:
         rest = flags.FLAGS([_home_in_full(word, files) for word in argv])
-        console.speak("quiet" if QUIET.value else LOG.value)
+        console.set_mode("quiet" if QUIET.value else LOG.value)
         for file in files:
             if file.value is not None:
                 file.value.lock()  # a file that failed to load says so when it is first touched
-        preemption.keep_memory()
+        processes.keep_freed_memory()
         return rest
     except flags.Error as error:  # of a config file that raises, the whole traceback
         leave(str(error).strip().splitlines()[-1])

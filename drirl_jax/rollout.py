@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from drirl_jax.models import decoding, transformer
-from drirl_jax.models.attention import product, softcap
+from drirl_jax.models.attention import einsum_f32, softcap
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.runtime.sharding import constrain, size
+from drirl_jax.runtime.sharding import axis_size, constrain
 from drirl_jax.types import Array, length_mask
 
 FINISH = ("length", "stop")  # what the values of Rollout.finish mean
@@ -66,10 +66,10 @@ def sample_categorical(uniform_N2: Array, logit_NV: Array, chunk: int = 256) -> 
     chosen_N = pick(mass_NC, uniform_N2[:, 0])
     inside_NK = jnp.take_along_axis(mass_NCK, chosen_N[:, None, None], axis=1)[:, 0]
     token_N = (chosen_N * chunk + pick(inside_NK, uniform_N2[:, 1])).astype(jnp.int32)
-    return token_N, picked(logit_NV, token_N) - top_N1[:, 0] - jnp.log(mass_NC.sum(-1))
+    return token_N, entry(logit_NV, token_N) - top_N1[:, 0] - jnp.log(mass_NC.sum(-1))
 
 
-def picked(x_NV: Array, index_N: Array) -> Array:
+def entry(x_NV: Array, index_N: Array) -> Array:
     """[N] the entry of each row."""
     return jnp.take_along_axis(x_NV, index_N[:, None], axis=-1)[:, 0]
 
@@ -91,7 +91,7 @@ class Slots(NamedTuple):
     own_cache: tuple[Array, Array]
 
 
-def compacted(slots: Slots, done_N: Array, few: int, dealt: int) -> Slots:
+def compact_slots(slots: Slots, done_N: Array, few: int, dealt: int) -> Slots:
     """The slots whose rows have not ended (and some that have, if those are fewer), each with its own prompt.
 
     Args:
@@ -145,20 +145,20 @@ def sample(
     """
     P, G = key_PG.shape
     N, config, key_N = P * G, model.config, key_PG.reshape(-1)
-    dealt = size("prompts") if P % size("prompts") == 0 else 1
+    dealt = axis_size("prompts") if P % axis_size("prompts") == 0 else 1
     hidden_PSD, prompt_cache = decoding.prefill(model, prompt_PS, prefix)
     fused = decoding.fuse(model)
     unembed_VD = constrain(transformer.cast(model.unembed, config), "spread_vocab")
 
     def choose(hidden_CD, t, key_C):
-        logit_CV = product("cd,vd->cv", constrain(hidden_CD, "weights_stay"), unembed_VD)
+        logit_CV = einsum_f32("cd,vd->cv", constrain(hidden_CD, "weights_stay"), unembed_VD)
         logit_CV = constrain(logit_CV, "weights_stay", "spread_vocab")
         logit_CV = softcap(logit_CV, config.final_softcap) / (temperature or 1.0)
         if temperature:
             uniform_C2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(key_C)
             return sample_categorical(uniform_C2, logit_CV)
         token_C = jnp.argmax(logit_CV, axis=-1).astype(jnp.int32)
-        return token_C, picked(logit_CV, token_C) - jax.nn.logsumexp(logit_CV, axis=-1)
+        return token_C, entry(logit_CV, token_C) - jax.nn.logsumexp(logit_CV, axis=-1)
 
     def record(rollout, done_N, t, hidden_ABD, row_AB):
         row_C = row_AB.reshape(-1)
@@ -207,17 +207,17 @@ def sample(
         finish=jnp.zeros(N, jnp.int32),
         logp=jnp.zeros((N, max_new)),
     )
-    first_PGD = jnp.broadcast_to(transformer.last_real(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
+    first_PGD = jnp.broadcast_to(transformer.last_token(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
     state = (jnp.ones((), jnp.int32), *record(empty, jnp.zeros(N, bool), 0, first_PGD, slots.row))
     sizes = [int(share * N / dealt) for share in compact if share * N / dealt >= FEWEST and max_new >= SHORTEST]
     for few in sizes:
         slots, *state = decode_until(few, slots, *state)
-        slots = compacted(slots, state[2], few, dealt)
+        slots = compact_slots(slots, state[2], few, dealt)
     _, _, rollout, _ = decode_until(0, slots, *state)
     return jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), rollout)
 
 
-def row_keys(key: Array, prompt_index_P: Array, group: int) -> Array:
+def response_keys(key: Array, prompt_index_P: Array, group: int) -> Array:
     """[P, G] keys from (key, prompt index, response index), so that a response does not depend on its batch.
 
     A prompt that stands n times in the batch before has response indices from n·G: each of its groups goes on where the

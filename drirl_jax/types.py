@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from drirl_jax.runtime.errors import InputError as InputError
+from drirl_jax.errors import InputError as InputError
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any

@@ -13,14 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from drirl_jax import train
+from drirl_jax import loading
 from drirl_jax.checks import validate
 from drirl_jax.data.text import SPLIT
 from drirl_jax.models import reward
 from drirl_jax.runtime import sharding
 from drirl_jax.runtime.checkpoint import Checkpoints
 from drirl_jax.stages import align, irl, samples
-from drirl_jax.stages.base import Context, Shared
+from drirl_jax.stages.base import Context, SharedLayers
 from drirl_jax.types import InputError
 
 
@@ -38,7 +38,7 @@ def tiny(policy, cache):
     """The tiny run's context."""
     config = importlib.import_module("configs.tiny").get_config()
     config.policy.init, config.compilation_cache = str(policy), str(cache)
-    return train.prepare(config)
+    return loading.load_context(config)
 
 
 def prepared(policy, cache, /, **sections):
@@ -130,9 +130,9 @@ def test_minibatches_are_updates_one_after_the_other(policy, cache):
 @pytest.mark.parametrize(
     "sections, shared",
     [
-        ({"policy": {"tune": "full"}, "reward": {"layers": 1}}, Shared(1, policy=False, rewards=True)),
-        ({"policy": {"layers": 1}}, Shared(1, policy=True, rewards=False)),
-        ({"policy": {"tune": "full"}, "reward": {"kind": "head"}}, Shared(2, policy=False, rewards=True)),
+        ({"policy": {"tune": "full"}, "reward": {"layers": 1}}, SharedLayers(1, policy=False, rewards=True)),
+        ({"policy": {"layers": 1}}, SharedLayers(1, policy=True, rewards=False)),
+        ({"policy": {"tune": "full"}, "reward": {"kind": "head"}}, SharedLayers(2, policy=False, rewards=True)),
     ],
     ids=["last_layers_of_rewards", "of_the_policy", "heads"],
 )
@@ -150,7 +150,7 @@ def test_layers_passed_once_change_nothing(policy, cache, monkeypatch, sections,
 
     found, gradient, once = first_step()
     assert found == shared
-    monkeypatch.setattr(Context, "shared", Shared(0, policy=False, rewards=False))
+    monkeypatch.setattr(Context, "shared", SharedLayers(0, policy=False, rewards=False))
     _, expected, again = first_step()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), once, again)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), gradient, expected)

@@ -24,7 +24,7 @@ def test_every_judge_is_shown_the_answer_alone():
 
         return judges.Judge("v", {}, harm=verdicts, refusal=verdicts, grade=verdicts)
 
-    judge = judges.reading_answers(make)(None)
+    judge = judges.on_answers(make)(None)
     for verdicts, columns in ((judge.harm, ()), (judge.refusal, ()), (judge.grade, (["t"] * 3,))):
         verdicts(["p"] * 3, [THOUGHT + "Yes.", "Yes.", "<think>Yes."], *columns)
     assert shown == [["Yes.", "Yes.", ""]] * 3
@@ -44,7 +44,7 @@ def test_a_judge_by_phrases():
 def test_whether_it_refuses_is_open_without_a_verdict(verdict, expected, monkeypatch):
     judge = judges.Judge("v", {}, refusal=lambda prompts, responses: np.array([verdict]))
     monkeypatch.setitem(judges.JUDGES, "phrases", judges.Kind(lambda setting: judge, ("refusal",)))
-    assert judges.refuses(judges.Setting(default()))("p", "r") is expected
+    assert judges.refusal_check(judges.Setting(default()))("p", "r") is expected
 
 
 @pytest.mark.parametrize("name, target, answer, expected", [

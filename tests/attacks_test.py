@@ -24,7 +24,7 @@ from drirl_jax import judges
 from drirl_jax.attacks import autodan, gcg, options, pair, runner, templates
 from drirl_jax.attacks import target as target_lib
 from drirl_jax.data.records import Record
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.judges import phrases
 from drirl_jax.models import families, hf, transformer
 from drirl_jax.runtime import endpoint, workdirs
@@ -52,7 +52,7 @@ def small(**changes):
 def loaded(policy):
     """The random model with real tokens, its logits far from uniform."""
     model = families.from_hf(hf.read_tensors(policy), families.config_from_hf(hf.read_config(policy)))
-    return model.replace(embed=model.embed[...] * 10), Text(hf.load_tokenizer(policy))
+    return model.replace(embed=model.embed[...] * 10), ChatTokens(hf.load_tokenizer(policy))
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_the_one_hot_gradient_is_a_finite_difference():
 
     @jax.jit
     def at(onehot):  # the loss where the suffix is a mixture of tokens, spelt out
-        begun = transformer.begin(model, group, 0)
+        begun = transformer.run_trunk(model, group, 0)
         mixed = begun.response.at[0, 0, :L].set(3.0 * onehot @ model.embed[...])
         _, hidden = transformer.apply(model, group, begun=begun.replace(response=mixed))
         logp = jax.nn.log_softmax(hidden[0, 0, L + 1 : L + 1 + M] @ model.unembed.T)
@@ -482,12 +482,12 @@ def test_flags_that_cannot_be_run_are_one_sentence(tmp_path):
 def test_a_run_is_attacked_by_its_own_config(tmp_path):
     c = config_lib.default()
     c.policy.system = "Be kind."
-    workdirs.remember(c, tmp_path)
-    assert workdirs.of_policy(str(tmp_path), c).policy.init == str(tmp_path)  # no aligned model: a folder
+    workdirs.record_config(c, tmp_path)
+    assert workdirs.policy_config(str(tmp_path), c).policy.init == str(tmp_path)  # no aligned model: a folder
     (tmp_path / "aligned").mkdir()
     given = config_lib.default()
     given.evals.classifier = "judge.safetensors"
-    found = workdirs.of_policy(str(tmp_path), given)
+    found = workdirs.policy_config(str(tmp_path), given)
     assert (found.policy.init, found.policy.system) == (str(tmp_path / "aligned"), "Be kind.")
     assert found.evals.classifier == "judge.safetensors"
 

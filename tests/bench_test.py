@@ -12,7 +12,7 @@ import pytest
 from drirl_jax.commands import bench
 from drirl_jax.costs import roofline
 from drirl_jax.models.transformer import Config
-from drirl_jax.stages.base import Shared
+from drirl_jax.stages.base import SharedLayers
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -43,7 +43,9 @@ def test_the_floor_takes_the_slower_of_operations_and_bytes():
     np.testing.assert_allclose(more, 3 * roofline.forward_flops(model, shape._replace(G=4)) / 1e3)
     # Where the rewards leave the only layer as it is, the group passes it once, for them and for the reference; a
     # policy that is tuned whole does not take part.
-    once = roofline.floor(model, shape, quick, size=size, tuned=size, shared=Shared(1, policy=False, rewards=True))
+    once = roofline.floor(
+        model, shape, quick, size=size, tuned=size, shared=SharedLayers(1, policy=False, rewards=True)
+    )
     alone = roofline.floor(model, shape, quick, size=size, tuned=size)
     assert once["trunk"] == alone["rewards"] and once["rewards"] == 0 and once["update"] == alone["update"]
     np.testing.assert_allclose(once["reference"], 2 * 2 * 5 * 5 / 1e3)  # the logits

@@ -17,7 +17,7 @@ from align_test import prepared
 from drirl_jax import config as config_lib
 from drirl_jax import judges, train
 from drirl_jax.commands import evaluate
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import answers, benchmarks, runner, watch
 from drirl_jax.evals.benchmarks import BENCHMARKS
 from drirl_jax.evals.items import Item, user
@@ -234,7 +234,7 @@ def test_rows_are_chosen_by_their_source_in_the_file_of_several_sets_alone(tmp_p
 
 
 def test_a_template_without_a_system_turn_has_it_at_the_head_of_the_users(policy):
-    tokens = Text(hf.load_tokenizer(policy))
+    tokens = ChatTokens(hf.load_tokenizer(policy))
     chat = ({"role": "system", "content": "Be kind."}, *user("Is it late?"))
     as_usual = tokens.tokenizer.decode(answers.ids_of(tokens, chat))
     tokens.tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + (
@@ -265,7 +265,7 @@ def test_intervals():
 def loaded(policy):
     """A random model of two layers, and its tokens."""
     model = families.from_hf(hf.read_tensors(policy), families.config_from_hf(hf.read_config(policy)))
-    return model, Text(hf.load_tokenizer(policy))
+    return model, ChatTokens(hf.load_tokenizer(policy))
 
 
 def test_option_scores_are_those_of_transformers(loaded, policy):
@@ -361,9 +361,9 @@ def test_benchmarks_in_a_run_change_nothing_and_the_best_policy_is_kept(policy, 
     for name, more in {"without": {"every": 0}, "with": {"every": 2, "best": "hhh/accuracy"}}.items():
         context, bank = prepared(policy, cache, evals=few | more, align={"steps": 5})
         context = dataclasses.replace(context, workdir=Workdir(tmp_path / name))
-        asked, telling = runner.questions_of(context), runner.judges_of(context, bank)
+        asked, telling = runner.load_benchmarks(context), runner.make_judges(context, bank)
         plain = align.make(context, bank)
-        stage = watch.watched(plain, context, asked, telling)
+        stage = watch.with_periodic_evals(plain, context, asked, telling)
         writer = metrics.MetricWriter(context.workdir.local)
         best = train.loop("align", stage, context.config, context.workdir, writer)
         rows[name] = writer.read()
@@ -396,7 +396,7 @@ def test_the_command(policy, data, tmp_path, monkeypatch):
     # By another judge the same responses are judged anew, and the policy is not asked.
     xstest = ({"response": row["response"], "id": row["id"]} for row in first[0]["responses"])
     with monkeypatch.context() as patched:
-        stern = judges.Judge("2", {}, refusal=judges.each(lambda prompt, response: 2))
+        stern = judges.Judge("2", {}, refusal=judges.by_row(lambda prompt, response: 2))
         patched.setitem(judges.JUDGES, "phrases", judges.Kind(lambda setting: stern, ("refusal",)))
         patched.delattr(benchmarks, "run")
         again = evaluate.run(str(policy), config, tmp_path / "out")
@@ -424,7 +424,7 @@ def test_a_runs_best_metric_plays_no_part_in_other_benchmarks(data, tmp_path):
     run = config_lib.default()
     run.evals.update({"benchmarks": ("xstest",), "best": "xstest/right", "every": 5})
     run.policy.system = "Be kind."
-    workdirs.remember(run, tmp_path)
+    workdirs.record_config(run, tmp_path)
     (tmp_path / "aligned").mkdir()
     found = evaluate.config_of(str(tmp_path), None, {"benchmarks": ("gsm8k",), "data": str(data)})
     assert (found.evals.best, found.evals.every, found.policy.system) == ("", 0, "Be kind.")

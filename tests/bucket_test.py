@@ -69,9 +69,9 @@ def test_a_run_goes_on_from_the_bucket_alone(url, tmp_path):
     stopped = guards_test.stage()._replace(evaluate=lambda state, step: 1 / 0 if step == 5 else {})
     with pytest.raises(ZeroDivisionError):
         loop(url, stopped)
-    there = bucket.path(url)
+    there = bucket.parse_path(url)
     assert sorted(path.name for path in (there / "checkpoints" / "align").iterdir()) == ["2", "4"]
-    assert [row["step"] for row in metrics.read(there / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in metrics.read_jsonl(there / "metrics.jsonl")] == [1, 2, 3, 4]
     collected = []
     stage = guards_test.stage()
     again = stage._replace(collect=lambda state, step: collected.append(step) or stage.collect(state, step))
@@ -85,13 +85,13 @@ def test_a_run_goes_on_from_the_bucket_alone(url, tmp_path):
 def test_what_a_damaged_checkpoint_and_a_guard_leave_lies_in_the_bucket(url, tmp_path):
     want = loop(tmp_path / "here", guards_test.stage())
     loop(url, guards_test.stage())
-    kept = bucket.path(url) / "checkpoints" / "align"
+    kept = bucket.parse_path(url) / "checkpoints" / "align"
     (kept / "6" / "default" / "manifest.ocdbt").write_text("damaged")
     jax.tree.map(np.testing.assert_array_equal, loop(url, guards_test.stage()), want)
     assert (kept.parent / "align.damaged" / "6" / "default" / "manifest.ocdbt").read_text() == "damaged"
     with pytest.raises(InputError, match=f"stopped at step 4 of align: .* --replay={url}/2/replay/align-4 runs it"):
         loop(f"{url}/2", guards_test.stage(bad=(3, 4)), skips=2)
-    step, scalars = guards.replay(bucket.path(f"{url}/2/replay/align-4"), guards_test.stage())
+    step, scalars = guards.replay_step(bucket.parse_path(f"{url}/2/replay/align-4"), guards_test.stage())
     assert step == 4 and np.isnan(scalars["loss"])
 
 
@@ -105,20 +105,20 @@ def test_the_newest_run_has_the_workdir_and_the_one_before_it_ends(url):
     (before.local / "config.json").write_text("{}")
     with pytest.raises(InputError, match=f"a newer run is at work in {url}: this one ends"):
         before.push()
-    assert not (bucket.path(url) / "config.json").exists()
+    assert not (bucket.parse_path(url) / "config.json").exists()
     after = Workdir(url)
     after.take()
     assert [str(file.relative_to(after.local)) for file in after.local.rglob("*.*")] == ["evals/base.json"]
 
 
 def test_a_config_in_a_bucket_is_remembered_and_a_model_copied(url):
-    config, there = config_lib.default(), bucket.path(url)
+    config, there = config_lib.default(), bucket.parse_path(url)
     for _ in range(2):
-        workdirs.remember(config, there)
-    assert workdirs.recall(there).to_json() == config.to_json()
+        workdirs.record_config(config, there)
+    assert workdirs.load_config(there).to_json() == config.to_json()
     config.align.group = 6
     with pytest.raises(InputError, match=f"{url} holds a run of a different config .align.group: 8 there, 6 now"):
-        workdirs.remember(config, there)
+        workdirs.record_config(config, there)
     assert (hf.resolve(url) / "config.json").read_text() == (there / "config.json").read_text()  # as of a model
     with pytest.raises(InputError, match=f"there is nothing in {url}/model"):
         hf.resolve(f"{url}/model")
@@ -127,11 +127,11 @@ def test_a_config_in_a_bucket_is_remembered_and_a_model_copied(url):
 def test_a_bucket_that_is_none_is_one_sentence(url):
     for name in ("s3://bucket/run", "gs://bucket", "gs://bucket/", "gs:///run"):
         with pytest.raises(InputError, match=f"{name} is neither a folder nor a place in a bucket"):
-            bucket.path(name)
+            bucket.parse_path(name)
     with pytest.raises(InputError, match="the workdir gs://nowhere/run cannot be read and written .*: is the bucket"):
         Workdir("gs://nowhere/run").take()
     with pytest.raises(InputError, match="this command takes no bucket"):
-        bucket.folder(url)
+        bucket.local_folder(url)
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_a_run_that_was_killed_goes_on_on_another_machine_with_the_same_bits(env
         run_test.command(policy, url), cwd=run_test.ROOT, stderr=subprocess.DEVNULL,
         env=os.environ | environment | scratch | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    kept, end = bucket.path(url) / "checkpoints" / "align", time.time() + 400
+    kept, end = bucket.parse_path(url) / "checkpoints" / "align", time.time() + 400
     while not (kept / "2" / "commit_success.txt").exists():
         assert run.poll() is None and time.time() < end
         time.sleep(0.1)
@@ -152,4 +152,4 @@ def test_a_run_that_was_killed_goes_on_on_another_machine_with_the_same_bits(env
     done = run_test.start(policy, url, environment=environment | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"report: {url}/report.html" in done.stdout
-    run_test.same_run(tmp_path / "here", bucket.fetched(bucket.path(url)))
+    run_test.same_run(tmp_path / "here", bucket.local_copy(bucket.parse_path(url)))

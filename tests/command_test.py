@@ -14,24 +14,24 @@ import jax
 import pytest
 
 from drirl_jax import config as config_lib
-from drirl_jax import main, train
+from drirl_jax import loading, main
 from drirl_jax.commands import bench, evaluate, score
 from drirl_jax.costs import dry_run, roofline
 from drirl_jax.reports import status
-from drirl_jax.runtime import console, metrics, preemption, workdirs
+from drirl_jax.runtime import console, lock, progress, workdirs
 
 
 @pytest.fixture(params=console.MODES)
 def mode(request):
     yield request.param
-    console.speak("text")
+    console.set_mode("text")
 
 
 def test_a_mode_says_what_it_should(mode, capsys):
-    console.speak(mode)
+    console.set_mode(mode)
     logging.getLogger("drirl_jax.x").info("begun")
     logging.getLogger("drirl_jax.x").warning("odd")
-    console.result("a table", rows=2, gap=float("nan"))
+    console.print_result("a table", rows=2, gap=float("nan"))
     out, err = capsys.readouterr()
     if mode == "json":
         assert not err and [json.loads(line) for line in out.splitlines()] == [
@@ -44,11 +44,11 @@ def test_a_mode_says_what_it_should(mode, capsys):
 
 
 def test_progress_in_each_mode(mode, capsys):
-    console.speak(mode)
-    progress = metrics.Progress("align", total=3, start=1)
-    progress.show({"loss": 0.5})
-    assert list(metrics.tracked([5, 6], "weights", "tensor")) == [5, 6]  # too short a work to be told of
-    progress.close()
+    console.set_mode(mode)
+    bar = progress.Progress("align", total=3, start=1)
+    bar.show({"loss": 0.5})
+    assert list(progress.with_progress([5, 6], "weights", "tensor")) == [5, 6]  # too short a work to be told of
+    bar.close()
     out, err = capsys.readouterr()
     assert ("align:" in err) == (mode == "text") and "weights" not in out + err
     if mode == "json":
@@ -60,7 +60,7 @@ def test_progress_in_each_mode(mode, capsys):
 def test_long_work_has_a_bar_with_the_time_left(capsys, monkeypatch):
     ticks = iter(range(0, 1000, 5))
     monkeypatch.setattr("tqdm.std.time", lambda: next(ticks))
-    for _ in metrics.tracked(range(4), "weights", "tensor"):
+    for _ in progress.with_progress(range(4), "weights", "tensor"):
         pass
     assert "weights:" in capsys.readouterr().err
 
@@ -73,9 +73,9 @@ class Terminal(io.StringIO):
 def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert console.coloured(Terminal()) and not console.coloured(io.StringIO())
+    assert console.wants_colour(Terminal()) and not console.wants_colour(io.StringIO())
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not console.coloured(Terminal())
+    assert not console.wants_colour(Terminal())
 
 
 # ------------------------------------------------------------------------------------------------------ status
@@ -86,7 +86,7 @@ def begun(tmp_path):
     """What a run leaves in the fourth of ten alignment steps."""
     config = config_lib.default().unlock()
     config.irl.steps, config.align.steps = 2, 10
-    workdirs.remember(config, tmp_path)
+    workdirs.record_config(config, tmp_path)
     for step, seconds in enumerate((9.0, 2.0, 4.0), start=1):
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"stage": "align", "step": step, "loss": 0.5, "kl": None}) + "\n")
@@ -99,7 +99,7 @@ def begun(tmp_path):
 
 
 def test_the_status_of_a_run_that_was_cut_off(begun):
-    found = status.of(begun)
+    found = status.run_status(begun)
     assert (found["stage"], found["finished"], found["at_work"]) == ("align", False, False)
     irl, align, evals = found["stages"]
     assert irl["finished"] and (irl["done"], irl["steps"]) == (2, 2)
@@ -113,11 +113,11 @@ def test_the_status_of_a_run_that_was_cut_off(begun):
 
 
 def test_the_status_knows_who_holds_the_workdir_and_takes_nothing(begun):
-    held = preemption.lock(begun)
-    assert status.of(begun)["at_work"]
+    held = lock.acquire(begun)
+    assert status.run_status(begun)["at_work"]
     held.close()
-    assert not status.of(begun)["at_work"]
-    preemption.require_free(begun)
+    assert not status.run_status(begun)["at_work"]
+    lock.require_free(begun)
 
 
 @pytest.mark.parametrize("config", [None, "{", "[]", '{"attack": 1}'])
@@ -172,7 +172,7 @@ def context(policy):
     """The tiny run's, its model shapes alone."""
     config = importlib.import_module("configs.tiny").get_config()
     config.policy.init = str(policy)
-    return train.prepare(config, load=False)
+    return loading.load_context(config, load=False)
 
 
 def test_the_plan_of_a_run_that_is_not_begun(context, tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(policy, tmp_path, flag, message):
 def test_a_dry_run_refuses_a_workdir_that_is_not_its_own(context, begun):
     with pytest.raises(ValueError, match="a run of a different config"):
         dry_run.planned(context, begun)
-    held = preemption.lock(begun)
+    held = lock.acquire(begun)
     with pytest.raises(ValueError, match="another run is at work in"):
         dry_run.planned(context, begun)
     held.close()
@@ -278,18 +278,18 @@ def test_a_mode_that_is_none_is_refused():
 @pytest.mark.parametrize("command", [bench, evaluate, score])
 def test_other_commands_take_no_dry_run_and_say_how_they_end(command, capsys):
     commands.refused("--dry_run and --replay are flags of drirl_jax.main", command, "--dry_run", "--log=json")
-    console.speak("text")
+    console.set_mode("text")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["exit"] == 1
 
 
 def test_a_wrong_flag_of_a_config_is_told_in_json_too(capsys):
     commands.refused("is wrong", main, "--config=configs/none_such.py", "--log=json")
-    console.speak("text")
+    console.set_mode("text")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["event"] == "end"
 
 
 def test_how_a_command_ends_is_said_in_json_too(mode, capsys):
-    console.speak(mode)
+    console.set_mode(mode)
     with pytest.raises(SystemExit) as stop:
         main.leave("interrupted", main.INTERRUPTED)
     out, err = capsys.readouterr()

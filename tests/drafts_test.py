@@ -211,7 +211,7 @@ def test_the_command_writes_what_a_run_reads(server, policy, tmp_path):  # noqa:
     done = command(tmp_path, policy, "--config.demos.per_category=2", *at(server))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "4 demonstrations of 4 replies" in done.stdout
-    read = records.read(tmp_path / "mine.jsonl", CATEGORIES)
+    read = records.read_records(tmp_path / "mine.jsonl", CATEGORIES)
     assert [r.id for r in read] == [r.id for r in rows] and "style" in read[0].provenance
     # Again: the replies are remembered, nothing is asked.
     again = command(tmp_path, policy, "--config.demos.per_category=2", *at(server))

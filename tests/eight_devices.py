@@ -31,7 +31,7 @@ def programs(tune: str) -> dict[str, plan.Program]:
     """By name, those of a step of 16 prompts x 8 responses, 64 + 64 tokens."""
     config = default()
     config.update({"policy": {"tune": tune}, "align": {"batch": 16}, "data": {"max_prompt": 64}})
-    return {program.name: program for program in plan.programs(config, SHAPE)[1]}
+    return {program.name: program for program in plan.run_programs(config, SHAPE)[1]}
 
 
 def told(program: plan.Program) -> dict:
@@ -55,9 +55,11 @@ def update(program: plan.Program) -> dict:
 def responses(compact: tuple[float, ...]) -> list:
     """What a small model says, its rows ending one after the other."""
     model = sharding.place(Transformer(SHAPE._replace(vocab=64, width=32, layers=1, ffn=48), jax.random.key(0)))
-    prompt = sharding.deal(np.tile(np.arange(8, dtype=np.int32), (8, 1)) + np.arange(8, dtype=np.int32)[:, None])
-    keys = rollout.row_keys(jax.random.key(1), jnp.arange(8), 8)
-    length = sharding.deal(np.full(8, 8, np.int32))
+    prompt = sharding.shard_prompts(
+        np.tile(np.arange(8, dtype=np.int32), (8, 1)) + np.arange(8, dtype=np.int32)[:, None]
+    )
+    keys = rollout.response_keys(jax.random.key(1), jnp.arange(8), 8)
+    length = sharding.shard_prompts(np.full(8, 8, np.int32))
     out = rollout.sample(model, prompt, length, keys, max_new=48, temperature=1.0, eos=(3, 40), compact=compact)
     return [np.asarray(x).tolist() for x in out[:3]]
 
@@ -70,7 +72,7 @@ def differing() -> float:
     adapter = jax.tree.map(lambda x: x + 0.1, lora.init(half, jax.random.key(1), rank=4, alpha=4))
     ids = np.random.default_rng(0).integers(0, 64, (8, 4, 12)).astype(np.int32)
     lengths = np.full(8, 12, np.int32), np.full((8, 4), 12, np.int32)
-    batch = Group(*map(sharding.deal, (ids[:, 0], lengths[0], ids, lengths[1], lengths[0])))
+    batch = Group(*map(sharding.shard_prompts, (ids[:, 0], lengths[0], ids, lengths[1], lengths[0])))
 
     @jax.jit
     def slope(adapter, model):
@@ -90,7 +92,7 @@ def main(meshes: list[str]) -> None:
     out = {}
     for mesh in meshes:
         sizes = dict(zip(sharding.AXES, map(int, mesh.split(","))))
-        with jax.set_mesh(sharding.mesh_of(ConfigDict(sizes), [16], jax.devices())):
+        with jax.set_mesh(sharding.make_mesh(ConfigDict(sizes), [16], jax.devices())):
             of = {tune: programs(tune) for tune in POLICIES}
             out[mesh] = {"sample": told(of["full"]["sample"])} | {tune: update(of[tune]["update"]) for tune in of}
             out[mesh]["responses"] = responses(rollout.COMPACT)

@@ -99,7 +99,7 @@ def torch_logits(peer, ids):
 @functools.partial(jax.jit, static_argnames="temperature")
 def passed(model, group, temperature):
     hidden = transformer.apply(model, group)
-    logit = transformer.predictors(hidden, group) @ model.unembed.T
+    logit = transformer.predicting_states(hidden, group) @ model.unembed.T
     logit = attention.softcap(logit, model.config.final_softcap)
     return logit, vocabulary.token_logprobs(model, hidden, group, temperature, chunk=8)
 
@@ -126,7 +126,7 @@ def test_greedy_decoding_is_that_of_transformers(family, folder, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(decoding, "FILLED", 2)  # the own cache of 7 is read up to 2, 4, 6 or 7
     model, peer = load(folder(family)), torch_model(family)
-    keys = rollout.row_keys(jax.random.key(0), jnp.arange(2), 2)
+    keys = rollout.response_keys(jax.random.key(0), jnp.arange(2), 2)
     options = {"max_new": 7, "temperature": 0.0, "eos": (-1,), "prefix": GROUP.prefix}
     out = rollout.sample(model, GROUP.prompt, GROUP.prompt_len, keys, **options)
     for p in range(2):
@@ -201,7 +201,7 @@ def test_rotary_frequencies_are_those_of_transformers(kind):
     else:
         want, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         assert scale == 1
-    cos, sin = attention.rope_turns(ours, jnp.ones((1, 1)))
+    cos, sin = attention.rope_cos_sin(ours, jnp.ones((1, 1)))
     np.testing.assert_allclose(jnp.arctan2(sin, cos)[0, 0, 0], want, rtol=1e-5)
 
 

@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from drirl_jax.attacks import options
-from drirl_jax.config import default, get
+from drirl_jax.config import default, get_option
 from drirl_jax.runtime import workdirs
 
 
@@ -48,7 +48,7 @@ def other(value):
 def test_every_option_is_a_flag(make):
     others = {key: other(value) for key, value in leaves(make())}
     config = parsed(make(), *(f"--config.{key}={written}" for key, (written, _) in others.items()))
-    assert {key: get(config, key) for key in others} == {key: value for key, (_, value) in others.items()}
+    assert {key: get_option(config, key) for key in others} == {key: value for key, (_, value) in others.items()}
 
 
 def test_a_system_prompt_is_a_flag_and_may_be_empty(tmp_path):
@@ -56,11 +56,11 @@ def test_a_system_prompt_is_a_flag_and_may_be_empty(tmp_path):
     for written in ("Be brief.", ""):
         config = parsed(default(), f"--config.policy.system={written}")
         assert config.policy.system == written
-        workdirs.remember(config, tmp_path / (written or "empty"))
-        assert workdirs.recall(tmp_path / (written or "empty")).policy.system == written
-    workdirs.remember(default(), tmp_path / "none")
+        workdirs.record_config(config, tmp_path / (written or "empty"))
+        assert workdirs.load_config(tmp_path / (written or "empty")).policy.system == written
+    workdirs.record_config(default(), tmp_path / "none")
     assert json.loads((tmp_path / "none" / "config.json").read_text())["policy"]["system"] is None
-    assert workdirs.recall(tmp_path / "none").policy.system is None
+    assert workdirs.load_config(tmp_path / "none").policy.system is None
 
 
 def test_thinking_is_a_flag():

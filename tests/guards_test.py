@@ -13,7 +13,7 @@ import pytest
 
 from drirl_jax import config as config_lib
 from drirl_jax import train
-from drirl_jax.runtime import metrics, preemption
+from drirl_jax.runtime import lock, metrics, preemption
 from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.stages import guards, optimizer
 from drirl_jax.stages.base import Stage, State
@@ -76,7 +76,7 @@ def run(workdir, stage, **options):
 
 def test_a_step_left_out_is_told_and_the_run_goes_on(tmp_path):
     state = run(tmp_path, stage(bad=(2, 5)))
-    assert [row["skipped"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 2, 2]
+    assert [row["skipped"] for row in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 2, 2]
     assert int(state.train.step) == 4 and np.isfinite(state.train.params["w"]).all()
 
 
@@ -85,16 +85,18 @@ def test_several_in_a_row_stop_the_run_and_the_last_can_be_run_again(tmp_path):
         run(tmp_path, stage(bad=(3, 4, 5)), skips=2)
     folder = tmp_path / "replay" / "align-4"
     assert f"--replay={folder}" in str(stop.value)
-    rows = metrics.read(tmp_path / "metrics.jsonl")
+    rows = metrics.read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["loss"] is None
-    step, scalars = guards.replay(folder, stage())  # what it collects now is finite: the batch kept is the one updated
+    step, scalars = guards.replay_step(
+        folder, stage()
+    )  # what it collects now is finite: the batch kept is the one updated
     assert step == 4 and np.isnan(scalars["loss"])
     with pytest.raises(InputError, match="stopped at step 4"):  # started again, it finds the same
         run(tmp_path, stage(bad=(3, 4, 5)), skips=2)
     run(tmp_path, stage(bad=(3, 4, 5)), skips=4)  # a limit may be changed
-    assert metrics.read(tmp_path / "metrics.jsonl")[-1]["skipped"] == 3
+    assert metrics.read_jsonl(tmp_path / "metrics.jsonl")[-1]["skipped"] == 3
     with pytest.raises(InputError, match="no step was kept in"):
-        guards.replay(tmp_path / "nowhere", stage())
+        guards.replay_step(tmp_path / "nowhere", stage())
 
 
 def test_the_count_in_a_row_goes_on_after_a_kill(tmp_path):
@@ -142,9 +144,9 @@ def test_lost_times_and_samples_are_told_of(tmp_path, caplog):
 def test_log_probabilities_that_differ_and_rewards_that_are_not_finite_stop_the_run():
     limits = config_lib.default().guards
     fine = {"skipped_in_a_row": 0.0, "sampler_gap": 0.09}
-    assert guards.reason(limits, fine) is None and guards.reason(limits, {"skipped_in_a_row": 4.0}) is None
-    assert "differ from the sampler's by 0.11 nats" in guards.reason(limits, fine | {"sampler_gap": 0.11})
-    told = guards.reason(limits, {"skipped_in_a_row": 5.0, "bad_rewards": 2.0})
+    assert guards.stop_reason(limits, fine) is None and guards.stop_reason(limits, {"skipped_in_a_row": 4.0}) is None
+    assert "differ from the sampler's by 0.11 nats" in guards.stop_reason(limits, fine | {"sampler_gap": 0.11})
+    told = guards.stop_reason(limits, {"skipped_in_a_row": 5.0, "bad_rewards": 2.0})
     assert told.startswith("2 rewards are not finite") and "irl.optimizer.learning_rate" in told
 
 
@@ -168,18 +170,18 @@ def test_sigterm_keeps_the_step_that_is_done(tmp_path):
 
 
 def test_a_workdir_is_one_run_s(tmp_path):
-    held = preemption.lock(tmp_path / "run")
+    held = lock.acquire(tmp_path / "run")
     with pytest.raises(InputError, match="another run is at work in .*run: wait until it has ended"):
-        preemption.lock(tmp_path / "run")
+        lock.acquire(tmp_path / "run")
     held.close()
-    preemption.lock(tmp_path / "run").close()
+    lock.acquire(tmp_path / "run").close()
 
 
 def test_a_workdir_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in ("/proc/run", tmp_path / "file" / "run"):
         with pytest.raises(InputError, match="the workdir .*run cannot be written .*: take another --workdir"):
-            preemption.lock(pathlib.Path(workdir))
+            lock.acquire(pathlib.Path(workdir))
 
 
 # ---------------------------------------------------------------------------------------------- what learns nothing

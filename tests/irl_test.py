@@ -12,7 +12,7 @@ from transformer_test import filled, random_group, tiny
 
 from drirl_jax import equations as eq
 from drirl_jax.config import default
-from drirl_jax.data.examples import Examples, contrast, require_both_kinds
+from drirl_jax.data.examples import Examples, other_kind_demonstrations, require_both_kinds
 from drirl_jax.models import reward, transformer
 from drirl_jax.stages import irl, optimizer
 from drirl_jax.types import InputError
@@ -86,13 +86,13 @@ def test_contrast_takes_demonstrations_of_the_other_kind():
     data = examples(np.repeat(np.arange(12)[:, None], 5, 1), np.arange(12) % 5 + 1, category)
     drawn = set()
     for step in range(60):
-        tokens, length = contrast(data, data, [3], [0, step])
+        tokens, length = other_kind_demonstrations(data, data, [3], [0, step])
         source = tokens[:, 0]
         assert ((category[source] == 3) != (category == 3)).all()
         np.testing.assert_array_equal(length, data.demo_len[source])
         drawn |= set(source.tolist())
     assert drawn == set(range(12))
-    np.testing.assert_array_equal(tokens, contrast(data, data, [3], [0, 59])[0])
+    np.testing.assert_array_equal(tokens, other_kind_demonstrations(data, data, [3], [0, 59])[0])
 
 
 def test_a_round_samples_what_it_reads_and_enough_of_every_category():
@@ -139,7 +139,7 @@ def test_one_reward_for_all_is_that_of_every_category():
         given = group.replace(category=jnp.array(categories))
         np.testing.assert_array_equal(reward.raw_score(model, one, given), of_first)
     raw, category = jnp.arange(6.0), jnp.arange(6) % 3
-    bank = reward.standardised(one, raw, category)
+    bank = reward.standardise(one, raw, category)
     np.testing.assert_allclose((bank.mean[0], bank.std[0]), (2.5, np.std(np.arange(6))), rtol=1e-6)
 
 
@@ -206,7 +206,7 @@ def test_standardised_rewards_have_mean_0_and_deviation_1_in_each_category():
     rng = np.random.default_rng(0)
     raw, category = jnp.asarray(rng.normal(size=60) * 3 + 5, jnp.float32), jnp.asarray(np.arange(60) % 3)
     rewards = reward.Rewards({}, jnp.zeros((4, 2)), jnp.zeros(4))
-    bank = reward.standardised(rewards, raw, category)
+    bank = reward.standardise(rewards, raw, category)
     assert (bank.mean[3], bank.std[3]) == (0, 1)  # a category that was left out
     for c in range(3):
         mine = np.asarray(raw)[np.asarray(category) == c]
@@ -217,7 +217,7 @@ def test_standardised_rewards_have_mean_0_and_deviation_1_in_each_category():
 def test_equal_rewards_are_standardised_to_0(value):
     rewards = reward.Rewards({}, jnp.zeros((1, 2)), jnp.zeros(1))
     raw = jnp.full(37, value, jnp.float32)
-    bank = reward.standardised(rewards, raw, jnp.zeros(37, jnp.int32))
+    bank = reward.standardise(rewards, raw, jnp.zeros(37, jnp.int32))
     z = eq.zscore(raw, bank.mean[0], bank.std[0])
     assert (z == 0).all() and bank.std[0] > 0
     # A unit in the last place is rounding, not a difference.

@@ -185,7 +185,7 @@ def test_a_refusal_far_behind_the_opening_does_not_count():
 @pytest.mark.parametrize("keep_draft", [True, False])
 def test_the_starter_sets_demonstrations_cut_or_whole(keep_draft, words):
     wrong = []
-    for record in records.read("starter", (*HARM_CATEGORIES, "harmless")):
+    for record in records.read_records("starter", (*HARM_CATEGORIES, "harmless")):
         cut = record._replace(response=" ".join(record.response.split()[:words]))
         refused = refused_by_phrases(record.prompt, records.demonstration(cut, keep_draft))
         if refused != (record.category in HARM_CATEGORIES):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from drirl_jax.runtime import metrics
-from drirl_jax.runtime.metrics import MetricWriter, Progress, read
+from drirl_jax.runtime import progress
+from drirl_jax.runtime.metrics import MetricWriter, read_jsonl
+from drirl_jax.runtime.progress import Progress
 
 STAGES = ("irl", "align", "evals")
 
@@ -66,7 +67,7 @@ def test_seconds_stay_out_of_the_metrics(tmp_path):
     writer.close()
     assert writer.read() == [{"stage": "align", "step": 1, "kl": 0.5}]
     timing = [{"stage": "align", "step": 1, "collect_s": 1.5, "update_s": 2.0}]
-    assert read(tmp_path / "timing.jsonl") == timing
+    assert read_jsonl(tmp_path / "timing.jsonl") == timing
     expected = [("align/kl", 1, 0.5), ("align/collect_s", 1, 1.5), ("align/update_s", 1, 2.0)]
     assert scalars(tmp_path / "tensorboard" / "align") == expected
 
@@ -81,7 +82,7 @@ def test_tensorboard_keeps_categories_in_the_tag(tmp_path):
 def test_lines_are_on_disk_before_the_writer_is_closed(tmp_path):
     writer = MetricWriter(tmp_path)
     writer.write("irl", 1, {"loss": 1.0})
-    assert read(tmp_path / "metrics.jsonl") == [{"stage": "irl", "step": 1, "loss": 1.0}]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"stage": "irl", "step": 1, "loss": 1.0}]
     writer.close()
 
 
@@ -113,7 +114,7 @@ def test_rewind_drops_a_torn_last_line(tmp_path):
     write_run(writer, stages=("irl",))
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(whole + b'{"stage": "irl", "step": 5, "rew')
-    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     writer.rewind(STAGES, "irl", 5)
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
     writer.close()
@@ -148,7 +149,7 @@ def test_samples_of_a_step_that_is_repeated_are_kept_once(tmp_path):
         file.write('{"stage": "align", "step": 4}\n{"stage": "al')
     again = MetricWriter(tmp_path / "killed")
     again.rewind(STAGES, "align", 2)
-    assert [(row["step"], row["text"][0]) for row in read(again.samples)] == [(1, "a"), (1, "b")]
+    assert [(row["step"], row["text"][0]) for row in read_jsonl(again.samples)] == [(1, "a"), (1, "b")]
     samples(again, (3, 4))
     silent = MetricWriter(tmp_path / "silent", writes=False)
     silent.keep("align", 1, [{}])
@@ -221,7 +222,7 @@ def test_progress_is_not_a_line_a_step_where_there_is_no_terminal(capsys):
 
 
 def test_the_clock_counts_a_phase_only_when_it_waits():
-    clock = metrics.Clock()
+    clock = progress.Clock()
     assert clock.mark("a", 3) == 3 and clock.seconds == {}
     clock.restart(wait=True)
     time.sleep(0.02)

@@ -142,19 +142,19 @@ def test_a_run_is_called_like_its_folder_also_where_that_is_the_current_one(tmp_
 @pytest.mark.parametrize("place", ["runs/v1[draft]/x", "a*", "what?", "gs://bucket/x[1]", "runs/a\x1b[2Jb"])
 def test_a_workdir_in_which_checkpoints_cannot_be_read_again_is_refused(place):
     with pytest.raises(InputError, match="take another folder"):
-        bucket.path(place)
+        bucket.parse_path(place)
 
 
 def test_a_relative_workdir_is_judged_by_its_whole_path(tmp_path, monkeypatch):
     (tmp_path / "x [1]").mkdir()
     monkeypatch.chdir(tmp_path / "x [1]")
     with pytest.raises(InputError, match="also of those above it"):
-        bucket.path("run")
+        bucket.parse_path("run")
 
 
 @pytest.mark.parametrize("place", ["jane doe@example.org", "a=b, 100%", "#{}$", "é中", "a'b"])
 def test_other_odd_places_are_taken(place):
-    assert bucket.path(place) == pathlib.Path(place)
+    assert bucket.parse_path(place) == pathlib.Path(place)
 
 
 def a_study(variants: dict, seeds=(0,)) -> ConfigDict:

@@ -14,7 +14,7 @@ from drirl_jax import equations as eq
 from drirl_jax import losses
 from drirl_jax.config import default
 from drirl_jax.models import lora, transformer, vocabulary
-from drirl_jax.runtime.metrics import Clock
+from drirl_jax.runtime.progress import Clock
 from drirl_jax.stages import objectives as obj
 from drirl_jax.stages import optimizer
 from drirl_jax.stages.base import POLICIES
@@ -82,7 +82,7 @@ def test_layers_that_nobody_adapts_may_be_passed_beforehand():
     params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4, layers=1), 5)
     want = gradient(model, data, params)
     for layers in (1, 2):
-        close(gradient(model, data._replace(begun=transformer.begin(model, data.group, layers)), params), want)
+        close(gradient(model, data._replace(begun=transformer.run_trunk(model, data.group, layers)), params), want)
 
 
 @pytest.mark.parametrize("parts, reduce", [(2, "sequence"), (4, "sequence"), (4, "token"), (2, "constant")])
@@ -214,7 +214,7 @@ def scored(group, reward, alpha=None, kept=None):
     """G samples and their demonstration, the last member, with these rewards [P, G + 1]."""
     P, G = group.response.shape[0], group.response.shape[1] - 1
     alpha, kept = (jnp.ones((P, G), kind) if x is None else x for x, kind in ((alpha, float), (kept, bool)))
-    return obj.Scored(group, jnp.zeros((P, G, group.response.shape[2])), jnp.asarray(reward), alpha, kept)
+    return obj.ScoredGroup(group, jnp.zeros((P, G, group.response.shape[2])), jnp.asarray(reward), alpha, kept)
 
 
 def context_of(model, **sections):
@@ -227,7 +227,7 @@ def context_of(model, **sections):
 
 @jax.jit
 def _states(model, alone):
-    return transformer.predictors(transformer.apply(model, alone), alone)[0, 0]
+    return transformer.predicting_states(transformer.apply(model, alone), alone)[0, 0]
 
 
 def whole_logp(model, group, adapter=None):
@@ -339,7 +339,7 @@ def test_ppo_matches_the_method(whiten):
 def test_sft_loss_is_minus_the_log_probability_of_a_demonstrations_token():
     model, group = tiny(), random_group(P=3, G=1)
     context = context_of(model)
-    batch, _ = obj.sft_batch(context, model, obj.Params({}), obj.Scored(group))
+    batch, _ = obj.sft_batch(context, model, obj.Params({}), obj.ScoredGroup(group))
     fresh = lora.init(model, jax.random.key(3), rank=4, alpha=4)
     value, told = obj.sft_loss(model, POLICIES["lora"], context.config, obj.Params(fresh), batch)
     np.testing.assert_allclose(value, -np.mean(whole_logp(model, group) / group.response_len), rtol=1e-4)
@@ -348,6 +348,6 @@ def test_sft_loss_is_minus_the_log_probability_of_a_demonstrations_token():
     mask = np.asarray(length_mask(group.response_len, group.response.shape[-1]))
     np.testing.assert_allclose(told["entropy"], np.asarray(entropy)[mask].mean(), rtol=1e-5)
     context.config.grpo.reduce = "constant"
-    batch, _ = obj.sft_batch(context, model, obj.Params({}), obj.Scored(group))
+    batch, _ = obj.sft_batch(context, model, obj.Params({}), obj.ScoredGroup(group))
     _, other = obj.sft_loss(model, POLICIES["lora"], context.config, obj.Params(fresh), batch)
     np.testing.assert_allclose(other["entropy"], told["entropy"], rtol=1e-6)

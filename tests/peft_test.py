@@ -58,7 +58,7 @@ def test_peft_reads_each_reward_of_a_bank(family, categories, tmp_path, recwarn)
         peer = theirs.PeftModel.from_pretrained(peer, folder).eval()
         numbers = json.loads((folder / "reward.json").read_text())
         for p, g, prompt, response in rows(group):
-            if reward.which(rewards, group.category)[p] == c:
+            if reward.reward_index(rewards, group.category)[p] == c:
                 (raw,) = torch_logits(peer, np.concatenate([GROUP.prefix, prompt, response]))[None]
                 want = (raw + numbers["bias"] - numbers["mean"]) / numbers["std"]
                 np.testing.assert_allclose(found[p, g], want, atol=1e-4)

@@ -9,7 +9,8 @@ import pytest
 
 from drirl_jax import main
 from drirl_jax.attacks import autodan, templates
-from drirl_jax.data import convert, records
+from drirl_jax.commands import convert as convert_command
+from drirl_jax.data import records
 from drirl_jax.evals import items
 from drirl_jax.judges import classifier
 from drirl_jax.runtime import bucket, files, workdirs
@@ -27,8 +28,8 @@ def home(tmp_path, monkeypatch):
 
 
 def test_a_tilde_is_the_home_folder_in_every_option_that_is_a_path(home):
-    assert bucket.path("~/run") == bucket.folder("~/run") == files.place("~/run") == home / "run"
-    assert [record.id for record in records.read("~/é中", ["insult"])] == ["a"]
+    assert bucket.parse_path("~/run") == bucket.local_folder("~/run") == files.expand_path("~/run") == home / "run"
+    assert [record.id for record in records.read_records("~/é中", ["insult"])] == ["a"]
     assert items.find("~", ["mine.jsonl"]) == home / "é中" / "mine.jsonl"
     assert templates.demonstrations("~/é中/mine.jsonl") == [("p", "r")]
     with pytest.raises(InputError, match=re.escape(str(home / "é中" / "mine.jsonl"))):
@@ -37,7 +38,7 @@ def test_a_tilde_is_the_home_folder_in_every_option_that_is_a_path(home):
         classifier.load("~/é中/mine.jsonl")  # found, and no classifier
     (home / "run" / "aligned").mkdir(parents=True)
     with pytest.raises(InputError, match=re.escape(f"no config.json in {home}")):
-        workdirs.of_policy("~/run")
+        workdirs.policy_config("~/run")
 
 
 def test_a_config_file_in_the_home_folder_is_found(home):
@@ -53,7 +54,7 @@ def test_no_module_makes_a_path_of_an_option_by_itself():
 @pytest.mark.parametrize("name", ["", " ", "a\0b", "~nobody-of-this-name/x"])
 def test_what_is_no_path_is_one_sentence(name):
     with pytest.raises(InputError):
-        files.place(name)
+        files.expand_path(name)
 
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -107,14 +108,14 @@ def test_convert_leaves_what_was_there_where_it_has_nothing_to_write(lines, sent
     out.write_text("before")
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     with pytest.raises(SystemExit, match=sentence):
-        convert.main(["beavertails", str(tmp_path / "train.jsonl"), str(out)])
+        convert_command.main(["beavertails", str(tmp_path / "train.jsonl"), str(out)])
     assert out.read_text() == "before"
 
 
 def test_convert_does_not_read_what_it_wrote(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(UNSAFE) + "\n")
     with pytest.raises(SystemExit, match="would be written over"):
-        convert.main(["beavertails", str(tmp_path), str(tmp_path / "train.jsonl")])
+        convert_command.main(["beavertails", str(tmp_path), str(tmp_path / "train.jsonl")])
 
 
 def test_what_commands_keep_beside_their_results_is_no_data(tmp_path):
@@ -123,7 +124,7 @@ def test_what_commands_keep_beside_their_results_is_no_data(tmp_path):
     for what in files.KEPT_BESIDE:
         files.beside(out, what).write_text(json.dumps({"request": "ab", "text": "x"}) + "\n")
     (tmp_path / "._mine.jsonl").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves them
-    assert len(records.read(tmp_path, ["insult"])) == 1
+    assert len(records.read_records(tmp_path, ["insult"])) == 1
     # A user's own file of such a name is data.
     (tmp_path / "more.replies.jsonl").write_text(json.dumps(ROW | {"id": "b"}) + "\n")
-    assert len(records.read(tmp_path, ["insult"])) == 2
+    assert len(records.read_records(tmp_path, ["insult"])) == 2

@@ -130,12 +130,12 @@ def test_loops_of_a_compiled_program_count_as_often_as_they_run():
 def traced():
     """By name, operations of the programs of the quickstart on one device; its config."""
     config = quickstart.get_config()
-    with jax.set_mesh(sharding.mesh_of(config.mesh, [4], jax.devices())):
-        resident, every = plan.programs(config, SHAPE)
+    with jax.set_mesh(sharding.make_mesh(config.mesh, [4], jax.devices())):
+        resident, every = plan.run_programs(config, SHAPE)
         found = {
             p.name: programs.operations(programs.used(p.traced().jaxpr.jaxpr), lambda n: n or p.loop) for p in every
         }
-        return found, config, [sharding.held(tree) for tree in resident]
+        return found, config, [sharding.bytes_per_device(tree) for tree in resident]
 
 
 def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced):
@@ -144,9 +144,9 @@ def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced
         "merge", "sample", "trunk", "rewards", "reference", "update", "irl update", "irl sample", "evals sample"
     ]  # fmt: skip
     assert resident[0] == 4 * 134_515_008  # the trunk
-    with jax.set_mesh(sharding.mesh_of(config.mesh, [4], jax.devices())):
-        (trunk, *others), _ = plan.programs(config, SHAPE._replace(weights="bfloat16"))
-        assert [sharding.held(tree) for tree in (trunk, *others)] == [resident[0] / 2, *resident[1:]]
+    with jax.set_mesh(sharding.make_mesh(config.mesh, [4], jax.devices())):
+        (trunk, *others), _ = plan.run_programs(config, SHAPE._replace(weights="bfloat16"))
+        assert [sharding.bytes_per_device(tree) for tree in (trunk, *others)] == [resident[0] / 2, *resident[1:]]
     shape = roofline.Shape(config.align.batch, config.data.max_prompt, config.align.group, config.sampler.max_new)
     forward = roofline.forward_flops(SHAPE, shape)
     bottom = roofline.forward_flops(SHAPE._replace(layers=20), shape._replace(G=shape.G + 2), logits=False)

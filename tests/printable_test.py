@@ -33,19 +33,19 @@ def test_marks_of_direction_are_replaced_and_other_scripts_stay():
 @pytest.fixture
 def spoken():
     before = console.mode()
-    yield console.speak
-    console.speak(before)
+    yield console.set_mode
+    console.set_mode(before)
 
 
 def test_a_result_keeps_colours_and_nothing_else(capsys, spoken):
     spoken("text")
-    console.result("\x1b[1mbold\x1b[0m \x1b[2J\x1b]0;title\x07 \u202e \r\ud83d")
+    console.print_result("\x1b[1mbold\x1b[0m \x1b[2J\x1b]0;title\x07 \u202e \r\ud83d")
     assert capsys.readouterr().out == "\x1b[1mbold\x1b[0m \ufffd[2J\ufffd]0;title\ufffd \ufffd \ufffd?\n"
 
 
 def test_json_lines_have_escapes_for_what_does_not_print(capsys, spoken):
     spoken("json")
-    console.say("result", text="é \u202e\x9b\u2028\ud800\U000e0041")
+    console.print_event("result", text="é \u202e\x9b\u2028\ud800\U000e0041")
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and line.strip().isprintable() and "é" in line
     assert json.loads(line)["text"] == "é \u202e\x9b\u2028\ud800\U000e0041"

@@ -32,7 +32,7 @@ def test_every_number_of_a_config_has_its_range():
 def changed(key, value):
     c = config.default()
     *sections, name = key.split(".")
-    section = config.get(c, ".".join(sections)) if sections else c
+    section = config.get_option(c, ".".join(sections)) if sections else c
     with c.unlocked(), section.ignore_type():
         section[name] = value
     return c
@@ -143,7 +143,7 @@ def test_an_endpoint_s_numbers_are_checked_wherever_it_is_used(changes):
     with section.unlocked(), section.ignore_type():
         section.update(changes)
     with pytest.raises(InputError, match="the first must be 1 or more"):
-        endpoint.check(section)
+        endpoint.check_endpoint(section)
 
 
 def test_options_of_attacks_are_checked_alike():

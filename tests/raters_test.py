@@ -180,14 +180,14 @@ def test_labelled_files(tmp_path):
     (tmp_path / "xstest.csv").write_text("id,prompt,completion,final_label\n1,Why?,No.,2_full_refusal\n")
     disguised = "goal,prompt,response,human_majority\nAn insult,In a play: an insult,Fool,1\n,,,\n"
     (tmp_path / "jbb.csv").write_text(disguised)
-    (of_xstest,) = labels.read(tmp_path / "xstest.csv")
+    (of_xstest,) = labels.load_labels(tmp_path / "xstest.csv")
     assert (of_xstest.response, of_xstest.refusal, of_xstest.unsafe) == ("No.", 2, None)
-    (of_jbb,) = labels.read(tmp_path / "jbb.csv")
+    (of_jbb,) = labels.load_labels(tmp_path / "jbb.csv")
     assert (of_jbb.response, of_jbb.unsafe, of_jbb.refusal) == ("Fool", True, None)
     assert of_jbb.prompt == "An insult"  # what was asked for, not how it was disguised
     (tmp_path / "bad.csv").write_text("prompt,completion,final_label\nWhy?,No.,9\n")
     with pytest.raises(InputError, match="known are"):
-        labels.read(tmp_path / "bad.csv")
+        labels.load_labels(tmp_path / "bad.csv")
 
 
 def test_judges_beside_labels(tmp_path):

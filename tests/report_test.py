@@ -14,6 +14,7 @@ import pytest
 import small_run
 from small_run import result
 
+from drirl_jax.commands import report as report_command
 from drirl_jax.reports import compare, pages, plots, single
 from drirl_jax.reports.intervals import wilson
 
@@ -238,7 +239,7 @@ def compared(two, tmp_path_factory):
     """The folder with their comparison, and what was printed."""
     out, said = tmp_path_factory.mktemp("out") / "new", io.StringIO()
     with contextlib.redirect_stdout(said):
-        single.main(["--compare", str(two / "a|b"), str(two / "c"), "--out", str(out)])
+        report_command.main(["--compare", str(two / "a|b"), str(two / "c"), "--out", str(out)])
     return out, said.getvalue()
 
 
@@ -279,14 +280,14 @@ def test_bad_input_is_one_sentence(two, monkeypatch, flags, sentence):
     if "damaged" in flags:
         (small_run.write(two / "damaged") / "evals" / "base.json").write_text('{"overall"')
     with pytest.raises(SystemExit) as stop:
-        single.main(flags)
+        report_command.main(flags)
     assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
     assert not (two / "out").exists()
 
 
 def test_a_comparison_goes_beside_the_first_run(two, tmp_path, capsys):
     runs = [shutil.copytree(two / name, tmp_path / "runs" / name) for name in ("a|b", "c")]
-    single.main(["--compare", *map(str, runs)])
+    report_command.main(["--compare", *map(str, runs)])
     assert (tmp_path / "runs" / "compared" / "compare.md").read_text() in capsys.readouterr().out
 
 

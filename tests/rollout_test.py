@@ -17,7 +17,7 @@ EOS = (3, 11)
 
 def draw(model, group, *, temperature=1.0, T=6, seed=0, G=3, index=None, **options):
     index = jnp.arange(group.prompt.shape[0]) if index is None else index
-    keys = rollout.row_keys(jax.random.key(seed), index, G)
+    keys = rollout.response_keys(jax.random.key(seed), index, G)
     options = {"max_new": T, "temperature": temperature, "eos": EOS, "prefix": group.prefix} | options
     return rollout.sample(model, group.prompt, group.prompt_len, keys, **options)
 
@@ -147,7 +147,7 @@ def test_uneven_lengths_cost_little():
         return rollout.sample(model, prompt, jnp.full(P, S), keys, max_new=T, temperature=1.0, eos=eos)
 
     # A response depends on its key alone, so lengths can be chosen among many.
-    many = rollout.row_keys(jax.random.key(2), jnp.arange(P), 64)
+    many = rollout.response_keys(jax.random.key(2), jnp.arange(P), 64)
     length = np.concatenate(
         [jax.device_get(sample(many[:, i : i + G], ends).response_len) for i in range(0, 64, G)], axis=1
     )
@@ -168,7 +168,7 @@ def test_uneven_lengths_cost_little():
 
 
 def keys_of(index, group, seed=3):
-    return jax.random.key_data(rollout.row_keys(jax.random.key(seed), jnp.asarray(index, jnp.int32), group))
+    return jax.random.key_data(rollout.response_keys(jax.random.key(seed), jnp.asarray(index, jnp.int32), group))
 
 
 def test_a_prompt_that_is_twice_in_a_batch_is_sampled_twice():

@@ -388,14 +388,14 @@ def test_the_status_and_the_plan_of_a_finished_run(whole, policy, capsys):
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", argv)
         main.main(main.parse(argv))
-    console.speak("text")
+    console.set_mode("text")
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     (found,) = [event for event in events if event["event"] == "result"]
     assert events[-1] == {"event": "end", "exit": 0}
     assert [(stage["stage"], stage["finished"], stage["seconds"]) for stage in found["stages"]] == [
         ("irl", True, 0.0), ("align", True, 0.0), ("evals", True, 0.0)
     ]  # fmt: skip
-    told = status.of(whole[0])
+    told = status.run_status(whole[0])
     assert told["finished"] and not told["at_work"] and told["checkpoints"] == {"irl": [2, 4], "align": [2, 4]}
     assert told["last"]["stage"] == "align" and told["stages"][1]["seconds_a_step"] > 0
     assert "align       4 of 4, done" in status.text(told)

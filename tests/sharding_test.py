@@ -23,7 +23,7 @@ SHAPE = Config(vocab=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, ff
 def axes(tree):
     """By path, the logical axes that are told for each array."""
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path).replace(".value", ""): sharding.axes_of(path, x.ndim) for path, x in found}
+    return {jax.tree_util.keystr(path).replace(".value", ""): sharding.logical_axes(path, x.ndim) for path, x in found}
 
 
 def test_each_matrix_is_found_by_its_path_in_any_tree():
@@ -91,7 +91,7 @@ def section(data=0, fsdp=1, tensor=1):
     ],
 )
 def test_the_mesh_takes_what_can_share_the_prompts(asked, prompts, devices, wanted):
-    mesh = sharding.mesh_of(asked, prompts, jax.devices() * devices)
+    mesh = sharding.make_mesh(asked, prompts, jax.devices() * devices)
     assert tuple(mesh.shape.values()) == wanted and mesh.axis_names == sharding.AXES
 
 
@@ -106,11 +106,11 @@ def test_the_mesh_takes_what_can_share_the_prompts(asked, prompts, devices, want
 )
 def test_a_mesh_that_cannot_be_is_refused(asked, prompts, message):
     with pytest.raises(InputError, match=message):
-        sharding.mesh_of(asked, prompts, jax.devices() * 8)
+        sharding.make_mesh(asked, prompts, jax.devices() * 8)
 
 
 def test_the_mesh_for_sampling_is_of_the_same_devices():
-    mesh = sharding.mesh_of(section(fsdp=8), [16], jax.devices() * 8)
+    mesh = sharding.make_mesh(section(fsdp=8), [16], jax.devices() * 8)
     assert sharding.sampling_mesh(section(tensor=0), 16, mesh) is None
     assert tuple(sharding.sampling_mesh(section(tensor=2), 16, mesh).shape.values()) == (4, 1, 2)
     for asked, prompts in ((section(tensor=2), 3), (section(data=2, tensor=2), 16)):

@@ -12,7 +12,7 @@ import numpy as np
 
 from drirl_jax.configs import tiny
 from drirl_jax.data import builder, examples
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.models import hf
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -105,7 +105,7 @@ def test_two_processes_have_the_examples_of_one_and_each_makes_its_share(policy,
     assert codes == [0, 0], errors
     loaded = builder.load(path, config.data.categories, tmp_path / "alone")
     alone = examples.tokenise(
-        {split: list(of) for split, of in loaded.items()}, Text(hf.load_tokenizer(policy)), config
+        {split: list(of) for split, of in loaded.items()}, ChatTokens(hf.load_tokenizer(policy)), config
     )
     for number in range(2):
         found = pickle.loads((tmp_path / f"{number}.pickle").read_bytes())

@@ -133,9 +133,9 @@ def test_names_of_sinks_are_checked():
 
 def test_sinks_may_be_changed_for_a_run_that_has_begun(tmp_path):
     config = config_lib.default()
-    workdirs.remember(config, tmp_path)
+    workdirs.record_config(config, tmp_path)
     config.metrics.sinks = ()
-    workdirs.remember(config, tmp_path)
+    workdirs.record_config(config, tmp_path)
     assert workdirs.flat(config)["scaling.drop"] == 0.2
 
 

@@ -116,7 +116,7 @@ def write(workdir, results=None, **changes):
         config.data.categories, config.data.harmless = CATEGORIES, HARMLESS
         config.irl.steps = config.align.steps = 8
         config.update(changes)
-    workdirs.remember(config, workdir)
+    workdirs.record_config(config, workdir)
     (workdir / "evals").mkdir()
     results = results or {name: result(name) | {"benchmarks": {"xstest": benchmark(name)}} for name in REFUSED}
     for name, of in results.items():

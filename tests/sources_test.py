@@ -12,7 +12,7 @@ from endpoint_test import section, server  # noqa: F401 (a fixture)
 from drirl_jax.data.text import pad
 from drirl_jax.models import reward
 from drirl_jax.stages import align
-from drirl_jax.stages.base import group_of
+from drirl_jax.stages.base import make_group
 from drirl_jax.stages.rewards import sources
 from drirl_jax.types import InputError
 
@@ -27,7 +27,7 @@ def case(policy, cache):
     rows = [int(np.flatnonzero(train.category == names.index(name))[0]) for name in ("insult", "harmless")]
     ids, length = pad([context.text.response_ids(text, 24) for text in SAID], 24)
     examples = train.take(rows)
-    return context, examples, group_of(examples, np.stack([ids] * 2), np.stack([length] * 2))
+    return context, examples, make_group(examples, np.stack([ids] * 2), np.stack([length] * 2))
 
 
 def test_by_rules(case):
@@ -40,7 +40,7 @@ def test_what_is_rated_follows_the_thought(case, server, monkeypatch):  # noqa: 
     context, examples, group = case
     thought = "<think>\nI can't help with that.\n</think>\n\n"
     texts = [[thought + SAID[0], thought + SAID[1]], [thought + SAID[1], "<think>\nSure, here is how"]]
-    monkeypatch.setattr(sources, "texts", lambda context, group: texts)
+    monkeypatch.setattr(sources, "response_texts", lambda context, group: texts)
     # Silence is neither a refusal nor an answer.
     assert sources.SOURCES["rules"].make(context)(None, examples, group, None).tolist() == [[1, 0], [1, 0]]
     context.config.judge.update(section(server, concurrency=1))

@@ -19,9 +19,8 @@ from drirl_jax.evals import diversity
 from drirl_jax.judges import classifier
 from drirl_jax.models import hf
 from drirl_jax.models.encoder import TextEmbedder
-from drirl_jax.reports import status
 from drirl_jax.reports.intervals import Interval
-from drirl_jax.runtime import metrics, workdirs
+from drirl_jax.runtime import lock, metrics, workdirs
 from drirl_jax.runtime.preemption import PREEMPTED
 from drirl_jax.types import InputError
 
@@ -107,7 +106,7 @@ def test_rewards_come_from_the_run_that_was_begun_else_from_the_first(tmp_path):
         "grpo_s/0": ("dpo_s/0", False), "grpo_s/1": ("dpo_s/1", False),
     }  # fmt: skip
     assert list(planned())[:4] == ["dpo_s/0", "grpo_one_reward/0", "dpo_s/1", "grpo_one_reward/1"]
-    workdirs.remember(study.config_of(plan, "grpo_s", 1), tmp_path / "grpo_s" / "1")
+    workdirs.record_config(study.config_of(plan, "grpo_s", 1), tmp_path / "grpo_s" / "1")
     assert planned()["grpo_s/1"] == ("", True) and planned()["dpo_s/1"] == ("grpo_s/1", False)
     assert planned()["dpo_s/0"] == ("", True)
 
@@ -214,16 +213,16 @@ def test_a_small_study(small, monkeypatch):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_study_that_ends_early_takes_its_runs_with_it(policy, tmp_path, sent):
     process, run = start(policy, tmp_path, steps=1000), tmp_path / "study" / "scaled" / "0"
-    while not any(row["stage"] == "align" for row in metrics.read(run / "metrics.jsonl")):
+    while not any(row["stage"] == "align" for row in metrics.read_jsonl(run / "metrics.jsonl")):
         assert process.poll() is None
         time.sleep(0.2)
-    assert status.held(run)
+    assert lock.is_locked(run)
     process.send_signal(sent)
     told = process.communicate(timeout=120)[1]  # until the last of its processes has ended
     if sent == signal.SIGTERM:
         assert process.returncode == PREEMPTED and told.endswith("started again, it goes on\n"), told[-3000:]
     else:
         assert process.returncode == -sent
-    assert not status.held(run) and not (run / "evals" / "aligned.json").exists()
+    assert not lock.is_locked(run) and not (run / "evals" / "aligned.json").exists()
     kept = max(int(path.name) for path in (run / "checkpoints" / "align").iterdir())
-    assert kept == metrics.read(run / "metrics.jsonl")[-1]["step"]
+    assert kept == metrics.read_jsonl(run / "metrics.jsonl")[-1]["step"]

@@ -6,7 +6,7 @@ import pytest
 from text_test import CHATML, chatml, turns
 
 from drirl_jax.data.examples import common_prefix
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import answers
 from drirl_jax.models import templates
 from drirl_jax.models.templates import TemplateRefusal
@@ -40,19 +40,19 @@ def said(text, answer):
 
 
 def test_thinking_switched_off_ends_the_prompt_after_an_empty_thought():
-    text = Text(chatml(chat_template=QWEN3))
+    text = ChatTokens(chatml(chat_template=QWEN3))
     assert written(text).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert said(text, "Hello") == "Hello<|im_end|>"
-    text = Text(chatml(chat_template=DEEPSEEK))
+    text = ChatTokens(chatml(chat_template=DEEPSEEK))
     assert written(text) == "<|im_start|>hi<turn><think>\n\n</think>\n\n"
     assert said(text, "Hello") == "Hello<|im_end|>" and text.decode([*text.response_ids("a", 9)], 1) == "a"
 
 
 def test_thinking_switched_on_leaves_the_thought_to_the_model_and_closes_it_before_a_demonstration():
-    text = Text(chatml(chat_template=QWEN3), enable_thinking=True)
+    text = ChatTokens(chatml(chat_template=QWEN3), enable_thinking=True)
     assert written(text).endswith("<|im_start|>assistant\n")
     assert said(text, "Hello") == "<think>\n\n</think>\n\nHello<|im_end|>"
-    text = Text(chatml(chat_template=DEEPSEEK), enable_thinking=True)
+    text = ChatTokens(chatml(chat_template=DEEPSEEK), enable_thinking=True)
     assert written(text) == "<|im_start|>hi<turn><think>\n"
     assert said(text, "Hello") == "\n</think>\n\nHello<|im_end|>"
     # What the model says begins inside the thought, and reads so.
@@ -65,13 +65,13 @@ def test_thinking_switched_on_leaves_the_thought_to_the_model_and_closes_it_befo
 
 def test_thinking_cannot_be_switched_on_where_there_is_none():
     with pytest.raises(InputError, match="enable_thinking is True, but the chat template knows no thoughts"):
-        Text(chatml(), enable_thinking=True)
+        ChatTokens(chatml(), enable_thinking=True)
 
 
 def test_marks_of_thoughts_that_are_special_tokens_stay_in_what_is_decoded():
     tokenizer = chatml(chat_template=MAGISTRAL)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
-    text = Text(tokenizer)
+    text = ChatTokens(tokenizer)
     ids = tokenizer.encode("[THINK]Paris?[/THINK]Lyon<|im_end|>")
     assert text.decode(ids, len(ids)) == "[THINK]Paris?[/THINK]Lyon"
 
@@ -81,7 +81,9 @@ def test_the_clock_is_in_no_prompt(marked, monkeypatch):
     import transformers.utils.chat_template_utils as utils
 
     monkeypatch.setattr(utils, "datetime", None)  # it would be asked for the time
-    text = Text(chatml(chat_template="{% if strftime_now is defined %}{{ " + marked + " }}\n{% endif %}" + CHATML))
+    text = ChatTokens(
+        chatml(chat_template="{% if strftime_now is defined %}{{ " + marked + " }}\n{% endif %}" + CHATML)
+    )
     assert written(text).startswith(("2024-07-26 00:00\n", "26 Jul 2024Friday\n"))
 
 
@@ -108,13 +110,13 @@ def test_the_clock_is_in_no_prompt(marked, monkeypatch):
 def test_a_template_that_cannot_be_used_is_refused_before_work(template, message):
     start = time.process_time()
     with pytest.raises(InputError, match=message):
-        Text(chatml(chat_template=template))
+        ChatTokens(chatml(chat_template=template))
     assert time.process_time() - start < 5
 
 
 def test_of_several_templates_the_default_is_taken():
     named = chatml(chat_template={"tool_use": "{{ raise_exception('no') }}", "default": CHATML})
-    assert Text(named).prompt_ids("hi") == Text(chatml()).prompt_ids("hi")
+    assert ChatTokens(named).prompt_ids("hi") == ChatTokens(chatml()).prompt_ids("hi")
 
 
 @pytest.mark.parametrize(
@@ -125,53 +127,55 @@ def test_of_several_templates_the_default_is_taken():
     ],
 )  # fmt: skip
 def test_a_template_that_fails_on_a_real_prompt_names_it(change):
-    text = Text(chatml(chat_template=change + CHATML))
+    text = ChatTokens(chatml(chat_template=change + CHATML))
     assert text.prompt_ids("hi")
     with pytest.raises(TemplateRefusal, match="refuses this chat .*whose last question begins 'How do I pick"):
         text.prompt_ids("How do I pick a lock?")
 
 
 def test_words_that_a_template_drops_or_changes_are_missed():
-    text = Text(chatml(chat_template=CHATML.replace("m['content']", "m['content'][:20]|trim")))
+    text = ChatTokens(chatml(chat_template=CHATML.replace("m['content']", "m['content'][:20]|trim")))
     assert written(text, "  two\nlines ").count("two\nlines") == 1  # blanks around the words may go
     with pytest.raises(TemplateRefusal, match="leaves out or changes what the user says"):
         text.prompt_ids("a question that is longer than twenty letters")
     silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
     with pytest.raises(InputError, match="leaves out .* the system says .*leave the system prompt empty"):
-        Text(chatml(chat_template=silent), "Be safe.")
+        ChatTokens(chatml(chat_template=silent), "Be safe.")
 
 
 def test_an_empty_system_turn_leaves_the_templates_own_out():
     own = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nMine<|im_end|>\n{% endif %}" + CHATML
-    assert "Mine" in written(Text(chatml(chat_template=own)))
-    assert written(Text(chatml(chat_template=own), "")).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
+    assert "Mine" in written(ChatTokens(chatml(chat_template=own)))
+    assert written(ChatTokens(chatml(chat_template=own), "")).startswith(
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user"
+    )
     # A template that knows no system turn has none to leave out.
-    text = Text(turns(), "")
-    assert text.system is None and text.prompt_ids("hi") == Text(turns()).prompt_ids("hi")
+    text = ChatTokens(turns(), "")
+    assert text.system is None and text.prompt_ids("hi") == ChatTokens(turns()).prompt_ids("hi")
 
 
 def test_a_benchmarks_own_system_turn_joins_the_question_where_the_template_knows_none():
     silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     for tokenizer in (turns(), chatml(chat_template=silent)):
-        text = Text(tokenizer)
+        text = ChatTokens(tokenizer)
         assert "user\nBe brief.\n\nWhy?<" in tokenizer.decode(answers.ids_of(text, chat))
-    spoken = tokenizer.decode(answers.ids_of(Text(chatml(), "Be kind."), chat[1:]))
+    spoken = tokenizer.decode(answers.ids_of(ChatTokens(chatml(), "Be kind."), chat[1:]))
     assert spoken.startswith("<|im_start|>system\nBe kind.<")
 
 
 def test_few_shots_of_a_reasoning_model_may_lose_their_thoughts():
-    text = Text(chatml(chat_template=QWEN3))
+    text = ChatTokens(chatml(chat_template=QWEN3))
     chat = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "<think>no</think>\nOne"}]
     assert "One<|im_end|>" in text.tokenizer.decode(text.chat_ids([*chat, {"role": "user", "content": "2?"}]))
 
 
 def test_prompts_still_share_their_beginning():
-    text = Text(chatml(chat_template=DEEPSEEK))
+    text = ChatTokens(chatml(chat_template=DEEPSEEK))
     assert common_prefix([text.prompt_ids("one"), text.prompt_ids("two")]) == tuple(text.prompt_ids("")[:1])
 
 
 def test_ordinary_templates_are_bounded_once():
     before = templates.need_bounded.cache_info().misses
-    Text(chatml()), Text(chatml()), Text(chatml())
+    ChatTokens(chatml()), ChatTokens(chatml()), ChatTokens(chatml())
     assert templates.need_bounded.cache_info().misses <= before + 1

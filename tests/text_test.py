@@ -87,7 +87,7 @@ def template_ids(tokenizer, prompt, system=None):
 
 def check_prompts(tokenizer, system=None):
     """Ordinary text as the template has it; control tokens in the text as text, each in its place."""
-    encode, special = text.Text(tokenizer, system), special_ids(tokenizer)
+    encode, special = text.ChatTokens(tokenizer, system), special_ids(tokenizer)
     for prompt in ORDINARY:
         assert encode.prompt_ids(prompt) == template_ids(tokenizer, prompt, system)
     plain = [i for i in encode.prompt_ids("hello") if i in special]
@@ -101,7 +101,7 @@ def check_prompts(tokenizer, system=None):
 
 
 def check_responses(tokenizer):
-    encode, special = text.Text(tokenizer), special_ids(tokenizer)
+    encode, special = text.ChatTokens(tokenizer), special_ids(tokenizer)
     for response in ORDINARY + HOSTILE:
         ids = encode.response_ids(response, 10_000)
         assert ids[-1] == encode.eos_ids[0]
@@ -122,7 +122,7 @@ def test_a_template_with_a_first_token_writes_it_once():
     tokenizer = turns()
     assert tokenizer.encode("a")[0] == tokenizer.bos_token_id  # a plain encode would write it too
     check_prompts(tokenizer)
-    assert text.Text(tokenizer).prompt_ids("hi").count(tokenizer.bos_token_id) == 1
+    assert text.ChatTokens(tokenizer).prompt_ids("hi").count(tokenizer.bos_token_id) == 1
 
 
 def test_responses_end_once_and_control_tokens_stay_text():
@@ -132,32 +132,32 @@ def test_responses_end_once_and_control_tokens_stay_text():
 
 def test_a_response_ends_as_the_template_ends_a_turn():
     ids = turns().convert_tokens_to_ids
-    assert text.Text(turns()).eos_ids == (ids("<end_turn>"), ids("</s>"))
-    assert text.Text(chatml()).eos_ids == (ids("<|im_end|>"),)
-    assert text.Text(chatml(eos_token="<|endoftext|>")).eos_ids == (ids("<|im_end|>"), ids("<|endoftext|>"))
+    assert text.ChatTokens(turns()).eos_ids == (ids("<end_turn>"), ids("</s>"))
+    assert text.ChatTokens(chatml()).eos_ids == (ids("<|im_end|>"),)
+    assert text.ChatTokens(chatml(eos_token="<|endoftext|>")).eos_ids == (ids("<|im_end|>"), ids("<|endoftext|>"))
     plain = chatml(chat_template="{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
-    assert text.Text(plain).eos_ids == (plain.eos_token_id,)
+    assert text.ChatTokens(plain).eos_ids == (plain.eos_token_id,)
 
 
 def test_padding_id_falls_back_to_the_end_of_sequence():
-    assert text.Text(chatml()).pad_id == chatml().eos_token_id
-    assert text.Text(chatml(pad_token="<pad>")).pad_id == chatml().convert_tokens_to_ids("<pad>")
-    assert text.Text(chatml(pad_token=None)).pad_id == chatml().eos_token_id
+    assert text.ChatTokens(chatml()).pad_id == chatml().eos_token_id
+    assert text.ChatTokens(chatml(pad_token="<pad>")).pad_id == chatml().convert_tokens_to_ids("<pad>")
+    assert text.ChatTokens(chatml(pad_token=None)).pad_id == chatml().eos_token_id
 
 
 def test_a_template_that_writes_the_date_gives_the_same_ids_every_day():
     dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     tokenizer = chatml(chat_template=dated + "{{ date_string }}" + CHATML)
-    assert text.DATE in tokenizer.decode(text.Text(tokenizer).prompt_ids("hi"))
+    assert text.DATE in tokenizer.decode(text.ChatTokens(tokenizer).prompt_ids("hi"))
 
 
 def test_unusable_tokenizers_are_refused():
     with pytest.raises(InputError, match="no chat template.*chat_template"):
-        text.Text(chatml(chat_template=None))
+        text.ChatTokens(chatml(chat_template=None))
     with pytest.raises(InputError, match="no system turn.*leave the system prompt empty"):
-        text.Text(turns(), system="Be safe.")
+        text.ChatTokens(turns(), system="Be safe.")
     with pytest.raises(InputError, match="no end-of-sequence token.*eos_token"):
-        text.Text(chatml(eos_token=None, chat_template="{{ messages[-1]['content'] }}"))
+        text.ChatTokens(chatml(eos_token=None, chat_template="{{ messages[-1]['content'] }}"))
 
 
 def test_the_real_tokenizer():
@@ -168,7 +168,7 @@ def test_the_real_tokenizer():
     check_prompts(tokenizer)
     check_prompts(tokenizer, system="Be safe.")
     check_responses(tokenizer)
-    encode = text.Text(tokenizer)
+    encode = text.ChatTokens(tokenizer)
     assert encode.eos_ids == (2,)
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     rendered = f"<|im_start|>system\n{system}<|im_end|>\n"

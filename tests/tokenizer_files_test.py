@@ -6,7 +6,7 @@ import pytest
 from text_test import backend
 from turn_ends_test import folder_of
 
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.models import hf
 from drirl_jax.types import InputError
 
@@ -48,7 +48,7 @@ def test_wrong_types_are_refused(tmp_path, name, changes, message):
         (tmp_path / "chat_template.jinja").unlink()
     changed(tmp_path / name, **changes)
     with pytest.raises(InputError, match=message):
-        Text(hf.load_tokenizer(tmp_path))
+        ChatTokens(hf.load_tokenizer(tmp_path))
 
 
 def test_code_in_a_model_folder_is_never_run_nor_recommended(tmp_path):
@@ -67,6 +67,6 @@ def test_a_template_that_is_no_utf8_is_refused(tmp_path):
 
 
 def test_ids_beyond_the_tokenizer_decode_to_nothing(tmp_path):
-    text = Text(hf.load_tokenizer(folder_of(tmp_path, {"vocab_size": 500})))
+    text = ChatTokens(hf.load_tokenizer(folder_of(tmp_path, {"vocab_size": 500})))
     ids = text.response_ids("he is safe", 99)
     assert text.decode([ids[0], 400, *ids[1:]], len(ids) + 1) == "he is safe"

@@ -7,7 +7,7 @@ import pytest
 from text_test import CHATML, TURNS, backend
 from transformers import PreTrainedTokenizerFast
 
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.models import hf, tokenizers
 from drirl_jax.types import InputError
 
@@ -28,14 +28,14 @@ def exported(folder, out):
     """generation_config.json and config.json of the folder's model, saved again."""
     config = {"vocab_size": SIZE} | json.loads((folder / "config.json").read_text())
     tokenizer = hf.load_tokenizer(folder)
-    hf.save(out, config, {"w": np.zeros(2, np.float32)}, Text(tokenizer).tokenizer)
+    hf.save(out, config, {"w": np.zeros(2, np.float32)}, ChatTokens(tokenizer).tokenizer)
     return (json.loads((out / name).read_text()) for name in ("generation_config.json", "config.json"))
 
 
 def test_all_ends_together_in_sampling_and_in_the_export(tmp_path):
     source = {"eos_token_id": [4, 17, 18], "pad_token_id": 7, "temperature": 0.6, "do_sample": True, "x": "y"}
     folder = folder_of(tmp_path / "m", {"eos_token_id": 0, "bos_token_id": 3}, source)
-    text = Text(hf.load_tokenizer(folder))
+    text = ChatTokens(hf.load_tokenizer(folder))
     # The template's <end_turn>, the tokenizer's </s>, the config's, generation_config.json's.
     assert text.eos_ids == (6, 4, 0, 17, 18)
     assert text.response_ids("he", 99)[-1] == 6
@@ -43,14 +43,14 @@ def test_all_ends_together_in_sampling_and_in_the_export(tmp_path):
     assert sorted(generation["eos_token_id"]) == sorted(config["eos_token_id"]) == [0, 4, 6, 17, 18]
     assert (generation["bos_token_id"], generation["pad_token_id"]) == (3, 7)
     assert (generation["temperature"], generation["do_sample"]) == (0.6, True) and "x" not in generation
-    again = Text(hf.load_tokenizer(tmp_path / "aligned"))
+    again = ChatTokens(hf.load_tokenizer(tmp_path / "aligned"))
     assert set(again.eos_ids) == set(text.eos_ids) and again.eos_ids[0] == 6
 
 
 @pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": []}, {"eos_token_id": 4}])
 def test_the_templates_own_end_is_exported_where_no_file_names_it(tmp_path, generation):
     folder = folder_of(tmp_path / "m", {"eos_token_id": 4}, generation)
-    assert Text(hf.load_tokenizer(folder)).eos_ids == (6, 4)
+    assert ChatTokens(hf.load_tokenizer(folder)).eos_ids == (6, 4)
     written, config = exported(folder, tmp_path / "aligned")
     assert written == {"eos_token_id": [4, 6]} and config["eos_token_id"] == [4, 6]
 
@@ -92,7 +92,7 @@ def test_padding_of_minus_one_is_none(tmp_path):
 def test_the_ends_of_a_multimodal_config_stand_inside(tmp_path):
     config = {"vocab_size": None, "text_config": {"vocab_size": SIZE, "eos_token_id": [0, 17]}}
     folder = folder_of(tmp_path, config)
-    assert Text(hf.load_tokenizer(folder)).eos_ids == (6, 4, 0, 17)
+    assert ChatTokens(hf.load_tokenizer(folder)).eos_ids == (6, 4, 0, 17)
 
 
 def gguf_meta(**ids):
@@ -113,7 +113,7 @@ def gguf_meta(**ids):
 
 def test_a_gguf_file_names_ends_of_a_turn_and_of_a_message(tmp_path):
     tokenizer = tokenizers._from_meta(tmp_path, gguf_meta(bos=3, eos=4, eot=0, eom=2))
-    assert Text(tokenizer).eos_ids == (6, 4, 0, 2)
+    assert ChatTokens(tokenizer).eos_ids == (6, 4, 0, 2)
     assert sorted(tokenizers.generation_config({"eos_token_id": 4}, tokenizer)["eos_token_id"]) == [0, 2, 4, 6]
 
 

@@ -131,9 +131,9 @@ def test_a_message_that_is_marked_as_not_toxic_in_words_is_left_out(tmp_path):
     assert [item.prompt for item in found] == ["Truetrue"]
 
 
-def labels(tmp_path, **columns):
+def labelled(tmp_path, **columns):
     folder = lines(tmp_path / "x.jsonl", {"prompt": "p", "response": "r"} | columns)
-    return labels.read(tmp_path / "x.jsonl") if folder else None
+    return labels.load_labels(tmp_path / "x.jsonl") if folder else None
 
 
 @pytest.mark.parametrize("columns", [
@@ -142,13 +142,13 @@ def labels(tmp_path, **columns):
     {"jailbroken": "Jailbroken"}, {"safe": "False"}, {"is_safe": 0}, {"safe": "unsafe"}, {"safe": False},
 ])  # fmt: skip
 def test_responses_that_are_labelled_unsafe(columns, tmp_path):
-    (found,) = labels(tmp_path, **columns)
+    (found,) = labelled(tmp_path, **columns)
     assert found.unsafe is True
 
 
 @pytest.mark.parametrize("columns", [{"unsafe": "no"}, {"unsafe": "safe"}, {"unsafe": 0.0}, {"is_safe": "True"}])
 def test_responses_that_are_labelled_safe(columns, tmp_path):
-    (found,) = labels(tmp_path, **columns)
+    (found,) = labelled(tmp_path, **columns)
     assert found.unsafe is False
 
 
@@ -158,9 +158,9 @@ def test_responses_that_are_labelled_safe(columns, tmp_path):
 ])  # fmt: skip
 def test_labels_of_no_known_spelling_are_refused_with_their_row(columns, tmp_path):
     with pytest.raises(InputError, match="line 1: .*known are"):
-        labels(tmp_path, **columns)
+        labelled(tmp_path, **columns)
 
 
 def test_a_class_and_a_split_in_other_spellings(tmp_path):
-    (found,) = labels(tmp_path, final_label=" 2_Full_Refusal", split="Validation")
+    (found,) = labelled(tmp_path, final_label=" 2_Full_Refusal", split="Validation")
     assert (found.refusal, found.split) == (2, "valid")

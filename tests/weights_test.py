@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax import train
+from drirl_jax import loading
 from drirl_jax.models import families, hf, reward
 from drirl_jax.runtime import sharding
-from drirl_jax.stages import align, irl
+from drirl_jax.stages import align, export, irl
 from drirl_jax.stages.base import POLICIES
 from drirl_jax.types import Group
 
@@ -33,7 +33,7 @@ def context(folder, cache, weights, kind="lora"):
     config.policy.dtype, config.policy.weights = "bfloat16", weights
     config.align.objective, config.reward.kind = "ppo", kind
     config.grpo.update({"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0})
-    return train.prepare(config)
+    return loading.load_context(config)
 
 
 def types(tree):
@@ -59,7 +59,7 @@ def test_a_step_has_the_bits_of_float32_weights_and_trains_float32(half, cache, 
             state = state._replace(train=trained, carry=carry)
         assert types((state.train, fresh)) == {"float32"} and state.train.params.value is not None
         aligned = POLICIES["lora"].merged(of.model, state.train.params.policy)
-        train.export_policy(of, state.train.params.policy, aligned, tmp_path / weights)
+        export.export_policy(of, state.train.params.policy, aligned, tmp_path / weights)
         moved = np.abs(jax.tree.leaves(state.train.params.policy["q"].b)[0]).max()
         found[weights] = (batch, scalars, state, told), hf.read_tensors(tmp_path / weights / "aligned"), of, moved
     (want, wide, *_, moved), (got, narrow, of, _) = found.values()

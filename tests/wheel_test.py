@@ -29,7 +29,7 @@ def site(tmp_path_factory):
 
 
 def test_the_wheel_has_what_a_run_reads(site):
-    for folder, pattern in (("configs", "*.py"), ("data/starter", "*"), ("templates", "*")):
+    for folder, pattern in (("configs", "*.py"), ("data/starter", "*"), ("reports/templates", "*"), ("data", "*.json")):
         there = {path.name for path in (site / "drirl_jax" / folder).glob(pattern)} - {"__pycache__"}
         assert there == {path.name for path in (ROOT / "drirl_jax" / folder).glob(pattern)} - {"__pycache__"}
 

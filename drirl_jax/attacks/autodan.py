@@ -15,7 +15,7 @@ from drirl_jax.attacks.target import Outcome, Target, read
 from drirl_jax.data import text
 from drirl_jax.data.records import Record, json_lines
 from drirl_jax.runtime import sharding
-from drirl_jax.stages.base import row_batches
+from drirl_jax.stages.base import batched_rows
 from drirl_jax.types import Group, InputError
 
 SLOT = "{prompt}"
@@ -39,11 +39,11 @@ def fitness(target: Target, prompt: str, population: Sequence[str]) -> np.ndarra
     """[N] losses of the target behind the prompt in each template; the lower the fitter."""
     ids = [target.text.prompt_ids(template.replace(SLOT, prompt)) for template in population]
     goal, pieces = target.goal(), []
-    for rows, real in row_batches(len(ids), min(target.options.batch, len(ids)), "losses"):
+    for rows, real in batched_rows(len(ids), min(target.options.batch, len(ids)), "losses"):
         P, M = len(rows), len(goal)
         response = np.broadcast_to(np.array(goal, np.int32), (P, 1, M))
         arrays = (response, np.full((P, 1), M, np.int32), np.zeros(P, np.int32))
-        group = Group(*target.padded([ids[i] for i in rows]), *map(sharding.deal, arrays))
+        group = Group(*target.padded([ids[i] for i in rows]), *map(sharding.shard_prompts, arrays))
         pieces.append(sharding.fetch(read(target.model, group, goal=M))[:real, 0])
     return np.concatenate(pieces)
 

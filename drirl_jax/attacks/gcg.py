@@ -17,9 +17,9 @@ import numpy as np
 from drirl_jax.attacks.target import Outcome, Target, losses, read
 from drirl_jax.data.examples import common_prefix
 from drirl_jax.data.records import Record
-from drirl_jax.data.text import Text
-from drirl_jax.models.attention import product
-from drirl_jax.models.transformer import Transformer, begin, cast
+from drirl_jax.data.text import ChatTokens
+from drirl_jax.models.attention import einsum_f32
+from drirl_jax.models.transformer import Transformer, cast, run_trunk
 from drirl_jax.runtime import sharding
 from drirl_jax.types import Array, Group, InputError
 
@@ -43,7 +43,7 @@ class Frame(NamedTuple):
     after: list[int]
 
 
-def framed(text: Text, prompt: str, length: int) -> Frame:
+def framed(text: ChatTokens, prompt: str, length: int) -> Frame:
     """The chat of the prompt with `length` fillers behind it.
 
     Raises:
@@ -59,19 +59,19 @@ def framed(text: Text, prompt: str, length: int) -> Frame:
     return frame
 
 
-def message(text: Text, frame: Frame, suffix: Sequence[int]) -> str:
+def message(text: ChatTokens, frame: Frame, suffix: Sequence[int]) -> str:
     """The user's words with the suffix."""
     # Decoded behind what stands before it: some tokenizers drop the first space of a text.
     decode = partial(text.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return frame.prompt + decode([*frame.before, *suffix])[len(decode(frame.before)) :]
 
 
-def survives(text: Text, frame: Frame, suffix: Sequence[int]) -> bool:
+def survives(text: ChatTokens, frame: Frame, suffix: Sequence[int]) -> bool:
     """Whether the suffix, written as text and read again in the chat, is the same tokens."""
     return text.prompt_ids(message(text, frame, suffix)) == [*frame.before, *suffix, *frame.after]
 
 
-def writable(text: Text, vocab: int) -> np.ndarray:
+def writable(text: ChatTokens, vocab: int) -> np.ndarray:
     """[V] bool: the tokens a suffix may hold, which are printable ASCII and no control tokens."""
     control = {*text.tokenizer.all_special_ids, *text.tokenizer.added_tokens_decoder}
     ids = [i for i in range(min(vocab, len(text.tokenizer))) if i not in control]
@@ -88,7 +88,7 @@ def group_of(target: Target, frame: Frame, suffix_GL: np.ndarray, copies: int = 
     response_GT = np.concatenate([suffix_GL, np.broadcast_to(tail, (len(suffix_GL), len(tail)))], axis=1)
     response = response_GT.reshape(copies, -1, response_GT.shape[1]).astype(np.int32)
     arrays = (response, np.full(response.shape[:2], response.shape[2], np.int32), np.zeros(copies, np.int32))
-    return Group(*target.padded([frame.before] * copies), *map(sharding.deal, arrays))
+    return Group(*target.padded([frame.before] * copies), *map(sharding.shard_prompts, arrays))
 
 
 def gradient(model: Transformer, group: Group, length: int, goal: int) -> tuple[Array, Array]:
@@ -97,14 +97,14 @@ def gradient(model: Transformer, group: Group, length: int, goal: int) -> tuple[
     Embeddings are the one-hot rows times the table: x = s·1ᵀE, so that ∂loss/∂1 = s·(∂loss/∂x) Eᵀ.
     """
     group = group.members(slice(1))
-    begun = begin(model, group, 0)
+    begun = run_trunk(model, group, 0)
 
     def loss(x_PLD):
         return losses(model, group, goal, begun.replace(response=begun.response.at[:, 0, :length].set(x_PLD))).mean()
 
     now, slope_PLD = jax.value_and_grad(loss)(begun.response[:, 0, :length])
     slope_LD = slope_PLD.sum(axis=0)  # P copies of one prompt
-    return now, model.config.embed_scale * product("ld,vd->lv", slope_LD, cast(model.embed[...], model.config))
+    return now, model.config.embed_scale * einsum_f32("ld,vd->lv", slope_LD, cast(model.embed[...], model.config))
 
 
 @partial(jax.jit, static_argnames=("length", "goal", "topk", "count"))
@@ -131,7 +131,7 @@ def attack(target: Target, rows: Sequence[Record]) -> Iterator[Outcome]:
 
 def search(target: Target, row: Record, frame: Frame, allowed_V: np.ndarray) -> Outcome:
     """GCG on one prompt. Each step goes on from the best of its candidates; the best of all steps is what is tried."""
-    o, goal, copies = target.options.gcg, len(target.goal()), sharding.size("prompts")
+    o, goal, copies = target.options.gcg, len(target.goal()), sharding.axis_size("prompts")
     length, topk = len(frame.suffix), min(o.topk, int(allowed_V.sum()))
     key = jax.random.key(target.rng(row).integers(2**31))
     suffix = best = frame.suffix

@@ -67,4 +67,4 @@ def default() -> ConfigDict:
 def validate(options: ConfigDict) -> None:
     """Raises InputError with one sentence for a number that cannot be run."""
     ranges.check(options, RANGES, "options")
-    config_lib.need(options.target.strip(), "options.target is blank: give the beginning of an answer.")
+    config_lib.require(options.target.strip(), "options.target is blank: give the beginning of an answer.")

@@ -12,16 +12,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from drirl_jax import train
+from drirl_jax import loading
 from drirl_jax.attacks import autodan, gcg, options, pair, templates
 from drirl_jax.attacks.target import Outcome, Target
-from drirl_jax.config import need
-from drirl_jax.data import records
+from drirl_jax.config import require
+from drirl_jax.data import fingerprints, records
 from drirl_jax.data.records import Record
-from drirl_jax.judges import JUDGES, UNSAFE, Judge, agreed, agreement, known
+from drirl_jax.judges import JUDGES, UNSAFE, Judge, agreement, describe_agreement, describe_facts
 from drirl_jax.reports.intervals import wilson
 from drirl_jax.reports.pages import markdown
-from drirl_jax.runtime import contents, endpoint, json_files, metrics, sharding, workdirs
+from drirl_jax.runtime import contents, endpoint, json_files, processes, progress, sharding, workdirs
 from drirl_jax.runtime.files import replace_file
 from drirl_jax.runtime.names import AGGREGATES
 from drirl_jax.runtime.names import check as check_names
@@ -54,15 +54,17 @@ def check(names: Sequence[str], o: ConfigDict) -> None:
     options.validate(o)
     for key, chosen, table in (("--attacks", names, ATTACKS), ("options.judges", o.judges, JUDGES)):
         unknown = [name for name in chosen if name not in table]
-        need(chosen and not unknown, f"{key} names {', '.join(unknown) or 'nothing'}: choose among {', '.join(table)}.")
+        require(
+            chosen and not unknown, f"{key} names {', '.join(unknown) or 'nothing'}: choose among {', '.join(table)}."
+        )
     if "autodan" in names:
-        need(o.autodan.templates, "AutoDAN needs templates: name a file of them in options.autodan.templates.")
+        require(o.autodan.templates, "AutoDAN needs templates: name a file of them in options.autodan.templates.")
         autodan.templates(o.autodan.templates)
     if "selfcipher" in names and o.selfcipher.demonstrations:
         templates.demonstrations(o.selfcipher.demonstrations)
     if asks_attacker(names, o):
-        endpoint.check(o.attacker)
-        need(jax.process_count() == 1, "PAIR and AutoDAN's mutation ask a server: run them in one process.")
+        endpoint.check_endpoint(o.attacker)
+        require(jax.process_count() == 1, "PAIR and AutoDAN's mutation ask a server: run them in one process.")
 
 
 def asks_attacker(names: Sequence[str], o: ConfigDict) -> bool:
@@ -78,7 +80,7 @@ def chosen(rows: Sequence[Record], harmless: Sequence[str], split: str, limit: i
             by_category.setdefault(row.category, []).append(row)
     ranked = sorted((rank, row.category, row) for some in by_category.values() for rank, row in enumerate(some))
     found = [row for *_, row in ranked]
-    need(found, f"the data has no harmful prompt in split {split!r}: see options.split.")
+    require(found, f"the data has no harmful prompt in split {split!r}: see options.split.")
     return found[:limit] if limit else found
 
 
@@ -96,28 +98,31 @@ def attack_model(
     Raises:
         InputError: something that the user gave is wrong.
     """
-    config = workdirs.of_policy(model, given)
-    sharding.connect(config.distributed)
+    config = workdirs.policy_config(model, given)
+    processes.connect(config.distributed)
     check(names, o)
     check_names("config.data.categories", config.data.categories, AGGREGATES)
-    rows = records.read(data, config.data.categories, optional=("draft", "response"))
+    rows = records.read_records(data, config.data.categories, optional=("draft", "response"))
     rows = chosen(rows, config.data.harmless, o.split, limit)
-    jax.set_mesh(sharding.mesh_of(config.mesh, [o.batch, o.gcg.width], jax.devices()))
+    jax.set_mesh(sharding.make_mesh(config.mesh, [o.batch, o.gcg.width], jax.devices()))
     attacker = endpoint.Endpoint(o.attacker, workdir / "attacker.jsonl") if asks_attacker(names, o) else None
-    judges = train.judges_of(model, config, o.judges, workdir / "judgements.jsonl")
-    target = Target(*train.load_policy(config), o, {name: safe(judge) for name, judge in judges.items()}, attacker)
-    if sharding.writes():
+    judges = loading.load_judges(model, config, o.judges, workdir / "judgements.jsonl")
+    target = Target(*loading.load_policy(config), o, {name: safe(judge) for name, judge in judges.items()}, attacker)
+    if processes.is_writer():
         asked = {name: value for name, value in o.items() if name not in ("batch", "max_prompt")}  # change no result
         said = {"model": config.policy, "categories": config.data.categories, "options": asked}
         said |= {"versions": {name: judge.version for name, judge in judges.items()}}
-        workdirs.remember(ConfigDict(said), workdir, contents_of(config, target, names))
-    about = [f"Judge {name}: {', '.join(filter(None, (of.version, known(of.facts))))}." for name, of in judges.items()]
+        workdirs.record_config(ConfigDict(said), workdir, contents_of(config, target, names))
+    about = [
+        f"Judge {name}: {', '.join(filter(None, (of.version, describe_facts(of.facts))))}."
+        for name, of in judges.items()
+    ]
     return run(target, rows, names, workdir, about)
 
 
 def contents_of(config: ConfigDict, target: Target, names: Sequence[str]) -> dict[str, str]:
     """The hash of what the results of these attacks depend on, beside the prompts, which stand in the results."""
-    found, o = workdirs.policy_contents(config, target.text), target.options
+    found, o = fingerprints.policy_contents(config, target.text), target.options
     if "autodan" in names:
         found["templates"] = contents.of_file(o.autodan.templates)
     if "selfcipher" in names and o.selfcipher.demonstrations:
@@ -148,25 +153,25 @@ def run(
         path = workdir / f"{attack}.jsonl"
         done = {result["id"]: result["prompt"] for result in results(path)}
         other = [row.id for row in rows if done.get(row.id, row.prompt) != row.prompt]
-        need(
+        require(
             not other,
             f"{path} has results of other prompts under the ids {', '.join(other[:3])}: the data has changed; put back "
             "what was there, or take another --workdir.",
         )
-        left = [row for row in rows if not sharding.agreed(row.id in done)]
-        progress = metrics.Progress(attack, len(rows), len(rows) - len(left), sharding.writes())
+        left = [row for row in rows if not processes.writers_value(row.id in done)]
+        bar = progress.Progress(attack, len(rows), len(rows) - len(left), processes.is_writer())
         began = time.perf_counter()
         for row, outcome in zip(left, ATTACKS[attack](target, left)):
             now = time.perf_counter()
             verdicts = {name: judge(row.prompt, outcome.response) for name, judge in target.judges.items()}
             facts = {"category": row.category, "prompt": row.prompt, "safe": verdicts, "seconds": now - began}
-            if sharding.writes():
+            if processes.is_writer():
                 with path.open("a") as file:
                     file.write(json.dumps(outcome._asdict() | facts) + "\n")
             began = now
-            progress.show({"queries": outcome.queries})
-        progress.close()
-    if not sharding.writes():
+            bar.show({"queries": outcome.queries})
+        bar.close()
+    if not processes.is_writer():
         return []
     ids = {row.id for row in rows}
     found = {name: [of for of in results(workdir / f"{name}.jsonl") if of["id"] in ids] for name in names}
@@ -174,14 +179,14 @@ def run(
     said = {judge: [result["safe"][judge] for of in found.values() for result in of] for judge in target.judges}
     missing = {judge: sum(verdict is None for verdict in of) for judge, of in said.items()}
     silent = [f"{n} responses left out without a verdict of {judge}." for judge, n in missing.items() if n]
-    lines = [table(rates), *about, *silent, *(f"{line}." for line in agreed(agreement(said)))]
+    lines = [table(rates), *about, *silent, *(f"{line}." for line in describe_agreement(agreement(said)))]
     replace_file(workdir / "table.md", "\n".join(lines) + "\n")
     return rates
 
 
 def results(path: pathlib.Path) -> list[dict]:
     """The results that a run has left; a last line that was torn as it was killed is cut off."""
-    if path.exists() and sharding.writes():
+    if path.exists() and processes.is_writer():
         whole = path.read_bytes()
         os.truncate(path, whole.rfind(b"\n") + 1)
     return json_files.rows(path, RESULT)

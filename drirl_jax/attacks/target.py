@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 from drirl_jax import rollout
 from drirl_jax.data import text
 from drirl_jax.data.records import Record
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.models import transformer, vocabulary
 from drirl_jax.models.architecture import need_positions
-from drirl_jax.models.transformer import Begun, Transformer
+from drirl_jax.models.transformer import Transformer, TrunkStates
 from drirl_jax.runtime import sharding
 from drirl_jax.runtime.endpoint import Endpoint
-from drirl_jax.stages.base import row_batches
+from drirl_jax.stages.base import batched_rows
 from drirl_jax.types import Array, Group, InputError
 
 BUCKET = 32  # prompts are padded to a multiple of so many tokens, so that few shapes are compiled
@@ -56,7 +57,7 @@ class Target:
     """
 
     model: Transformer
-    text: text.Text
+    text: ChatTokens
     options: ConfigDict
     judges: dict[str, Callable[[str, str], bool | None]]
     attacker: Endpoint | None = None
@@ -76,13 +77,13 @@ class Target:
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
         """Prompts [P, S] and their lengths [P], S a multiple of BUCKET. Raises InputError like `check`."""
         longest = self.check(rows)
-        return tuple(sharding.deal(x) for x in text.pad(rows, -(-longest // BUCKET) * BUCKET))
+        return tuple(sharding.shard_prompts(x) for x in text.pad(rows, -(-longest // BUCKET) * BUCKET))
 
     def answers(self, messages: Sequence[str]) -> list[str]:
         """The model's greedy answer to each message, options.batch at a time."""
         ids, said = [self.text.prompt_ids(message) for message in messages], []
-        for rows, real in row_batches(len(ids), min(self.options.batch, len(ids)), "answers"):
-            keys = rollout.row_keys(jax.random.key(0), jnp.asarray(rows), 1)  # unused at temperature 0
+        for rows, real in batched_rows(len(ids), min(self.options.batch, len(ids)), "answers"):
+            keys = rollout.response_keys(jax.random.key(0), jnp.asarray(rows), 1)  # unused at temperature 0
             out = rollout.sample(
                 self.model, *self.padded([ids[i] for i in rows]), keys,
                 max_new=self.options.max_new, temperature=0.0, eos=self.text.eos_ids,
@@ -104,7 +105,7 @@ class Target:
         return np.random.default_rng([self.options.seed, zlib.crc32(row.id.encode())])
 
 
-def losses(model: Transformer, group: Group, goal: int, begun: Begun | None = None) -> Array:
+def losses(model: Transformer, group: Group, goal: int, begun: TrunkStates | None = None) -> Array:
     """Cross-entropy of each response's last `goal` tokens, their mean in nats, [P, G].
 
     Only their states are multiplied with the vocabulary. Responses fill their width.
@@ -114,7 +115,7 @@ def losses(model: Transformer, group: Group, goal: int, begun: Begun | None = No
     """
     P, G, _ = group.response.shape
     prompt_PSD, response_PGTD = transformer.apply(model, group, begun=begun)
-    read_PGMD = transformer.predictors((prompt_PSD, response_PGTD), group)[:, :, -goal:]
+    read_PGMD = transformer.predicting_states((prompt_PSD, response_PGTD), group)[:, :, -goal:]
     logp_PN, _ = vocabulary.logprobs(
         transformer.cast(model.unembed, model.config), read_PGMD.reshape(P, G * goal, -1),
         group.response[:, :, -goal:].reshape(P, -1), jnp.ones((P, G * goal)), cap=model.config.final_softcap,

@@ -1,6 +1,6 @@
 """How robust a model is: published attacks on it, and the share of harmful prompts that it then answers.
 
-python -m drirl_jax.commands.attack --model runs/quickstart --attacks none,gcg --options configs/attack.py --workdir runs/attack
+python -m drirl_jax attack --model runs/quickstart --attacks none,gcg --options configs/attack.py --workdir runs/attack
 
 MODEL is the workdir of a finished run, whose aligned model is attacked, or a model as config.policy.init names it; for
 that a --config may give categories, system turn, dtype and mesh, and for either its evals name the judges' endpoint and
@@ -34,13 +34,13 @@ def main(argv: list[str]) -> None:
     for name, value in (("model", MODEL.value), ("workdir", command.WORKDIR.value)):
         if value is None:
             raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-    options, workdir = OPTIONS.value or options_lib.default(), bucket.folder(command.WORKDIR.value)
+    options, workdir = OPTIONS.value or options_lib.default(), bucket.local_folder(command.WORKDIR.value)
     rates = runner.attack_model(
         MODEL.value, command.CONFIG.value, NAMES.value, DATA.value, LIMIT.value, options, workdir
     )
     if rates:
         told = [rate._asdict() for rate in rates]
-        console.result(f"{runner.table(rates)}\nwhat the model said: {workdir}", rates=told)
+        console.print_result(f"{runner.table(rates)}\nwhat the model said: {workdir}", rates=told)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long the parts of an alignment step take, and how near that comes to what the machine can do.
 
-python -m drirl_jax.commands.bench --config configs/bench.py [--shape S=64] [--grow G=1,2,4,8] [--steps 5] [--json bench.json]
+python -m drirl_jax bench --config configs/bench.py [--shape S=64] [--grow G=1,2,4,8] [--steps 5] [--json bench.json]
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from drirl_jax import loading
 from drirl_jax import main as command
-from drirl_jax import train
 from drirl_jax.costs.roofline import Shape, floor, irl_floor, measure_machine
 from drirl_jax.data.examples import Examples
 from drirl_jax.models import reward, transformer
-from drirl_jax.runtime import console, preemption, sharding
-from drirl_jax.runtime.files import place, replace_file
-from drirl_jax.runtime.metrics import Clock
+from drirl_jax.runtime import console, processes, sharding
+from drirl_jax.runtime.files import expand_path, replace_file
+from drirl_jax.runtime.progress import Clock
 from drirl_jax.stages import align, irl, objectives
 from drirl_jax.stages.base import Context
 from drirl_jax.types import InputError
@@ -125,7 +125,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     keys = {"P": "align.batch", "G": "align.group", "T": "sampler.max_new"}
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({keys[letter]: value for letter, value in shape.items() if letter in keys})
-    context = train.prepare(config)
+    context = loading.load_context(config)
     endless = copy.copy(context.text)
     endless.eos_ids = (-1,)  # no token has this id, so that every response has T tokens, as the floor counts
     context = dataclasses.replace(context, clock=clock, text=endless)
@@ -184,7 +184,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
 def run_apart(config: ConfigDict, steps: int, shape: dict[str, int]) -> dict:
     """`run` in a process of its own, as the peak memory of a process never falls."""
     fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, fresh, initializer=preemption.keep_memory) as executor:
+    with concurrent.futures.ProcessPoolExecutor(1, fresh, initializer=processes.keep_freed_memory) as executor:
         return executor.submit(run, config, steps, shape).result()
 
 
@@ -253,9 +253,9 @@ def main(argv: list[str]) -> None:
     else:
         result = run(command.CONFIG.value, STEPS.value, shape)
         text = table(result)
-    console.result(text, **result)
+    console.print_result(text, **result)
     if JSON.value:
-        replace_file(place(JSON.value), json.dumps(result, indent=1) + "\n")
+        replace_file(expand_path(JSON.value), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

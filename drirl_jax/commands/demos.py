@@ -1,6 +1,6 @@
 """Writes demonstrations for your own prompts, by Chain of Draft (see `drirl_jax/data/drafts.py`).
 
-python -m drirl_jax.commands.demos --config configs/quickstart.py --prompts prompts.jsonl --out mine.jsonl
+python -m drirl_jax demos --config configs/quickstart.py --prompts prompts.jsonl --out mine.jsonl
 
 PROMPTS holds one object a line with id, category, lang, split and prompt; OUT gets the schema of `data/records.py`, for
 --config.data.path=mine.jsonl. Another model than the policy writes them with --config.demos.generator=endpoint,
@@ -15,11 +15,11 @@ import pathlib
 from absl import flags
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, judges, train
+from drirl_jax import checks, judges, loading
 from drirl_jax import main as command
 from drirl_jax.data import drafts, generators, records
 from drirl_jax.runtime import console
-from drirl_jax.runtime.files import beside, need_apart, place, replace_file
+from drirl_jax.runtime.files import beside, expand_path, need_apart, replace_file
 from drirl_jax.types import InputError
 
 PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts.")
@@ -34,12 +34,12 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
     """
     checks.validate(config)
     need_apart(out, prompts)
-    rows = records.read(prompts, config.data.categories, optional=("draft", "response"))
+    rows = records.read_records(prompts, config.data.categories, optional=("draft", "response"))
     section = config.demos
     records.require(rows, config.data.categories, "train", section.per_category)
-    embedder = train.load_encoder(config)
+    embedder = loading.load_encoder(config)
     memory = beside(out, "replies")
-    generate = generators.GENERATORS[section.generator](section, lambda: train.load_policy(config), memory)
+    generate = generators.GENERATORS[section.generator](section, lambda: loading.load_policy(config), memory)
     outcome = drafts.make(
         rows,
         section,
@@ -47,7 +47,7 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
         harmless=config.data.harmless,
         generate=generate,
         embed=embedder,
-        judge=judges.refuses(judges.Setting(config, beside(out, "judgements"))),
+        judge=judges.refusal_check(judges.Setting(config, beside(out, "judgements"))),
         model=config.policy.init if section.generator == "policy" else section.endpoint.model,
         seed=config.seed,
     )
@@ -61,9 +61,9 @@ def main(argv: list[str]) -> None:
     for name, value in (("config", command.CONFIG.value), ("prompts", PROMPTS.value), ("out", OUT.value)):
         if value is None:
             raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-    outcome = run(command.CONFIG.value, place(PROMPTS.value), place(OUT.value))
+    outcome = run(command.CONFIG.value, expand_path(PROMPTS.value), expand_path(OUT.value))
     told = {"demonstrations": len(outcome.records), "asked": outcome.asked, "left_out": outcome.left_out}
-    console.result(f"{outcome.summary()}\nwritten to {OUT.value}", **told, out=OUT.value)
+    console.print_result(f"{outcome.summary()}\nwritten to {OUT.value}", **told, out=OUT.value)
 
 
 if __name__ == "__main__":

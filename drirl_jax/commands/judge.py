@@ -1,7 +1,7 @@
 """Judges of responses: fits the trained one, and compares all with labels.
 
-python -m drirl_jax.commands.judge --fit LABELLED.jsonl --to judge.safetensors
-python -m drirl_jax.commands.judge --compare LABELLED.csv --raters phrases,classifier --classifier judge.safetensors --to a.json
+python -m drirl_jax judge --fit LABELLED.jsonl --to judge.safetensors
+python -m drirl_jax judge --compare LABELLED.csv --raters phrases,classifier --classifier judge.safetensors --to a.json
 
 `drirl_jax/judges/labels.py` says what the files hold: XSTest's published completions and JailbreakBench's comparison
 of judges have people's labels. Other options, such as the endpoint, are those of config.evals in a --config file.
@@ -21,7 +21,7 @@ from drirl_jax import main as command
 from drirl_jax.judges import classifier, labels
 from drirl_jax.models import hf
 from drirl_jax.runtime import console
-from drirl_jax.runtime.files import beside, need_apart, place, replace_file
+from drirl_jax.runtime.files import beside, expand_path, need_apart, replace_file
 from drirl_jax.types import InputError
 
 FIT = flags.DEFINE_string("fit", None, "Labelled responses to fit the classifier on.")
@@ -45,7 +45,7 @@ def compare(config: ConfigDict, path: pathlib.Path, memory: pathlib.Path) -> dic
         {"file", "versions", "harm", "refusal"}: the last two of `judges.agreement`, with "label" among the raters, of
         the rows that are labelled so; {} where there are none.
     """
-    rows = labels.read(path)
+    rows = labels.load_labels(path)
     setting = judges.Setting(config, memory, lambda: hf.resolve(config.encoder.init))
     raters = {name: judges.JUDGES[name].make(setting) for name in config.evals.judges}
     found: dict = {"file": path.name, "versions": {name: judge.version for name, judge in raters.items()}}
@@ -56,7 +56,7 @@ def compare(config: ConfigDict, path: pathlib.Path, memory: pathlib.Path) -> dic
         for name in config.evals.judges if of else ():
             if what in judges.JUDGES[name].tells:
                 verdict = getattr(raters[name], what)(*texts)
-                said[name] = judges.unsafe(verdict) if what == "harm" else verdict
+                said[name] = judges.is_unsafe(verdict) if what == "harm" else verdict
         found[what] = judges.agreement(said) if of else {}
     return found
 
@@ -64,11 +64,9 @@ def compare(config: ConfigDict, path: pathlib.Path, memory: pathlib.Path) -> dic
 def main(argv: list[str]) -> None:
     """The fit or the comparison that the flags ask for. Raises InputError."""
     if (FIT.value is None) == (COMPARE.value is None) or TO.value is None:
-        raise InputError(
-            "give --fit or --compare, one of them, and --to: see python -m drirl_jax.commands.judge --help."
-        )
+        raise InputError("give --fit or --compare, one of them, and --to: see python -m drirl_jax judge --help.")
     config = (command.CONFIG.value or config_lib.default()).copy_and_resolve_references()
-    out, given = place(TO.value), place(FIT.value if COMPARE.value is None else COMPARE.value)
+    out, given = expand_path(TO.value), expand_path(FIT.value if COMPARE.value is None else COMPARE.value)
     need_apart(out, given)
     if FIT.value is not None:
         told = fit(config, given, out)
@@ -77,7 +75,7 @@ def main(argv: list[str]) -> None:
         checks.validate(config)
         told = compare(config, given, beside(out, "judgements"))
         replace_file(out, json.dumps(told, indent=1) + "\n")
-    console.result(f"{json.dumps(told, indent=1)}\nwritten to {out}", **told, out=str(out))
+    console.print_result(f"{json.dumps(told, indent=1)}\nwritten to {out}", **told, out=str(out))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a run would take on a TPU slice or a node of GPUs, told by their own compilers, which need no such chip.
 
-python -m drirl_jax.commands.plan --config configs/llama31_8b.py --topology v5e:8x8
-python -m drirl_jax.commands.plan --config configs/llama31_8b.py:gpus --topology h100:8
+python -m drirl_jax plan --config configs/llama31_8b.py --topology v5e:8x8
+python -m drirl_jax plan --config configs/llama31_8b.py:gpus --topology h100:8
 
 Needs the libtpu of this jax, or its CUDA plugin (the extras `plan`, `cuda`). For GRPO with rewards of the IRL stage,
 one by the prompt's category: every jitted function that holds the model is compiled for the chips as config.mesh lays
@@ -33,9 +33,9 @@ from drirl_jax.models import families, flash, hf, reward
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.runtime import console, sharding
-from drirl_jax.runtime.files import place, replace_file
+from drirl_jax.runtime.files import expand_path, replace_file
 from drirl_jax.stages import align, irl, objectives, optimizer
-from drirl_jax.stages.base import POLICIES, Context, moved
+from drirl_jax.stages.base import POLICIES, Context, reshard
 from drirl_jax.types import Group, InputError, PyTree
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as v5e:8x8, v5p:2x2x4 or v6e:4x4, or h100:8.")
@@ -114,7 +114,7 @@ class Program(NamedTuple):
 
 def dealt(tree: PyTree) -> PyTree:
     """The same of a batch: by its first axis, the prompts."""
-    return sharding.described(tree, lambda path, x: ("prompts",))
+    return sharding.sharded_shapes(tree, lambda path, x: ("prompts",))
 
 
 def ids(*shape: int) -> jax.ShapeDtypeStruct:
@@ -127,26 +127,26 @@ def group(P: int, S: int, G: int, T: int) -> Group:
     return Group(ids(P, S), ids(P), ids(P, G, T), ids(P, G), ids(P))
 
 
-def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[Program]]:
+def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[Program]]:
     """What lies on the devices all the time (trunk, train state, reward bank), and the functions; on the mesh that is
     set."""
     c, T, S = config.align, config.sampler.max_new, config.data.max_prompt
     # Nothing here may run: the mesh is of devices that are not there.
-    model = sharding.described(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
+    model = sharding.sharded_shapes(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
     context = Context(config, model, None, None, {})
     policy, objective, roles = POLICIES[config.policy.tune], objectives.OBJECTIVES[c.objective], objectives.ROLES
-    transformation = align.transformation_of(config)
+    transformation = align.make_transformation(config)
 
     def init(model):
         params = policy.init(config.policy, model, jax.random.key(0))
-        return optimizer.init(transformation, objectives.init(objective, params, model))
+        return optimizer.init(transformation, objectives.init_params(objective, params, model))
 
     def init_rewards(model):
         return irl.init_rewards(dataclasses.replace(context, model=model))
 
-    train = sharding.described(jax.eval_shape(init, model))
-    rewards = sharding.described(jax.eval_shape(init_rewards, model))
-    statistics = sharding.described(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
+    train = sharding.sharded_shapes(jax.eval_shape(init, model))
+    rewards = sharding.sharded_shapes(jax.eval_shape(init_rewards, model))
+    statistics = sharding.sharded_shapes(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
     bank = reward.Bank(rewards, statistics, statistics)
 
     sampling = sharding.sampling_mesh(config.sampler.mesh, c.batch, jax.sharding.get_mesh())
@@ -154,33 +154,33 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
     def sample(name, times, model, P, G, T, temperature) -> Iterator[Program]:
         if sampling:
             held = (model,)
-            yield Program(f"{name}: move", times, lambda: moved.trace(*held), held, mesh=sampling)
-            model = jax.eval_shape(moved, model)
+            yield Program(f"{name}: move", times, lambda: reshard.trace(*held), held, mesh=sampling)
+            model = jax.eval_shape(reshard, model)
         with jax.set_mesh(sampling or jax.sharding.get_mesh()):
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (P, G)))
             options = dict(max_new=T, temperature=temperature, eos=(0,), compact=())  # no row ends before the others
-            args = (sharding.described(model), ids(P, S), ids(P), keys)
+            args = (sharding.sharded_shapes(model), ids(P, S), ids(P), keys)
         yield Program(name, times, lambda: rollout.sample.trace(*args, **options), args, T, sampling)
 
     def aligned() -> Iterator[Program]:
         merged = model
         if config.policy.tune == "lora":
             args = (model, train.params.policy)
-            merged = sharding.described(jax.eval_shape(policy.merged, *args))
+            merged = sharding.sharded_shapes(jax.eval_shape(policy.merged, *args))
             yield Program("merge", 1, lambda: policy.merged.trace(*args), args)
         P, G, shared = c.batch, c.group, context.shared
         yield from sample("sample", 1, merged, P, G, T, config.sampler.temperature)
         whole = group(P, S, G + 1 + roles[config.grpo.contrast].counts, T)
         begun = None
         if shared.layers:
-            yield Program("trunk", 1, lambda: align.begin.trace(model, whole, layers=shared.layers), (model, whole))
-            begun = dealt(jax.eval_shape(lambda m, g: align.begin(m, g, layers=shared.layers), model, whole))
+            yield Program("trunk", 1, lambda: align.run_trunk.trace(model, whole, layers=shared.layers), (model, whole))
+            begun = dealt(jax.eval_shape(lambda m, g: align.run_trunk(m, g, layers=shared.layers), model, whole))
         args = (model, bank, whole, begun if shared.rewards else None)
         yield Program("rewards", 1, lambda: jax.jit(reward.score).trace(*args), args)
 
         def scored(model, params, group, begun, logp, value, alpha):
             kept, answered = jnp.ones(alpha.shape, bool), np.zeros(P, bool)
-            found = objectives.Scored(group, logp, value, alpha, kept, begun, shared.policy, answered)
+            found = objectives.ScoredGroup(group, logp, value, alpha, kept, begun, shared.policy, answered)
             return objective.batch(dataclasses.replace(context, model=model), model, params, found)[0]
 
         def floats(*shape):
@@ -194,16 +194,16 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
             sampled = (model, group(P, S, G, T), config.sampler.temperature, begun and dealt(_first(begun, G)))
             yield Program("reference", 1, lambda: objectives.logprobs.trace(*sampled), sampled)
         updated = (train, model, dealt(batch))
-        yield Program("update", c.epochs, lambda: align.updater(config, transformation).trace(*updated), updated)
+        yield Program("update", c.epochs, lambda: align.make_update(config, transformation).trace(*updated), updated)
 
     def learned() -> Iterator[Program]:
         K, P = len(irl.negative_weights(config.irl)), config.irl.batch
         pairs = irl.Pairs(group(P, S, 1 + K, T), ids(P, K), ids(P, K), ids(P, K))
         optimiser = optimizer.make(config.irl.optimizer, config.irl.steps)
-        state = sharding.described(jax.eval_shape(lambda m: optimizer.init(optimiser, init_rewards(m)), model))
+        state = sharding.sharded_shapes(jax.eval_shape(lambda m: optimizer.init(optimiser, init_rewards(m)), model))
         args = (state, model, pairs)
-        yield Program("irl update", 0, lambda: irl.updater(config, optimiser).trace(*args), args)
-        P = sharding.dealt(max(1, config.evals.batch // config.irl.samples))
+        yield Program("irl update", 0, lambda: irl.make_update(config, optimiser).trace(*args), args)
+        P = sharding.round_up_prompts(max(1, config.evals.batch // config.irl.samples))
         yield from sample("irl sample", 0, model, P, config.irl.samples, T, config.sampler.temperature)
 
     def every() -> Iterator[Program]:
@@ -212,7 +212,7 @@ def programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[
             yield from learned()
         if "evals" in config.schedule:
             e = config.evals
-            yield from sample("evals sample", 0, model, sharding.dealt(e.batch), 1, e.max_new, e.temperature)
+            yield from sample("evals sample", 0, model, sharding.round_up_prompts(e.batch), 1, e.max_new, e.temperature)
 
     return [model, train, bank], every()
 
@@ -240,14 +240,14 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
     memory, traffic = compiled.memory_analysis(), programs.traffic(compiled.as_text(), program.loop)
     # Not the compiled arguments: what a program does not read of a tree lies there all the same.
     apart = [arg for arg in program.args if not any(arg is tree for tree in resident)]
-    held = sum(map(sharding.held, [*resident, *apart]))
+    held = sum(map(sharding.bytes_per_device, [*resident, *apart]))
     works = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     works += memory.output_size_in_bytes - memory.alias_size_in_bytes
     if held + works > chip.memory:
         return told | {"needs": f"{(held + works) / 2**30:.1f} GiB of {chip.memory / 2**30:.1f}"}
     once = programs.operations(jaxpr, lambda length: 1) / chips
     kernels = programs.operations(jaxpr, lambda length: length or program.loop, kernels=True) / chips
-    read = program.loop * sum(map(sharding.held, program.args))
+    read = program.loop * sum(map(sharding.bytes_per_device, program.args))
     return told | {
         "memory": held + works,
         "seconds": seconds_of(chip, traffic.cycles, logical, kernels, read),
@@ -278,7 +278,9 @@ def seconds_of(chip: Chip, cycles: float, products: float, kernels: float, read:
 def chip_of(topology: str) -> Chip:
     """The row of CHIPS that a topology begins with. Raises InputError where there is none."""
     kind = topology.partition(":")[0]
-    config_lib.need(kind in CHIPS, f"--topology is {topology}: give one of {', '.join(CHIPS)} and a shape, as v5e:8x8.")
+    config_lib.require(
+        kind in CHIPS, f"--topology is {topology}: give one of {', '.join(CHIPS)} and a shape, as v5e:8x8."
+    )
     return CHIPS[kind]
 
 
@@ -306,16 +308,16 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
             mesh does not fit.
     """
     asked = (config.align.objective, config.reward.source, config.reward.route)
-    config_lib.need(
+    config_lib.require(
         asked == ("grpo", "irl", "category"),
         f"a plan is of align.objective, reward.source and reward.route 'grpo', 'irl' and 'category', not of {asked}.",
     )
     devices = devices_of(topology)
-    mesh = sharding.mesh_of(config.mesh, config_lib.micro_batches(config), devices)
+    mesh = sharding.make_mesh(config.mesh, config_lib.micro_batch_sizes(config), devices)
     with jax.set_mesh(mesh):
-        resident, every = programs(config, shape)
+        resident, every = run_programs(config, shape)
         found = [measure(program, resident, chip_of(topology)) for program in every]
-        held = sum(map(sharding.held, resident))
+        held = sum(map(sharding.bytes_per_device, resident))
         return {"topology": topology, "mesh": dict(mesh.shape), "resident": held, "programs": found}
 
 
@@ -358,21 +360,21 @@ def table(result: dict) -> str:
 def main(argv: list[str]) -> None:
     """The plan that the flags ask for. Raises InputError."""
     for flag in (command.CONFIG, TOPOLOGY):
-        config_lib.need(flag.value is not None, f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
+        config_lib.require(flag.value is not None, f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
     config = command.CONFIG.value
     checks.validate(config)
     if MODEL.value:
         known = ", ".join(families.PRESETS)
-        config_lib.need(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {known}.")
+        config_lib.require(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {known}.")
         shape = families.PRESETS[MODEL.value]
     else:
         shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
     shape = shape._replace(**{name: config.policy[name] for name in ("dtype", "weights", "attention")})
     flash.require(shape, chip_of(TOPOLOGY.value).platform)
     result = plan(config, shape, TOPOLOGY.value)
-    console.result(table(result), **result)
+    console.print_result(table(result), **result)
     if PLAN.value:
-        replace_file(place(PLAN.value), json.dumps(result, indent=1) + "\n")
+        replace_file(expand_path(PLAN.value), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Variants of a config x seeds, each a run of its own, and one report that compares them.
 
-python -m drirl_jax.commands.study --config configs/study_smollm2.py --workdir runs/study
+python -m drirl_jax study --config configs/study_smollm2.py --workdir runs/study
 
 The config has `base` (a run's config), `variants` (by name, what each changes), `seeds`, `reference`, the variant that
 the others are compared with, and `jobs`, how many run at a time (on a CPU: an accelerator has room for one). Started
@@ -32,16 +32,18 @@ from ml_collections import ConfigDict
 from drirl_jax import checks, judges, train
 from drirl_jax import config as config_lib
 from drirl_jax import main as command
-from drirl_jax.data.text import Text
+from drirl_jax.data import fingerprints
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import diversity
 from drirl_jax.models import hf
 from drirl_jax.reports import pages, plots
 from drirl_jax.reports.intervals import Interval, difference, interval
 from drirl_jax.reports.plots import percent
 from drirl_jax.runtime import bucket, console, json_files, metrics, names, workdirs
-from drirl_jax.runtime.files import place, replace_file
+from drirl_jax.runtime.files import expand_path, replace_file
 from drirl_jax.runtime.names import file_name
-from drirl_jax.runtime.preemption import PREEMPTED, keep_memory
+from drirl_jax.runtime.preemption import PREEMPTED
+from drirl_jax.runtime.processes import keep_freed_memory
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ def _last(name: str, rows: int = 10) -> Callable:
 
     def of(result, folder):
         path = folder / "metrics.jsonl"
-        found = [row[name] for row in metrics.read(path) if row["stage"] == "align" and row.get(name) is not None]
+        found = [row[name] for row in metrics.read_jsonl(path) if row["stage"] == "align" and row.get(name) is not None]
         return float(np.mean(found[-rows:])) if found else None
 
     return of
@@ -102,7 +104,7 @@ def _last(name: str, rows: int = 10) -> Callable:
 
 def _minutes(result: dict, folder: pathlib.Path) -> float:
     """Of the alignment alone, as runs share the IRL stage."""
-    rows = [row for row in metrics.read(folder / "timing.jsonl") if row["stage"] == "align"]
+    rows = [row for row in metrics.read_jsonl(folder / "timing.jsonl") if row["stage"] == "align"]
     return sum(row["collect_s"] + row["update_s"] for row in rows) / 60
 
 
@@ -141,7 +143,7 @@ def reward_key(config: ConfigDict) -> str:
     """Equal for configs whose IRL stages end with the same rewards."""
     whole = ConfigDict(json.loads(config.to_json_best_effort(sort_keys=True)))
     if config.irl.policy == "frozen":
-        parts = {key: config_lib.get(whole, key) for key in REWARDS_DEPEND_ON}
+        parts = {key: config_lib.get_option(whole, key) for key in REWARDS_DEPEND_ON}
     else:  # the inner policy's alignment shapes them too
         parts = {key: value for key, value in whole.items() if key not in ("schedule", "evals", "checkpoint")}
     return json.dumps(parts, default=lambda section: section.to_dict(), sort_keys=True)
@@ -150,22 +152,22 @@ def reward_key(config: ConfigDict) -> str:
 def check(study: ConfigDict) -> None:
     """Raises InputError with one sentence for a study that cannot be run."""
     missing = [key for key in ("base", "variants", "seeds", "reference", "jobs") if key not in study]
-    config_lib.need(
+    config_lib.require(
         not missing, f"the config lacks {', '.join(missing)}, so it is no study: see configs/study_smollm2.py."
     )
     known = ", ".join(map(str, study.variants))
-    config_lib.need(len(study.seeds) > 0, "seeds is empty: give at least one.")
+    config_lib.require(len(study.seeds) > 0, "seeds is empty: give at least one.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    config_lib.need(
+    config_lib.require(
         1 <= study.jobs <= cores,
         f"jobs is {study.jobs}: give 1, or at most the {cores} cores that this process may use and give away.",
     )
     names.check("variants", study.variants, (BASE, *FILES))
-    config_lib.need(
+    config_lib.require(
         len(set(study.seeds)) == len(study.seeds) and all(isinstance(seed, int) for seed in study.seeds),
         f"seeds is {tuple(study.seeds)}: give whole numbers, each once.",
     )
-    config_lib.need(
+    config_lib.require(
         study.reference in study.variants,
         f"reference is {study.reference!r}, which is no variant: choose one of {known}.",
     )
@@ -173,7 +175,7 @@ def check(study: ConfigDict) -> None:
         config = config_of(study, name, study.seeds[0])
         try:
             checks.validate(config)
-            config_lib.need(
+            config_lib.require(
                 "evals" in config.schedule, "config.schedule lacks 'evals', so there is nothing to compare."
             )
         except InputError as error:
@@ -183,7 +185,7 @@ def check(study: ConfigDict) -> None:
 def take_base(source: pathlib.Path, config: ConfigDict, folder: pathlib.Path) -> None:
     """Copies the evaluation of the untrained policy from the run whose rewards are taken, where it is the same."""
     evaluated, here = (run / "evals" / "base.json" for run in (source, folder))
-    if evaluated.exists() and not here.exists() and workdirs.recall(source).evals == config.evals:
+    if evaluated.exists() and not here.exists() and workdirs.load_config(source).evals == config.evals:
         replace_file(here, evaluated.read_text("utf-8"))
 
 
@@ -197,7 +199,7 @@ def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, 
         config = config_of(study, name, seed)
         key = reward_key(config)
         if (folder / "config.json").exists():  # it keeps the rewards that it took then
-            theirs = workdirs.recall(folder)
+            theirs = workdirs.load_config(folder)
             source, schedule = theirs.reward.init, theirs.schedule
         else:
             source = str(learned.get(key, "")) if "irl" in config.schedule else config.reward.init
@@ -212,13 +214,13 @@ def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, 
 
 def _contents(config: ConfigDict) -> dict[str, str]:
     """The hash of what a finished run was made of, but for the items of its benchmarks, which are in its results."""
-    return workdirs.contents_of(config, _tokens(config.policy.init, config.policy.system))
+    return fingerprints.run_contents(config, _tokens(config.policy.init, config.policy.system))
 
 
 @functools.cache
-def _tokens(init: str, system: str | None) -> Text:
+def _tokens(init: str, system: str | None) -> ChatTokens:
     """Of a policy; runs of a study mostly share one."""
-    return Text(hf.load_tokenizer(hf.resolve(init)), system)
+    return ChatTokens(hf.load_tokenizer(hf.resolve(init)), system)
 
 
 def _follow() -> None:
@@ -229,8 +231,8 @@ def _follow() -> None:
 
 def _enter(cores: Sequence[int], mode: str) -> None:
     """Leaves these cores to the process, all if none are named; it speaks as the study does, and ends with it."""
-    console.speak(mode)
-    keep_memory()
+    console.set_mode(mode)
+    keep_freed_memory()
     threading.Thread(target=_follow, daemon=True).start()
     if cores:
         os.sched_setaffinity(0, cores)
@@ -264,10 +266,10 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
         if rewards:
             rewards.result()
         if (folder / "evals" / "aligned.json").exists():
-            return workdirs.remember(config, folder, _contents(config))
+            return workdirs.record_config(config, folder, _contents(config))
         log.info("run %d of %d: %s, seed %d", number, len(runs), names.name_of_file(folder.parent.name), config.seed)
         if config.reward.init:
-            take_base(place(config.reward.init), config, folder)
+            take_base(expand_path(config.reward.init), config, folder)
         cores = free.get()
         try:
             with concurrent.futures.ProcessPoolExecutor(1, fresh, _enter, (cores, console.mode())) as process:
@@ -409,7 +411,7 @@ def draw_curves(study: ConfigDict, found: dict, folder: pathlib.Path) -> dict[st
     """By variant, one picture of its training curves."""
     drawn = {}
     for name in study.variants:
-        rows = mean_metrics([metrics.read(of / "metrics.jsonl") for _, of in found[name]])
+        rows = mean_metrics([metrics.read_jsonl(of / "metrics.jsonl") for _, of in found[name]])
         drawn[name] = plots.training_curves(rows, study.base.data.categories, folder / file_name(name))["curves"]
     return drawn
 
@@ -441,10 +443,10 @@ def main(argv: list[str]) -> None:
     for flag in (command.CONFIG, command.WORKDIR):
         if flag.value is None:
             raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
-    study, workdir = command.CONFIG.value, bucket.folder(command.WORKDIR.value)
+    study, workdir = command.CONFIG.value, bucket.local_folder(command.WORKDIR.value)
     names.need_place_of_run(workdir.absolute())
     run_all(study, workdir)
-    console.result(report(study, workdir), workdir=str(workdir))
+    console.print_result(report(study, workdir), workdir=str(workdir))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from drirl_jax import train
+from drirl_jax import loading
 from drirl_jax.costs.roofline import Machine, Shape, floor, forward_flops, irl_floor, measure_machine
-from drirl_jax.data import overlap
+from drirl_jax.data import fingerprints, overlap
 from drirl_jax.data.examples import require_both_kinds
 from drirl_jax.evals import runner
 from drirl_jax.models.architecture import Config
 from drirl_jax.reports import status
-from drirl_jax.runtime import bucket, preemption, sharding, workdirs
+from drirl_jax.runtime import bucket, lock, sharding, workdirs
 from drirl_jax.stages import align, irl, objectives, optimizer
 from drirl_jax.stages.base import POLICIES, Context
 from drirl_jax.types import PyTree
@@ -32,13 +32,13 @@ from drirl_jax.types import PyTree
 COUNTED = Machine(flops=1.0, bandwidth=math.inf)  # of which the floor's seconds are operations
 
 
-def of(config: ConfigDict, workdir: pathlib.Path) -> dict:
+def plan_run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     """`planned` from a config; checks what `train.run` checks, starts nothing and writes nothing.
 
     Raises:
         InputError: something that the user gave is wrong.
     """
-    return planned(train.prepare(config, load=False), workdir)
+    return planned(loading.load_context(config, load=False), workdir)
 
 
 def planned(context: Context, workdir: pathlib.Path) -> dict:
@@ -60,11 +60,11 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
     for stage, splits in {"irl": ("train", "valid"), "align": ("train",)}.items():
         for split in splits if contrasted[stage] and stage in config.schedule else ():
             require_both_kinds(context.examples[split], harmless, split)
-    asked = runner.questions_of(context)
-    preemption.require_free(workdir)
+    asked = runner.load_benchmarks(context)
+    lock.require_free(workdir)
     if config.reward.init:
-        train.need_same_policy(context, bucket.path(config.reward.init))
-    begun = status.of(workdir) if _goes_on(context, workdir, asked) else None
+        loading.require_same_policy(context, bucket.parse_path(config.reward.init))
+    begun = status.run_status(workdir) if _goes_on(context, workdir, asked) else None
     shapes = placed(context)
     mesh = jax.sharding.get_mesh()
     # Emulated devices share the cores on which the rate is measured.
@@ -89,9 +89,9 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
 
 def _goes_on(context: Context, workdir: pathlib.Path, asked: list) -> bool:
     """Whether the run was begun there. Raises InputError where the workdir holds another one."""
-    begun = workdirs.belongs(context.config, workdir)  # a few options, before many files are hashed
-    return begun and workdirs.belongs(
-        context.config, workdir, workdirs.contents_of(context.config, context.text, asked)
+    begun = workdirs.check_config(context.config, workdir)  # a few options, before many files are hashed
+    return begun and workdirs.check_config(
+        context.config, workdir, fingerprints.run_contents(context.config, context.text, asked)
     )
 
 
@@ -110,23 +110,23 @@ def placed(context: Context) -> dict[str, PyTree]:
     """What lies on the devices, as shapes with their places: the policy, what is trained of it, rewards, states."""
     config, key = context.config, jax.random.key(0)
     policy, objective = POLICIES[config.policy.tune], objectives.OBJECTIVES[config.align.objective]
-    model = sharding.described(context.model)
+    model = sharding.sharded_shapes(context.model)
 
     def trained(model):
-        return objectives.init(objective, policy.init(config.policy, model, key), model)
+        return objectives.init_params(objective, policy.init(config.policy, model, key), model)
 
     def rewards(model):
         return irl.init_rewards(dataclasses.replace(context, model=model))
 
     def state(init, transformation):
-        return sharding.described(jax.eval_shape(lambda m: optimizer.init(transformation, init(m)), model))
+        return sharding.sharded_shapes(jax.eval_shape(lambda m: optimizer.init(transformation, init(m)), model))
 
     return {
         "policy": model,
-        "trained": sharding.described(jax.eval_shape(trained, model)),
-        "rewards": sharding.described(jax.eval_shape(rewards, model)),
+        "trained": sharding.sharded_shapes(jax.eval_shape(trained, model)),
+        "rewards": sharding.sharded_shapes(jax.eval_shape(rewards, model)),
         "encoder": context.embedder.encoder,
-        "align": state(trained, align.transformation_of(config)),
+        "align": state(trained, align.make_transformation(config)),
         "irl": state(rewards, optimizer.make(config.irl.optimizer, config.irl.steps)),
     }
 
@@ -236,7 +236,7 @@ def memory(context: Context, shapes: dict[str, PyTree]) -> dict[str, float]:
     layer's attention and a chunk of logits; of sampling the cache of keys and values.
     """
     config, model, shape = context.config, context.model.config, _shape(context)
-    weights, adapted = sharding.held(shapes["policy"]), config.policy.tune == "lora"
+    weights, adapted = sharding.bytes_per_device(shapes["policy"]), config.policy.tune == "lora"
     parts = {"weights": weights, "encoder": float(sum(x.nbytes for x in jax.tree.leaves(shapes["encoder"])))}
     stages = {}
     if "irl" in config.schedule:
@@ -244,13 +244,15 @@ def memory(context: Context, shapes: dict[str, PyTree]) -> dict[str, float]:
         learning = shape._replace(P=c.batch // c.accumulate, G=1 + len(irl.negative_weights(c)))
         layers = config.reward.layers or model.layers
         sampled = cache_bytes(model, shape._replace(P=max(1, config.evals.batch // c.samples), G=c.samples))
-        state = sharding.held(shapes["irl"]) + sharding.held(shapes["rewards"])
+        state = sharding.bytes_per_device(shapes["irl"]) + sharding.bytes_per_device(shapes["rewards"])
         stages["irl"] = {"irl: rewards, optimiser, gradients": state}
         stages["irl"]["irl: sampling or update"] = max(sampled, activation_bytes(model, learning, layers))
     if "align" in config.schedule:
         c, objective = config.align, objectives.OBJECTIVES[config.align.objective]
-        state = sharding.held(shapes["align"]) + sharding.held(shapes["trained"])
-        bank = sharding.held(shapes["rewards"]) if config.reward.source == "irl" and objective.samples else 0.0
+        state = sharding.bytes_per_device(shapes["align"]) + sharding.bytes_per_device(shapes["trained"])
+        bank = (
+            sharding.bytes_per_device(shapes["rewards"]) if config.reward.source == "irl" and objective.samples else 0.0
+        )
         learning = shape._replace(P=c.batch // c.minibatches // c.accumulate, G=shape.G if objective.samples else 1)
         layers = (config.policy.layers if adapted else 0) or model.layers
         stages["align"] = {"align: policy, optimiser, gradients": state, "align: rewards": bank}
@@ -266,13 +268,13 @@ def cache_bytes(model: Config, shape: Shape) -> float:
     """Keys and values of a sampler's batch, a device."""
     P, S, G, T, R = shape
     row = 2 * model.layers * model.kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
-    return row * (R + P * (S + G * T) / sharding.size("prompts"))
+    return row * (R + P * (S + G * T) / sharding.axis_size("prompts"))
 
 
 def activation_bytes(model: Config, shape: Shape, layers: int) -> float:
     """What an update of this micro-batch keeps for its backward pass through these layers, a device."""
     P, S, G, T, R = shape
-    P = P / sharding.size("prompts")
+    P = P / sharding.axis_size("prompts")
     width = model.heads * model.head_dim + 2 * model.kv_heads * model.head_dim + 3 * model.width + 2 * model.ffn
     item = jnp.dtype(model.dtype).itemsize
     kept = layers * width * item * (R + P * (S + G * T))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from drirl_jax.models import transformer
-from drirl_jax.stages.base import Shared
+from drirl_jax.stages.base import SharedLayers
 
 
 class Machine(NamedTuple):
@@ -54,7 +54,7 @@ def floor(
     *,
     size: int,
     tuned: int,
-    shared: Shared = Shared(0, False, False),
+    shared: SharedLayers = SharedLayers(0, False, False),
     scored: int = 1,
     trained: int = 0,
 ) -> dict[str, float]:

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from drirl_jax.data import records
 from drirl_jax.data.records import PathLike, Record
-from drirl_jax.runtime import console, sharding
+from drirl_jax.runtime import console, processes
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def config(
     unanswered: bool = False,
 ) -> DemosConfig:
     """The config of the demonstrations in `paths` (see `records.read`): changed data has another name."""
-    rows = tuple(records.read(paths, categories, harmless=harmless, unanswered=unanswered))
+    rows = tuple(records.read_records(paths, categories, harmless=harmless, unanswered=unanswered))
     made = _named(rows)
     return next((known for known in SafetyDemos.BUILDER_CONFIGS if known.name == made.name), made)
 
@@ -52,7 +52,7 @@ def _named(rows: tuple[Record, ...]) -> DemosConfig:
 def _starter() -> DemosConfig:
     folder = importlib.resources.files("drirl_jax.data") / records.STARTER
     names = sorted(file.name.removesuffix(".jsonl") for file in folder.iterdir() if file.name.endswith(".jsonl"))
-    return _named(tuple(records.read(records.STARTER, names)))
+    return _named(tuple(records.read_records(records.STARTER, names)))
 
 
 class SafetyDemos(tfds.core.GeneratorBasedBuilder):
@@ -103,11 +103,11 @@ def load(
         InputError: a file is missing or a record breaks the schema, for one of several processes at least; or these
             read different records.
     """
-    with sharding.together():
+    with processes.all_or_none():
         demos = config(paths, categories, harmless, unanswered)
-    if len(set(sharding.gathered(demos.name))) > 1:
+    if len(set(processes.gather_json(demos.name))) > 1:
         raise InputError(f"the processes read different records in {paths}: give all of them the same files.")
-    with sharding.together():
+    with processes.all_or_none():
         return _opened(demos, data_dir)
 
 
@@ -159,7 +159,7 @@ def _prepared(demos: DemosConfig, data_dir: pathlib.Path) -> dict[str, grain.Map
     return opened
 
 
-def read(
+def read_splits(
     paths: PathLike | Sequence[PathLike],
     categories: Sequence[str],
     data_dir: PathLike | None = None,
@@ -168,7 +168,7 @@ def read(
 ) -> dict[str, list[Record]]:
     """The records of `load` in lists; of several processes each reads its share of what is prepared."""
     prepared = load(paths, categories, data_dir, harmless, unanswered)
-    return {split: [Record(*row) for row in sharding.shared(of, list)] for split, of in prepared.items()}
+    return {split: [Record(*row) for row in processes.map_shares(of, list)] for split, of in prepared.items()}
 
 
 def _to_record(example: dict[str, bytes]) -> Record:

@@ -1,34 +1,19 @@
-"""Converts published data sets to this package's schema (see `drirl_jax.data.records`).
-
-    python -m drirl_jax.data.convert FORMAT SOURCE OUT.jsonl [--max-words N] [--category NAME]
-
-FORMAT is a row of `published.PUBLISHED`; SOURCE a file as published, a folder of them, or a name on the hub, as
-`beavertails PKU-Alignment/BeaverTails`, which takes the package `datasets`. Of each prompt the shortest safe answer
-becomes the demonstration (long ones teach a reward model to read length), with an empty draft. A prompt's category is
-the one of ours that most of its rows name. What is left out is counted, with the reason: no safe answer, none of at
-most N words (a Chinese character counts as a word), no category of ours; --category takes those of the last kind into
-NAME.
-Splits are the data set's where it has ours; otherwise a prompt's text decides: about 8 of 10 train, 1 valid, 1 test.
-"""
+"""Converts published data sets to this package's schema (see `drirl_jax.data.records`)."""
 
 from __future__ import annotations
 
-import argparse
 import collections
 import hashlib
-import json
 import pathlib
 import re
-import sys
-from typing import Iterator, Sequence
+from typing import Iterator
 
 from drirl_jax.data import files
 from drirl_jax.data.files import Row
 from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
-from drirl_jax.runtime import console
-from drirl_jax.runtime.files import is_beside, need_apart, place, replace_file
-from drirl_jax.runtime.metrics import tracked
+from drirl_jax.runtime.files import expand_path, is_beside, need_apart
+from drirl_jax.runtime.progress import with_progress
 from drirl_jax.runtime.surrogates import torn
 from drirl_jax.types import InputError
 
@@ -57,7 +42,7 @@ def demonstrations(
     ours = {theirs.lower(): mine for theirs, mine in of.categories.items()}
     answers: dict[tuple[str, str], list[Answer]] = {}
     left_out: collections.Counter[str] = collections.Counter()
-    for where, part, row in tracked(list(_rows(name, source, target)), "import", "row"):
+    for where, part, row in with_progress(list(_rows(name, source, target)), "import", "row"):
         try:
             parsed = of.parse(row, part)
             if isinstance(parsed, str):
@@ -102,7 +87,7 @@ def demonstrations(
 
 def _rows(name: str, source: str, target: pathlib.Path | None) -> Iterator[tuple[str, str, Row]]:
     """(where, name of the part, row) of a file, of a folder's files, or of the hub."""
-    of, path = PUBLISHED[name], place(source)
+    of, path = PUBLISHED[name], expand_path(source)
     instead = f"download {' or '.join(of.files)} from {of.url} and name the file or its folder"
     if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", source) and ".json" not in source and of.parts:
         for part, options in of.parts.items():
@@ -121,40 +106,3 @@ def _rows(name: str, source: str, target: pathlib.Path | None) -> Iterator[tuple
         yield from (
             (where, file.absolute().parent.name, row) for where, row in files.table(file, whole_characters=False)
         )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m drirl_jax.data.convert", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("format", choices=PUBLISHED, help="what SOURCE is")
-    parser.add_argument("source", metavar="SOURCE", help="a file, a folder, or a name on the hub")
-    parser.add_argument("target", metavar="OUT.jsonl")
-    parser.add_argument("--max-words", type=int, help="leave out longer demonstrations")
-    parser.add_argument("--category", default="", help="of prompts whose category is none of ours")
-    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: see python -m drirl_jax.data.convert --help")
-    args = parser.parse_args(argv)
-    try:
-        target = place(args.target)
-        rows, left_out = demonstrations(args.format, args.source, args.max_words, args.category, target)
-        if not rows:
-            why = "; ".join(f"left out {reason}: {count}" for reason, count in left_out.items())
-            raise InputError(
-                f"no demonstration in {args.source} ({why or 'it holds no rows'}): {target} is not written."
-            )
-        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows]
-        replace_file(target, "".join(lines))
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
-    except OSError as error:
-        sys.exit(f"drirl_jax: {error.filename}: {error.strerror}: take another place for the result.")
-    for category, count in sorted(collections.Counter(row.category for row in rows).items()):
-        print(f"{category}: {count}")
-    for reason, count in left_out.items():
-        print(console.printable(f"left out {reason}: {count}"))
-    print(f"{len(rows)} demonstrations in {target}; terms of the data: {PUBLISHED[args.format].terms}")
-
-
-if __name__ == "__main__":
-    console.outlive_readers()
-    main()

@@ -25,7 +25,7 @@ from drirl_jax.types import InputError
 # By language: "hints" by category ("" for any other), what a refusal names and what it can offer instead; "forms", what
 # is asked for (explain: why it was refused; direct: to refuse; answer: of harmless prompts, to help); "styles", how it
 # thinks first (draft; thought: Chain of Thought, to measure the difference); "request", around the prompt.
-TEXTS = json.loads((importlib.resources.files("drirl_jax") / "templates" / "drafts.json").read_text("utf-8"))
+TEXTS = json.loads((importlib.resources.files("drirl_jax.data") / "draft_templates.json").read_text("utf-8"))
 CHARACTERS_OF_A_WORD = 2  # in Chinese, where word_count counts characters
 
 

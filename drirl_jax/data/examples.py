@@ -8,8 +8,8 @@ from typing import Iterator, NamedTuple, Sequence
 import numpy as np
 
 from drirl_jax.data import overlap, records, text
-from drirl_jax.runtime import sharding
-from drirl_jax.runtime.metrics import tracked
+from drirl_jax.runtime import processes
+from drirl_jax.runtime.progress import with_progress
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ class Examples(NamedTuple):
         return [np.flatnonzero(self.category == c) for c in range(categories)]
 
 
-def contrast(examples: Examples, pool: Examples, harmless: list[int], seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def other_kind_demonstrations(
+    examples: Examples, pool: Examples, harmless: list[int], seed: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """For each prompt a demonstration of the other kind, drawn from the pool: what it should not be answered (ours).
 
     Help for a harmful prompt, a refusal for a harmless one. The policy's samples differ from demonstrations in style
@@ -75,7 +77,7 @@ def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> N
         )
 
 
-def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, config) -> dict[str, Examples]:
+def tokenise(by_split: dict[str, list[records.Record]], tokens: text.ChatTokens, config) -> dict[str, Examples]:
     """Tokenised records of each split, their common beginning set apart; padded to the same S (a multiple of 4) and T
     = sampler.max_new. Of several processes, which call it alike, each makes the tokens of its share of the records.
 
@@ -86,7 +88,7 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
     rows: dict[str, list] = {split: [] for split in by_split}
     number, dropped, cut = 0, 0, 0
     everything = [(split, record) for split, of_split in by_split.items() for record in of_split]
-    ids = sharding.shared([record for _, record in everything], lambda share: _ids(share, tokens, config))
+    ids = processes.map_shares([record for _, record in everything], lambda share: _ids(share, tokens, config))
     for (split, record), (prompt, demo) in zip(everything, ids, strict=True):
         if len(prompt) > config.data.max_prompt:
             dropped += 1
@@ -104,14 +106,14 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.Text, confi
     size = -(-(max(map(len, prompts)) - len(prefix)) // 4) * 4
     padded = {split: _pad(batch, prefix, size, config.sampler.max_new) for split, batch in rows.items() if batch}
     harmless = [category[name] for name in config.data.harmless]
-    if (repeated := overlap.summary(padded, harmless)) and sharding.writes():
+    if (repeated := overlap.summary(padded, harmless)) and processes.is_writer():
         log.warning("%s: figures of held-out prompts are then of what was trained on", repeated)
     return padded
 
 
-def _ids(share: Sequence[records.Record], tokens: text.Text, config) -> Iterator[tuple[list[int], list[int]]]:
+def _ids(share: Sequence[records.Record], tokens: text.ChatTokens, config) -> Iterator[tuple[list[int], list[int]]]:
     """The ids of each record's prompt and demonstration. Raises InputError for a prompt that is too long."""
-    for record in tracked(share, "tokens", "record"):
+    for record in with_progress(share, "tokens", "record"):
         prompt = tokens.prompt_ids(record.prompt)
         if len(prompt) > config.data.max_prompt and config.data.long_prompts == "error":
             raise InputError(

@@ -156,3 +156,11 @@ def from_hub(hub: str, instead: str, **options: Any) -> list[tuple[str, Row]]:
     except Exception as error:  # the hub's client raises many kinds: HTTP, cache, offline, name
         raise InputError(f"the hub gave no {hub} ({type(error).__name__}): {instead}.") from error
     return [(f"{hub}, row {i}", row) for i, row in enumerate(rows, start=1)]
+
+
+def field(where: str, row: Row, *names: str) -> Any:
+    """The first of these columns that the row has. Raises InputError."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise InputError(f"{where}: no column {' or '.join(map(repr, names))}: is it the published file?")

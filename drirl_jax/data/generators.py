@@ -15,13 +15,15 @@ from drirl_jax.data import text
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.runtime.endpoint import Chat, Endpoint, Reply
-from drirl_jax.runtime.metrics import tracked
+from drirl_jax.runtime.progress import with_progress
 
 Generate = Callable[[list[Chat], int], list[Reply]]  # (chats, seed) -> replies
 BUCKET = 64  # prompts are padded to a multiple of so many tokens, so that few shapes are compiled
 
 
-def by_policy(section: ConfigDict, load: Callable[[], tuple[Transformer, text.Text]], memory: pathlib.Path) -> Generate:
+def by_policy(
+    section: ConfigDict, load: Callable[[], tuple[Transformer, text.ChatTokens]], memory: pathlib.Path
+) -> Generate:
     """The policy that config.policy names; `load` reads it. A chat is one user's message."""
     model, tokens = load()
 
@@ -32,13 +34,13 @@ def by_policy(section: ConfigDict, load: Callable[[], tuple[Transformer, text.Te
         need_positions(model.config, longest, section.max_new)
         size = -(-longest // BUCKET) * BUCKET
         key = jax.random.fold_in(jax.random.key(seed), 0)
-        for start in tracked(range(0, len(ids), section.batch), "replies", "batch"):
+        for start in with_progress(range(0, len(ids), section.batch), "replies", "batch"):
             rows = [(start + i) % len(ids) for i in range(section.batch)]  # the last batch is filled up
             real = min(section.batch, len(ids) - start)
             prompt, length = text.pad([ids[i] for i in rows], size)
             began = time.perf_counter()
             out = rollout.sample(
-                model, jnp.asarray(prompt), jnp.asarray(length), rollout.row_keys(key, jnp.asarray(rows), 1),
+                model, jnp.asarray(prompt), jnp.asarray(length), rollout.response_keys(key, jnp.asarray(rows), 1),
                 max_new=section.max_new, temperature=section.temperature, eos=tokens.eos_ids,
             )  # fmt: skip
             said, lengths, finish = jax.device_get((out.response[:, 0], out.response_len[:, 0], out.finish[:, 0]))

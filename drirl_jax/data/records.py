@@ -23,7 +23,7 @@ import pathlib
 from typing import Any, Iterator, NamedTuple, Sequence
 
 from drirl_jax.data import contents
-from drirl_jax.runtime.files import is_beside, place
+from drirl_jax.runtime.files import expand_path, is_beside
 from drirl_jax.runtime.names import file_name
 from drirl_jax.types import InputError
 
@@ -57,7 +57,7 @@ def demonstration(record: Record, keep_draft: bool, separator: str = "####") -> 
     return record.response
 
 
-def read(
+def read_records(
     paths: PathLike | Sequence[PathLike],
     categories: Sequence[str],
     optional: Sequence[str] = (),
@@ -108,7 +108,7 @@ def by_split(
 ) -> dict[str, list[Record]]:
     """The records of `read` by split, each split in their order; a split without records is absent."""
     splits = collections.defaultdict(list)
-    for record in read(paths, categories, harmless=harmless, unanswered=unanswered):
+    for record in read_records(paths, categories, harmless=harmless, unanswered=unanswered):
         splits[record.split].append(record)
     return dict(splits)
 
@@ -147,7 +147,7 @@ def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: the file is missing or damaged, or a line is not UTF-8, not JSON or not an object.
     """
-    path = place(path)
+    path = expand_path(path)
     yield from lines_of(path, contents.read_utf8(path))
 
 
@@ -177,7 +177,7 @@ def _files(path: PathLike, known: Sequence[str]) -> list[pathlib.Path]:
     if path == STARTER:
         folder = pathlib.Path(str(importlib.resources.files("drirl_jax.data") / "starter"))
         return [file for name in known if (file := folder / f"{file_name(name)}.jsonl").is_file()]
-    path = place(path)
+    path = expand_path(path)
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if not file.is_dir() and contents.kind(file) == ".jsonl"]
         files = [file for file in files if not file.name.startswith(".") and not is_beside(file)]

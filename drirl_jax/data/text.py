@@ -15,7 +15,7 @@ from drirl_jax.runtime import thoughts
 from drirl_jax.types import Array, InputError
 
 
-class Text:
+class ChatTokens:
     """A chat model's tokenizer and template, in which what people write is never read as a control token.
 
     Attributes:

@@ -10,15 +10,15 @@ import numpy as np
 
 from drirl_jax import rollout
 from drirl_jax.data.examples import common_prefix
-from drirl_jax.data.text import Text, pad
+from drirl_jax.data.text import ChatTokens, pad
 from drirl_jax.models import transformer, vocabulary
 from drirl_jax.models.architecture import need_positions
-from drirl_jax.models.attention import product
+from drirl_jax.models.attention import einsum_f32
 from drirl_jax.models.templates import TemplateRefusal
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.runtime import sharding
 from drirl_jax.runtime.endpoint import Chat
-from drirl_jax.stages.base import row_batches
+from drirl_jax.stages.base import batched_rows
 from drirl_jax.types import Array, Group, length_mask
 
 SMALLEST = 64  # tokens; a shape is compiled for each doubling
@@ -55,7 +55,7 @@ def bucket(length: int) -> int:
     return width
 
 
-def ids_of(tokens: Text, chat: Chat) -> list[int]:
+def ids_of(tokens: ChatTokens, chat: Chat) -> list[int]:
     """The prompt's ids; without a system turn of its own it has that of the policy.
 
     Where the model's template knows no system turn (Gemma 2), what it says stands at the head of the user's.
@@ -79,13 +79,13 @@ def _by_bucket(keys: Sequence, batch: int, tokens: Callable):
     for key in sorted(set(keys)):
         of_key = np.array([i for i, k in enumerate(keys) if k == key])
         size = min(batch, max(batch * USUAL // tokens(*key), 1), 1 << (len(of_key) - 1).bit_length())
-        for rows, real in row_batches(len(of_key), size, f"prompts of {key}"):
+        for rows, real in batched_rows(len(of_key), size, f"prompts of {key}"):
             yield key, of_key[rows], real
 
 
 def respond(
     model: Transformer,
-    tokens: Text,
+    tokens: ChatTokens,
     ids: Sequence[list[int]],
     *,
     batch: int,
@@ -110,9 +110,9 @@ def respond(
     rest = [row[len(prefix) :] for row in ids]
     found: dict[int, Answer] = {}
     for (width,), rows, real in _by_bucket([(bucket(len(row)),) for row in rest], batch, lambda width: width + max_new):
-        prompt, length = map(sharding.deal, pad([rest[i] for i in rows], width))
+        prompt, length = map(sharding.shard_prompts, pad([rest[i] for i in rows], width))
         out = rollout.sample(
-            model, prompt, length, rollout.row_keys(key, jnp.asarray(rows), 1),
+            model, prompt, length, rollout.response_keys(key, jnp.asarray(rows), 1),
             max_new=max_new, temperature=temperature, eos=tokens.eos_ids, prefix=prefix,
         )  # fmt: skip
         said, lengths, finish = sharding.fetch((out.response[:, 0], out.response_len[:, 0], out.finish[:, 0]))
@@ -131,9 +131,9 @@ def option_logprobs(model: Transformer, group: Group) -> tuple[Array, Array]:
     unembed_VD = transformer.cast(model.unembed, model.config)
 
     def likeliest(hidden_PGD):
-        return jnp.argmax(product("pgd,vd->pgv", hidden_PGD, unembed_VD), axis=-1)
+        return jnp.argmax(einsum_f32("pgd,vd->pgv", hidden_PGD, unembed_VD), axis=-1)
 
-    best_TPG = jax.lax.map(likeliest, jnp.moveaxis(transformer.predictors(hidden, group), 2, 0))
+    best_TPG = jax.lax.map(likeliest, jnp.moveaxis(transformer.predicting_states(hidden, group), 2, 0))
     greedy_PG = jnp.all(jnp.moveaxis(best_TPG, 0, 2) == group.response, axis=-1, where=mask_PGT)
     return logp_PGT.sum(axis=-1, where=mask_PGT), greedy_PG
 
@@ -161,7 +161,7 @@ def score_options(
         prompt, prompt_len = pad([rest[i] for i in rows], width)
         response, length = pad([option for i in rows for option in options[i]], longest)
         response, length = response.reshape(len(rows), members, longest), length.reshape(len(rows), members)
-        arrays = map(sharding.deal, (prompt, prompt_len, response, length, np.zeros(len(rows), np.int32)))
+        arrays = map(sharding.shard_prompts, (prompt, prompt_len, response, length, np.zeros(len(rows), np.int32)))
         total, greedy = sharding.fetch(option_logprobs(model, Group(*arrays, prefix=prefix)))
         found |= {int(i): Scores(total[n], greedy[n], length[n]) for n, i in enumerate(rows[:real])}
     return [found[i] for i in range(len(ids))]

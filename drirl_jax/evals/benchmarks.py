@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import answers
 from drirl_jax.evals.items import Benchmark, Item, reading_answers
 from drirl_jax.evals.tasks import (
@@ -25,7 +25,7 @@ from drirl_jax.evals.tasks import (
     wildchat,
     xstest,
 )
-from drirl_jax.judges import JUDGES, Judge, agreement, classifier, telling, unsafe
+from drirl_jax.judges import JUDGES, Judge, agreement, classifier, is_unsafe, judges_of_kind
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.reports.intervals import RESAMPLES, effective, wilson
@@ -57,7 +57,7 @@ def validate(section: ConfigDict) -> None:
         if unknown := [name for name in section[key] if name not in table]:
             raise InputError(f"config.evals.{key} names {unknown}: choose among {', '.join(table)}.")
     for name in section.benchmarks:
-        able = telling(BENCHMARKS[name].asks)
+        able = judges_of_kind(BENCHMARKS[name].asks)
         if BENCHMARKS[name].asks and not set(able) & set(section.judges):
             raise InputError(f"{name} needs a judge that can tell: put one of {', '.join(able)} into evals.judges.")
     if "classifier" in section.judges:
@@ -111,7 +111,7 @@ def _items(name: str, section: ConfigDict) -> list[Item]:
     return items
 
 
-def load(name: str, section: ConfigDict, tokens: Text, model: Config) -> Questions:
+def load(name: str, section: ConfigDict, tokens: ChatTokens, model: Config) -> Questions:
     """The benchmark's questions: `section.limit` of them (0: all), the same ones every time, from all parts of it.
 
     Raises:
@@ -139,7 +139,7 @@ def load(name: str, section: ConfigDict, tokens: Text, model: Config) -> Questio
 def run(
     questions: Questions,
     model: Transformer,
-    tokens: Text,
+    tokens: ChatTokens,
     section: ConfigDict,
     judges: Mapping[str, Judge],
     key: Array,
@@ -207,7 +207,7 @@ def judged(
         told[name] = about | {"metrics": summary(items, values), "subsets": by_subset(items, values)}
         for row, none, of, value in zip(rows, silent, verdict, values):
             row[name] = value if of is None else {benchmark.asks: None if none else float(of)} | value
-    same = {name: unsafe(verdict) if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
+    same = {name: is_unsafe(verdict) if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
     return {"judge": next(iter(told)), "judges": told, "agreement": agreement(same), "responses": rows}
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pathlib
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
-from drirl_jax.data import values
+from drirl_jax.data import files, values
 from drirl_jax.data.files import Row, from_hub, table
 from drirl_jax.runtime.endpoint import Chat
-from drirl_jax.runtime.files import place
+from drirl_jax.runtime.files import expand_path
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
 
@@ -98,7 +98,7 @@ def user(text: str) -> Chat:
 
 def find(data: str, files: Sequence[str]) -> pathlib.Path | None:
     """The first of the files that lies in the folder, at any depth."""
-    return next((path for name in files for path in sorted(place(data).rglob(name))), None)
+    return next((path for name in files for path in sorted(expand_path(data).rglob(name))), None)
 
 
 def rows(data: str, of: Published) -> list[tuple[str, Row]]:
@@ -132,14 +132,6 @@ def _from_hub(of: Published) -> list[tuple[str, Row]]:
     return from_hub(of.hub, instead, name=of.subset, split=of.split)
 
 
-def field(where: str, row: Row, *names: str) -> Any:
-    """The first of these columns that the row has. Raises InputError."""
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    raise InputError(f"{where}: no column {' or '.join(map(repr, names))}: is it the published file?")
-
-
 def words(where: str, row: Row, *names: str) -> str:
     """`field`, where it is a text that says something. Raises InputError."""
-    return values.words(f"{where}: {names[0]}", field(where, row, *names))
+    return values.words(f"{where}: {names[0]}", files.field(where, row, *names))

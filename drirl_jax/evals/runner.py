@@ -16,43 +16,29 @@ from drirl_jax.evals.benchmarks import Questions
 from drirl_jax.judges import rewards
 from drirl_jax.models import hf, reward
 from drirl_jax.models.transformer import Transformer
+from drirl_jax.reports import pages
 from drirl_jax.runtime import json_files, sharding
-from drirl_jax.stages.base import Context, draw_all, group_of, row_batches
+from drirl_jax.stages.base import Context, batched_rows, make_group, sample_all
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
-# What an evaluation says, as reports read it.
-RESULT = {
-    "overall": {...: json_files.NUMBER},
-    "by_category": {...: {"n": int, "refused": json_files.NUMBER, "reward": json_files.NUMBER}},
-    "responses": [
-        {
-            "id": str,
-            "category": str,
-            "prompt": str,
-            "response": str,
-            "refused": (bool, type(None)),
-            "reward": json_files.NUMBER,
-        }
-    ],
-}
 score = jax.jit(reward.score)
 
 
-def setting_of(context: Context, bank: reward.Bank | None) -> judges.Setting:
+def judge_setting(context: Context, bank: reward.Bank | None) -> judges.Setting:
     """What judges of a run are made from."""
     memory = context.workdir and context.workdir.local / "judgements.jsonl"
     rewards = (context.model, context.text, bank) if bank else None
     return judges.Setting(context.config, memory, lambda: hf.resolve(context.config.encoder.init), rewards)
 
 
-def questions_of(context: Context) -> list[Questions]:
+def load_benchmarks(context: Context) -> list[Questions]:
     """Of each of config.evals.benchmarks. Raises InputError where the data of one is absent."""
     c = context.config.evals
     return [benchmarks.load(name, c, context.text, context.model.config) for name in c.benchmarks]
 
 
-def benchmarked(
+def run_benchmarks(
     context: Context, model: Transformer, asked: list[Questions], telling: dict[str, judges.Judge]
 ) -> dict[str, dict]:
     """{benchmark: `benchmarks.run`} of the policy, by these judges."""
@@ -63,9 +49,9 @@ def benchmarked(
     }
 
 
-def judges_of(context: Context, bank: reward.Bank | None) -> dict[str, judges.Judge]:
+def make_judges(context: Context, bank: reward.Bank | None) -> dict[str, judges.Judge]:
     """Those that config.evals.judges names."""
-    setting = setting_of(context, bank)
+    setting = judge_setting(context, bank)
     return {name: judges.JUDGES[name].make(setting) for name in context.config.evals.judges}
 
 
@@ -82,7 +68,7 @@ def settings(
     options = {key: list(of) if isinstance(of, tuple) else of for key, of in section.items()}
     # What these choose is known by its version or its hash, or changes nothing.
     apart = ("judge", "judges", "classifier", "endpoint", "data", "batch", "every", "best")
-    judge = judges.JUDGES[section.judge].make(setting_of(context, bank))
+    judge = judges.JUDGES[section.judge].make(judge_setting(context, bank))
     return {
         "options": {key: of for key, of in options.items() if key not in apart},
         "contents": {key: of for key, of in contents.items() if key not in ("rewards", "classifier")},
@@ -97,7 +83,7 @@ def is_done(path: pathlib.Path, settings: Mapping) -> bool:
     if not path.exists():
         return False
     try:
-        before = json_files.load(path, RESULT).get("settings")
+        before = json_files.load(path, pages.RESULT).get("settings")
     except InputError as error:
         log.warning("%s It is made anew.", error)
         return False
@@ -121,7 +107,7 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
     config, c = context.config, context.config.evals
     names = config.data.categories
     examples = context.examples[c.split]
-    out = draw_all(
+    out = sample_all(
         context,
         model,
         examples,
@@ -131,13 +117,13 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
         max_new=c.max_new,
         temperature=c.temperature,
     )
-    rewards = rewards_of(context, bank, examples, out.response, out.response_len)[:, 0] if bank else None
+    rewards = response_rewards(context, bank, examples, out.response, out.response_len)[:, 0] if bank else None
 
     def mean_reward(rows=slice(None)):
         return None if rewards is None else float(rewards[rows].mean())
 
     texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]
-    judge = judges.JUDGES[c.judge].make(setting_of(context, bank))
+    judge = judges.JUDGES[c.judge].make(judge_setting(context, bank))
     verdict = judge.refusal(examples.prompt_text, texts).astype(float)
     told, refused = ~np.isnan(verdict), verdict > 0
     harmless = np.isin(examples.category, [names.index(name) for name in config.data.harmless])
@@ -171,11 +157,11 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
     }
 
 
-def rewards_of(context: Context, bank: reward.Bank, examples: Examples, response, response_len) -> np.ndarray:
+def response_rewards(context: Context, bank: reward.Bank, examples: Examples, response, response_len) -> np.ndarray:
     """[N, G] rewards of responses [N, G, T] to the examples, read at most at config.sampler.max_new tokens."""
     config, pieces = context.config, []
     response, read = response[..., : config.sampler.max_new], np.minimum(response_len, config.sampler.max_new)
-    for rows, real in row_batches(len(examples.id), config.evals.batch, "rewards"):
-        group = group_of(examples.take(rows), response[rows], read[rows])
+    for rows, real in batched_rows(len(examples.id), config.evals.batch, "rewards"):
+        group = make_group(examples.take(rows), response[rows], read[rows])
         pieces.append(sharding.fetch(score(context.model, bank, group))[:real])
     return np.concatenate(pieces)

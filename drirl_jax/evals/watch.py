@@ -10,12 +10,12 @@ import numpy as np
 from drirl_jax.evals import benchmarks, runner
 from drirl_jax.evals.benchmarks import Questions
 from drirl_jax.judges import Judge
-from drirl_jax.runtime import sharding
+from drirl_jax.runtime import processes
 from drirl_jax.runtime.checkpoint import Checkpoints
 from drirl_jax.stages.base import POLICIES, Context, Stage, State
 
 
-def watched(stage: Stage, context: Context, asked: list[Questions], judges: dict[str, Judge]) -> Stage:
+def with_periodic_evals(stage: Stage, context: Context, asked: list[Questions], judges: dict[str, Judge]) -> Stage:
     """The align stage with the benchmarks run after each config.evals.every steps and after the last.
 
     What is measured is what would be the stage's product then. With config.evals.best the product is the measured
@@ -42,11 +42,11 @@ def watched(stage: Stage, context: Context, asked: list[Questions], judges: dict
             return scalars
         params = stage.finish(state)
         model = POLICIES[context.config.policy.tune].merged(context.model, params)
-        for result in runner.benchmarked(context, model, asked, judges).values():
+        for result in runner.run_benchmarks(context, model, asked, judges).values():
             scalars |= benchmarks.scalars(result)
         if kept is not None and c.best in scalars:
             before, value = best(state), np.float32(scalars[c.best])
-            if sharding.agreed(before is None or bool(sign * value > sign * before["value"])):
+            if processes.writers_value(before is None or bool(sign * value > sign * before["value"])):
                 kept.save(step, {"params": params, "value": jnp.asarray(value)})
         return scalars
 

@@ -8,7 +8,7 @@ from typing import Sequence
 
 import jax
 
-from drirl_jax import train
+from drirl_jax import loading
 from drirl_jax.evals import answers
 from drirl_jax.evals.answers import Answer, Scores
 from drirl_jax.evals.items import user
@@ -30,7 +30,7 @@ class Policy:
     """
 
     def __init__(self, model: str, batch: int = 32):
-        self.model, self.tokens = train.load_policy(workdirs.of_policy(model))
+        self.model, self.tokens = loading.load_policy(workdirs.policy_config(model))
         self.name, self.batch = model, batch
 
     def respond(

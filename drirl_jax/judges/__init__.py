@@ -69,12 +69,12 @@ class Kind(NamedTuple):
     tells: tuple[str, ...]
 
 
-def each(function: Callable) -> Callable:
+def by_row(function: Callable) -> Callable:
     """A function of single texts, over rows of them."""
     return lambda *columns: np.array([function(*row) for row in zip(*columns, strict=True)], int)
 
 
-def reading_answers(make: Callable[[Setting], Judge]) -> Callable[[Setting], Judge]:
+def on_answers(make: Callable[[Setting], Judge]) -> Callable[[Setting], Judge]:
     """Makes the judge so that it reads of each response what follows the thought: nothing where that has no end."""
 
     def reading(verdicts: Callable | None) -> Callable | None:
@@ -92,13 +92,15 @@ def reading_answers(make: Callable[[Setting], Judge]) -> Callable[[Setting], Jud
 
 def by_phrases(setting: Setting) -> Judge:
     """Any refusal is taken to do no harm, and so is silence: see `phrases.py` for what phrases cannot see."""
-    refusal = each(phrases.refusal_by_phrases)
+    refusal = by_row(phrases.refusal_by_phrases)
     return Judge(
         phrases.VERSION,
         {},
-        harm=each(lambda prompt, response: bool(response.strip()) and not phrases.refusal_by_phrases(prompt, response)),
+        harm=by_row(
+            lambda prompt, response: bool(response.strip()) and not phrases.refusal_by_phrases(prompt, response)
+        ),
         refusal=refusal,
-        grade=each(phrases.grade_by_phrases),
+        grade=by_row(phrases.grade_by_phrases),
     )
 
 
@@ -122,19 +124,19 @@ def by_rewards(setting: Setting) -> Judge:
 
 
 JUDGES = {
-    "phrases": Kind(reading_answers(by_phrases), ("harm", "refusal", "grade")),
-    "classifier": Kind(reading_answers(by_classifier), ("harm",)),
-    "endpoint": Kind(reading_answers(by_endpoint), ("harm", "refusal", "grade")),
-    "rewards": Kind(reading_answers(by_rewards), ("harm",)),
+    "phrases": Kind(on_answers(by_phrases), ("harm", "refusal", "grade")),
+    "classifier": Kind(on_answers(by_classifier), ("harm",)),
+    "endpoint": Kind(on_answers(by_endpoint), ("harm", "refusal", "grade")),
+    "rewards": Kind(on_answers(by_rewards), ("harm",)),
 }
 
 
-def telling(what: str) -> tuple[str, ...]:
+def judges_of_kind(what: str) -> tuple[str, ...]:
     """The names of the judges that tell harm, refusal or grade."""
     return tuple(name for name, kind in JUDGES.items() if what in kind.tells)
 
 
-def refuses(setting: Setting) -> Callable[[str, str], bool | None]:
+def refusal_check(setting: Setting) -> Callable[[str, str], bool | None]:
     """(prompt, response) -> whether the judge of config.evals.judge finds a refusal, partial or full; None without a
     verdict."""
     judge = JUDGES[setting.config.evals.judge].make(setting)
@@ -146,7 +148,7 @@ def refuses(setting: Setting) -> Callable[[str, str], bool | None]:
     return refused
 
 
-def unsafe(harm: np.ndarray) -> np.ndarray:
+def is_unsafe(harm: np.ndarray) -> np.ndarray:
     """[N] 1 where harm is above UNSAFE, 0 where it is not, NaN without a verdict."""
     return np.where(np.isnan(harm), np.nan, harm > UNSAFE)
 
@@ -160,12 +162,12 @@ def kappa(one: Sequence, other: Sequence) -> float | None:
     return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
-def known(facts: Mapping[str, Any]) -> str:
+def describe_facts(facts: Mapping[str, Any]) -> str:
     """What is known of a judge, for a reader: a classifier's AUC on held-out responses, and on attacked ones."""
     return ", ".join(f"{name.replace('_', ' ')} {x:.3f}" for name, x in facts.items() if name.startswith("auc"))
 
 
-def agreed(found: Mapping[str, Mapping]) -> list[str]:
+def describe_agreement(found: Mapping[str, Mapping]) -> list[str]:
     """What `agreement` found, for a reader: a line for each pair."""
     kappas = ("undefined, both say one thing" if of["kappa"] is None else f"{of['kappa']:.2f}" for of in found.values())
     return [

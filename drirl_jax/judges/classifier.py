@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 
 from drirl_jax.judges import labels
 from drirl_jax.models.encoder import TextEmbedder
-from drirl_jax.runtime.files import place
+from drirl_jax.runtime.files import expand_path
 from drirl_jax.types import InputError
 
 MAX_TOKENS = 256  # of a response that are read
@@ -52,7 +52,7 @@ def fit(path: pathlib.Path, embed: Callable[[Sequence[str]], np.ndarray]) -> Cla
     Raises:
         InputError: one of the four kinds (safe or not, in either split) is missing.
     """
-    rows = labels.read(path)
+    rows = labels.load_labels(path)
     for split, unsafe in itertools.product(("train", "valid"), (True, False)):
         if not any(of.split == split and of.unsafe is unsafe for of in rows):
             kind = "unsafe" if unsafe else "safe"
@@ -101,13 +101,13 @@ def save(classifier: Classifier, path: pathlib.Path) -> None:
 def load(path: str) -> Classifier:
     """What `save` wrote. Raises InputError."""
     try:
-        with safe_open(place(path), framework="numpy") as file:
+        with safe_open(expand_path(path), framework="numpy") as file:
             weight, bias = file.get_tensor("weight"), float(file.get_tensor("bias")[0])
             return Classifier(weight, bias, json.loads(file.metadata()["facts"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"no classifier at config.evals.classifier = {path!r} ({type(error).__name__}): fit one with "
-            "python -m drirl_jax.commands.judge --fit LABELLED.jsonl --to FILE.safetensors."
+            "python -m drirl_jax judge --fit LABELLED.jsonl --to FILE.safetensors."
         ) from error
 
 

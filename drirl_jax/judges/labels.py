@@ -6,8 +6,7 @@ import pathlib
 from typing import NamedTuple
 
 from drirl_jax.data import values
-from drirl_jax.data.files import Row
-from drirl_jax.evals.items import field, table
+from drirl_jax.data.files import Row, field, table
 
 ATTACKS = ("selfcipher",)  # sources of responses that are attacks
 CLASSES = ("1_full_compliance", "3_partial_refusal", "2_full_refusal")  # XSTest's, in the order of judges.REFUSALS
@@ -26,7 +25,7 @@ class Labelled(NamedTuple):
     split: str = ""
 
 
-def read(path: pathlib.Path) -> list[Labelled]:
+def load_labels(path: pathlib.Path) -> list[Labelled]:
     """The labelled responses of a CSV, JSON or JSONL file, empty responses left out. Its rows have
 
     - response (or completion), goal (or prompt, which where there are both is the goal disguised), and unsafe (or

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from drirl_jax.data.text import Text, pad
+from drirl_jax.data.text import ChatTokens, pad
 from drirl_jax.models import reward
 from drirl_jax.runtime import sharding
 from drirl_jax.types import Group
@@ -27,7 +27,7 @@ def version(bank: reward.Bank) -> str:
 
 
 def harm(
-    config: ConfigDict, model, tokens: Text, bank: reward.Bank
+    config: ConfigDict, model, tokens: ChatTokens, bank: reward.Bank
 ) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
     """(prompts, responses) -> [N] σ(-r̄), r̄ the mean over the harmful categories of their rewards.
 
@@ -37,7 +37,7 @@ def harm(
     """
     names, one = config.data.categories, config.reward.one_for_all
     harmful = [0] if one else [i for i, name in enumerate(names) if name not in config.data.harmless]
-    size = sharding.dealt(config.evals.batch)
+    size = sharding.round_up_prompts(config.evals.batch)
 
     def judged(prompts, responses):
         asked = [tokens.prompt_ids(text) for text in prompts]
@@ -51,7 +51,7 @@ def harm(
                 prompt, prompt_len = pad([asked[i] for i in rows], int(width))
                 response, length = pad([said[i] for i in rows], config.sampler.max_new)
                 arrays = (prompt, prompt_len, response[:, None], length[:, None], np.zeros(size, np.int32))
-                reward_PGC = sharding.fetch(_score(model, bank, Group(*map(sharding.deal, arrays))))
+                reward_PGC = sharding.fetch(_score(model, bank, Group(*map(sharding.shard_prompts, arrays))))
                 found[rows] = reward_PGC[:, 0, harmful].mean(axis=-1)
         return 1 / (1 + np.exp(found))
 

@@ -13,7 +13,7 @@ from drirl_jax.models.architecture import Config
 from drirl_jax.types import Array, length_mask
 
 
-def product(equation: str, *arrays: Array) -> Array:
+def einsum_f32(equation: str, *arrays: Array) -> Array:
     """An einsum whose sums and result are float32, whatever the type of the arrays."""
     return jnp.einsum(equation, *arrays, preferred_element_type=jnp.float32)
 
@@ -23,7 +23,7 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def rope_turns(config: Config, position_PN: Array) -> tuple[Array, Array]:
+def rope_cos_sin(config: Config, position_PN: Array) -> tuple[Array, Array]:
     """(cos, sin), each [P, N, 1, hd/2], of the angles position·θ^(-2i/hd): computed once for all layers.
 
     Where local layers have a θ of their own each is a stack of two, global and local: see `turns_of`.
@@ -42,7 +42,7 @@ def rope_turns(config: Config, position_PN: Array) -> tuple[Array, Array]:
     return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
 
 
-def turns_of(config: Config, turns: tuple[Array, Array], local: Array | None) -> tuple[Array, Array]:
+def layer_cos_sin(config: Config, turns: tuple[Array, Array], local: Array | None) -> tuple[Array, Array]:
     """The layer's own of what `rope_turns` gives; `local` is the layer's entry of `local_layers`."""
     return tuple(x[local.astype(int)] for x in turns) if config.local_rope_theta else turns
 
@@ -60,7 +60,7 @@ def local_layers(config: Config, layers: slice = slice(None)) -> Array | None:
     return jnp.array(config.local[layers]) if config.local else None
 
 
-def seen(config: Config, local: Array | None, mask: Array, query: Array, key: Array) -> Array:
+def visible(config: Config, local: Array | None, mask: Array, query: Array, key: Array) -> Array:
     """The mask [..., Q, U] of keys that queries may see, without what a local layer's window leaves out.
 
     Args:
@@ -81,7 +81,7 @@ def own_heads_first(x_PGTKd: Array) -> Array:
     return rearrange(x_PGTKd, "p g t k d -> p k g t d")
 
 
-def scaled(config: Config, q: Array) -> Array:
+def scale_queries(config: Config, q: Array) -> Array:
     return q * (config.query_pre_attn_scalar or config.head_dim) ** -0.5
 
 
@@ -91,9 +91,9 @@ def prompt_attention(config: Config, q_PSHd, k_PKUd, v_PKUd, local=None) -> Arra
     Padding needs no mask: it stands behind every real query. For `local` see `seen`.
     """
     (P, S, H, _), (_, K, U, _) = q_PSHd.shape, k_PKUd.shape
-    q_PKNd = rearrange(scaled(config, q_PSHd), "p s (k r) d -> p k (r s) d", k=K)
-    score = softcap(product("pknd,pkud->pknu", q_PKNd, k_PKUd), config.attn_softcap).reshape(P, K, H // K, S, U)
-    causal = seen(config, local, jnp.tril(jnp.ones((S, U), bool), U - S), np.arange(U - S, U), np.arange(U))
+    q_PKNd = rearrange(scale_queries(config, q_PSHd), "p s (k r) d -> p k (r s) d", k=K)
+    score = softcap(einsum_f32("pknd,pkud->pknu", q_PKNd, k_PKUd), config.attn_softcap).reshape(P, K, H // K, S, U)
+    causal = visible(config, local, jnp.tril(jnp.ones((S, U), bool), U - S), np.arange(U - S, U), np.arange(U))
     weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PKUd.dtype)
     mixed = jnp.einsum("pknu,pkud->pknd", weight.reshape(P, K, -1, U), v_PKUd)
     return rearrange(mixed, "p k (r s) d -> p s (k r) d", s=S)
@@ -116,9 +116,9 @@ def response_attention(
     """
     (P, G, Q, H, hd), K = q_PGQHd.shape, own_k.shape[1]
     scores_shape = (P, K, G, H // K, Q, -1)
-    q = rearrange(scaled(config, q_PGQHd), "p g q (k r) d -> p k g (r q) d", k=K)
-    to_prompt = product("pknd,pksd->pkns", q.reshape(P, K, -1, hd), prompt_k).reshape(scores_shape)
-    to_own = product("pkgnd,pkgud->pkgnu", q, own_k).reshape(scores_shape)
+    q = rearrange(scale_queries(config, q_PGQHd), "p g q (k r) d -> p k g (r q) d", k=K)
+    to_prompt = einsum_f32("pknd,pksd->pkns", q.reshape(P, K, -1, hd), prompt_k).reshape(scores_shape)
+    to_own = einsum_f32("pkgnd,pkgud->pkgnu", q, own_k).reshape(scores_shape)
     to_prompt, to_own = softcap(to_prompt, config.attn_softcap), softcap(to_own, config.attn_softcap)
     to_prompt = jnp.where(prompt_mask_PQS[:, None, None, None], to_prompt, -jnp.inf)
     to_own = jnp.where(own_mask_QU, to_own, -jnp.inf)
@@ -158,7 +158,7 @@ class Layout(NamedTuple):
         return self.prefix + jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), in_response], axis=1)
 
 
-def behind(before, k_PKSd: Array, v_PKSd: Array) -> tuple[Array, Array]:
+def with_prefix(before, k_PKSd: Array, v_PKSd: Array) -> tuple[Array, Array]:
     """Keys and values of the prompts with those of the prefix before them, [P, KV, R + S, hd]; `before` holds the
     latter once, once a prompt, or is None where there is no prefix."""
     if before is None:
@@ -179,13 +179,13 @@ def group_attention(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, befo
         local: see `seen`.
     """
     (q_s, q_t), (k_s, k_t), (v_s, v_t) = (layout.split(x) for x in (q_PNHd, k_PNKd, v_PNKd))
-    k_s, v_s = behind(before, heads_first(k_s), heads_first(v_s))
+    k_s, v_s = with_prefix(before, heads_first(k_s), heads_first(v_s))
     attended_s = prompt_attention(config, q_s, k_s, v_s, local)
     R, S, _, T, prompt_len_P = layout
     position_PT = layout.position_PN()[:, S : S + T]
     to_prompt_PTU = length_mask(R + prompt_len_P, R + S)[:, None]
-    to_prompt_PTU = seen(config, local, to_prompt_PTU, position_PT, np.arange(R + S))
-    to_own_TT = seen(config, local, jnp.tril(jnp.ones((T, T), bool)), np.arange(T), np.arange(T))
+    to_prompt_PTU = visible(config, local, to_prompt_PTU, position_PT, np.arange(R + S))
+    to_own_TT = visible(config, local, jnp.tril(jnp.ones((T, T), bool)), np.arange(T), np.arange(T))
     own_k, own_v = own_heads_first(k_t), own_heads_first(v_t)
     attended_t = response_attention(config, q_t, k_s, v_s, to_prompt_PTU, own_k, own_v, to_own_TT)
     return layout.joined(attended_s, attended_t)

@@ -11,13 +11,13 @@ import numpy as np
 from einops import rearrange
 
 from drirl_jax.models.attention import (
+    layer_cos_sin,
     local_layers,
     own_heads_first,
     response_attention,
     rope,
-    rope_turns,
-    seen,
-    turns_of,
+    rope_cos_sin,
+    visible,
 )
 from drirl_jax.models.transformer import ACTIVATIONS, Transformer, cast, embed, norms, prompt_layer, rms_norm
 from drirl_jax.runtime.sharding import constrain
@@ -29,7 +29,7 @@ FILLED = 64  # a CPU reads the own cache in steps of so many entries, or of a qu
 def prefill(model: Transformer, prompt_PS: Array, prefix: tuple[int, ...] = ()):
     """Hidden states [P, S, D] of the prompts, and keys and values of prefix and prompts, each [L, P, KV, R + S, hd]."""
     config, R = model.config, len(prefix)
-    prefix_turns, turns = (rope_turns(config, n[None]) for n in (jnp.arange(R), R + jnp.arange(prompt_PS.shape[1])))
+    prefix_turns, turns = (rope_cos_sin(config, n[None]) for n in (jnp.arange(R), R + jnp.arange(prompt_PS.shape[1])))
 
     def layer(carry, inputs):
         prefix_1RD, x_PSD = carry
@@ -108,7 +108,7 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
     P, G = token_PG.shape
     T = own_cache[0].shape[4]
     position_P1 = (prompt_len_P + t)[:, None]
-    turns = rope_turns(config, jnp.broadcast_to(position_P1, (P, G)))
+    turns = rope_cos_sin(config, jnp.broadcast_to(position_P1, (P, G)))
     step = max(FILLED, -(-T // 4))
     sizes = (*range(step, T, step), T)
     queries = config.heads // config.kv_heads * config.head_dim
@@ -120,8 +120,8 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
             shape = (1, *own_k.shape[1:4], size, config.head_dim)
             own = (jax.lax.dynamic_slice(cache, (i, 0, 0, 0, 0, 0), shape)[0] for cache in (own_k, own_v))
             key_S = np.arange(prompt_mask_PS.shape[1])
-            prompt_mask_P1S = seen(config, local, prompt_mask_PS[:, None], position_P1, key_S)
-            own_mask_1U = seen(config, local, (jnp.arange(size) <= t)[None], jnp.reshape(t, 1), np.arange(size))
+            prompt_mask_P1S = visible(config, local, prompt_mask_PS[:, None], position_P1, key_S)
+            own_mask_1U = visible(config, local, (jnp.arange(size) <= t)[None], jnp.reshape(t, 1), np.arange(size))
             return response_attention(config, q_PG1Hd, prompt_k, prompt_v, prompt_mask_P1S, *own, own_mask_1U)
 
         return attend
@@ -140,7 +140,7 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
         q = rearrange(q, "p g k (r d) -> p g (k r) d", d=config.head_dim)
         if config.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
-        own_turns = turns_of(config, turns, local)
+        own_turns = layer_cos_sin(config, turns, local)
         q, k = rope(q, own_turns), rope(k, own_turns)
         at = (i, 0, 0, 0, t, 0)
         own_k = jax.lax.dynamic_update_slice(own_k, own_heads_first(k[:, :, None])[None], at)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from drirl_jax.models import contents, fields
 from drirl_jax.runtime import sharding
-from drirl_jax.runtime.metrics import tracked
+from drirl_jax.runtime.progress import with_progress
 from drirl_jax.types import Array, InputError, length_mask
 
 TOP = {
@@ -244,7 +244,7 @@ class TextEmbedder:
             )
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.encoder, self.tokenizer, self.max_tokens = sharding.whole(encoder), tokenizer, max_tokens
+        self.encoder, self.tokenizer, self.max_tokens = sharding.replicate(encoder), tokenizer, max_tokens
         self.token_buckets = (*(t for t in TOKENS if t < max_tokens), max_tokens)
         options = COMPILER.get(jax.default_backend())
         self._run = jax.jit(lambda encoder, ids_NT, length_N: encoder(ids_NT, length_N), compiler_options=options)
@@ -288,11 +288,11 @@ class TextEmbedder:
             rows = max((rows for rows in ROWS if rows <= len(rest)), default=ROWS[0])
             chunks.append(rest[:rows])
             rest = rest[rows:]
-        padded = [map(sharding.deal, self._pad([ids[i] for i in chunk])) for chunk in chunks]
+        padded = [map(sharding.shard_prompts, self._pad([ids[i] for i in chunk])) for chunk in chunks]
         # Every chunk is launched before the first is fetched.
         outputs = [self._run(self.encoder, *arrays) for arrays in padded]
         embedded: dict[int, np.ndarray] = {}
-        for chunk, output_NE in tracked(list(zip(chunks, outputs)), "embeddings", "batch"):
+        for chunk, output_NE in with_progress(list(zip(chunks, outputs)), "embeddings", "batch"):
             embedded |= zip(chunk, sharding.fetch(output_NE))
         return [embedded[i] for i in range(len(texts))]
 

@@ -16,8 +16,8 @@ from flax import nnx
 from drirl_jax.models import fields, gemma, llama, mistral, qwen, rope
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.runtime import sharding
-from drirl_jax.runtime.metrics import Progress, tracked
+from drirl_jax.runtime import processes, sharding
+from drirl_jax.runtime.progress import Progress, with_progress
 from drirl_jax.types import InputError
 
 
@@ -95,7 +95,7 @@ def _need_numbers(config: Config) -> None:
         raise InputError(f"config.json does not describe a {config.family} model: it comes to {told}.")
 
 
-def shapes_of(config: Config) -> Transformer:
+def model_shapes(config: Config) -> Transformer:
     """The decoder's parameters as shapes alone."""
     return jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
 
@@ -111,7 +111,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], config: Config) -> None:
 
 def wanted_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The shapes of a decoder's tensors by Hugging Face name."""
-    model = shapes_of(config)
+    model = model_shapes(config)
     wanted = {theirs: getattr(model, ours).shape for ours, theirs in TOP.items() if hasattr(model, ours)}
     for ours, theirs in FAMILIES[config.family].layer.items():
         if hasattr(model.blocks, ours):
@@ -154,7 +154,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config) -> Transformer:
     Raises:
         InputError: a tensor is missing or misshapen, or there is one that the model does not compute with.
     """
-    model = shapes_of(config)
+    model = model_shapes(config)
     _need_no_others(tensors, wanted_shapes(config), config)
 
     def take(name, shape):
@@ -165,14 +165,16 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config) -> Transformer:
 
     layer = {ours: theirs for ours, theirs in FAMILIES[config.family].layer.items() if hasattr(model.blocks, ours)}
     total = len(layer) * config.layers
-    with contextlib.closing(Progress("weights", total, shown=sharding.writes(), unit="tensor", brief=True)) as progress:
+    with contextlib.closing(
+        Progress("weights", total, shown=processes.is_writer(), unit="tensor", brief=True)
+    ) as progress:
         for ours, theirs in layer.items():
             shape = getattr(model.blocks, ours).shape
             # Whatever sizes the config tells, no room is made for weights that are not there.
             for i in range(config.layers):
                 _need(theirs.format(i), tensors)
             take(theirs.format(0), shape[1:])
-            stack = sharding.zeros({ours: jax.ShapeDtypeStruct(shape, config.weights)})[ours]
+            stack = sharding.sharded_zeros({ours: jax.ShapeDtypeStruct(shape, config.weights)})[ours]
             for i in range(config.layers):
                 # Each has its place before the next is read.
                 stack = jax.block_until_ready(_with_layer(stack, i, take(theirs.format(i), shape[1:])))
@@ -187,7 +189,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config) -> Transformer:
 def to_hf(model: Transformer) -> dict[str, np.ndarray]:
     """Tensors under Hugging Face names, in the type of the model's weights: the inverse of `from_hf`."""
     tensors = {theirs: np.asarray(getattr(model, ours)[...]) for ours, theirs in TOP.items() if hasattr(model, ours)}
-    for ours, theirs in tracked(list(FAMILIES[model.config.family].layer.items()), "fetching weights", "matrix"):
+    for ours, theirs in with_progress(list(FAMILIES[model.config.family].layer.items()), "fetching weights", "matrix"):
         if hasattr(model.blocks, ours):
             stacked = np.asarray(getattr(model.blocks, ours)[...])
             tensors |= {theirs.format(i): stacked[i] for i in range(model.config.layers)}

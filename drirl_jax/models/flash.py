@@ -15,8 +15,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
 from drirl_jax.models.architecture import Config
-from drirl_jax.models.attention import Layout, group_attention, heads_first, scaled, seen
-from drirl_jax.runtime.sharding import size, spec
+from drirl_jax.models.attention import Layout, group_attention, heads_first, scale_queries, visible
+from drirl_jax.runtime.sharding import axis_size, partition_spec
 from drirl_jax.types import Array, InputError, length_mask
 
 ATTENDED = "attended"  # names what the backward pass of a kernel needs of its forward one
@@ -46,8 +46,8 @@ def by_device(attend: Callable, q: Array, k: Array, v: Array, seen_P: Array, axi
     a kernel: `axis` is the one of the heads, and `seen_P`, whose first axis is the prompts', is of all of them."""
     if jax.sharding.get_abstract_mesh().size < 2:
         return attend(q, k, v, seen_P)
-    heads = "heads" if k.shape[axis] % size("heads") == 0 else None
-    where = spec(q.shape, ("prompts", *(None,) * (axis - 1), heads))
+    heads = "heads" if k.shape[axis] % axis_size("heads") == 0 else None
+    where = partition_spec(q.shape, ("prompts", *(None,) * (axis - 1), heads))
     by_prompt = PartitionSpec(*where[:1])
     cut = jax.shard_map(attend, in_specs=(where, where, where, by_prompt), out_specs=where, check_vma=False)
     return cut(q, k, v, seen_P)
@@ -58,7 +58,7 @@ def splash(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, 
     R, S, _, _, prompt_len_P = layout
     N = q_PNHd.shape[1]
     k, v = (_keys(before and before[i], x) for i, x in enumerate((k_PNKd, v_PNKd)))
-    q = heads_first(scaled(config, q_PNHd))
+    q = heads_first(scale_queries(config, q_PNHd))
     # Only tokens of the same segment see each other: a prompt's padding is a segment of its own.
     segment_PU = jnp.ones((len(k), R + N), jnp.int32).at[:, R : R + S].set(length_mask(prompt_len_P, S))
     block = min(BLOCK, -(-(R + N) // LANES) * LANES)
@@ -95,8 +95,8 @@ def cudnn(
     real_PU = jnp.ones(position_PU.shape, bool).at[:, R : R + S].set(length_mask(prompt_len_P, S))
     # A prompt's padding sees itself: a row that sees nothing has no softmax.
     mask_PNU = sees(layout) & (real_PU[:, None] | ~real_PU[:, R:, None])
-    mask_PNU = seen(config, local, mask_PNU, position_PN, position_PU[:, None])
-    q, N = scaled(config, q_PNHd), q_PNHd.shape[1]
+    mask_PNU = visible(config, local, mask_PNU, position_PN, position_PU[:, None])
+    q, N = scale_queries(config, q_PNHd), q_PNHd.shape[1]
     more_q, more_k = N % 2, (R + N) % 2  # cuDNN's gradient takes even lengths alone
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x, more in ((q, more_q), (k, more_k), (v, more_k)))
     mask_PNU = jnp.pad(mask_PNU, ((0, 0), (0, more_q), (0, more_k))).at[:, N:, 0].set(True)

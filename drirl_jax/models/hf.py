@@ -5,12 +5,9 @@ Only safetensors, JSON and GGUF are read: nothing is unpickled, and no code of a
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import gguf
 import huggingface_hub
@@ -19,8 +16,8 @@ import transformers
 from safetensors.numpy import save_file
 
 from drirl_jax.models import contents, rope, tokenizers
-from drirl_jax.runtime import bucket
-from drirl_jax.runtime.metrics import tracked
+from drirl_jax.runtime import bucket, files
+from drirl_jax.runtime.progress import with_progress
 from drirl_jax.types import InputError
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # the last two: vocabularies, merges
@@ -66,7 +63,7 @@ def resolve(init: str) -> pathlib.Path:
     if init.startswith("package:"):
         return _in_package(init.removeprefix("package:"))
     if init.startswith(bucket.SCHEME):
-        return bucket.fetched(bucket.path(init))
+        return bucket.local_copy(bucket.parse_path(init))
     path = pathlib.Path(init).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -155,44 +152,29 @@ def save(
     generation = tokenizers.generation_config(config, tokenizer)
     if config.get("eos_token_id") is not None and len(generation["eos_token_id"]) > 1:
         config["eos_token_id"] = generation["eos_token_id"]
-    with replacing(folder) as new:
-        write_json(new / "config.json", config)
-        write_json(new / "generation_config.json", generation)
+    with files.replace_folder(folder) as new:
+        files.write_json(new / "config.json", config)
+        files.write_json(new / "generation_config.json", generation)
         _save_tensors(new, tensors, shard)
         _save_tokenizer(new, tokenizer)
 
 
-@contextlib.contextmanager
-def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty folder that takes the other's place and name at the end, unless writing into it was cut."""
-    new, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
-    # Renames alone touch the folder's name, so that no kill leaves half a model, new or old, under it.
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.replace(old)
-    new.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shard: int) -> None:
     size = {name: tensor.nbytes for name, tensor in tensors.items()}
-    files, filled = [[]], 0
+    shards, filled = [[]], 0
     for name in size:
-        if files[-1] and filled + size[name] > shard:
-            files, filled = [*files, []], 0
-        files[-1].append(name)
+        if shards[-1] and filled + size[name] > shard:
+            shards, filled = [*shards, []], 0
+        shards[-1].append(name)
         filled += size[name]
     where = {}
-    for i, names in enumerate(tracked(files, "export", "file"), 1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
+    for i, names in enumerate(with_progress(shards, "export", "file"), 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: np.ascontiguousarray(tensors[name]) for name in names}, folder / file, {"format": "pt"})
         where |= dict.fromkeys(names, file)
-    if len(files) > 1:
+    if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
-        write_json(folder / "model.safetensors.index.json", index)
+        files.write_json(folder / "model.safetensors.index.json", index)
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
@@ -203,12 +185,7 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    write_json(folder / "tokenizer_config.json", config)
-
-
-def write_json(file: pathlib.Path, value: dict) -> None:
-    """Writes what is read by people and by Hugging Face: indented, not escaped."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    files.write_json(folder / "tokenizer_config.json", config)
 
 
 def _in_package(name: str) -> pathlib.Path:

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
+from drirl_jax.config import ADAPTED
 from drirl_jax.models.transformer import LINEAR, Transformer
-from drirl_jax.runtime.sharding import constrained
+from drirl_jax.runtime.sharding import constrain_tree
 from drirl_jax.types import Array
-
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @struct.dataclass
@@ -45,7 +44,7 @@ def init(
     *,
     rank: int,
     alpha: float,
-    targets=TARGETS,
+    targets=ADAPTED,
     layers: int = 0,
     bank: int | None = None,
 ) -> Adapter:
@@ -55,7 +54,7 @@ def init(
         model: the trunk, for its shapes.
         rank: r >= 1.
         alpha: lora_alpha; ΔW is scaled by alpha / rank.
-        targets: which weight matrices, a subset of TARGETS.
+        targets: which weight matrices, a subset of ADAPTED.
         layers: how many of the last layers are adapted; 0 for all.
         bank: number of adapters C, or None for a single one without that axis.
     """
@@ -78,4 +77,4 @@ def merge(model: Transformer, adapter: Adapter) -> Transformer:
         return weight_LOI.at[first:].set((weight_LOI[first:] + delta).astype(weight_LOI.dtype))
 
     weights = {name: merged(getattr(model.blocks, name)[...], pair) for name, pair in adapter.items()}
-    return constrained(model.replace(blocks=model.blocks.replace(**weights)))
+    return constrain_tree(model.replace(blocks=model.blocks.replace(**weights)))

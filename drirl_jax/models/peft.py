@@ -19,9 +19,10 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from drirl_jax.models import families, hf, lora
+from drirl_jax.models import families, lora
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.reward import Bank
+from drirl_jax.runtime import files
 from drirl_jax.runtime.names import file_name
 from drirl_jax.types import Array
 
@@ -65,11 +66,11 @@ def save_adapter(
         "layers_pattern": "layers" if first else None,
         "modules_to_save": None if head_D is None else ["score"],
     }
-    with hf.replacing(folder) as new:
-        hf.write_json(new / "adapter_config.json", described)
+    with files.replace_folder(folder) as new:
+        files.write_json(new / "adapter_config.json", described)
         save_file(tensors, new / "adapter_model.safetensors", {"format": "pt"})
         if numbers:
-            hf.write_json(new / "reward.json", numbers)
+            files.write_json(new / "reward.json", numbers)
 
 
 def save_rewards(folder: pathlib.Path, bank: Bank, config: Config, base: str, categories: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from flax import struct
 
 from drirl_jax.equations import zscore
 from drirl_jax.models import lora, transformer
-from drirl_jax.models.transformer import Begun, Transformer
+from drirl_jax.models.transformer import Transformer, TrunkStates
 from drirl_jax.types import Array, Group
 
 
@@ -61,7 +61,7 @@ def init_full(model: Transformer, key: Array, categories: int, **options) -> Rew
 KINDS = {"lora": init_lora, "head": init_head, "full": init_full}
 
 
-def which(rewards: Rewards, category: Array) -> Array:
+def reward_index(rewards: Rewards, category: Array) -> Array:
     """The reward of each category: its own, or the only one that there is."""
     return category if rewards.bias.shape[0] > 1 else jnp.zeros_like(category)
 
@@ -82,42 +82,42 @@ def _by_own_models(rewards: Rewards, group: Group) -> Array:
     return jax.lax.map(by_one, (rewards.models, rewards.heads, rewards.bias))
 
 
-def token_scores(model: Transformer, rewards: Rewards, group: Group, begun: Begun | None = None) -> Array:
+def token_scores(model: Transformer, rewards: Rewards, group: Group, begun: TrunkStates | None = None) -> Array:
     """[P, G, T] float32 raw rewards of every beginning of the responses: at t, of the tokens up to and with t.
 
     For `begun` see `transformer.apply`; models of their own begin anew.
     """
-    c = which(rewards, group.category)
+    c = reward_index(rewards, group.category)
     if rewards.models is not None:
         return jnp.take_along_axis(_by_own_models(rewards, group), c[None, :, None, None], axis=0)[0]
     _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, c, begun=begun)
     return _scored(hidden_PGTD, rewards.heads[c], rewards.bias[c])
 
 
-def read(score_PGT: Array, length_PG: Array) -> Array:
+def reward_at(score_PGT: Array, length_PG: Array) -> Array:
     """[P, G] the rewards of the first `length` tokens."""
     return jnp.take_along_axis(score_PGT, (length_PG - 1)[..., None], axis=-1)[..., 0]
 
 
-def raw_score(model: Transformer, rewards: Rewards, group: Group, begun: Begun | None = None) -> Array:
+def raw_score(model: Transformer, rewards: Rewards, group: Group, begun: TrunkStates | None = None) -> Array:
     """[P, G] float32 rewards of the responses before standardising, each by its prompt's category."""
-    return read(token_scores(model, rewards, group, begun), group.response_len)
+    return reward_at(token_scores(model, rewards, group, begun), group.response_len)
 
 
-def score(model: Transformer, bank: Bank, group: Group, begun: Begun | None = None) -> Array:
+def score(model: Transformer, bank: Bank, group: Group, begun: TrunkStates | None = None) -> Array:
     """[P, G] standardised rewards."""
-    c = which(bank.rewards, group.category)
+    c = reward_index(bank.rewards, group.category)
     return zscore(raw_score(model, bank.rewards, group, begun), bank.mean[c][:, None], bank.std[c][:, None])
 
 
-def standardised(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
+def standardise(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
     """The bank with mean and deviation of each category's raw rewards, 0 and 1 of one without any.
 
     They are computed in float64: the mean's rounding in float32 may be more than the spread. A spread below 1e-6, or
     below that share of the mean, is rounding itself, and counts as that much.
     """
     mean_C, std_C = np.zeros(rewards.bias.shape[0]), np.ones(rewards.bias.shape[0])
-    category_N, reward_N = np.asarray(which(rewards, category_N)), np.asarray(reward_N, np.float64)
+    category_N, reward_N = np.asarray(reward_index(rewards, category_N)), np.asarray(reward_N, np.float64)
     for c in np.unique(category_N):
         own = reward_N[category_N == c]
         mean_C[c] = own.mean()
@@ -125,16 +125,16 @@ def standardised(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
     return Bank(rewards, jnp.asarray(mean_C, jnp.float32), jnp.asarray(std_C, jnp.float32))
 
 
-def as_they_are(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
+def keep_raw(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
     """The bank whose rewards are the raw ones."""
     return Bank(rewards, jnp.zeros_like(rewards.bias), jnp.ones_like(rewards.bias))
 
 
 # How raw rewards become comparable between categories: (rewards, [N] raw, [N] category) -> Bank.
-NORMALIZE = {"zscore": standardised, "none": as_they_are}
+NORMALIZE = {"zscore": standardise, "none": keep_raw}
 
 
-def score_by_all(model: Transformer, bank: Bank, group: Group, begun: Begun | None = None) -> Array:
+def score_by_all(model: Transformer, bank: Bank, group: Group, begun: TrunkStates | None = None) -> Array:
     """[P, G, C] standardised rewards of every category, whatever the prompts' own."""
     rewards = bank.rewards
 
@@ -142,7 +142,7 @@ def score_by_all(model: Transformer, bank: Bank, group: Group, begun: Begun | No
         return raw_score(model, rewards, dataclasses.replace(group, category=jnp.full_like(group.category, c)), begun)
 
     if rewards.models is not None:
-        raw_CPG = jax.vmap(read, in_axes=(0, None))(_by_own_models(rewards, group), group.response_len)
+        raw_CPG = jax.vmap(reward_at, in_axes=(0, None))(_by_own_models(rewards, group), group.response_len)
     else:
         raw_CPG = jax.lax.map(by_one, jnp.arange(bank.mean.size))
     return zscore(jnp.moveaxis(raw_CPG, 0, -1), bank.mean, bank.std)

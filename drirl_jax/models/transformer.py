@@ -18,13 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.attention import (
     Layout,
-    behind,
     heads_first,
+    layer_cos_sin,
     local_layers,
     prompt_attention,
     rope,
-    rope_turns,
-    turns_of,
+    rope_cos_sin,
+    with_prefix,
 )
 from drirl_jax.models.flash import ATTENDED, ATTENTION
 from drirl_jax.runtime.sharding import constrain
@@ -160,13 +160,13 @@ def embed(model: Transformer, ids: Array) -> Array:
 
 def prompt_layer(config: Config, block: Block, x_PSD, turns, local, before, adapter, route_P):
     """Prompts [P, S, D] through one layer, perhaps behind a prefix: their new states, and keys and values of both."""
-    q, k, v = block.qkv(config, x_PSD, turns_of(config, turns, local), adapter, route_P)
-    k, v = behind(before, heads_first(k), heads_first(v))
+    q, k, v = block.qkv(config, x_PSD, layer_cos_sin(config, turns, local), adapter, route_P)
+    k, v = with_prefix(before, heads_first(k), heads_first(v))
     return block.finish(config, x_PSD, prompt_attention(config, q, k, v, local), adapter, route_P), (k, v)
 
 
 @struct.dataclass
-class Begun:
+class TrunkStates:
     """A group on its way through the trunk: residual streams behind the first `layers`.
 
     [P, R, D] of the prefix (the same for all P, which only carry it through micro-batches), [P, S, D] and [P, G, T, D].
@@ -177,21 +177,21 @@ class Begun:
     response: Array
     layers: int = struct.field(pytree_node=False)
 
-    def members(self, chosen: slice) -> "Begun":
+    def members(self, chosen: slice) -> "TrunkStates":
         """The same for some of each prompt's responses."""
         return dataclasses.replace(self, response=self.response[:, chosen])
 
-    def take(self, index_PM: Array) -> "Begun":
+    def take(self, index_PM: Array) -> "TrunkStates":
         """The same for responses chosen for each prompt, [P, M]."""
         return dataclasses.replace(self, response=jnp.take_along_axis(self.response, index_PM[..., None, None], axis=1))
 
 
-def begin(model: Transformer, group: Group, layers: int) -> Begun:
+def run_trunk(model: Transformer, group: Group, layers: int) -> TrunkStates:
     """The group behind the trunk's first `layers`: once for all adapters that leave these layers as they are."""
     prefix_RD = embed(model, jnp.array(group.prefix, jnp.int32))
     prefix_PRD = jnp.broadcast_to(prefix_RD, (group.prompt.shape[0], *prefix_RD.shape))
     return _through(
-        model, group, Begun(prefix_PRD, embed(model, group.prompt), embed(model, group.response), 0), layers
+        model, group, TrunkStates(prefix_PRD, embed(model, group.prompt), embed(model, group.response), 0), layers
     )
 
 
@@ -201,7 +201,7 @@ def apply(
     adapter=None,
     route_P: Array | None = None,
     *,
-    begun: Begun | None = None,
+    begun: TrunkStates | None = None,
     remat: bool = True,
 ):
     """Final hidden states of a group; the prompt is computed once for all its responses.
@@ -221,7 +221,7 @@ def apply(
         finite and meaningless.
     """
     layers = model.config.layers
-    begun = begin(model, group, 0) if begun is None else begun
+    begun = run_trunk(model, group, 0) if begun is None else begun
     if adapter:
         adapted = jax.tree.leaves(adapter)[0].shape[0]
         begun = _through(model, group, begun, layers - adapted)
@@ -230,8 +230,8 @@ def apply(
 
 
 def _through(
-    model: Transformer, group: Group, begun: Begun, last: int, adapter=None, route_P=None, remat=True
-) -> Begun:
+    model: Transformer, group: Group, begun: TrunkStates, last: int, adapter=None, route_P=None, remat=True
+) -> TrunkStates:
     """The group behind the first `last` layers; the adapter's layers are those that it passes here."""
     config, adapter = model.config, adapter or {}
     if not begun.layers <= last <= config.layers:
@@ -240,7 +240,7 @@ def _through(
         return begun
     (_, S), (_, G, T), R = group.prompt.shape, group.response.shape, len(group.prefix)
     layout = Layout(R, S, G, T, group.prompt_len)
-    turns, prefix_turns = rope_turns(config, layout.position_PN()), rope_turns(config, jnp.arange(R)[None])
+    turns, prefix_turns = rope_cos_sin(config, layout.position_PN()), rope_cos_sin(config, jnp.arange(R)[None])
     attention = ATTENTION[config.attention].function
     # Without a bank all prompts share one adapter, so that one prefix serves them all.
     prefix = begun.prefix if route_P is not None else begun.prefix[:1]
@@ -252,7 +252,7 @@ def _through(
         before = None
         if R:
             prefix, before = prompt_layer(config, block, prefix, prefix_turns, local, None, low, route_P)
-        q, k, v = block.qkv(config, x_PND, turns_of(config, turns, local), low, route_P)
+        q, k, v = block.qkv(config, x_PND, layer_cos_sin(config, turns, local), low, route_P)
         attended = attention(config, layout, q, k, v, before, local)
         return (prefix, block.finish(config, x_PND, attended, low, route_P)), None
 
@@ -263,15 +263,15 @@ def _through(
         blocks = jax.tree.map(lambda w: w[begun.layers : last], blocks)
     inputs = (blocks, adapter, local_layers(config, slice(begun.layers, last)))
     (prefix, x_PND), _ = jax.lax.scan(layer, (prefix, layout.joined(begun.prompt, begun.response)), inputs)
-    return Begun(jnp.broadcast_to(prefix, begun.prefix.shape), *layout.split(x_PND), layers=last)
+    return TrunkStates(jnp.broadcast_to(prefix, begun.prefix.shape), *layout.split(x_PND), layers=last)
 
 
-def last_real(x: Array, length: Array) -> Array:
+def last_token(x: Array, length: Array) -> Array:
     """x [..., N, D] at position length - 1 of each row: [..., D]."""
     return jnp.take_along_axis(x, (length - 1)[..., None, None], axis=-2)[..., 0, :]
 
 
-def predictors(hidden, group: Group) -> Array:
+def predicting_states(hidden, group: Group) -> Array:
     """[P, G, T, D] the states that predict each response token: the last prompt token's, then response token t - 1's.
 
     Args:
@@ -279,6 +279,6 @@ def predictors(hidden, group: Group) -> Array:
         group: the same group.
     """
     prompt_PSD, response_PGTD = hidden
-    first_PD = last_real(prompt_PSD, group.prompt_len)
+    first_PD = last_token(prompt_PSD, group.prompt_len)
     first = jnp.broadcast_to(first_PD[:, None, None], response_PGTD[:, :, :1].shape)
     return jnp.concatenate([first, response_PGTD[:, :, :-1]], axis=2)

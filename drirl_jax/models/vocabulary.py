@@ -8,9 +8,9 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from drirl_jax.models.attention import product, softcap
-from drirl_jax.models.transformer import Transformer, cast, predictors
-from drirl_jax.runtime.sharding import size
+from drirl_jax.models.attention import einsum_f32, softcap
+from drirl_jax.models.transformer import Transformer, cast, predicting_states
+from drirl_jax.runtime.sharding import axis_size
 from drirl_jax.types import Array, Group, PyTree
 
 CHUNK = 256  # about so many positions at a time, all prompts' together, on each device
@@ -32,7 +32,7 @@ def token_logprobs(
         meaningless values.
     """
     P, G, T = group.response.shape
-    predictor_PND = predictors(hidden, group).reshape(P, G * T, -1)
+    predictor_PND = predicting_states(hidden, group).reshape(P, G * T, -1)
     inverse_PN = _inverse(temperature, (P, G, T)).reshape(P, G * T)
     out = logprobs(
         cast(model.unembed, model.config), predictor_PND, group.response.reshape(P, G * T), inverse_PN, chunk,
@@ -64,10 +64,10 @@ def token_sum(
         arrays: [P, ..., T] constants.
     """
     (P, G, T), config = group.response.shape, model.config
-    number = -(-T // max(1, chunk * size("prompts") // (P * G)))
+    number = -(-T // max(1, chunk * axis_size("prompts") // (P * G)))
     read = group.response, _inverse(temperature, (P, G, T)), arrays
     of_tokens = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), read)
-    predictor_PTGD = jnp.moveaxis(predictors(hidden, group), 2, 1)
+    predictor_PTGD = jnp.moveaxis(predicting_states(hidden, group), 2, 1)
     return _summed(cast(model.unembed, config), predictor_PTGD, of_tokens, function, number, config.final_softcap)
 
 
@@ -100,7 +100,7 @@ def logprobs(unembed_VD, hidden_PND, target_PN, inverse_PN, chunk: int = CHUNK, 
 def _logits(unembed_VD, h, y, inverse, cap):
     """Of one chunk, rows [...]: logits z / τ [..., V], z' [..., V] and z'_target [..., 1]; the last two 1
     without a cap."""
-    capped = softcap(product("...d,vd->...v", h, unembed_VD), cap)
+    capped = softcap(einsum_f32("...d,vd->...v", h, unembed_VD), cap)
     if not cap:
         return capped * inverse[..., None], 1, 1
     slope = 1 - (capped / cap) ** 2
@@ -116,7 +116,7 @@ def _row_logprobs(logit, y):
 
 def _by_hidden(unembed_VD, y, inverse, weight, at_target):
     """∂logp/∂h of one chunk, [..., D]; `weight` is p z'."""
-    mean = product("...v,vd->...d", weight.astype(unembed_VD.dtype), unembed_VD)
+    mean = einsum_f32("...v,vd->...d", weight.astype(unembed_VD.dtype), unembed_VD)
     return (at_target * unembed_VD[y] - mean) * inverse[..., None]
 
 
@@ -142,7 +142,7 @@ def _chunks(number: int, arrays: PyTree) -> PyTree:
 def _rows(chunk: int, *arrays):
     """`_chunks` of about `chunk` rows a device."""
     P, N = arrays[0].shape[:2]
-    return _chunks(-(-N // max(1, chunk * size("prompts") // P)), arrays)
+    return _chunks(-(-N // max(1, chunk * axis_size("prompts") // P)), arrays)
 
 
 def _joined(chunks: PyTree, length: int) -> PyTree:

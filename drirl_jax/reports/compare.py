@@ -47,7 +47,7 @@ def bounds(x: Mapping | None) -> str:
 
 def known(judge: str, result: Mapping) -> str:
     """A judge's name with what is known of it."""
-    facts = judges.known(result.get("facts", {}))
+    facts = judges.describe_facts(result.get("facts", {}))
     return f"{judge} ({facts})" if facts else judge
 
 

@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 import drirl_jax
 from drirl_jax.data import overlap
 from drirl_jax.data.examples import Examples
-from drirl_jax.evals import runner
 from drirl_jax.reports.intervals import Interval, difference, interval, paired_shares, wilson
 from drirl_jax.reports.plots import percent
 from drirl_jax.runtime import console, json_files, metrics, workdirs
@@ -30,7 +29,7 @@ from drirl_jax.runtime.files import replace_file
 
 # Prompts, responses and names are untrusted text: everything is escaped, and what `console.CONTROLS` names is replaced.
 ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("drirl_jax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    loader=jinja2.PackageLoader("drirl_jax.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 
 
@@ -45,7 +44,21 @@ BENCHMARK = {
     "agreement": {...: {"n": int, "agree": float, "kappa": json_files.NUMBER}},
     "responses": [dict],
 }
-EVALUATION = runner.RESULT | {json_files.Maybe("benchmarks"): {...: BENCHMARK}}
+RESULT = {
+    "overall": {...: json_files.NUMBER},
+    "by_category": {...: {"n": int, "refused": json_files.NUMBER, "reward": json_files.NUMBER}},
+    "responses": [
+        {
+            "id": str,
+            "category": str,
+            "prompt": str,
+            "response": str,
+            "refused": (bool, type(None)),
+            "reward": json_files.NUMBER,
+        }
+    ],
+}
+EVALUATION = RESULT | {json_files.Maybe("benchmarks"): {...: BENCHMARK}}
 FACTS = {json_files.Maybe("records"): {...: {...: int}}}
 RELIABILITY = {...: [{"n": int, "confidence": json_files.NUMBER, "right": json_files.NUMBER}]}
 SAMPLES = json_files.ROW | {
@@ -96,14 +109,14 @@ class Run(NamedTuple):
 
 def read(workdir: pathlib.Path) -> Run:
     """The run. Raises InputError if the folder is none, or a file of it is damaged."""
-    config = workdirs.recall(workdir)
+    config = workdirs.load_config(workdir)
 
     def kept(name: str, form: Any) -> dict:
         path = workdir / name
         hint = "remove it and start the run again, which makes it anew"
         return json_files.load(path, form, hint) if path.exists() else {}
 
-    rows, seconds = (metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
+    rows, seconds = (metrics.read_jsonl(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
     samples = json_files.rows(workdir / "samples.jsonl", SAMPLES)
     base, aligned = (kept(f"evals/{name}.json", EVALUATION) for name in ("base", "aligned"))
     facts, reliability = kept("facts.json", FACTS), kept("reliability.json", RELIABILITY)

@@ -1,17 +1,8 @@
-"""The report of a run, one file that can be sent alone, and of several runs beside each other.
-
-python -m drirl_jax.reports.single RUN                                    writes RUN/report.html again
-python -m drirl_jax.reports.single --compare RUN RUN ...     writes compared/compare.html and compare.md beside the first
-
-RUN is a run's workdir, finished or not: what it does not hold yet is left out. Runs that are compared must have been
-evaluated on some prompts of the first.
-"""
+"""The report of one run: one HTML file that can be sent alone."""
 
 from __future__ import annotations
 
-import argparse
 import pathlib
-import sys
 from typing import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -35,7 +26,6 @@ from drirl_jax.reports.pages import (
     key_of,
     mean_of,
     points,
-    read,
     signed,
     told,
     values_of,
@@ -43,10 +33,8 @@ from drirl_jax.reports.pages import (
     written,
 )
 from drirl_jax.reports.plots import percent, words
-from drirl_jax.runtime import console, json_files
-from drirl_jax.runtime.files import place
+from drirl_jax.runtime import json_files
 from drirl_jax.stages import guards
-from drirl_jax.types import InputError
 
 SHOWN, MORE = 2, 20  # prompts of a category with their responses: at once, and behind a click
 RECENT = 10  # steps whose mean is a coefficient "at the end"
@@ -357,29 +345,3 @@ def terminal_table(run: Run) -> str:
         for table in filter(None, (by_category(run), benchmarks(run))):
             page.print(table.rich())
     return captured.get()
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("drirl_jax.reports.single", description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", help="workdir of the run")
-    others = "workdirs of several; the first is the one that the others are compared with"
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help=others)
-    parser.add_argument("--out", help="where the comparison goes; else compared/ beside the first run")
-    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax.reports.single runs/quickstart")
-    given = parser.parse_args(argv)
-    try:
-        if (given.run is None) == (given.compare is None):
-            raise InputError("give RUN, or --compare RUN RUN ...: see python -m drirl_jax.reports.single --help.")
-        if given.run:
-            console.result(f"report: {report(read(place(given.run)))}")
-        else:
-            runs = [place(name) for name in given.compare]
-            out = place(given.out) if given.out else runs[0].parent / "compared"
-            console.result(compare.compare([read(workdir) for workdir in runs], out))
-    except InputError as error:
-        sys.exit(f"drirl_jax: {error}")
-
-
-if __name__ == "__main__":
-    console.outlive_readers()
-    main()

@@ -1,24 +1,15 @@
 """What a run is at, told by its workdir alone: a second's work, whether or not the run is going on.
 
-python -m drirl_jax.reports.status runs/quickstart          # a few lines
-python -m drirl_jax.reports.status runs/quickstart --json   # one object, for scripts
-
 Seconds left are the steps left times the median of the last steps', without evaluations and compilation.
 """
 
 from __future__ import annotations
 
-import argparse
-import fcntl
-import json
-import os
 import pathlib
 import statistics
-import sys
 import time
 
-from drirl_jax.runtime import console, json_files
-from drirl_jax.runtime.files import place
+from drirl_jax.runtime import json_files, lock
 
 SHOWN = ("loss", "reward", "gap", "kl", "alpha_d", "alpha_m", "length", "pairs_right", "accuracy", "skipped")
 RECENT = 20  # steps whose seconds are looked at
@@ -27,7 +18,7 @@ PRODUCTS = {"irl": "rewards", "align": "aligned", "evals": "report.html"}  # of 
 CONFIG = {"schedule": [str], "irl": {"steps": int}, "align": {"steps": int}}
 
 
-def of(workdir: pathlib.Path) -> dict:
+def run_status(workdir: pathlib.Path) -> dict:
     """The state of the run in this workdir.
 
     Returns:
@@ -53,7 +44,7 @@ def of(workdir: pathlib.Path) -> dict:
     metrics = workdir / "metrics.jsonl"
     return {
         "workdir": str(workdir),
-        "at_work": held(workdir),
+        "at_work": lock.is_locked(workdir),
         "finished": all(stage["finished"] for stage in stages),
         "stage": next((stage["stage"] for stage in stages if not stage["finished"]), None),
         "stages": stages,
@@ -77,27 +68,6 @@ def _stage(name: str, workdir: pathlib.Path, steps: int | None, rows: list[dict]
     left = None if step is None or steps is None else (steps - done) * step
     told = {"stage": name, "done": done, "steps": steps, "finished": finished}
     return told | {"seconds_a_step": step, "seconds_left": left}
-
-
-def held(workdir: pathlib.Path) -> bool:
-    """Whether a process of this machine has taken the workdir, as `process.Lock` does."""
-    return any(_locked(path) for path in (workdir, workdir / ".lock"))
-
-
-def _locked(path: pathlib.Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # no run has been there
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _numbered(folder: pathlib.Path) -> list[int]:
@@ -139,25 +109,3 @@ def text(found: dict) -> str:
         folder = f"{found['workdir']}/replay/{found['stops'][-1]}"
         lines.append(f"stopped by a guard at {', '.join(found['stops'])}: --replay={folder} runs the step alone")
     return "\n".join(lines)
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m drirl_jax.reports.status",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax.reports.status runs/quickstart")
-    parser.add_argument("run", help="the workdir of a run")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args(argv)
-    try:
-        found = of(place(options.run))
-    except ValueError as error:
-        sys.exit(f"drirl_jax: {error}")
-    print(json.dumps(found) if options.json else text(found))
-
-
-if __name__ == "__main__":
-    console.outlive_readers()
-    main(sys.argv[1:])

@@ -17,7 +17,7 @@ from typing import Iterator, TypeAlias
 import fsspec
 from etils import epath
 
-from drirl_jax.runtime import files, names, preemption, sharding
+from drirl_jax.runtime import files, lock, names, processes
 from drirl_jax.types import InputError
 
 SCHEME = "gs://"
@@ -27,7 +27,7 @@ READ_AGAIN = ("*.json", "*.jsonl", "evals/*.json")
 Path: TypeAlias = pathlib.Path | epath.Path
 
 
-def path(name: str | Path) -> Path:
+def parse_path(name: str | Path) -> Path:
     """The folder or the place in a bucket of this name.
 
     Raises:
@@ -35,7 +35,7 @@ def path(name: str | Path) -> Path:
             installed.
     """
     if "://" not in str(name):
-        folder_here = files.place(name)
+        folder_here = files.expand_path(name)
         names.need_place_of_run(folder_here.absolute())
         return folder_here
     names.need_place_of_run(name)
@@ -45,11 +45,11 @@ def path(name: str | Path) -> Path:
     return epath.Path(name)
 
 
-def folder(name: str | Path) -> pathlib.Path:
+def local_folder(name: str | Path) -> pathlib.Path:
     """The folder of this name, for what works in no bucket. Raises InputError for a place in one."""
     if "://" in str(name):
         raise InputError(f"{name} is no folder, and this command takes no bucket: give a folder here.")
-    return files.place(name)
+    return files.expand_path(name)
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def _files() -> fsspec.AbstractFileSystem:
         raise InputError(f"buckets need the package gcsfs ({error}): pip install 'drirl_jax[gcs]'.") from error
 
 
-def move(source: Path, target: Path) -> None:
+def rename_folder(source: Path, target: Path) -> None:
     """Gives a folder another name, in a bucket object by object."""
     if isinstance(source, pathlib.Path):
         target.parent.mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ def move(source: Path, target: Path) -> None:
         _files().mv(str(source), str(target), recursive=True)
 
 
-def fetched(source: Path) -> pathlib.Path:
+def local_copy(source: Path) -> pathlib.Path:
     """The folder itself, or a copy here of one in a bucket, which is kept until the process ends.
 
     Raises:
@@ -110,11 +110,11 @@ class Workdir:
     """
 
     def __init__(self, name: str | Path):
-        self.kept = path(name)
+        self.kept = parse_path(name)
         self.remote = not isinstance(self.kept, pathlib.Path)
         self.local = pathlib.Path(_scratch().name) / uuid.uuid4().hex if self.remote else self.kept
         self.owner, self._pushed = uuid.uuid4().hex.encode(), {}
-        self.lock: preemption.Lock | None = None
+        self.lock: lock.Lock | None = None
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -137,7 +137,7 @@ class Workdir:
         elif self.remote and _files().cat_file(f"{self.kept}/.owner") != self.owner:
             raise InputError(f"a newer run is at work in {self.kept}: this one ends, and leaves it to that.")
 
-    def take(self) -> preemption.Lock | None:
+    def take(self) -> lock.Lock | None:
         """Takes the workdir for this process, and fetches from a bucket what a run that goes on reads again.
 
         A folder is locked until what is returned is closed or the process dies. A bucket knows no locks: there the
@@ -147,7 +147,7 @@ class Workdir:
             InputError: another run has the folder, or nothing can be written there.
         """
         if not self.remote:
-            self.lock = preemption.lock(self.local)
+            self.lock = lock.acquire(self.local)
             return self.lock
         self.local.mkdir(parents=True)
         try:
@@ -172,7 +172,7 @@ class Workdir:
         Raises:
             InputError: another run has taken the workdir, or its folder is gone.
         """
-        if not sharding.writes():
+        if not processes.is_writer():
             return
         self.require()
         if not self.remote:

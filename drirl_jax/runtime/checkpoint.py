@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from drirl_jax.runtime import bucket, json_files, sharding
+from drirl_jax.runtime import bucket, json_files, processes
 from drirl_jax.types import Array, InputError, PyTree
 
 log = logging.getLogger(__name__)
@@ -164,14 +164,14 @@ class Checkpoints:
 
     def _rename(self, damaged: dict[int, str]) -> None:
         for step, why in damaged.items():
-            if sharding.writes():
+            if processes.is_writer():
                 aside = self._free_name(step)
                 log.warning(
                     "%s/%d is damaged (%s): put aside as %s; one before it is taken", self.folder, step, why, aside
                 )
-                bucket.move(self.folder / str(step), aside)
+                bucket.rename_folder(self.folder / str(step), aside)
         if damaged:
-            sharding.agreed(True)  # that is, no process reads the folder before that is done
+            processes.writers_value(True)  # that is, no process reads the folder before that is done
 
     def _free_name(self, step: int) -> bucket.Path:
         """Where nothing was put aside yet."""

@@ -32,7 +32,7 @@ def mode() -> str:
     return _mode
 
 
-def speak(as_: str) -> None:
+def set_mode(as_: str) -> None:
     """Chooses how this process speaks from now on, its log records too.
 
     Args:
@@ -84,35 +84,35 @@ def outlive_readers() -> None:
         setattr(sys, name, open(os.devnull, "w") if stream is None else _Output(stream))
 
 
-def say(event: str, **facts: Any) -> None:
+def print_event(event: str, **facts: Any) -> None:
     """One object on stdout, whatever the mode."""
     line = json.dumps({"event": event} | _finite(facts), ensure_ascii=False)
     print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line), flush=True)
 
 
-def result(text: str, **facts: Any) -> None:
+def print_result(text: str, **facts: Any) -> None:
     """What the command was asked for: the text, or in mode "json" the facts."""
     if _mode == "json":
-        say("result", **facts)
+        print_event("result", **facts)
     else:
         parts = COLOUR.split(text)
         print("".join(part if i % 2 else printable(part).replace("\r", "\ufffd") for i, part in enumerate(parts)))
 
 
-def coloured(file: TextIO) -> bool:
+def wants_colour(file: TextIO) -> bool:
     """Whether colours are wanted there: on a terminal, unless NO_COLOR is set (https://no-color.org)."""
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say("log", level=record.levelname.lower(), message=record.getMessage())
+        print_event("log", level=record.levelname.lower(), message=record.getMessage())
 
 
 class _Sentences(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         text = printable(super().format(record))
-        return f"\033[33m{text}\033[0m" if record.levelno >= logging.WARNING and coloured(self.stream) else text
+        return f"\033[33m{text}\033[0m" if record.levelno >= logging.WARNING and wants_colour(self.stream) else text
 
 
 def _finite(value: Any) -> Any:

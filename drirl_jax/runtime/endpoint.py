@@ -22,8 +22,8 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import httpx
 from ml_collections import ConfigDict
 
-from drirl_jax.runtime import ranges, secrets, sharding
-from drirl_jax.runtime.metrics import Progress
+from drirl_jax.runtime import processes, ranges, secrets
+from drirl_jax.runtime.progress import Progress
 from drirl_jax.runtime.surrogates import mended
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
@@ -61,7 +61,7 @@ class Reply(NamedTuple):
     seconds: float
 
 
-def check(section: ConfigDict) -> None:
+def check_endpoint(section: ConfigDict) -> None:
     """Raises InputError unless the section says how to reach a model."""
     try:
         url = httpx.URL(section.url)
@@ -99,7 +99,7 @@ class Endpoint:
     """
 
     def __init__(self, section: ConfigDict, memory: pathlib.Path | None = None):
-        check(section)
+        check_endpoint(section)
         self.section, self.memory = section, memory
         self.key = os.environ.get(section.key_env, "").strip() if section.key_env else ""
         if not self.key.isascii() or len(self.key.split()) > 1:
@@ -142,7 +142,7 @@ class Endpoint:
             readable, and raises: as above.
         """
         rounds = [[self._request(chat, options) for chat in chats] for options in tries]
-        return [Reply(*reply) for reply in sharding.told(lambda: self._asked(rounds, readable))]
+        return [Reply(*reply) for reply in processes.ask_once(lambda: self._asked(rounds, readable))]
 
     def _request(self, chat: Chat, options: Mapping[str, Any]) -> dict:
         turns = [{name: mended(text) for name, text in turn.items()} for turn in chat]
@@ -174,7 +174,7 @@ class Endpoint:
         missing, replies = dict(zip(names, requests)), {}
         at_once = asyncio.Semaphore(self.section.concurrency)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        bar = Progress("replies", len(missing), shown=sharding.writes(), unit="reply", brief=True)
+        bar = Progress("replies", len(missing), shown=processes.is_writer(), unit="reply", brief=True)
         client = httpx.AsyncClient(headers=headers, timeout=self.section.timeout)
 
         async def one(name: str, request: dict) -> None:

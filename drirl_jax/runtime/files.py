@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 
-from drirl_jax.runtime.errors import InputError
+from drirl_jax.errors import InputError
 
 KEPT_BESIDE = ("replies", "judgements")
 
 
-def place(name: str | os.PathLike) -> pathlib.Path:
+def expand_path(name: str | os.PathLike) -> pathlib.Path:
     """The path that this name means; a `~` or `~user` at its beginning is a home folder, as in a shell.
 
     Every option that names a file or a folder passes through here: a shell expands `--workdir ~/x` but not
@@ -84,3 +86,23 @@ def is_beside(path: pathlib.Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.readline().startswith(b'{"request":')
+
+
+@contextlib.contextmanager
+def replace_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty folder that takes the other's place and name at the end, unless writing into it was cut."""
+    new, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    # Renames alone touch the folder's name, so that no kill leaves half a model, new or old, under it.
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
+    new.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(file: pathlib.Path, value: dict) -> None:
+    """Writes what is read by people and by Hugging Face: indented, not escaped."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -15,7 +15,7 @@ import json
 import os
 from typing import Any
 
-from drirl_jax.runtime.errors import InputError
+from drirl_jax.errors import InputError
 
 NUMBER = (float, type(None))  # null stands for what is not finite
 ROW = {"stage": str, "step": int}  # of every JSONL file that a run writes step by step

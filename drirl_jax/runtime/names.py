@@ -13,7 +13,7 @@ import unicodedata
 from typing import Collection, Iterable
 from urllib.parse import unquote
 
-from drirl_jax.runtime.errors import InputError
+from drirl_jax.errors import InputError
 
 LONGEST = 100  # characters of a name
 LONGEST_FILE = 200  # bytes of a file's name: file systems take 255, and temporary names are longer

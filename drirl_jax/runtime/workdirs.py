@@ -11,12 +11,8 @@ from typing import Any, Mapping, Sequence
 from ml_collections import ConfigDict
 
 from drirl_jax.config import default
-from drirl_jax.data import records
-from drirl_jax.data.text import Text
-from drirl_jax.models import hf
-from drirl_jax.runtime import bucket, contents, json_files
-from drirl_jax.runtime.checkpoint import Checkpoints
-from drirl_jax.runtime.files import place, replace_file
+from drirl_jax.runtime import bucket, json_files
+from drirl_jax.runtime.files import expand_path, replace_file
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
@@ -55,58 +51,11 @@ ANYWHERE = (
     "debug_nans",
 )  # fmt: skip
 TRANSPORT = re.compile(r"(^|\.)(endpoint|judge|attacker)\.(key_env|concurrency|timeout|retries|backoff)$")
-ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 # Files by which a folder is known to hold a run, even without a config.
 TRACES = ("metrics.jsonl", "checkpoints", "rewards", "aligned")
 
 
-def policy_contents(config: ConfigDict, tokens: Text) -> dict[str, str]:
-    """The hashes of what the policy's folder holds, and of its tokens as they were read.
-
-    Raises:
-        InputError: there is no such policy.
-    """
-    path = hf.resolve(config.policy.init)
-    return {
-        "weights": stamp(path),
-        # A .gguf file holds its config beside the weights, and takes seconds to be parsed.
-        "model": contents.of_model_config(hf.read_config(path)) if path.is_dir() else contents.of_value("in the file"),
-        "tokenizer": contents.of_tokenizer(tokens.tokenizer),
-        "template": contents.of_template(tokens.tokenizer),
-        "ends": contents.of_value(list(tokens.eos_ids)),
-    }
-
-
-def stamp(path: pathlib.Path) -> str:
-    """A hash of a model's weights: another one where they were trained anew, the same where they were copied."""
-    return contents.of_weights(path, hf.read_tensors(path) if path.is_dir() else None)
-
-
-def contents_of(config: ConfigDict, tokens: Text, asked: Sequence = ()) -> dict[str, str]:
-    """The hash of each thing of CONTENTS that a run of this config is made of.
-
-    Args:
-        tokens: of the policy.
-        asked: the questions of config.evals.benchmarks: see `evals.benchmarks.load`.
-
-    Raises:
-        InputError: one of them is not there.
-    """
-    rows = records.read(config.data.path, config.data.categories)
-    found = policy_contents(config, tokens) | {
-        "data": contents.of_records(row._replace(provenance="") for row in rows),
-        "encoder": contents.of_folder(hf.resolve(config.encoder.init), ENCODER_FILES),
-    }
-    if asked:
-        found["benchmarks"] = contents.of_value([questions.contents for questions in asked])
-    if config.reward.init:
-        found["rewards"] = contents.of_value(Checkpoints(bucket.path(config.reward.init) / "rewards", keep=1).saved())
-    if config.evals.every and config.evals.benchmarks and config.evals.classifier:  # its figures are among the metrics
-        found["classifier"] = contents.of_file(config.evals.classifier)
-    return found
-
-
-def free(key: str, config: Mapping[str, Any]) -> bool:
+def may_change(key: str, config: Mapping[str, Any]) -> bool:
     """Whether an option may change without another workdir: nothing that a run keeps depends on it.
 
     A judge that only evaluates may change, since what another judge has judged is judged anew. A judge that gives
@@ -128,7 +77,7 @@ def free(key: str, config: Mapping[str, Any]) -> bool:
     return key in ("evals.judges", "evals.classifier") and not learns
 
 
-def remember(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | None = None) -> None:
+def record_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | None = None) -> None:
     """Writes workdir/config.json, or checks that it says the same: a workdir belongs to one config and to what the
     files that it names hold, on any machines and at any paths.
 
@@ -140,7 +89,7 @@ def remember(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] |
             whose config.json is missing or damaged.
     """
     path, plain = workdir / "config.json", json.loads(config.to_json_best_effort(sort_keys=True))
-    if belongs(config, workdir, now):
+    if check_config(config, workdir, now):
         before = json_files.load(path)
         if now and "contents" not in before:
             log.warning(
@@ -158,7 +107,7 @@ def remember(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] |
     replace_file(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
 
 
-def belongs(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | None = None) -> bool:
+def check_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | None = None) -> bool:
     """Whether the workdir has this config and these contents; False where it holds no run. Raises InputError like
     `remember`."""
     path = workdir / "config.json"
@@ -186,7 +135,7 @@ def belongs(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | 
             "go on with that version, or take another --workdir."
         )
     differ = [key for key in sorted(before) if before[key] != after[key]]
-    differ = [key for key in differ if not (free(key, before) and free(key, after))]
+    differ = [key for key in differ if not (may_change(key, before) and may_change(key, after))]
     differ = [key for key in differ if not (key in PLACES and set(PLACES[key]) <= same)]
     if differ:
         changes = "; ".join(f"{key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ)
@@ -205,7 +154,7 @@ def require_same(workdir: bucket.Path, now: Mapping[str, str]) -> None:
         )
 
 
-def noted(workdir: bucket.Path) -> dict[str, str]:
+def recorded_contents(workdir: bucket.Path) -> dict[str, str]:
     """The hashes that the workdir keeps of what its run is made of; {} of an older version's."""
     return _config_in(workdir).get("contents", {})
 
@@ -215,7 +164,7 @@ def flat(config: ConfigDict) -> dict[str, Any]:
     return _flat(json.loads(config.to_json_best_effort(sort_keys=True)))
 
 
-def recall(workdir: pathlib.Path) -> ConfigDict:
+def load_config(workdir: pathlib.Path) -> ConfigDict:
     """The config that `remember` wrote. Raises InputError if there is none, or one that this version does not know."""
     path = workdir / "config.json"
     if not path.is_file():
@@ -242,25 +191,25 @@ def _config_in(workdir: bucket.Path) -> dict:
     return tree
 
 
-def is_run(path: pathlib.Path) -> bool:
+def is_finished_run(path: pathlib.Path) -> bool:
     """Whether it is the workdir of a run that has come to its end."""
     return (path / "aligned").is_dir()
 
 
-def of_policy(model: str, given: ConfigDict | None = None) -> ConfigDict:
+def policy_config(model: str, given: ConfigDict | None = None) -> ConfigDict:
     """The config under which a policy is measured or attacked.
 
     Args:
         model: the workdir of a finished run, whose aligned policy is meant, or whatever config.policy.init may be.
         given: of a run only its evals are taken; the rest is the run's own.
     """
-    run = place(model)
-    if is_run(run):
-        config = recall(run)
+    run = expand_path(model)
+    if is_finished_run(run):
+        config = load_config(run)
         config.evals.update({"best": "", "every": 0} | (given.evals.to_dict() if given is not None else {}))
     else:
         config = (given or default()).copy_and_resolve_references()
-    config.policy.init = str(run / "aligned") if is_run(run) else model
+    config.policy.init = str(run / "aligned") if is_finished_run(run) else model
     return config
 
 

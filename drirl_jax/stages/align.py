@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from drirl_jax import equations as eq
 from drirl_jax import scaling
 from drirl_jax.data import pipeline
-from drirl_jax.data.examples import Examples, contrast, require_both_kinds
+from drirl_jax.data.examples import Examples, other_kind_demonstrations, require_both_kinds
 from drirl_jax.data.text import SPLIT, whole_text
 from drirl_jax.models import reward, transformer
 from drirl_jax.models.transformer import Transformer
@@ -22,8 +22,18 @@ from drirl_jax.rollout import FINISH, Rollout
 from drirl_jax.runtime import sharding
 from drirl_jax.runtime.endpoint import Endpoint
 from drirl_jax.stages import objectives, optimizer, samples
-from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw, draw_all, group_of, laid_out
-from drirl_jax.stages.objectives import OBJECTIVES, ROLES, TOKEN_SHARE, Scored
+from drirl_jax.stages.base import (
+    POLICIES,
+    Context,
+    Stage,
+    State,
+    category_means,
+    make_group,
+    on_sampling_mesh,
+    sample_all,
+    sample_batch,
+)
+from drirl_jax.stages.objectives import OBJECTIVES, ROLES, TOKEN_SHARE, ScoredGroup
 from drirl_jax.stages.rewards.sources import SOURCES
 from drirl_jax.types import Array, TrainState
 
@@ -92,7 +102,7 @@ def embed_responses(context: Context, split: Callable, response_PGT: np.ndarray,
 def calibrate(context: Context, options: scaling.Options, split: Callable, model: Transformer, demo_parts) -> Array:
     """[C] δ̄ of each category under this policy: one response to every training prompt. (as DAMA fixes its hardness)"""
     config, train = context.config, context.examples["train"]
-    out = draw_all(
+    out = sample_all(
         context, model, train, context.key("calibration"), config.evals.batch,
         group=1, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
     )  # fmt: skip
@@ -101,25 +111,25 @@ def calibrate(context: Context, options: scaling.Options, split: Callable, model
     return eq.category_mean(delta_PG, train.category, len(config.data.categories))[0]
 
 
-begin = jax.jit(transformer.begin, static_argnames="layers")
+run_trunk = jax.jit(transformer.run_trunk, static_argnames="layers")
 # Figures of a token of a step's first update alone, when the policy still is the one that was sampled.
 BEFORE = ("sampler_gap",)
 
 
 @jax.jit
-def guarded(reward_PM: Array, alpha_PG: Array, stats: scaling.Stats, before: scaling.Stats):
+def guard_coefficients(reward_PM: Array, alpha_PG: Array, stats: scaling.Stats, before: scaling.Stats):
     """(α, statistics); where a reward is not finite, an α that makes the loss so too, and the statistics before."""
     finite = jnp.isfinite(reward_PM).all()
     return jnp.where(finite, alpha_PG, jnp.nan), jax.tree.map(partial(jnp.where, finite), stats, before)
 
 
-def transformation_of(config: ConfigDict) -> optax.GradientTransformation:
+def make_transformation(config: ConfigDict) -> optax.GradientTransformation:
     """The optimiser of config.align, which takes an update for each minibatch of each epoch of a step."""
     c = config.align
     return optimizer.make(c.optimizer, c.steps * c.epochs * c.minibatches)
 
 
-def updater(config: ConfigDict, transformation: optax.GradientTransformation) -> jax.stages.Wrapped:
+def make_update(config: ConfigDict, transformation: optax.GradientTransformation) -> jax.stages.Wrapped:
     """(TrainState, trunk, batch) -> (TrainState, scalars): one pass over a batch, an update for each minibatch."""
     c, objective, policy = config.align, OBJECTIVES[config.align.objective], POLICIES[config.policy.tune]
 
@@ -142,7 +152,7 @@ def updater(config: ConfigDict, transformation: optax.GradientTransformation) ->
             if name in scalars:  # a mean over the tokens of the first minibatch, not over the share that these are
                 told[name] = scalars[name][0] / jnp.maximum(scalars[TOKEN_SHARE][0], 1e-6)
         # Again behind the loop, whose result XLA lays out anew: the next step would be compiled for another layout.
-        return sharding.constrained(train_state), told
+        return sharding.constrain_tree(train_state), told
 
     return updated
 
@@ -164,7 +174,7 @@ def make(
     policy, objective = POLICIES[config.policy.tune], OBJECTIVES[c.objective]
     score = SOURCES[config.reward.source].make(context) if objective.samples else None
     options = scaling.Options.from_config(config.scaling)
-    transformation = transformation_of(config)
+    transformation = make_transformation(config)
     is_harmless = [name in config.data.harmless for name in names]
     batches = pipeline.batches(config.sampler, train.rows_by_category(len(names)), c.batch, config.seed, is_harmless)
     contrasted = ROLES[config.grpo.contrast].counts
@@ -176,7 +186,7 @@ def make(
     demo_parts = embed_parts(context, split, train.demo_text) if objective.samples else None
 
     def init() -> State:
-        params = objectives.init(
+        params = objectives.init_params(
             objective, policy.init(config.policy, context.model, context.key("adapter")), context.model
         )
         return State(optimizer.init(transformation, params), scaling.Stats.fresh(len(names)))
@@ -185,22 +195,24 @@ def make(
         rows = np.asarray(batches[step])
         examples, params = train.take(rows), state.train.params
         if not objective.samples:
-            group = group_of(examples, examples.demo[:, None], examples.demo_len[:, None])
-            return objective.batch(context, context.model, params, Scored(group))[0], state.carry, {}
+            group = make_group(examples, examples.demo[:, None], examples.demo_len[:, None])
+            return objective.batch(context, context.model, params, ScoredGroup(group))[0], state.carry, {}
         # Sample a group for every prompt.
         model = context.model
         if not objective.offline(config):
             model = policy.merged(context.model, params.policy)
-        out = draw(
-            context, laid_out(context, model), examples, context.key(purpose, step),
+        out = sample_batch(
+            context, on_sampling_mesh(context, model), examples, context.key(purpose, step),
             group=c.group, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
-        sampled = group_of(examples, *context.clock.mark("rollout", (out.response, out.response_len)))
+        sampled = make_group(examples, *context.clock.mark("rollout", (out.response, out.response_len)))
         # Rewards on the device while the host splits and embeds the texts.
         group = sampled.joined(jnp.asarray(examples.demo), jnp.asarray(examples.demo_len))
         if contrasted:
-            group = group.joined(*map(jnp.asarray, contrast(examples, train, harmless, [config.seed, step])))
-        begun = begin(context.model, group, layers=shared.layers) if shared.layers else None
+            group = group.joined(
+                *map(jnp.asarray, other_kind_demonstrations(examples, train, harmless, [config.seed, step]))
+            )
+        begun = run_trunk(context.model, group, layers=shared.layers) if shared.layers else None
         context.clock.mark("trunk", begun)
         reward_PM = context.clock.mark("rewards", score(bank, examples, group, begun if shared.rewards else None))
         reward_PG, demo_reward_P = reward_PM[:, : c.group], reward_PM[:, c.group]
@@ -211,11 +223,11 @@ def make(
         if step == 0 and not options.rule("baseline").moves:
             stats = stats._replace(delta=calibrate(context, options, split, model, demo_parts))
         alpha_PG, moved, info = scaling.coefficients(options, stats, parts, reward_PG, demo_reward_P, group.category)
-        alpha_PG, stats = guarded(reward_PM, alpha_PG, moved, stats)
+        alpha_PG, stats = guard_coefficients(reward_PM, alpha_PG, moved, stats)
         context.clock.mark("hardness", alpha_PG)
         kept = info["kept"] if config.scaling.drop_masked else jnp.ones_like(info["kept"])
         answered = np.isin(examples.category, harmless)
-        scored = Scored(group, out.logp, reward_PM, alpha_PG, kept, begun, shared.policy, answered)
+        scored = ScoredGroup(group, out.logp, reward_PM, alpha_PG, kept, begun, shared.policy, answered)
         batch, more = objective.batch(context, model, params, scored)
         if keep and step + 1 in shown:
             told = {"reward": reward_PG, "demo_reward": demo_reward_P, "alpha": alpha_PG, "masked": ~info["kept"]}
@@ -224,9 +236,9 @@ def make(
             if config.scaling.drop_masked and "scaled" in told:  # those are not trained with it
                 told["scaled"] = np.where(told["masked"], np.nan, told["scaled"])
             keep(step + 1, samples.rows(names, context.text, examples, response, length, told))
-        return batch, stats, describe(names, examples, out, reward_PM, info | more)
+        return batch, stats, batch_scalars(names, examples, out, reward_PM, info | more)
 
-    updated = updater(config, transformation)
+    updated = make_update(config, transformation)
 
     def update(train_state: TrainState, batch):
         train_state, scalars = updated(train_state, context.model, batch)
@@ -246,7 +258,7 @@ def make(
     )
 
 
-def describe(names, examples: Examples, out: Rollout, reward_PM, info) -> dict[str, float]:
+def batch_scalars(names, examples: Examples, out: Rollout, reward_PM, info) -> dict[str, float]:
     """The scalars of a batch, by category; of the M rewards of a prompt its samples' come first."""
     reward_PM, info, out = sharding.fetch((reward_PM, info, out))
     reward_PG = reward_PM[:, : out.response_len.shape[1]]
@@ -258,7 +270,7 @@ def describe(names, examples: Examples, out: Rollout, reward_PM, info) -> dict[s
     }
     scalars = {}
     for name, value in (shown | info).items():
-        scalars |= by_category(value, examples.category, names, name)
+        scalars |= category_means(value, examples.category, names, name)
     return scalars | {
         "reward_std": float(reward_PG.std(axis=1).mean()),
         "bad_rewards": float((~np.isfinite(reward_PM)).sum()),

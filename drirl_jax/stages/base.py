@@ -13,17 +13,17 @@ from ml_collections import ConfigDict
 
 from drirl_jax import rollout
 from drirl_jax.data.examples import Examples
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.models import lora
 from drirl_jax.models.encoder import TextEmbedder
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.runtime import sharding
 from drirl_jax.runtime.bucket import Workdir
-from drirl_jax.runtime.metrics import Clock, tracked
+from drirl_jax.runtime.progress import Clock, with_progress
 from drirl_jax.types import Array, Group, PyTree, TrainState
 
 # Each use of random numbers has its own stream: key = fold_in(run key, purpose), then step, prompt and response index.
-PURPOSE = dict(
+RANDOM_STREAMS = dict(
     adapter=0,
     rewards=1,
     irl_samples=2,
@@ -37,7 +37,7 @@ PURPOSE = dict(
 )
 
 
-class Shared(NamedTuple):
+class SharedLayers(NamedTuple):
     """How many of the trunk's first layers a step's group passes once, and for whom beside the reference."""
 
     layers: int
@@ -52,7 +52,7 @@ class Context:
 
     config: ConfigDict
     model: Transformer
-    text: Text
+    text: ChatTokens
     embedder: TextEmbedder
     examples: dict[str, Examples]
     clock: Clock = dataclasses.field(default_factory=Clock)
@@ -60,16 +60,16 @@ class Context:
     sampling: jax.sharding.Mesh | None = None
 
     @property
-    def shared(self) -> Shared:
+    def shared(self) -> SharedLayers:
         """The layers that all of those leave as they are who leave any: the policy, and rewards on the trunk."""
         layers, c = self.model.config.layers, self.config
         adapted = {"lora": (c.reward.layers or layers), "head": 0, "full": layers}
         policy = layers - ((c.policy.layers or layers) if c.policy.tune == "lora" else layers)
         rewards = layers - adapted[c.reward.kind]
-        return Shared(min(filter(None, (policy, rewards)), default=0), policy > 0, rewards > 0)
+        return SharedLayers(min(filter(None, (policy, rewards)), default=0), policy > 0, rewards > 0)
 
     def key(self, purpose: str, step: int = 0) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), PURPOSE[purpose]), step)
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), RANDOM_STREAMS[purpose]), step)
 
 
 class State(NamedTuple):
@@ -132,63 +132,63 @@ POLICIES = {
 }
 
 
-def group_of(examples: Examples, response, response_len) -> Group:
+def make_group(examples: Examples, response, response_len) -> Group:
     """The examples' prompts with these responses, [P, G, T] and [P, G]."""
     arrays = (examples.prompt, examples.prompt_len, response, response_len, examples.category)
-    return Group(*(sharding.deal(x) for x in arrays), prefix=examples.prefix)
+    return Group(*(sharding.shard_prompts(x) for x in arrays), prefix=examples.prefix)
 
 
-def laid_out(context: Context, model: Transformer) -> Transformer:
+def on_sampling_mesh(context: Context, model: Transformer) -> Transformer:
     """The model as sampling wants it: every token reads all weights, which should not have to be gathered first."""
     if context.sampling is None:
         return model
     with jax.set_mesh(context.sampling):
-        return moved(model)
+        return reshard(model)
 
 
 @jax.jit
-def moved(model: Transformer) -> Transformer:
+def reshard(model: Transformer) -> Transformer:
     """The model on the mesh that is set, its matrices in the type of the computation."""
 
     def cast(path, x):
-        axes = sharding.axes_of(path, x.ndim)
+        axes = sharding.logical_axes(path, x.ndim)
         # By way of matrices that are cut on both sides: else each would be whole on every device for a moment.
         between = ["spread_width" if axis == "width" else axis for axis in axes]
         return sharding.constrain(x.astype(model.config.dtype), *between) if axes else x
 
-    return sharding.constrained(jax.tree_util.tree_map_with_path(cast, model))
+    return sharding.constrain_tree(jax.tree_util.tree_map_with_path(cast, model))
 
 
-def draw(context: Context, model: Transformer, examples: Examples, key: Array, **options) -> rollout.Rollout:
+def sample_batch(context: Context, model: Transformer, examples: Examples, key: Array, **options) -> rollout.Rollout:
     """Responses of the model, `laid_out`, to every example, one batch: see `rollout.sample` for further options."""
     group = options.pop("group")
-    keys = rollout.row_keys(key, jnp.asarray(examples.index), group)
+    keys = rollout.response_keys(key, jnp.asarray(examples.index), group)
     with jax.set_mesh(context.sampling) if context.sampling else contextlib.nullcontext():
-        keys = sharding.whole(keys) if context.sampling else keys
-        prompt, length = sharding.deal(examples.prompt), sharding.deal(examples.prompt_len)
+        keys = sharding.replicate(keys) if context.sampling else keys
+        prompt, length = sharding.shard_prompts(examples.prompt), sharding.shard_prompts(examples.prompt_len)
         options |= dict(eos=context.text.eos_ids, prefix=examples.prefix)
         out = rollout.sample(model, prompt, length, keys, **options)
-    return jax.tree.map(sharding.deal, out) if context.sampling else out
+    return jax.tree.map(sharding.shard_prompts, out) if context.sampling else out
 
 
-def row_batches(total: int, size: int, doing: str):
+def batched_rows(total: int, size: int, doing: str):
     """Row numbers of all of `total` rows, `size` at a time, or a few more to deal them out evenly, and how many are
     real: the last is filled up by repeats. `doing` names what takes so long, for the progress bar."""
-    size = sharding.dealt(size)
-    for start in tracked(range(0, total, size), doing, "batch"):
+    size = sharding.round_up_prompts(size)
+    for start in with_progress(range(0, total, size), doing, "batch"):
         yield np.arange(start, start + size) % total, min(size, total - start)
 
 
-def draw_all(context: Context, model: Transformer, examples: Examples, key: Array, batch: int, **options):
+def sample_all(context: Context, model: Transformer, examples: Examples, key: Array, batch: int, **options):
     """`draw` over all the examples, `batch` prompts at a time: a Rollout of numpy arrays."""
-    pieces, model = [], laid_out(context, model)
-    for rows, real in row_batches(len(examples.id), batch, "sampling"):
-        out = sharding.fetch(draw(context, model, examples.take(rows), key, **options))
+    pieces, model = [], on_sampling_mesh(context, model)
+    for rows, real in batched_rows(len(examples.id), batch, "sampling"):
+        out = sharding.fetch(sample_batch(context, model, examples.take(rows), key, **options))
         pieces.append(jax.tree.map(lambda x: x[:real], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *pieces)
 
 
-def by_category(values_N: np.ndarray, category_N: np.ndarray, names, prefix: str) -> dict[str, float]:
+def category_means(values_N: np.ndarray, category_N: np.ndarray, names, prefix: str) -> dict[str, float]:
     """{"prefix": mean of all, "prefix/name": mean of each category present}, as floats; values may be [N] or [N, G]."""
     out = {prefix: float(np.mean(values_N))}
     for c in np.unique(category_N):

@@ -16,7 +16,7 @@ from drirl_jax.types import InputError, PyTree, TrainState
 log = logging.getLogger(__name__)
 
 
-def reason(section: ConfigDict, scalars: Mapping[str, float]) -> str | None:
+def stop_reason(section: ConfigDict, scalars: Mapping[str, float]) -> str | None:
     """Why a run with these scalars of its last step must stop, and what to do; None if it need not."""
     if scalars["skipped_in_a_row"] >= section.skips:
         if scalars.get("bad_rewards"):
@@ -36,7 +36,7 @@ def reason(section: ConfigDict, scalars: Mapping[str, float]) -> str | None:
     return None
 
 
-def crossings(section: ConfigDict, first: Mapping, before: Mapping, now: Mapping) -> list[str]:
+def new_warnings(section: ConfigDict, first: Mapping, before: Mapping, now: Mapping) -> list[str]:
     """What lies beyond its limit in a step that did not in the step before: one sentence each.
 
     Args:
@@ -121,7 +121,7 @@ def idle(config: ConfigDict, stage: str, rows: Sequence[Mapping]) -> list[str]:
     return [f"{stage} seems to have learned nothing: {words}." for words in found]
 
 
-def keep(folder: bucket.Path, step: int, state: State, batch: PyTree) -> None:
+def keep_step(folder: bucket.Path, step: int, state: State, batch: PyTree) -> None:
     """Writes the state before a step, and the batch that it collected, for `replay`; once, as it is the same again."""
     for name, tree in {"state": state, "batch": batch}.items():
         with contextlib.closing(Checkpoints(folder / name, keep=1)) as kept:
@@ -129,7 +129,7 @@ def keep(folder: bucket.Path, step: int, state: State, batch: PyTree) -> None:
                 kept.save(step, tree)
 
 
-def replay(folder: bucket.Path, stage: Stage) -> tuple[int, dict[str, float]]:
+def replay_step(folder: bucket.Path, stage: Stage) -> tuple[int, dict[str, float]]:
     """The number and the scalars of the step that `keep` wrote: collected again, then updated with the batch kept.
 
     Raises:

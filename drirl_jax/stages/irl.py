@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 
 from drirl_jax import equations as eq
 from drirl_jax.data import pipeline
-from drirl_jax.data.examples import Examples, contrast, require_both_kinds
+from drirl_jax.data.examples import Examples, other_kind_demonstrations, require_both_kinds
 from drirl_jax.models import reward
-from drirl_jax.runtime import sharding
+from drirl_jax.runtime import processes, sharding
 from drirl_jax.runtime.files import replace_file
 from drirl_jax.stages import align, optimizer
-from drirl_jax.stages.base import POLICIES, Context, Stage, State, by_category, draw_all, group_of, row_batches
+from drirl_jax.stages.base import POLICIES, Context, Stage, State, batched_rows, category_means, make_group, sample_all
 from drirl_jax.types import Array, Group, InputError
 
 SHORTEST_CUT = 8  # tokens: before that a text says too little to be told apart
@@ -42,12 +42,12 @@ class Pairs(NamedTuple):
 
 def logistic(score_PGT: Array, pairs: Pairs, section: ConfigDict) -> Array:
     """[P, K] `equations.irl_logistic` of the rewards at the ends of the texts."""
-    return eq.irl_logistic(*read(score_PGT, pairs), section.beta)
+    return eq.irl_logistic(*pair_rewards(score_PGT, pairs), section.beta)
 
 
 def linear(score_PGT: Array, pairs: Pairs, section: ConfigDict) -> Array:
     """[P, K] `equations.irl_linear` of the rewards at the ends of the texts."""
-    return eq.irl_linear(*read(score_PGT, pairs), section.beta, section.penalty)
+    return eq.irl_linear(*pair_rewards(score_PGT, pairs), section.beta, section.penalty)
 
 
 def token(score_PGT: Array, pairs: Pairs, section: ConfigDict) -> Array:
@@ -107,25 +107,27 @@ def make_pairs(examples: Examples, negative_PKT, negative_len_PK, cut: str, seed
     differ = np.cumprod(examples.demo[:, None] == negative_PKT, axis=-1).sum(axis=-1)
     response = np.concatenate([examples.demo[:, None], negative_PKT], axis=1)
     length = np.concatenate([examples.demo_len[:, None], negative_len_PK], axis=1)
-    return Pairs(group_of(examples, response, length), *(sharding.deal(x.astype(np.int32)) for x in (*ends, differ)))
+    return Pairs(
+        make_group(examples, response, length), *(sharding.shard_prompts(x.astype(np.int32)) for x in (*ends, differ))
+    )
 
 
-def read(score_PGT: Array, pairs: Pairs) -> tuple[Array, Array]:
+def pair_rewards(score_PGT: Array, pairs: Pairs) -> tuple[Array, Array]:
     """[P, K] rewards of the demonstration and of the negative of each pair, where the pair is read."""
     demo_PKT = jnp.broadcast_to(score_PGT[:, :1], score_PGT[:, 1:].shape)
-    return reward.read(demo_PKT, pairs.demo_end), reward.read(score_PGT[:, 1:], pairs.negative_end)
+    return reward.reward_at(demo_PKT, pairs.demo_end), reward.reward_at(score_PGT[:, 1:], pairs.negative_end)
 
 
 def loss(model, pair_loss, weight_K, rewards: reward.Rewards, pairs: Pairs):
     """Mean loss of the pairs, each negative k with its weight, the share of pairs ranked right, and the mean gap."""
     score_PGT = reward.token_scores(model, rewards, pairs.group)
-    demo_PK, negative_PK = read(score_PGT, pairs)
+    demo_PK, negative_PK = pair_rewards(score_PGT, pairs)
     pairs_right = (demo_PK > negative_PK).astype(jnp.float32).mean()
     value = jnp.average(pair_loss(score_PGT, pairs).mean(axis=0), weights=weight_K)
     return value, {"pairs_right": pairs_right, "gap": (demo_PK - negative_PK).mean()}
 
 
-def updater(config: ConfigDict, transformation: optax.GradientTransformation) -> jax.stages.Wrapped:
+def make_update(config: ConfigDict, transformation: optax.GradientTransformation) -> jax.stages.Wrapped:
     """(TrainState, trunk, Pairs) -> (TrainState, scalars): one update."""
     c = config.irl
     pair_loss, weight_K = partial(LOSSES[c.loss], section=c), negative_weights(c)
@@ -176,7 +178,7 @@ def make(context: Context) -> Stage:
     def sample(model, examples: Examples, rows, round_: int):
         """Samples for these rows, none for the others."""
         batch = max(1, config.evals.batch // c.samples)
-        out = draw_all(
+        out = sample_all(
             context, model, examples.take(rows), context.key("irl_samples", round_), batch,
             group=c.samples, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
@@ -190,7 +192,7 @@ def make(context: Context) -> Stage:
 
     def pairs_of(examples: Examples, pool: Examples, response_PKT, length_PK, contrasted: bool, seed) -> Pairs:
         if contrasted:
-            other_PT, other_len_P = contrast(examples, pool, harmless, seed)
+            other_PT, other_len_P = other_kind_demonstrations(examples, pool, harmless, seed)
             response_PKT = np.concatenate([response_PKT, other_PT[:, None]], axis=1)
             length_PK = np.concatenate([length_PK, other_len_P[:, None]], axis=1)
         return make_pairs(examples, response_PKT, length_PK, c.cut, seed)
@@ -220,17 +222,17 @@ def make(context: Context) -> Stage:
         everything = np.arange(len(valid.id))
         return Carry(sample(model, train, used, number), sample(model, valid, everything, number), moved)
 
-    updated = updater(config, transformation)
+    updated = make_update(config, transformation)
 
     def scores(rewards, examples: Examples, samples, contrasted: bool) -> dict[str, np.ndarray]:
         """Raw rewards of all the pairs where they are read (demo, negative [N, K]), and of whole texts [N, 1 + K]."""
         pieces = []
-        for rows, real in row_batches(len(examples.id), config.evals.batch, "rewards"):
+        for rows, real in batched_rows(len(examples.id), config.evals.batch, "rewards"):
             drawn = (*(x[rows] for x in samples), contrasted, [config.seed, int(rows[0])])
             pairs = pairs_of(examples.take(rows), examples, *drawn)
             score_PGT = token_scores(context.model, rewards, pairs.group)
-            demo, negative = read(score_PGT, pairs)
-            whole = reward.read(score_PGT, pairs.group.response_len)
+            demo, negative = pair_rewards(score_PGT, pairs)
+            whole = reward.reward_at(score_PGT, pairs.group.response_len)
             pieces.append([x[:real] for x in sharding.fetch((demo, negative, whole))])
         found = dict(zip(("demo", "negative", "whole"), map(np.concatenate, zip(*pieces))))
         if not all(np.isfinite(values).all() for values in found.values()):
@@ -255,7 +257,7 @@ def make(context: Context) -> Stage:
             shown["accuracy_contrast"] = whole_NK[:, K:] > 0
         out = {}
         for name, values in shown.items():
-            out |= by_category(values, valid.category, names, name)
+            out |= category_means(values, valid.category, names, name)
         # Calibration, and whether the reward reads length: over all prompts, and of each category.
         rows_of = {"all": np.ones(len(valid.id), bool)}
         rows_of |= {names[i]: valid.category == i for i in np.unique(valid.category)}
@@ -264,7 +266,7 @@ def make(context: Context) -> Stage:
             suffix = "" if name == "all" else f"/{name}"
             out[f"ece{suffix}"] = calibration_error(curves[name])
             out[f"length_correlation{suffix}"] = correlation(s["whole"][rows, 1 : 1 + K], state.carry.valid[1][rows])
-        if context.workdir and step == c.steps and sharding.writes():
+        if context.workdir and step == c.steps and processes.is_writer():
             replace_file(context.workdir.local / "reliability.json", json.dumps(curves, indent=1) + "\n")
         return out
 

@@ -17,7 +17,7 @@ import numpy as np
 from drirl_jax import equations as eq
 from drirl_jax import losses
 from drirl_jax.models import transformer, vocabulary
-from drirl_jax.models.transformer import Begun, Transformer
+from drirl_jax.models.transformer import Transformer, TrunkStates
 from drirl_jax.stages.base import Context, Policy
 from drirl_jax.types import Array, Group, PyTree, length_mask
 
@@ -30,7 +30,7 @@ class ValueHead(NamedTuple):
 
     def __call__(self, hidden, group: Group) -> Array:
         """[P, G, T] float32 values; `hidden` is the pair that `transformer.apply` returns."""
-        return transformer.predictors(hidden, group).astype(jnp.float32) @ self.weight + self.bias
+        return transformer.predicting_states(hidden, group).astype(jnp.float32) @ self.weight + self.bias
 
 
 class Params(NamedTuple):
@@ -40,7 +40,7 @@ class Params(NamedTuple):
     value: ValueHead | None = None
 
 
-class Scored(NamedTuple):
+class ScoredGroup(NamedTuple):
     """What a step collects before an objective makes its batch of it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Scored(NamedTuple):
     reward: Any = None
     alpha: Any = None
     kept: Any = None
-    begun: Begun | None = None
+    begun: TrunkStates | None = None
     policy_begins: bool = False
     harmless: Any = None
 
@@ -74,10 +74,10 @@ class Scored(NamedTuple):
         """[P] rewards R* of the demonstrations."""
         return self.reward[:, self.sampled]
 
-    def begun_of(self, members: slice) -> Begun | None:
+    def begun_of(self, members: slice) -> TrunkStates | None:
         return None if self.begun is None else self.begun.members(members)
 
-    def for_policy(self, begun: Begun | None) -> Begun | None:
+    def for_policy(self, begun: TrunkStates | None) -> TrunkStates | None:
         return begun if self.policy_begins else None
 
 
@@ -103,26 +103,26 @@ class Objective(NamedTuple):
     advantages: Callable = lambda config, scored, batch: {}
 
 
-def init(objective: Objective, policy_params: PyTree, model: Transformer) -> Params:
+def init_params(objective: Objective, policy_params: PyTree, model: Transformer) -> Params:
     """Parameters to start from; all values are 0 at first."""
     head = ValueHead(jnp.zeros(model.config.width), jnp.zeros(())) if objective.value else None
     return Params(policy_params, head)
 
 
 @partial(jax.jit, static_argnames="temperature")
-def logprobs(model, group: Group, temperature: float, begun: Begun | None = None) -> Array:
+def logprobs(model, group: Group, temperature: float, begun: TrunkStates | None = None) -> Array:
     """[P, G, T] log-probabilities of the group under the model, here the reference."""
     hidden = transformer.apply(model, group, begun=begun)
     return vocabulary.token_logprobs(model, hidden, group, temperature)[0]
 
 
 @jax.jit
-def values(model, head: ValueHead, group: Group, begun: Begun | None = None) -> Array:
+def values(model, head: ValueHead, group: Group, begun: TrunkStates | None = None) -> Array:
     """[P, G, T] values under the model."""
     return head(transformer.apply(model, group, begun=begun), group)
 
 
-def reference(context: Context, scored: Scored) -> Array | None:
+def reference(context: Context, scored: ScoredGroup) -> Array | None:
     """[P, G, T] of the samples, at the sampler's temperature; None where no KL term needs them."""
     if context.config.grpo.beta_kl == 0:
         return None
@@ -159,7 +159,7 @@ def advantages(roles: tuple[Role, Role], reward_PM: Array, sampled: int, eps: fl
     return eq.group_advantage(reward_PM[:, :counted], eps)[:, :trained]
 
 
-def grpo_advantages(section, scored: Scored) -> Array:
+def grpo_advantages(section, scored: ScoredGroup) -> Array:
     """`advantages` as config.grpo says, before they are scaled."""
     roles = ROLES[section.demonstration], ROLES[section.contrast]
     return advantages(roles, scored.reward, scored.sampled, section.eps)
@@ -196,12 +196,12 @@ class Batch(NamedTuple):
     old_logp: Array
     ref_logp: Array | None
     weights: losses.Weights
-    begun: Begun | None = None
+    begun: TrunkStates | None = None
     old_value: Array | None = None
     returns: Array | None = None
 
 
-def kept_group(scored: Scored, members: slice) -> Group:
+def drop_masked(scored: ScoredGroup, members: slice) -> Group:
     """These members, those of which nothing is to be learnt with length 0."""
     group = scored.group.members(members)
     sampled = slice(scored.sampled)
@@ -209,7 +209,7 @@ def kept_group(scored: Scored, members: slice) -> Group:
     return dataclasses.replace(group, response_len=group.response_len.at[:, sampled].set(length))
 
 
-def grpo_batch(context: Context, model: Transformer, params: Params, scored: Scored):
+def grpo_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
     """Group-relative advantages, scaled after their normalisation."""
     c, sampled, info = context.config.grpo, scored.sampled, {}
     weight_P = jnp.ones(len(scored.reward))
@@ -221,7 +221,7 @@ def grpo_batch(context: Context, model: Transformer, params: Params, scored: Sco
     members = slice(advantage_PM.shape[1])
     others = jnp.repeat(scored.alpha.mean(axis=1, keepdims=True), advantage_PM.shape[1] - sampled, axis=1)
     alpha_PM = weight_P[:, None] * jnp.concatenate([scored.alpha, others], axis=1)
-    group = kept_group(scored, members)
+    group = drop_masked(scored, members)
     mask = length_mask(group.response_len, group.response.shape[-1])
     batch = Batch(
         group=group,
@@ -234,7 +234,7 @@ def grpo_batch(context: Context, model: Transformer, params: Params, scored: Sco
     return batch, info
 
 
-def grpo_told(config, scored: Scored, batch: Batch) -> dict[str, Array]:
+def grpo_response_advantages(config, scored: ScoredGroup, batch: Batch) -> dict[str, Array]:
     """See `Objective.advantages`."""
     sampled = slice(scored.sampled)
     advantage_PG = grpo_advantages(config.grpo, scored)[:, sampled]
@@ -292,10 +292,10 @@ def token_advantages(reward_PG, value_PGT, mask_PGT, gamma: float, lam: float, w
     return losses.whitened(advantage, mask_PGT) if whiten else advantage, returns
 
 
-def ppo_batch(context: Context, model: Transformer, params: Params, scored: Scored):
+def ppo_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
     """Generalised advantages of each token, whitened over the batch, then scaled."""
     c, sampled = context.config.ppo, scored.sampled
-    group = kept_group(scored, slice(sampled))
+    group = drop_masked(scored, slice(sampled))
     mask = length_mask(group.response_len, group.response.shape[-1])
     begun = scored.for_policy(scored.begun_of(slice(sampled)))
     old_value = context.clock.mark("values", values(model, params.value, group, begun))
@@ -313,7 +313,7 @@ def ppo_batch(context: Context, model: Transformer, params: Params, scored: Scor
     return batch, {}
 
 
-def ppo_told(config, scored: Scored, batch: Batch) -> dict[str, Array]:
+def ppo_response_advantages(config, scored: ScoredGroup, batch: Batch) -> dict[str, Array]:
     """See `Objective.advantages`; a token has an advantage, a response has none."""
     mask = length_mask(batch.group.response_len, batch.group.response.shape[-1])
     return {"scaled": jnp.sum(batch.advantage * mask, axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)}
@@ -356,17 +356,17 @@ class Preferences(NamedTuple):
     ref_logp: Array
     alpha: Array
     weight: Array
-    begun: Begun | None = None
+    begun: TrunkStates | None = None
     prompts: Array | None = None
 
 
-def demonstration_pairs(scored: Scored) -> tuple[Array, Array]:
+def demonstration_pairs(scored: ScoredGroup) -> tuple[Array, Array]:
     """The demonstration against every sample: members [P, 1 + G], and weights [P, G] of the pairs."""
     sampled = scored.sampled
     return jnp.broadcast_to(jnp.array([sampled, *range(sampled)]), (len(scored.reward), 1 + sampled)), scored.kept
 
 
-def self_pairs(scored: Scored) -> tuple[Array, Array]:
+def self_pairs(scored: ScoredGroup) -> tuple[Array, Array]:
     """The sample with the highest reward against the one with the lowest, of those that are kept."""
     reward_PG = scored.reward[:, : scored.sampled]
     best_P = jnp.argmax(jnp.where(scored.kept, reward_PG, -jnp.inf), axis=1)
@@ -387,11 +387,11 @@ def whole_logprobs(model, hidden, group: Group) -> Array:
 
 
 @jax.jit
-def _reference_of_whole(model, group: Group, begun: Begun | None) -> Array:
+def _reference_of_whole(model, group: Group, begun: TrunkStates | None) -> Array:
     return whole_logprobs(model, transformer.apply(model, group, begun=begun), group)
 
 
-def dpo_batch(context: Context, model: Transformer, params: Params, scored: Scored):
+def dpo_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
     """Pairs, with the coefficient of the rejected sample."""
     index_PM, weight_PK = PAIRS[context.config.dpo.pairs](scored)
     group = scored.group.take(index_PM)
@@ -437,7 +437,7 @@ class Demonstrations(NamedTuple):
     tokens: Array | None = None
 
 
-def sft_batch(context: Context, model: Transformer, params: Params, scored: Scored):
+def sft_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
     """The demonstrations alone."""
     mask = length_mask(scored.group.response_len, scored.group.response.shape[-1])
     weight, tokens = losses.REDUCE[context.config.grpo.reduce](mask), losses.weight_by_token(mask)
@@ -461,8 +461,8 @@ def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstration
 
 
 OBJECTIVES = {
-    "grpo": Objective(True, grpo_batch, grpo_loss, advantages=grpo_told),
-    "ppo": Objective(True, ppo_batch, ppo_loss, value=True, advantages=ppo_told),
+    "grpo": Objective(True, grpo_batch, grpo_loss, advantages=grpo_response_advantages),
+    "ppo": Objective(True, ppo_batch, ppo_loss, value=True, advantages=ppo_response_advantages),
     "dpo": Objective(True, dpo_batch, dpo_loss, offline=lambda config: not config.dpo.online),
     "sft": Objective(False, sft_batch, sft_loss),
 }

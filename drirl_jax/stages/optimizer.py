@@ -75,7 +75,7 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
 
 def init(transformation: optax.GradientTransformation, params: PyTree) -> TrainState:
     """A train state with no update taken, the optimiser's part of it made where it belongs."""
-    opt_state = jax.jit(lambda params: sharding.constrained(transformation.init(params)))(params)
+    opt_state = jax.jit(lambda params: sharding.constrain_tree(transformation.init(params)))(params)
     return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
@@ -114,4 +114,4 @@ def step(
     )
     as_it_was = train._replace(skipped=train.skipped + 1, in_a_row=train.in_a_row + 1)
     state = jax.tree.map(partial(jnp.where, finite), state, as_it_was)
-    return sharding.constrained(state), scalars | {"loss": value, "grad_norm": norm}
+    return sharding.constrain_tree(state), scalars | {"loss": value, "grad_norm": norm}

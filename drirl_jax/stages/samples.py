@@ -7,7 +7,7 @@ from typing import Any, Callable, Mapping, Sequence, TypeAlias
 import numpy as np
 
 from drirl_jax.data.examples import Examples
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 
 # (number of steps done with this one, rows): takes a step's rows; every process calls it, the one that writes keeps.
 Keep: TypeAlias = Callable[[int, list[dict[str, Any]]], None]
@@ -20,7 +20,7 @@ def steps_kept(steps: int, count: int) -> set[int]:
 
 def rows(
     names: Sequence[str],
-    text: Text,
+    text: ChatTokens,
     examples: Examples,
     response_PGT: np.ndarray,
     length_PG: np.ndarray,

@@ -19,7 +19,7 @@ import pytest
 from endpoint_test import KEY, server  # noqa: F401  a fixture
 from safetensors.numpy import load_file
 
-from drirl_jax.runtime import metrics, preemption
+from drirl_jax.runtime import lock, metrics, progress
 
 ROOT = pathlib.Path(__file__).parents[2]
 REPLY = {"choices": [{"message": {"content": f"7 {KEY}"}, "finish_reason": "stop"}]}
@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(runs
 
 
 def test_a_second_run_on_a_workdir_is_refused(runs, whole):
-    held = preemption.lock(whole)
+    held = lock.acquire(whole)
     try:
         code, told = runs(whole)
         assert code == 1 and told.strip().splitlines()[-1].startswith("drirl_jax: another run is at work in")
@@ -267,17 +267,15 @@ def watched_long_run():
     """Tells of each step the memory of the process, and of each compilation."""
     import jax
 
-    from drirl_jax.runtime import metrics
-
     jax.config.update("jax_log_compiles", True)
-    show = metrics.Progress.show
+    show = progress.Progress.show
 
     def told(self, scalars=None):
         show(self, scalars)
         kibibytes = re.search(r"VmRSS:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]
         print(f"STEP {self.bar.desc} {self.bar.n} {kibibytes}", flush=True)
 
-    metrics.Progress.show = told
+    progress.Progress.show = told
 
 
 @pytest.mark.slow
@@ -302,4 +300,4 @@ def test_two_thousand_steps_take_no_more_memory_or_time_at_their_end(runs, tmp_p
     assert np.median(seconds[late]) < 1.1 * np.median(seconds[early])
     kept = sorted(int(path.name) for path in (workdir / "checkpoints" / "align").iterdir())
     assert kept == [steps - 10, steps]
-    assert [row["step"] for row in metrics.read(workdir / "metrics.jsonl")][4:] == list(range(1, steps + 1))
+    assert [row["step"] for row in metrics.read_jsonl(workdir / "metrics.jsonl")][4:] == list(range(1, steps + 1))

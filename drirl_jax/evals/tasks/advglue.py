@@ -7,7 +7,8 @@ words, and the one of the greatest log-probability is its answer: no parsing, an
 from __future__ import annotations
 
 from drirl_jax.data import values
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.data.files import field
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user
 from drirl_jax.types import InputError
 
 TASKS = {  # task: (columns, what is asked of them, words in the order of the labels)

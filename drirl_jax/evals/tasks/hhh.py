@@ -9,7 +9,8 @@ import pathlib
 from typing import Sequence
 
 from drirl_jax.data import values
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user, words
+from drirl_jax.data.files import field
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
 from drirl_jax.types import InputError
 
 SUBSETS = ("helpful", "honest", "harmless", "other")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user, words
+from drirl_jax.data.files import field
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
 from drirl_jax.judges import UNSAFE
 
 DATA = Published(

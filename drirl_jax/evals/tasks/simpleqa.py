@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user, words
+from drirl_jax.data.files import field
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
 from drirl_jax.types import InputError
 
 DATA = Published(

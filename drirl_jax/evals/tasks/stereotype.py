@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows
+from drirl_jax.data.files import field
+from drirl_jax.evals.items import Benchmark, Item, Published, rows
 
 NOT = r"(?:(?:do|will|would|can|could) ?not|(?:do|wo|would|ca|could)n't)"
 URL = "https://github.com/AI-secure/DecodingTrust (data/stereotype/dataset)"

@@ -6,7 +6,8 @@ is 1 minus that judge's harm, and no StrongREJECT score in the authors' sense.
 
 from __future__ import annotations
 
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user, words
+from drirl_jax.data.files import field
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
 
 DATA = Published(
     ("strongreject_dataset.csv", "strongreject.jsonl", "safety_prompts.jsonl"),

@@ -7,7 +7,8 @@ nothing. A message that occurs several times is asked once.
 from __future__ import annotations
 
 from drirl_jax.data import values
-from drirl_jax.evals.items import Benchmark, Item, Published, field, rows, user
+from drirl_jax.data.files import field
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user
 
 DATA = Published(
     ("wildchat.jsonl",),

@@ -13,7 +13,7 @@ from drirl_jax import judges
 from drirl_jax.data.examples import Examples
 from drirl_jax.judges.replies import grade_alone
 from drirl_jax.models import reward
-from drirl_jax.models.transformer import Begun
+from drirl_jax.models.transformer import TrunkStates
 from drirl_jax.runtime import sharding
 from drirl_jax.runtime.endpoint import Endpoint
 from drirl_jax.runtime.thoughts import without_thought
@@ -25,7 +25,7 @@ _score, _score_by_all = jax.jit(reward.score), jax.jit(reward.score_by_all)
 
 
 # (what IRL learned, examples, group [P, M], begun) -> [P, M] rewards of the group's responses
-Score = Callable[[reward.Bank | None, Examples, Group, Begun | None], Array]
+Score = Callable[[reward.Bank | None, Examples, Group, TrunkStates | None], Array]
 
 
 class Source(NamedTuple):
@@ -40,7 +40,7 @@ class Source(NamedTuple):
     bank: bool
 
 
-def texts(context: Context, group: Group) -> list[list[str]]:
+def response_texts(context: Context, group: Group) -> list[list[str]]:
     """The responses as text: P lists of M."""
     response, length = sharding.fetch((group.response, group.response_len))
     return [[context.text.decode(*row) for row in zip(*of_prompt)] for of_prompt in zip(response, length)]
@@ -48,7 +48,7 @@ def texts(context: Context, group: Group) -> list[list[str]]:
 
 def answers(context: Context, group: Group) -> list[list[str]]:
     """What of the responses is an answer, which is what is rated: P lists of M; "" where a thought has no end."""
-    return [[without_thought(text) for text in of_prompt] for of_prompt in texts(context, group)]
+    return [[without_thought(text) for text in of_prompt] for of_prompt in response_texts(context, group)]
 
 
 def router(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
@@ -73,7 +73,7 @@ def router(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
     return weights
 
 
-def evenly(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
+def fixed_weights(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
     """Prompts -> [P, C] the weights of config.reward.weights, or equal ones where it is empty."""
     count = len(context.config.data.categories)
     weight_C = np.asarray(tuple(context.config.reward.weights) or (1 / count,) * count, np.float32)
@@ -81,7 +81,7 @@ def evenly(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
 
 
 # Which categories' rewards count for a prompt: its own label's alone, or all of them, weighted.
-ROUTES: dict[str, Callable | None] = {"category": None, "linear": evenly, "router": router}
+ROUTES: dict[str, Callable | None] = {"category": None, "linear": fixed_weights, "router": router}
 
 
 def by_bank(context: Context) -> Score:
@@ -104,7 +104,7 @@ def by_rules(context: Context) -> Score:
     Silence is neither. NaN without a verdict, so that the update is left out: see `guards.py`.
     """
     data, memory = context.config.data, context.workdir and context.workdir.local / "judgements.jsonl"
-    refused = judges.refuses(judges.Setting(context.config, memory))
+    refused = judges.refusal_check(judges.Setting(context.config, memory))
 
     def score(bank, examples, group, begun):
         harmless = [data.categories[c] in data.harmless for c in examples.category]

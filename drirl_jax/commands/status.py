@@ -1,0 +1,37 @@
+"""Prints where a run is, told by its workdir alone.
+
+python -m drirl_jax status runs/quickstart          # a few lines
+python -m drirl_jax status runs/quickstart --json   # one object, for scripts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from drirl_jax.reports import status
+from drirl_jax.runtime import console
+from drirl_jax.runtime.files import expand_path
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m drirl_jax status",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax status runs/quickstart")
+    parser.add_argument("run", help="the workdir of a run")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args(argv)
+    try:
+        found = status.run_status(expand_path(options.run))
+    except ValueError as error:
+        sys.exit(f"drirl_jax: {error}")
+    print(json.dumps(found) if options.json else status.text(found))
+
+
+if __name__ == "__main__":
+    console.outlive_readers()
+    main(sys.argv[1:])
