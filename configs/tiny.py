@@ -8,7 +8,8 @@ from drirl_jax.config import default
 
 def get_config():
     c = default()
-    c.data.shares = (0.15,) * 8  # of the training records
+    c.data.shares = (0.065,) * 8  # of the training records
+    c.evals.split = "valid"
     c.policy.rank = c.reward.rank = 4
     c.sampler.max_new = c.evals.max_new = 12
     c.irl.samples = 1

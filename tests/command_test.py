@@ -183,8 +183,8 @@ def test_the_plan_of_a_run_that_is_not_begun(context, tmp_path, monkeypatch):
     # Width 32, 4 heads and 2 of keys of 8, MLP 48; pairs of rank 4 for seven matrices of two layers.
     pairs = 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert found["parameters"]["trained"] == 2 * pairs
-    # 0.15 of 52 and of 218 records, rounded up.
-    assert set(found["records"]["train"].values()) == {8, 33} and sum(found["records"]["test"].values()) == 140
+    # 0.065 of 120 and of 450 records, rounded up.
+    assert set(found["records"]["train"].values()) == {8, 30} and sum(found["records"]["test"].values()) == 410
     assert [(stage["stage"], stage["steps"], stage["done"]) for stage in found["stages"]] == [
         ("irl", 4, 0), ("align", 4, 0), ("evals", 2, 0)
     ]  # fmt: skip

@@ -62,13 +62,13 @@ def test_a_run_leaves_its_products(whole, policy):
     for name in ("base", "aligned"):
         result = json.loads((workdir / "evals" / f"{name}.json").read_text())
         assert {row["category"] for row in result["responses"]} == set(result["by_category"])
-        assert len(result["responses"]) == sum(of["n"] for of in result["by_category"].values()) == 140
+        assert len(result["responses"]) == sum(of["n"] for of in result["by_category"].values()) == 184
     # Four samples a prompt: a share of them is a whole number of quarters of the prompts, not a mean reward.
     assert all((row["wrong/insult"] * 4).is_integer() for row in rows[4:])
     html = (workdir / "report.html").read_text()
     assert "data:image/png;base64" in html and "unfairness" in html and "0 (not finite)" in html
     facts = json.loads((workdir / "facts.json").read_text())
-    assert sum(facts["records"]["test"].values()) == 140
+    assert sum(facts["records"]["test"].values()) == 410
     assert set(facts["records"]["train"]) == set(result["by_category"])
     assert "Records by category and split" in html and "No step has been timed" not in html and facts["device"] in html
     assert "refused" in printed and str(workdir / "report.html") in printed
