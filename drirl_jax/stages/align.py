@@ -61,11 +61,11 @@ def splitter(context: Context) -> Callable[[list[str]], list[list[str]]]:
         return lambda texts: [whole_text(text) for text in texts]
     if c.split != "llm":
         return lambda texts: [SPLIT[c.split](text) for text in texts]
-    ask = Endpoint(c.endpoint, context.workdir and context.workdir.local / "splits.jsonl")
+    query_model = Endpoint(c.endpoint, context.workdir and context.workdir.local / "splits.jsonl")
 
     def split_by_model(texts):
         chats = [[{"role": "user", "content": SPLIT_UP.format(text=text)}] for text in texts if text.strip()]
-        replies = iter(ask(chats, max_tokens=MOST_TOKENS, temperature=0.0))
+        replies = iter(query_model(chats, max_tokens=MOST_TOKENS, temperature=0.0))
 
         def parts_from_reply(text: str) -> list[str]:
             if not text.strip():
@@ -82,7 +82,7 @@ def splitter(context: Context) -> Callable[[list[str]], list[list[str]]]:
 def embed_parts(context: Context, split: Callable, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Unit embeddings [N, K, E] of the parts of N texts, and their mask [N, K]; see `scaling.Parts`.
 
-    K is the most parts of a text, rounded up to one of PART_BUCKETS.
+    K is the largest number of parts of a text, rounded up to one of PART_BUCKETS.
     """
     parts_N = split(texts)
     part_vectors = iter(context.embedder([part for parts in parts_N for part in parts]))

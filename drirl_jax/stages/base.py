@@ -188,7 +188,7 @@ def sample_batch(context: Context, model: Transformer, examples: Examples, key: 
 
 
 def batched_rows(total: int, size: int, doing: str):
-    """Yields (row numbers, number of real ones) of batches of `total` rows.
+    """Yields (row numbers, number of real rows) of batches of `total` rows.
 
     Args:
         size: rows of a batch; rounded up so that the devices get equal shares. Repeated rows fill the last batch.
@@ -202,9 +202,9 @@ def batched_rows(total: int, size: int, doing: str):
 def sample_all(context: Context, model: Transformer, examples: Examples, key: Array, batch: int, **options):
     """`sample_batch` over all the examples, `batch` prompts at a time: a Rollout of numpy arrays."""
     pieces, model = [], on_sampling_mesh(context, model)
-    for rows, real in batched_rows(len(examples.id), batch, "sampling"):
+    for rows, num_real in batched_rows(len(examples.id), batch, "sampling"):
         responses = sharding.fetch(sample_batch(context, model, examples.take(rows), key, **options))
-        pieces.append(jax.tree.map(lambda x: x[:real], responses))
+        pieces.append(jax.tree.map(lambda x: x[:num_real], responses))
     return jax.tree.map(lambda *x: np.concatenate(x), *pieces)
 
 

@@ -214,9 +214,9 @@ def make(context: Context) -> Stage:
             carry = begin_round(state, step // round_steps)
         rows = np.asarray(batches[step])
         response_NKT, length_NK = carry.train
-        arguments = (response_NKT[rows], length_NK[rows], has_contrast, [config.seed, step])
+        pair_arguments = (response_NKT[rows], length_NK[rows], has_contrast, [config.seed, step])
         inner_skipped = {"inner_skipped": float(carry.inner.train.skipped)} if inner_stage else {}
-        return pair_with_negatives(train.take(rows), train, *arguments), carry, inner_skipped
+        return pair_with_negatives(train.take(rows), train, *pair_arguments), carry, inner_skipped
 
     def begin_round(state: State, number: int) -> Carry:
         """New samples for a round: of the inner policy after its steps, or else of the fixed policy."""
@@ -238,13 +238,13 @@ def make(context: Context) -> Stage:
     def score_pairs(rewards, examples: Examples, samples, contrasted: bool) -> dict[str, np.ndarray]:
         """Raw rewards: "demo" and "negative" [N, K] at the ends of `Pairs`, "whole" [N, 1 + K] of whole texts."""
         pieces = []
-        for rows, real in batched_rows(len(examples.id), config.evals.batch, "rewards"):
-            arguments = (*(x[rows] for x in samples), contrasted, [config.seed, int(rows[0])])
-            pairs = pair_with_negatives(examples.take(rows), examples, *arguments)
+        for rows, num_real in batched_rows(len(examples.id), config.evals.batch, "rewards"):
+            pair_arguments = (*(x[rows] for x in samples), contrasted, [config.seed, int(rows[0])])
+            pairs = pair_with_negatives(examples.take(rows), examples, *pair_arguments)
             score_PMT = token_scores(context.model, rewards, pairs.group)
             demo_PK, negative_PK = pair_rewards(score_PMT, pairs)
             whole_PM = reward.reward_at(score_PMT, pairs.group.response_len)
-            pieces.append([x[:real] for x in sharding.fetch((demo_PK, negative_PK, whole_PM))])
+            pieces.append([x[:num_real] for x in sharding.fetch((demo_PK, negative_PK, whole_PM))])
         scores = dict(zip(("demo", "negative", "whole"), map(np.concatenate, zip(*pieces))))
         if not all(np.isfinite(values).all() for values in scores.values()):
             raise InputError(

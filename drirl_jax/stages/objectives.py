@@ -161,8 +161,8 @@ def advantages(roles: tuple[Role, Role], reward_PM: Array, sampled: int, eps: fl
             counts.
         sampled: G.
     """
-    counted, trained = (sampled + sum(flags) for flags in zip(*roles))
-    return eq.group_advantage(reward_PM[:, :counted], eps)[:, :trained]
+    num_counted, num_trained = (sampled + sum(flags) for flags in zip(*roles))
+    return eq.group_advantage(reward_PM[:, :num_counted], eps)[:, :num_trained]
 
 
 def grpo_advantages(section, scored: ScoredGroup) -> Array:
@@ -355,7 +355,7 @@ class Preferences(NamedTuple):
         group: [P, 1 + K] responses, the chosen one first.
         ref_logp: [P, 1 + K] log-probabilities of the whole responses under the reference.
         alpha: [P, K] coefficients.
-        weight: [P, K] weights of the pairs; 0 for a pair that says nothing.
+        weight: [P, K] weights of the pairs; 0 for a pair without a preference.
         begun: see `Batch`.
         prompts: [P] `losses.prompt_weights`, computed on the whole batch, as this may be a micro-batch of it. None:
             this is the whole batch.
