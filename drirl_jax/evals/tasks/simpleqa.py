@@ -1,4 +1,4 @@
-"""SimpleQA (arXiv 2411.04368): 4,326 short questions of fact; each answer is correct, incorrect or not attempted."""
+"""SimpleQA (arXiv 2411.04368): 4,326 short questions of fact. An answer is correct, incorrect or not attempted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA = Published(
 
 
 def read(section) -> list[Item]:
-    """Columns problem, answer and metadata, which holds the topic."""
+    """Reads the columns problem, answer and metadata. The metadata holds the topic."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
         question, answer = words(where, row, "problem"), str(field(where, row, "answer"))
@@ -29,9 +29,9 @@ def read(section) -> list[Item]:
 
 
 def measure(item: Item, response: str, grade: int) -> dict[str, float]:
-    found = {name: float(grade == i) for i, name in enumerate(("correct", "incorrect", "not_attempted"))}
-    attempted = {} if found["not_attempted"] else {"correct_of_attempted": found["correct"]}
-    return found | attempted
+    grades = {name: float(grade == i) for i, name in enumerate(("correct", "incorrect", "not_attempted"))}
+    attempted = {} if grades["not_attempted"] else {"correct_of_attempted": grades["correct"]}
+    return grades | attempted
 
 
 METRICS = {"correct": True, "correct_of_attempted": True, "not_attempted": True, "incorrect": False}
