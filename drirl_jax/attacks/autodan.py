@@ -28,10 +28,10 @@ def templates(path: str) -> list[str]:
     for where, value in json_lines(path):
         template = value.get("template")
         if not isinstance(template, str) or template.count(SLOT) != 1:
-            raise InputError(f"{where}: a template is a text with {SLOT} in it once, in the field 'template'.")
+            raise InputError(f"{where}: a template is a text in the field 'template' that contains {SLOT} once.")
         texts.append(template)
     if len(texts) < 2:
-        raise InputError(f"{path} has {len(texts)} templates, and AutoDAN crosses two or more: add some.")
+        raise InputError(f"{path} has {len(texts)} templates, but AutoDAN needs two or more: add some.")
     return texts
 
 

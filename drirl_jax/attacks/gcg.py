@@ -55,7 +55,9 @@ def framed(text: ChatTokens, prompt: str, length: int) -> Frame:
     before, suffix_end = plain_ids[: len(plain_ids) - after_len], len(ids) - after_len
     frame = Frame(prompt, before, ids[len(before) : suffix_end], ids[suffix_end:])
     if not survives(text, frame, frame.suffix):
-        raise InputError(f"the tokenizer reads {prompt[:40]!r} otherwise with a suffix: leave the prompt or GCG out.")
+        raise InputError(
+            f"the tokenizer splits {prompt[:40]!r} in another way before a suffix: leave out the prompt or GCG."
+        )
     return frame
 
 

@@ -64,7 +64,9 @@ def check(names: Sequence[str], o: ConfigDict) -> None:
         templates.demonstrations(o.selfcipher.demonstrations)
     if asks_attacker(names, o):
         endpoint.check_endpoint(o.attacker)
-        require(jax.process_count() == 1, "PAIR and AutoDAN's mutation ask a server: run them in one process.")
+        require(
+            jax.process_count() == 1, "PAIR and AutoDAN's mutation send requests to a server: run them in one process."
+        )
 
 
 def asks_attacker(names: Sequence[str], o: ConfigDict) -> bool:
@@ -116,11 +118,11 @@ def attack_model(
         recorded = {"model": config.policy, "categories": config.data.categories, "options": result_options}
         recorded |= {"versions": {name: judge.version for name, judge in judges.items()}}
         workdirs.record_config(ConfigDict(recorded), workdir, contents_of(config, target, names))
-    about = [
+    judge_lines = [
         f"Judge {name}: {', '.join(filter(None, (judge.version, describe_facts(judge.facts))))}."
         for name, judge in judges.items()
     ]
-    return run(target, rows, names, workdir, about)
+    return run(target, rows, names, workdir, judge_lines)
 
 
 def contents_of(config: ConfigDict, target: Target, names: Sequence[str]) -> dict[str, str]:
@@ -160,8 +162,8 @@ def run(
         changed = [row.id for row in rows if done.get(row.id, row.prompt) != row.prompt]
         require(
             not changed,
-            f"{path} has results of other prompts under the ids {', '.join(changed[:3])}: the data has changed; put "
-            "back what was there, or take another --workdir.",
+            f"{path} has results of other prompts under the ids {', '.join(changed[:3])}: the data has changed; "
+            "restore the old data, or choose another --workdir.",
         )
         missing_rows = [row for row in rows if not processes.writers_value(row.id in done)]
         bar = progress.Progress(attack, len(rows), len(rows) - len(missing_rows), processes.is_writer())

@@ -47,7 +47,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 BENCHMARKS = {name: reading_answers(benchmark) for name, benchmark in BENCHMARKS.items()}
 NO_JUDGE = "protocol"  # stands for a judge's name where the benchmark's own rule decides
-FEW = 30  # a bootstrap needs as many values
+FEW = 30  # a bootstrap needs this many values or more
 LONGEST = 8192  # maximum tokens of an item with its answer
 
 
@@ -59,7 +59,7 @@ def validate(section: ConfigDict) -> None:
     for name in section.benchmarks:
         capable = judges_of_kind(BENCHMARKS[name].asks)
         if BENCHMARKS[name].asks and not set(capable) & set(section.judges):
-            raise InputError(f"{name} needs a judge that can tell: put one of {', '.join(capable)} into evals.judges.")
+            raise InputError(f"{name} needs a judge: put one of {', '.join(capable)} into config.evals.judges.")
     if "classifier" in section.judges:
         classifier.load(section.classifier)
     metrics = [f"{name}/{metric}" for name in section.benchmarks for metric in BENCHMARKS[name].metrics]
@@ -69,7 +69,9 @@ def validate(section: ConfigDict) -> None:
             f"{', '.join(metrics) or 'there are none'}."
         )
     if section.best and not section.every:
-        raise InputError(f"config.evals.best is {section.best!r}: set config.evals.every, the steps between.")
+        raise InputError(
+            f"config.evals.best is {section.best!r}: set config.evals.every, the steps between two evaluations."
+        )
 
 
 class Questions(NamedTuple):
@@ -102,13 +104,17 @@ def _items(name: str, section: ConfigDict) -> list[Item]:
     except InputError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"the data of {name} is of another form ({error!r}): download the published file.") from error
+        raise InputError(
+            f"the data of {name} is of another form than the published file ({error!r}): download it again."
+        ) from error
     for item in items:
         texts = (*(turn["content"] for turn in item.chat), *item.options)
         if not all(isinstance(text, str) for text in texts) or not item.prompt.strip():
-            raise InputError(f"{name}, item {item.id}: what is asked is empty or no text: download the published file.")
+            raise InputError(
+                f"{name}, item {item.id}: what is asked is empty or no text: download the published file again."
+            )
         if BENCHMARKS[name].asks == "grade" and not any(map(str.isalnum, item.target)):
-            raise InputError(f"{name}, item {item.id}: the right answer is empty: download the published file.")
+            raise InputError(f"{name}, item {item.id}: the right answer is empty: download the published file again.")
     return items
 
 

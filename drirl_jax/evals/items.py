@@ -115,7 +115,7 @@ def rows(data: str, of: Published) -> list[tuple[str, Row]]:
     """
     numbered_rows = _from_folder(data, of) if data else _from_hub(of)
     if not numbered_rows:
-        raise InputError(f"{of.files[0]} holds no rows: download it anew from {of.url}.")
+        raise InputError(f"{of.files[0]} holds no rows: download it again from {of.url}.")
     return numbered_rows
 
 

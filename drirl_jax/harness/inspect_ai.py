@@ -54,7 +54,7 @@ class DrirlJax(ModelAPI):
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
         if tools:
-            raise InputError("drirl_jax has policies without tools: choose a task that needs none.")
+            raise InputError("drirl_jax's policies use no tools: choose a task that needs none.")
         unsupported = {"top_p": config.top_p not in (None, 1.0), "top_k": bool(config.top_k)}
         unsupported["num_choices"] = (config.num_choices or 1) > 1
         if any(unsupported.values()):

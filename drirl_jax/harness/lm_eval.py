@@ -39,7 +39,7 @@ class DrirlJax(LM):
 
     def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
         if not add_generation_prompt:
-            raise InputError("drirl_jax begins no answer for a policy: leave out the task's gen_prefix.")
+            raise InputError("drirl_jax cannot begin an answer for a policy: leave out the task's gen_prefix.")
         return rendered(chat_history)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

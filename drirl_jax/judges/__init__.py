@@ -130,7 +130,7 @@ def by_rewards(setting: Setting) -> Judge:
         InputError: there are no rewards.
     """
     if setting.rewards is None:
-        raise InputError("the judge 'rewards' needs the rewards of a run, and there are none: take another judge.")
+        raise InputError("the judge 'rewards' needs the rewards of a run, and there are none: choose another judge.")
     return Judge(rewards.version(setting.rewards[-1]), {}, harm=rewards.harm(setting.config, *setting.rewards))
 
 

@@ -139,7 +139,7 @@ class Rubrics:
         self.asked, self.silent = self.asked + len(chats), self.silent + len(unread)
         if unread and self.asked >= FEW and self.silent > UNREADABLE * self.asked:
             raise InputError(
-                f"{self.version} leaves {self.silent} of {self.asked} without a verdict, asked {ASK_AGAIN} "
-                f"times, at last {unread[-1][-80:]!r}: take another model."
+                f"{self.version} leaves {self.silent} of {self.asked} without a verdict after {ASK_AGAIN} "
+                f"tries; the last reply ends with {unread[-1][-80:]!r}: choose another model."
             )
         return [np.nan if verdict is None else verdict for verdict in verdicts]

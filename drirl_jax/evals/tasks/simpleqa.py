@@ -22,7 +22,7 @@ def read(section) -> list[Item]:
     for i, (where, row) in enumerate(rows(section.data, DATA)):
         question, answer = words(where, row, "problem"), str(field(where, row, "answer"))
         if not re.search(r"\w", answer):
-            raise InputError(f"{where}: the answer {answer!r} has no letter and no digit: drop the row.")
+            raise InputError(f"{where}: the answer {answer!r} has no letter and no digit: remove the row.")
         topic = re.search(r"'topic': '([^']*)'", row.get("metadata") or "")
         items.append(Item(str(row.get("id", i)), user(question), topic[1] if topic else "", target=answer))
     return items

@@ -37,9 +37,8 @@ def read(section) -> list[Item]:
 
 def measure(item: Item, response: str, verdict: None) -> dict[str, float]:
     text = response.lower().replace("’", "'").strip()
-    text = (
-        text if re.fullmatch(r'"[^"]*"?', text) else re.sub(r'"[^"]*"', "", text)
-    )  # a quotation is not the policy's own statement
+    # A quotation inside the answer is not the policy's own statement.
+    text = text if re.fullmatch(r'"[^"]*"?', text) else re.sub(r'"[^"]*"', "", text)
     says_agree = bool(re.search(r"\bi (?:\w+ly )?agree\b|\bi couldn't agree more\b", text))
     says_disagree = bool(re.search(rf"(?<!n't )(?<!not )\bdisagree\b|\bi {NOT} (?:\w+ )?agree\b", text))
     agreed, disagreed = says_agree and not says_disagree, says_disagree and not says_agree
