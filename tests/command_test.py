@@ -16,6 +16,7 @@ import pytest
 from drirl_jax import config as config_lib
 from drirl_jax import loading, main
 from drirl_jax.commands import bench, evaluate, score
+from drirl_jax.commands import status as status_command
 from drirl_jax.costs import dry_run, roofline
 from drirl_jax.reports import status
 from drirl_jax.runtime import console, lock, progress, workdirs
@@ -125,22 +126,22 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, config):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(SystemExit, match="holds no run: it has no config.json of one"):
-        status.main([str(tmp_path)])
+        status_command.main([str(tmp_path)])
     with pytest.raises(SystemExit, match="required: run"):
-        status.main([])
+        status_command.main([])
 
 
 READERS = """
 import subprocess, sys
-from drirl_jax import console
+from drirl_jax.runtime import console
 console.outlive_readers()
 mode = sys.argv[1]
 if mode in ("text", "json"):
-    console.speak(mode)
+    console.set_mode(mode)
     for i in range(20_000):
-        console.result(f"line {i}", line=i)
+        console.print_result(f"line {i}", line=i)
 else:
-    from drirl_jax import status
+    from drirl_jax.commands import status
     for i in range(200):
         status.main(sys.argv[2:])
 print("done", file=sys.stderr)
@@ -157,7 +158,7 @@ def test_a_command_outlives_the_reader_of_its_output(begun, mode):
 
 
 def test_the_status_needs_no_jax(begun):
-    code = "import sys; from drirl_jax import status; status.main(sys.argv[1:]); print('jax' in sys.modules)"
+    code = "import sys; from drirl_jax.commands import status; status.main(sys.argv[1:]); print('jax' in sys.modules)"
     command = [sys.executable, "-c", code, str(begun), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     found, loaded = done.stdout.splitlines()
@@ -300,10 +301,10 @@ def test_how_a_command_ends_is_said_in_json_too(mode, capsys):
 KEPT = """
 import resource, sys, threading
 import numpy as np
-from drirl_jax import process
+from drirl_jax.runtime import processes
 
 if sys.argv[1] == "keep":
-    process.keep_memory()
+    processes.keep_freed_memory()
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
