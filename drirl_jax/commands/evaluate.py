@@ -95,14 +95,11 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     policy, tokens = loading.load_policy(config)
     question_sets = [benchmarks.load(name, section, tokens, policy.config) for name in section.benchmarks]
     loaded_judges = loading.load_judges(model, config, section.judges, workdir / "judgements.jsonl")
-    common_settings, versions = (
-        settings(model, config, tokens),
-        {name: judge.version for name, judge in loaded_judges.items()},
-    )
+    common, versions = settings(model, config, tokens), {name: judge.version for name, judge in loaded_judges.items()}
     key = jax.random.fold_in(jax.random.key(config.seed), RANDOM_STREAMS["benchmarks"])
     for questions in question_sets:
         path = workdir / f"{questions.name}.json"
-        run_settings = {"benchmark": questions.name, "items": questions.contents} | common_settings
+        run_settings = {"benchmark": questions.name, "items": questions.contents} | common
         existing = json_files.load(path, RESULT) if processes.writers_value(path.exists()) else None
         if existing is None:
             result = {"model": model, "settings": run_settings, "versions": versions}

@@ -86,11 +86,11 @@ def best_of(workdir: bucket.Path, path: pathlib.Path, n: int, base: bool) -> lis
     rewards_NG = runner.response_rewards(context, bank, prompts, samples.response, samples.response_len)
     best = rewards_NG.argmax(axis=1)
     texts = [context.text.decode(samples.response[i, g], samples.response_len[i, g]) for i, g in enumerate(best)]
-    numbers_N = (
+    summaries = (
         {"reward": float(rewards.max()), "mean": float(rewards.mean()), "lowest": float(rewards.min())}
         for rewards in rewards_NG
     )
-    return [row._asdict() | {"response": text} | numbers for row, text, numbers in zip(rows, texts, numbers_N)]
+    return [row._asdict() | {"response": text} | summary for row, text, summary in zip(rows, texts, summaries)]
 
 
 def main(argv: list[str]) -> None:
