@@ -372,10 +372,10 @@ def written(rows: dict) -> pages.Table:
 def note_of(study: ConfigDict) -> str:
     """The note that explains the table."""
     return (
-        f"Means over seeds ({len(study.seeds)}) with 95% intervals: of shares by bootstrap over seeds and prompts, of "
-        "the other columns by Student's t over seeds. * The interval of the difference from "
-        f"{study.reference}, on the same seeds and prompts, leaves out 0; of twenty cells without any effect one is to "
-        "be expected to do so."
+        f"Means over seeds ({len(study.seeds)}) with 95% intervals: for shares by bootstrap over seeds and prompts, "
+        "for the other columns by Student's t over seeds. * The interval of the difference from "
+        f"{study.reference}, on the same seeds and prompts, excludes 0; about one in twenty cells does so without any "
+        "effect."
     )
 
 
