@@ -235,8 +235,10 @@ def pairs(name: str, text: list[str]) -> tuple[list[str], list[int]]:
         letter, _, value = item.rpartition("=")
         letters.append(letter or (letters[-1] if letters else ""))
         if letters[-1] not in SHAPES or not value.isdigit() or int(value) < 1:
-            known = ", ".join(f"{k} ({v})" for k, v in SHAPES.items())
-            raise InputError(f"--{name} has {item!r}: give a letter, = and a whole number above 0; letters: {known}.")
+            letter_list = ", ".join(f"{k} ({v})" for k, v in SHAPES.items())
+            raise InputError(
+                f"--{name} has {item!r}: give a letter, = and a whole number above 0; letters: {letter_list}."
+            )
         values.append(int(value))
     return letters, values
 

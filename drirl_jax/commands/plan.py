@@ -361,7 +361,7 @@ def table(result: dict) -> str:
             lines.append(f"{row['name']:18} does not fit: {row['needs']}")
             continue
         share = f"{row['flops'] / row['seconds'] / chip.flops:.0%}" if row["seconds"] and chip.clock else "-"
-        kinds = ", ".join(f"{kind} {moved / 1e9:.2f}" for kind, moved in sorted(row["moved"].items()))
+        kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in sorted(row["moved"].items()))
         lines.append(
             f"{row['name']:18}{row['memory'] / 2**30:8.2f}{row['flops'] / 1e12:9.2f}{row['seconds']:9.3f}{share:>9}"
             f"{sum(row['moved'].values()) / 1e9:10.2f}{row['moving']:9.3f}  {kinds}"
@@ -390,8 +390,8 @@ def main(argv: list[str]) -> None:
     config = command.CONFIG.value
     checks.validate(config)
     if MODEL.value:
-        known = ", ".join(families.PRESETS)
-        config_lib.require(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {known}.")
+        preset_list = ", ".join(families.PRESETS)
+        config_lib.require(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {preset_list}.")
         shape = families.PRESETS[MODEL.value]
     else:
         shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))

@@ -162,7 +162,7 @@ def check(study: ConfigDict) -> None:
     config_lib.require(
         not missing, f"the config lacks {', '.join(missing)}, so it is no study: see configs/study_smollm2.py."
     )
-    known = ", ".join(map(str, study.variants))
+    variant_list = ", ".join(map(str, study.variants))
     config_lib.require(len(study.seeds) > 0, "seeds is empty: give at least one.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     config_lib.require(
@@ -176,7 +176,7 @@ def check(study: ConfigDict) -> None:
     )
     config_lib.require(
         study.reference in study.variants,
-        f"reference is {study.reference!r}, which is no variant: choose one of {known}.",
+        f"reference is {study.reference!r}, which is no variant: choose one of {variant_list}.",
     )
     for name in study.variants:
         config = config_of(study, name, study.seeds[0])

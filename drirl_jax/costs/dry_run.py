@@ -89,9 +89,8 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
 
 def _is_resumed(context: Context, workdir: pathlib.Path, question_sets: list) -> bool:
     """Whether the workdir holds this run already. Raises InputError if it holds another run."""
-    has_config = workdirs.check_config(
-        context.config, workdir
-    )  # compare the options first: hashing many files takes longer
+    # The options come first: they are few, while hashing many files takes long.
+    has_config = workdirs.check_config(context.config, workdir)
     return has_config and workdirs.check_config(
         context.config, workdir, fingerprints.run_contents(context.config, context.text, question_sets)
     )

@@ -88,9 +88,8 @@ def traffic(hlo: str, trips: float) -> Traffic:
         hlo: `compiled.as_text()`.
         trips: how often a loop runs if its condition compares with no constant.
     """
-    hlo = re.sub(
-        r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", hlo, flags=re.S
-    )  # these span several lines inside an instruction
+    # Metadata may span several lines inside an instruction.
+    hlo = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", hlo, flags=re.S)
     blocks = {}
     for name, body in re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", hlo, re.M | re.S):
         blocks[name] = body
@@ -99,13 +98,13 @@ def traffic(hlo: str, trips: float) -> Traffic:
 
     def total(name: str) -> Traffic:
         computation = computations[name]
-        cycles, moved = computation.cycles, dict(computation.moved)
+        cycles, bytes_by_kind = computation.cycles, dict(computation.moved)
         for callee, times in computation.calls:
             inner = total(callee)
             cycles += times * inner.cycles
             for kind, size in inner.moved.items():
-                moved[kind] = moved.get(kind, 0.0) + times * size
-        return Traffic(cycles, moved)
+                bytes_by_kind[kind] = bytes_by_kind.get(kind, 0.0) + times * size
+        return Traffic(cycles, bytes_by_kind)
 
     return total(entry)
 
@@ -114,10 +113,10 @@ INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 
 
 def _computation(body: str, blocks: dict[str, str], trips: float) -> _Computation:
-    cycles, moved, calls = 0.0, {}, []
+    cycles, bytes_by_kind, calls = 0.0, {}, []
     # The compiler may put one collective into several fusions, to overlap it with them. They all have its channel.
     for kind, size in dict(_collectives(body, blocks)).values():
-        moved[kind] = moved.get(kind, 0.0) + size
+        bytes_by_kind[kind] = bytes_by_kind.get(kind, 0.0) + size
     for line in body.splitlines():
         instruction = INSTRUCTION.match(line)
         if not instruction:
@@ -137,7 +136,7 @@ def _computation(body: str, blocks: dict[str, str], trips: float) -> _Computatio
             calls.append((max(branches, key=lambda name: len(blocks[name])), 1.0))
         elif instruction[2] in ("call", "async-start"):
             calls += [(name, 1.0) for name in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line)]
-    return _Computation(cycles, moved, calls)
+    return _Computation(cycles, bytes_by_kind, calls)
 
 
 def _collectives(body: str, blocks: dict[str, str]) -> Iterator[tuple[str, tuple[str, float]]]:

@@ -28,8 +28,8 @@ def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """
     p = successes / n
     centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    whole = 1 + z**2 / n
-    return max(0.0, (centre - spread) / whole), min(1.0, (centre + spread) / whole)
+    denominator = 1 + z**2 / n
+    return max(0.0, (centre - spread) / denominator), min(1.0, (centre + spread) / denominator)
 
 
 def effective(values: Sequence[float], cluster: Sequence[str]) -> float:
