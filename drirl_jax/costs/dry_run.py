@@ -152,7 +152,7 @@ def align_operations(context: Context, size: int, tuned: int) -> dict[str, float
     config, shape = context.config, _shape(context)
     c, objective = config.align, objectives.OBJECTIVES[config.align.objective]
     roles = [objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")]
-    # DPO learns from its pairs, the demonstration or the best sample among them.
+    # Responses that DPO learns from: all G samples and the demonstration, or two of the samples.
     pairs = {"demonstration": 1, "self": 2 - c.group}
     trained = pairs[config.dpo.pairs] if c.objective == "dpo" else sum(role.trained for role in roles)
     if not objective.samples:
