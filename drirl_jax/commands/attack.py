@@ -1,13 +1,14 @@
-"""How robust a model is: published attacks on it, and the share of harmful prompts that it then answers.
+"""Attacks a model with published attacks, and measures the share of harmful prompts that it then answers.
 
 python -m drirl_jax attack --model runs/quickstart --attacks none,gcg --options configs/attack.py --workdir runs/attack
 
-MODEL is the workdir of a finished run, whose aligned model is attacked, or a model as config.policy.init names it; for
-that a --config may give categories, system turn, dtype and mesh, and for either its evals name the judges' endpoint and
-classifier. The model is loaded here: no other is attacked.
-docs/ATTACKS.md says what each attack is; --options.gcg.steps=100 changes a number of the file. WORKDIR gets
-ATTACK.jsonl, a result a line with what the model said, and table.md; started again on it the command goes on where it
-was.
+MODEL is the workdir of a finished run, or a model named as in config.policy.init. Of a run the command attacks the
+aligned model. For another model a --config may give categories, system turn, dtype and mesh. For both, the config's
+evals section names the endpoint and the classifier of the judges. Only this model, loaded in this process, is attacked.
+
+docs/ATTACKS.md explains each attack. --options.gcg.steps=100 changes a value of the options file. The command writes
+WORKDIR/ATTACK.jsonl, one result a line with the model's response, and WORKDIR/table.md. If you start it again on the
+same workdir, it continues.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ from drirl_jax.data import records
 from drirl_jax.runtime import bucket, console
 from drirl_jax.types import InputError
 
-MODEL = flags.DEFINE_string("model", None, "Workdir of a run, or a folder, .gguf file, package:NAME or hub name.")
-NAMES = flags.DEFINE_list("attacks", ["none", "prefix", "suppression"], f"Among {', '.join(runner.ATTACKS)}.")
-DATA = flags.DEFINE_string("data", records.STARTER, "JSONL file of prompts, a folder of them, or starter.")
-LIMIT = flags.DEFINE_integer("limit", 0, "Most prompts, from each category in turn; 0: all.", lower_bound=0)
-OPTIONS = config_flags.DEFINE_config_file("options", None, "A file of attacks/options.py's, or its defaults.")
+MODEL = flags.DEFINE_string("model", None, "The model: workdir of a run, folder, .gguf file, package:NAME or hub name.")
+NAMES = flags.DEFINE_list("attacks", ["none", "prefix", "suppression"], f"Some of {', '.join(runner.ATTACKS)}.")
+DATA = flags.DEFINE_string("data", records.STARTER, "Prompts: a JSONL file, a folder of such files, or starter.")
+LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Number of prompts at most, taken from the categories in turn; 0: all.", lower_bound=0
+)
+OPTIONS = config_flags.DEFINE_config_file(
+    "options", None, "Python file with the options of the attacks; default: attacks/options.py."
+)
 
 
 def main(argv: list[str]) -> None:
-    """The attacks that the flags ask for. Raises InputError."""
+    """Runs the attacks that the flags ask for. Raises InputError."""
     for name, value in (("model", MODEL.value), ("workdir", command.WORKDIR.value)):
         if value is None:
             raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
@@ -39,8 +44,8 @@ def main(argv: list[str]) -> None:
         MODEL.value, command.CONFIG.value, NAMES.value, DATA.value, LIMIT.value, options, workdir
     )
     if rates:
-        told = [rate._asdict() for rate in rates]
-        console.print_result(f"{runner.table(rates)}\nwhat the model said: {workdir}", rates=told)
+        rates_json = [rate._asdict() for rate in rates]
+        console.print_result(f"{runner.table(rates)}\nthe model's responses: {workdir}", rates=rates_json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long the parts of an alignment step take, and how near that comes to what the machine can do.
+"""Times the phases of an alignment step, and compares them with the least time that the machine needs.
 
 python -m drirl_jax bench --config configs/bench.py [--shape S=64] [--grow G=1,2,4,8] [--steps 5] [--json bench.json]
 """
@@ -32,44 +32,44 @@ from drirl_jax.stages import align, irl, objectives
 from drirl_jax.stages.base import Context
 from drirl_jax.types import InputError
 
-STEPS = flags.DEFINE_integer("steps", 5, "Steps to time, after two that are not.", lower_bound=1)
-SHAPE = flags.DEFINE_list("shape", [], "Letters of SHAPES with a value each, as S=64,G=4.")
-GROW = flags.DEFINE_list("grow", [], "One letter with several values, as G=1,2,4: how the cost grows with it.")
+STEPS = flags.DEFINE_integer("steps", 5, "Steps to time, after two warm-up steps.", lower_bound=1)
+SHAPE = flags.DEFINE_list("shape", [], "Letters of the step's shape with new values, as S=64,G=4.")
+GROW = flags.DEFINE_list("grow", [], "One letter with several values, as G=1,2,4: shows how the cost grows with it.")
 JSON = flags.DEFINE_string("json", None, "Write the figures to this file too.")
 
 SHAPES = {
     "P": "prompts a step",
-    "S": "tokens to which every prompt is brought, repeated or cut",
+    "S": "tokens of every prompt, which is repeated or cut to this length",
     "G": "responses a prompt",
     "T": "tokens of a response",
-    "C": "categories, the records dealt out to them, and so rewards in the bank",
-    "D": "width of the policy, which then has random weights",
+    "C": "categories, and so rewards in the bank; the records are dealt out to them in turn",
+    "D": "width of the policy, which then gets random weights",
 }
 PHASES = ("rollout", "trunk", "reference", "rewards", "hardness", "update")
-TIMED = (*PHASES, "step", "irl")  # "irl" is an update of the IRL stage, of no alignment step
+TIMED = (*PHASES, "step", "irl")  # "irl" is an update of the IRL stage, not part of an alignment step
 
 
 def peak_memory() -> int:
-    """Peak bytes of the device; on a CPU those of the process."""
+    """Peak memory of the device in bytes; on a CPU that of the process."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def of_length(by_split: dict[str, Examples], length: int) -> dict[str, Examples]:
-    """The examples with every prompt repeated or cut to `length` tokens, none of them shared."""
+    """The examples with every prompt repeated or cut to `length` tokens, and without a shared prefix."""
 
-    def stretched(examples):
+    def resized(examples):
         rows = [
             np.resize([*examples.prefix, *row[:n]], length).astype(np.int32)
             for row, n in zip(examples.prompt, examples.prompt_len)
         ]
         return examples._replace(prompt=np.stack(rows), prompt_len=np.full(len(rows), length, np.int32), prefix=())
 
-    return {split: stretched(examples) for split, examples in by_split.items()}
+    return {split: resized(examples) for split, examples in by_split.items()}
 
 
 def of_categories(context: Context, count: int) -> Context:
-    """The context with its records dealt out to `count` categories, the last of them harmless."""
+    """The context with its records dealt out in turn to `count` categories; the last category is harmless."""
     config = context.config.copy_and_resolve_references()
     config.data.categories = tuple(f"category_{i}" for i in range(count))
     config.data.harmless = config.data.categories[-1:]
@@ -81,7 +81,7 @@ def of_categories(context: Context, count: int) -> Context:
 
 
 def time_irl(context: Context, steps: int) -> list[float]:
-    """Seconds of updates of the IRL stage, its demonstrations against each other; two more, the first, are not told."""
+    """Seconds of each IRL update, with other demonstrations as negatives. Two warm-up updates before are left out."""
     c, stage, examples = context.config.irl, irl.make(context), context.examples["train"]
     batch = examples.take(np.arange(c.batch) % len(examples.id))
     demo_PKT, demo_len_PK = (
@@ -98,8 +98,8 @@ def time_irl(context: Context, steps: int) -> list[float]:
 
 
 def widened(model: transformer.Transformer, width: int) -> transformer.Transformer:
-    """A random model of this width, its key heads and MLP in proportion; heads stay as wide and as many to a key head,
-    and layers and vocabulary are the model's."""
+    """A random model of this width. Key heads and MLP grow in proportion; head width, query heads per key head, layers
+    and vocabulary stay."""
     c = model.config
     kv_heads = max(c.kv_heads * width // c.width, 1)
     heads = kv_heads * c.heads // c.kv_heads
@@ -108,16 +108,18 @@ def widened(model: transformer.Transformer, width: int) -> transformer.Transform
 
 
 def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> dict:
-    """Times the train loop's own collect and update of the align stage, with rewards that have learnt nothing, and the
-    update of the IRL stage, with demonstrations for samples. Responses do not end before their last token.
+    """Times collect and update of the align stage, and the update of the IRL stage.
+
+    The functions are those of the train loop. The rewards are untrained. The IRL update takes demonstrations instead of
+    samples. Every response has its full length.
 
     Args:
         config: of the run.
-        steps: to time, of each kind: those that wait after each phase, and whole ones.
-        shape: letters of SHAPES and their values, instead of what the config says.
+        steps: number of steps to time of each kind: steps that wait after each phase, and whole steps.
+        shape: letters of SHAPES and their values; they replace the config's.
 
     Returns:
-        {"seconds": name in TIMED -> median, "all": the same -> list, "floor": phase -> seconds, "step_floor",
+        {"seconds": name in TIMED -> median, "all": name in TIMED -> list, "floor": phase -> seconds, "step_floor",
          "tokens_per_second": of the rollout, "peak_bytes", "machine", "shape",
          "device", "jax"}. "step" is timed without waiting between phases, so it may be less than their sum.
     """
@@ -127,7 +129,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     config.update_from_flattened_dict({keys[letter]: value for letter, value in shape.items() if letter in keys})
     context = loading.load_context(config)
     endless = copy.copy(context.text)
-    endless.eos_ids = (-1,)  # no token has this id, so that every response has T tokens, as the floor counts
+    endless.eos_ids = (-1,)  # no token has this id, so every response has T tokens, as the floor assumes
     context = dataclasses.replace(context, clock=clock, text=endless)
     if "S" in shape:
         context = dataclasses.replace(context, examples=of_length(context.examples, shape["S"]))
@@ -136,19 +138,19 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     if "C" in shape:
         context = of_categories(context, shape["C"])
         config = context.config
-    fresh = irl.init_rewards(context)
-    stage = align.make(context, reward.Bank(fresh, mean=fresh.bias, std=jnp.ones_like(fresh.bias)))
+    untrained = irl.init_rewards(context)
+    stage = align.make(context, reward.Bank(untrained, mean=untrained.bias, std=jnp.ones_like(untrained.bias)))
     state = stage.init()
-    tuned = sum(x.size for x in jax.tree.leaves(state.train.params))
+    trained_size = sum(x.size for x in jax.tree.leaves(state.train.params))
     times: dict[str, list[float]] = {name: [] for name in TIMED}
     for number in range(2 + 2 * steps):
-        # Two steps compile and warm up; then steps that wait after each phase, then whole steps.
+        # First two steps that compile and warm up, then steps that wait after each phase, then whole steps.
         clock.restart(wait=number < 2 + steps)
         start = time.perf_counter()
         batch, carry, _ = stage.collect(state, number)
-        new, _ = stage.update(state.train, batch)
-        clock.mark("update", jax.block_until_ready(new))
-        state = state._replace(train=new, carry=carry)
+        new_train, _ = stage.update(state.train, batch)
+        clock.mark("update", jax.block_until_ready(new_train))
+        state = state._replace(train=new_train, carry=carry)
         if number >= 2 + steps:
             times["step"].append(time.perf_counter() - start)
         elif number >= 2:
@@ -158,38 +160,38 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     examples = context.examples["train"]
     roles = [objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")]
     S, R = examples.prompt.shape[1], len(examples.prefix)
-    used = Shape(config.align.batch, S, config.align.group, config.sampler.max_new, R)
+    step_shape = Shape(config.align.batch, S, config.align.group, config.sampler.max_new, R)
     demonstrations = {"scored": 1 + roles[1].counts, "trained": sum(role.trained for role in roles)}
     machine = measure_machine(context.model.config)
     size = sum(x.size for x in jax.tree.leaves(context.model))
-    options = {"size": size, "tuned": tuned, "shared": context.shared, **demonstrations}
-    bound = floor(context.model.config, used, machine, **options)
-    pairs_shape = used._replace(P=config.irl.batch, G=1 + len(irl.negative_weights(config.irl)))
+    options = {"size": size, "tuned": trained_size, "shared": context.shared, **demonstrations}
+    floor_seconds = floor(context.model.config, step_shape, machine, **options)
+    pairs_shape = step_shape._replace(P=config.irl.batch, G=1 + len(irl.negative_weights(config.irl)))
     adapted = config.reward.layers or context.model.config.layers
     seconds = {phase: statistics.median(values) for phase, values in times.items()}
     return {
         "seconds": seconds,
         "all": times,
-        "floor": bound | {"irl": irl_floor(context.model.config, pairs_shape, machine, adapted)},
-        "step_floor": sum(bound.values()),
-        "tokens_per_second": used.P * used.G * used.T / seconds["rollout"],
+        "floor": floor_seconds | {"irl": irl_floor(context.model.config, pairs_shape, machine, adapted)},
+        "step_floor": sum(floor_seconds.values()),
+        "tokens_per_second": step_shape.P * step_shape.G * step_shape.T / seconds["rollout"],
         "peak_bytes": peak_memory(),
         "machine": machine._asdict(),
-        "shape": used._asdict(),
+        "shape": step_shape._asdict(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
 
 
 def run_apart(config: ConfigDict, steps: int, shape: dict[str, int]) -> dict:
-    """`run` in a process of its own, as the peak memory of a process never falls."""
-    fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, fresh, initializer=processes.keep_freed_memory) as executor:
+    """`run` in a new process, because the peak memory of a process never falls."""
+    spawn_context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn_context, initializer=processes.keep_freed_memory) as executor:
         return executor.submit(run, config, steps, shape).result()
 
 
 def table(result: dict) -> str:
-    """The figures as text: seconds of each phase, its floor and what share of the time the floor is."""
+    """The figures as text: seconds of each phase, its floor, and the floor as a share of the time."""
     shape, machine, step = result["shape"], result["machine"], result["seconds"]["step"]
     lines = [
         f"{result['device']}, jax {result['jax']}: {machine['flops'] / 1e9:.0f} GFLOP/s, "
@@ -197,9 +199,9 @@ def table(result: dict) -> str:
         f"{'phase':10} {'seconds':>9} {'of step':>8} {'floor':>9} {'floor/time':>10}",
     ]
     for phase, seconds in result["seconds"].items():
-        least = result["step_floor"] if phase == "step" else result["floor"].get(phase)
-        bound = f"{least:9.3f} {least / seconds:10.0%}" if least else f"{'':9} {'':10}"
-        lines.append(f"{phase:10} {seconds:9.3f} {seconds / step:8.1%} {bound}".rstrip())
+        floor_seconds = result["step_floor"] if phase == "step" else result["floor"].get(phase)
+        floor_cells = f"{floor_seconds:9.3f} {floor_seconds / seconds:10.0%}" if floor_seconds else f"{'':9} {'':10}"
+        lines.append(f"{phase:10} {seconds:9.3f} {seconds / step:8.1%} {floor_cells}".rstrip())
     lines.append(
         f"{result['tokens_per_second']:.0f} sampled tokens/s, {shape['P'] * shape['G'] / step:.2f} responses/s, "
         f"peak memory {result['peak_bytes'] / 2**30:.2f} GiB"
@@ -208,12 +210,12 @@ def table(result: dict) -> str:
 
 
 def exponent(values: list[int], seconds: list[float]) -> float:
-    """k of the power law seconds ~ value^k that fits best, by least squares of the logarithms."""
+    """The exponent k of the best power law seconds ~ value^k, by least squares of the logarithms."""
     return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
 
 
 def growth(letter: str, results: dict[int, dict]) -> str:
-    """A table of the phases' seconds at each value of a letter, and the exponent of each phase."""
+    """A table of the seconds of each phase at each value of a letter, and the exponent of each phase."""
     lines = ["".join(f"{name:>11}" for name in (letter, *TIMED, "peak GiB"))]
     for value, result in results.items():
         seconds = [result["seconds"][name] for name in TIMED]
@@ -223,24 +225,26 @@ def growth(letter: str, results: dict[int, dict]) -> str:
 
 
 def pairs(name: str, text: list[str]) -> tuple[list[str], list[int]]:
-    """Letters and values of a flag such as S=64,G=4, or G=1,2,4, where a value without a letter keeps the last one.
+    """Letters and values of a flag such as S=64,G=4 or G=1,2,4. A value without a letter takes the letter before it.
 
     Raises:
-        InputError: a letter that SHAPES lacks, or a value that is no positive whole number.
+        InputError: SHAPES lacks a letter, or a value is no positive whole number.
     """
     letters, values = [], []
     for item in text:
         letter, _, value = item.rpartition("=")
         letters.append(letter or (letters[-1] if letters else ""))
         if letters[-1] not in SHAPES or not value.isdigit() or int(value) < 1:
-            known = ", ".join(f"{k} ({v})" for k, v in SHAPES.items())
-            raise InputError(f"--{name} has {item!r}: give a letter, = and a whole number above 0; letters: {known}.")
+            letter_list = ", ".join(f"{k} ({v})" for k, v in SHAPES.items())
+            raise InputError(
+                f"--{name} has {item!r}: give a letter, = and a whole number above 0; letters: {letter_list}."
+            )
         values.append(int(value))
     return letters, values
 
 
 def main(argv: list[str]) -> None:
-    """The figures that the flags ask for. Raises InputError."""
+    """Measures the figures that the flags ask for. Raises InputError."""
     if command.CONFIG.value is None:
         raise InputError(f"--config is missing: {__doc__.splitlines()[2]}")
     shape = dict(zip(*pairs("shape", SHAPE.value)))
@@ -249,7 +253,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--grow is {','.join(GROW.value)}: give one letter and two or more values, as G=1,2,4.")
     if values:
         grown = {v: run_apart(command.CONFIG.value, STEPS.value, shape | {letters[0]: v}) for v in values}
-        text, result = growth(letters[0], grown), {str(v): of for v, of in grown.items()}
+        text, result = growth(letters[0], grown), {str(v): figures for v, figures in grown.items()}
     else:
         result = run(command.CONFIG.value, STEPS.value, shape)
         text = table(result)

@@ -2,13 +2,18 @@
 
     python -m drirl_jax convert FORMAT SOURCE OUT.jsonl [--max-words N] [--category NAME]
 
-FORMAT is a row of `published.PUBLISHED`; SOURCE a file as published, a folder of them, or a name on the hub, as
-`beavertails PKU-Alignment/BeaverTails`, which takes the package `datasets`. Of each prompt the shortest safe answer
-becomes the demonstration (long ones teach a reward model to read length), with an empty draft. A prompt's category is
-the one of ours that most of its rows name. What is left out is counted, with the reason: no safe answer, none of at
-most N words (a Chinese character counts as a word), no category of ours; --category takes those of the last kind into
-NAME.
-Splits are the data set's where it has ours; otherwise a prompt's text decides: about 8 of 10 train, 1 valid, 1 test.
+FORMAT is a key of `published.PUBLISHED`. SOURCE is a published file, a folder of such files, or a name on the hub, as
+in `beavertails PKU-Alignment/BeaverTails`; the hub needs the package `datasets`.
+
+The shortest safe answer to a prompt becomes its demonstration, with an empty draft: long demonstrations teach a reward
+model to judge by length. A prompt gets the category of ours that most of its rows name.
+
+The command counts the prompts that it leaves out, with the reason: no safe answer, no safe answer of at most N words (a
+Chinese character counts as a word), or no category of ours. With --category NAME, prompts without a category of ours
+are kept, as category NAME.
+
+The splits are the data set's if it has the same ones. Otherwise the hash of a prompt's text decides: about 8 of 10 go
+to train, 1 to valid, 1 to test.
 """
 
 from __future__ import annotations
@@ -27,23 +32,23 @@ from drirl_jax.types import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Reads the command line and writes the demonstrations."""
     parser = argparse.ArgumentParser(prog="python -m drirl_jax convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("format", choices=PUBLISHED, help="what SOURCE is")
+    parser.add_argument("format", choices=PUBLISHED, help="the data set that SOURCE holds")
     parser.add_argument("source", metavar="SOURCE", help="a file, a folder, or a name on the hub")
     parser.add_argument("target", metavar="OUT.jsonl")
-    parser.add_argument("--max-words", type=int, help="leave out longer demonstrations")
-    parser.add_argument("--category", default="", help="of prompts whose category is none of ours")
+    parser.add_argument("--max-words", type=int, help="leave out longer answers")
+    parser.add_argument("--category", default="", help="category for prompts that have none of ours")
     parser.error = lambda message: sys.exit(f"drirl_jax: {message}: see python -m drirl_jax convert --help")
     args = parser.parse_args(argv)
     try:
         target = expand_path(args.target)
-        rows, left_out = convert.demonstrations(args.format, args.source, args.max_words, args.category, target)
+        rows, left_out_counts = convert.demonstrations(args.format, args.source, args.max_words, args.category, target)
         if not rows:
-            why = "; ".join(f"left out {reason}: {count}" for reason, count in left_out.items())
+            reasons = "; ".join(f"left out {reason}: {count}" for reason, count in left_out_counts.items())
             raise InputError(
-                f"no demonstration in {args.source} ({why or 'it holds no rows'}): {target} is not written."
+                f"no demonstration in {args.source} ({reasons or 'it holds no rows'}): {target} is not written."
             )
         lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows]
         replace_file(target, "".join(lines))
@@ -53,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"drirl_jax: {error.filename}: {error.strerror}: take another place for the result.")
     for category, count in sorted(collections.Counter(row.category for row in rows).items()):
         print(f"{category}: {count}")
-    for reason, count in left_out.items():
+    for reason, count in left_out_counts.items():
         print(console.printable(f"left out {reason}: {count}"))
     print(f"{len(rows)} demonstrations in {target}; terms of the data: {PUBLISHED[args.format].terms}")
 

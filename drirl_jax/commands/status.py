@@ -1,7 +1,7 @@
-"""Prints where a run is, told by its workdir alone.
+"""Prints how far a run is. It only reads the run's workdir.
 
 python -m drirl_jax status runs/quickstart          # a few lines
-python -m drirl_jax status runs/quickstart --json   # one object, for scripts
+python -m drirl_jax status runs/quickstart --json   # one JSON object, for scripts
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def main(argv: list[str]) -> None:
     )
     parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax status runs/quickstart")
     parser.add_argument("run", help="the workdir of a run")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     try:
-        found = status.run_status(expand_path(options.run))
+        run_state = status.run_status(expand_path(options.run))
     except ValueError as error:
         sys.exit(f"drirl_jax: {error}")
-    print(json.dumps(found) if options.json else status.text(found))
+    print(json.dumps(run_state) if options.json else status.text(run_state))
 
 
 if __name__ == "__main__":

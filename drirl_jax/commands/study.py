@@ -1,12 +1,15 @@
-"""Variants of a config x seeds, each a run of its own, and one report that compares them.
+"""Runs variants of a config with several seeds, and writes one report that compares them.
 
 python -m drirl_jax study --config configs/study_smollm2.py --workdir runs/study
 
-The config has `base` (a run's config), `variants` (by name, what each changes), `seeds`, `reference`, the variant that
-the others are compared with, and `jobs`, how many run at a time (on a CPU: an accelerator has room for one). Started
-again it goes on: what is finished is not run again. Runs whose rewards would be the same share them, and the evaluation
-of the base. Left in the workdir: VARIANT/SEED/ (each run's own), study.csv, study.md, study.html, study.png, and
-curves/VARIANT/ (the mean of the seeds over steps, by category).
+The config has `base` (a run's config), `variants` (name -> the options that it changes), `seeds`, `reference` (the
+variant to compare the others with) and `jobs` (the number of runs at a time on a CPU; an accelerator has room for one).
+
+Each variant with each seed is a run. If you start the study again, it continues and skips finished runs. Runs that
+would learn the same rewards share them; they also share the evaluation of the base policy.
+
+The workdir gets VARIANT/SEED/ (the workdir of one run), study.csv, study.md, study.html, study.png and curves/VARIANT/
+(means of the seeds over steps, by category).
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 BASE = "base"  # the policy that all runs start from
-FILES = ("curves", "study.csv", "study.md", "study.html", "study.png")  # what lies beside the variants' folders
-# Sections and keys of the config that the rewards of a run depend on.
+FILES = ("curves", "study.csv", "study.md", "study.html", "study.png")  # beside the variants' folders
+# The sections and keys of the config that determine a run's rewards.
 REWARDS_DEPEND_ON = (
     "seed data demos irl policy.init policy.system policy.enable_thinking policy.dtype policy.weights "
     "sampler.max_new sampler.temperature sampler.batch "
@@ -58,8 +61,8 @@ REWARDS_DEPEND_ON = (
 
 
 class Column(NamedTuple):
-    """A number of a run: its title, how it is written, and (result of an evaluation, run's folder) -> float, or one
-    value for each prompt."""
+    """A number of a run: its title, its format, and (result of an evaluation, run's folder) -> one float, or one value
+    for each prompt."""
 
     title: str
     text: Callable[[float], str]
@@ -67,43 +70,45 @@ class Column(NamedTuple):
 
 
 def _refused(harmless: bool, wanted: bool) -> Callable:
-    """1 for each prompt of the kind whose response is (not) a refusal; None where there are no such prompts."""
+    """1 for each prompt of this kind whose response is (not) a refusal, else 0; None if there are no such prompts."""
 
-    def of(result, folder):
+    def values(result, folder):
         told = [r["refused"] for r in result["responses"] if r["harmless"] == harmless and r["refused"] is not None]
         return [float(refused == wanted) for refused in told] or None
 
-    return of
+    return values
 
 
 def _unsafe(result: dict, folder: pathlib.Path) -> list[float] | None:
-    """1 for each harmful prompt whose response the classifier finds unsafe; None where none was asked."""
+    """1 for each harmful prompt whose response the classifier finds unsafe, else 0; None without a classifier."""
     return [float(r["harm"] > judges.UNSAFE) for r in result["responses"] if "harm" in r and not r["harmless"]] or None
 
 
 def _of_texts(function: Callable[[list[str]], float]) -> Callable:
-    """The function of the responses to harmful prompts, None unless there are two."""
+    """Applies the function to the responses to harmful prompts; None if there are fewer than two."""
 
-    def of(result, folder):
+    def value(result, folder):
         texts = [r["response"] for r in result["responses"] if not r["harmless"]]
         return function(texts) if len(texts) > 1 else None
 
-    return of
+    return value
 
 
 def _last(name: str, rows: int = 10) -> Callable:
-    """Mean of a scalar over the last steps of the alignment; None where there is none."""
+    """Mean of a metric over the last steps of the alignment; None if it is missing."""
 
-    def of(result, folder):
+    def mean(result, folder):
         path = folder / "metrics.jsonl"
-        found = [row[name] for row in metrics.read_jsonl(path) if row["stage"] == "align" and row.get(name) is not None]
-        return float(np.mean(found[-rows:])) if found else None
+        recorded = [
+            row[name] for row in metrics.read_jsonl(path) if row["stage"] == "align" and row.get(name) is not None
+        ]
+        return float(np.mean(recorded[-rows:])) if recorded else None
 
-    return of
+    return mean
 
 
 def _minutes(result: dict, folder: pathlib.Path) -> float:
-    """Of the alignment alone, as runs share the IRL stage."""
+    """Minutes of the alignment alone, because runs share the IRL stage."""
     rows = [row for row in metrics.read_jsonl(folder / "timing.jsonl") if row["stage"] == "align"]
     return sum(row["collect_s"] + row["update_s"] for row in rows) / 60
 
@@ -120,16 +125,16 @@ COLUMNS = {
     "opening": Column("commonest opening", percent, _of_texts(lambda texts: diversity.commonest_opening(texts)[1])),
     "minutes": Column("minutes of alignment", "{:.1f}".format, _minutes),
 }
-TRAINING_ONLY = ("kl", "minutes")  # which the base does not have
+TRAINING_ONLY = ("kl", "minutes")  # the base policy has no value for these
 
 
 def folder_of(workdir: pathlib.Path, variant: str, seed: int) -> pathlib.Path:
-    """Where the variant's run with this seed is."""
+    """The workdir of the variant's run with this seed."""
     return workdir / file_name(variant) / str(seed)
 
 
 def config_of(study: ConfigDict, variant: str, seed: int) -> ConfigDict:
-    """The run's own config. Raises InputError for a key that no config has."""
+    """The config of one run. Raises InputError for an unknown key."""
     config = study.base.copy_and_resolve_references()
     try:
         config.update(study.variants[variant].to_dict())
@@ -140,27 +145,29 @@ def config_of(study: ConfigDict, variant: str, seed: int) -> ConfigDict:
 
 
 def reward_key(config: ConfigDict) -> str:
-    """Equal for configs whose IRL stages end with the same rewards."""
-    whole = ConfigDict(json.loads(config.to_json_best_effort(sort_keys=True)))
+    """A key that is equal for configs whose IRL stages end with the same rewards."""
+    full_config = ConfigDict(json.loads(config.to_json_best_effort(sort_keys=True)))
     if config.irl.policy == "frozen":
-        parts = {key: config_lib.get_option(whole, key) for key in REWARDS_DEPEND_ON}
-    else:  # the inner policy's alignment shapes them too
-        parts = {key: value for key, value in whole.items() if key not in ("schedule", "evals", "checkpoint")}
-    return json.dumps(parts, default=lambda section: section.to_dict(), sort_keys=True)
+        determining = {key: config_lib.get_option(full_config, key) for key in REWARDS_DEPEND_ON}
+    else:  # the alignment of the inner policy shapes the rewards too
+        determining = {
+            key: value for key, value in full_config.items() if key not in ("schedule", "evals", "checkpoint")
+        }
+    return json.dumps(determining, default=lambda section: section.to_dict(), sort_keys=True)
 
 
 def check(study: ConfigDict) -> None:
-    """Raises InputError with one sentence for a study that cannot be run."""
+    """Raises InputError, with one sentence, if the study cannot be run."""
     missing = [key for key in ("base", "variants", "seeds", "reference", "jobs") if key not in study]
     config_lib.require(
         not missing, f"the config lacks {', '.join(missing)}, so it is no study: see configs/study_smollm2.py."
     )
-    known = ", ".join(map(str, study.variants))
+    variant_list = ", ".join(map(str, study.variants))
     config_lib.require(len(study.seeds) > 0, "seeds is empty: give at least one.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     config_lib.require(
         1 <= study.jobs <= cores,
-        f"jobs is {study.jobs}: give 1, or at most the {cores} cores that this process may use and give away.",
+        f"jobs is {study.jobs}: give 1, or at most the {cores} cores that this process may use.",
     )
     names.check("variants", study.variants, (BASE, *FILES))
     config_lib.require(
@@ -169,7 +176,7 @@ def check(study: ConfigDict) -> None:
     )
     config_lib.require(
         study.reference in study.variants,
-        f"reference is {study.reference!r}, which is no variant: choose one of {known}.",
+        f"reference is {study.reference!r}, which is no variant: choose one of {variant_list}.",
     )
     for name in study.variants:
         config = config_of(study, name, study.seeds[0])
@@ -183,54 +190,54 @@ def check(study: ConfigDict) -> None:
 
 
 def take_base(source: pathlib.Path, config: ConfigDict, folder: pathlib.Path) -> None:
-    """Copies the evaluation of the untrained policy from the run whose rewards are taken, where it is the same."""
-    evaluated, here = (run / "evals" / "base.json" for run in (source, folder))
-    if evaluated.exists() and not here.exists() and workdirs.load_config(source).evals == config.evals:
-        replace_file(here, evaluated.read_text("utf-8"))
+    """Copies the base policy's evaluation from the run whose rewards are taken, if the evals options are the same."""
+    source_file, target_file = (run / "evals" / "base.json" for run in (source, folder))
+    if source_file.exists() and not target_file.exists() and workdirs.load_config(source).evals == config.evals:
+        replace_file(target_file, source_file.read_text("utf-8"))
 
 
 def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, pathlib.Path]]:
-    """Config and folder of every run, those that learn rewards first; the others' reward.init names what they take."""
-    learn, take = [], []
-    learned: dict[str, pathlib.Path] = {}
+    """Config and folder of every run. Runs that learn rewards come first; the others take theirs by reward.init."""
+    learning_runs, taking_runs = [], []
+    source_by_key: dict[str, pathlib.Path] = {}
     runs = [(seed, name, folder_of(workdir, name, seed).absolute()) for seed in study.seeds for name in study.variants]
-    # Those that were begun come first: others may take the rewards that they have learned.
+    # Runs that have started come first, so that other runs can take their rewards.
     for seed, name, folder in sorted(runs, key=lambda run: not (run[2] / "config.json").exists()):
         config = config_of(study, name, seed)
         key = reward_key(config)
-        if (folder / "config.json").exists():  # it keeps the rewards that it took then
-            theirs = workdirs.load_config(folder)
-            source, schedule = theirs.reward.init, theirs.schedule
+        if (folder / "config.json").exists():  # a started run keeps its source of rewards
+            started_config = workdirs.load_config(folder)
+            source, schedule = started_config.reward.init, started_config.schedule
         else:
-            source = str(learned.get(key, "")) if "irl" in config.schedule else config.reward.init
+            source = str(source_by_key.get(key, "")) if "irl" in config.schedule else config.reward.init
             schedule = tuple(stage for stage in config.schedule if stage != "irl" or not source)
         with config.unlocked():
             config.schedule, config.reward.init = schedule, source
         if "irl" in schedule:
-            learned.setdefault(key, folder)
-        (learn if "irl" in schedule else take).append((config, folder))
-    return learn + take
+            source_by_key.setdefault(key, folder)
+        (learning_runs if "irl" in schedule else taking_runs).append((config, folder))
+    return learning_runs + taking_runs
 
 
 def _contents(config: ConfigDict) -> dict[str, str]:
-    """The hash of what a finished run was made of, but for the items of its benchmarks, which are in its results."""
+    """The hashes of a finished run's inputs, without the items of its benchmarks, whose hashes are in its results."""
     return fingerprints.run_contents(config, _tokens(config.policy.init, config.policy.system))
 
 
 @functools.cache
 def _tokens(init: str, system: str | None) -> ChatTokens:
-    """Of a policy; runs of a study mostly share one."""
+    """The tokens of a policy, cached because the runs of a study mostly share one policy."""
     return ChatTokens(hf.load_tokenizer(hf.resolve(init)), system)
 
 
 def _follow() -> None:
-    """Asks this process to end when the study is no more, even if it was killed."""
+    """Ends this process when the study's process has ended, even if that one was killed."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _enter(cores: Sequence[int], mode: str) -> None:
-    """Leaves these cores to the process, all if none are named; it speaks as the study does, and ends with it."""
+    """Prepares a process for one run: console mode of the study, these cores (all if empty), end with the study."""
     console.set_mode(mode)
     keep_freed_memory()
     threading.Thread(target=_follow, daemon=True).start()
@@ -239,7 +246,7 @@ def _enter(cores: Sequence[int], mode: str) -> None:
 
 
 def _run(config: ConfigDict, folder: pathlib.Path) -> None:
-    """`train.run`, and the end of this process where the study is no more: it would wait for more to do."""
+    """Calls `train.run`. Then ends this process if the study's has ended: otherwise it would wait for more work."""
     try:
         train.run(config, folder)
     finally:
@@ -248,19 +255,19 @@ def _run(config: ConfigDict, folder: pathlib.Path) -> None:
 
 
 def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs what is not finished, study.jobs at a time, each in its own process.
+    """Runs all unfinished runs, study.jobs at a time, each in its own process.
 
-    Of several jobs each has its share of the cores for itself: a small model keeps one core busier than many.
+    With several jobs each job has its own share of the cores: a small model uses one core better than many.
 
     Raises:
         InputError: see `check`; or a folder of the workdir holds a run of another config.
-        Preempted: it was asked to end. After this or an error no run goes on; all have kept their last step.
+        Preempted: it was asked to end. After this or an error all runs stop; each has saved its last step.
     """
     check(study)
-    runs, fresh = planned(study, workdir), multiprocessing.get_context("spawn")
-    free: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
+    runs, spawn_context = planned(study, workdir), multiprocessing.get_context("spawn")
+    free_cores: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
     for job in range(study.jobs):
-        free.put(sorted(os.sched_getaffinity(0))[job :: study.jobs] if study.jobs > 1 else ())
+        free_cores.put(sorted(os.sched_getaffinity(0))[job :: study.jobs] if study.jobs > 1 else ())
 
     def run(number: int, config: ConfigDict, folder: pathlib.Path, rewards: concurrent.futures.Future | None) -> None:
         if rewards:
@@ -270,124 +277,128 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
         log.info("run %d of %d: %s, seed %d", number, len(runs), names.name_of_file(folder.parent.name), config.seed)
         if config.reward.init:
             take_base(expand_path(config.reward.init), config, folder)
-        cores = free.get()
+        cores = free_cores.get()
         try:
-            with concurrent.futures.ProcessPoolExecutor(1, fresh, _enter, (cores, console.mode())) as process:
+            with concurrent.futures.ProcessPoolExecutor(1, spawn_context, _enter, (cores, console.mode())) as process:
                 process.submit(_run, config, folder).result()
         finally:
-            free.put(cores)
+            free_cores.put(cores)
 
-    begun: dict[str, concurrent.futures.Future] = {}
+    futures: dict[str, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor(study.jobs) as pool:
         for number, (config, folder) in enumerate(runs, start=1):
-            begun[str(folder)] = pool.submit(run, number, config, folder, begun.get(config.reward.init))
+            futures[str(folder)] = pool.submit(run, number, config, folder, futures.get(config.reward.init))
         try:
-            for one in begun.values():
-                one.result()
+            for future in futures.values():
+                future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
-                process.terminate()  # which has its run keep the step at work
+                process.terminate()  # the run then saves its current step
             raise
 
 
 def results(study: ConfigDict, workdir: pathlib.Path) -> dict[str, list[tuple[dict, pathlib.Path]]]:
-    """By variant, and for BASE, the evaluation and the folder of each seed, its responses told harmless or not; and
-    how harmful, if base.evals names a classifier."""
+    """By variant, and for BASE: evaluation and folder of each seed. Each response gets "harmless", and also "harm" if
+    base.evals names a classifier."""
     config, harmless = study.base, study.base.data.harmless
-    harm = None
+    rate_harm = None
     if config.evals.classifier:
-        harm = (
+        rate_harm = (
             judges.JUDGES["classifier"].make(judges.Setting(config, None, lambda: hf.resolve(config.encoder.init))).harm
         )
 
-    def read(folder: pathlib.Path, which: str):
+    def load_result(folder: pathlib.Path, policy_name: str):
         hint = "remove it and start the study again, which makes it anew"
-        result = json_files.load(folder / "evals" / f"{which}.json", pages.EVALUATION, hint)
+        result = json_files.load(folder / "evals" / f"{policy_name}.json", pages.EVALUATION, hint)
         for response in result["responses"]:
             response["harmless"] = response["category"] in harmless
-        if harm:
-            said = [[response[key] for response in result["responses"]] for key in ("prompt", "response")]
-            for response, value in zip(result["responses"], harm(*said)):
+        if rate_harm:
+            columns = [[response[key] for response in result["responses"]] for key in ("prompt", "response")]
+            for response, value in zip(result["responses"], rate_harm(*columns)):
                 response["harm"] = float(value)
         return result, folder
 
     folders = {name: [folder_of(workdir, name, seed) for seed in study.seeds] for name in study.variants}
-    found = {BASE: [read(folder, "base") for folder in next(iter(folders.values()))]}
-    return found | {name: [read(folder, "aligned") for folder in of] for name, of in folders.items()}
+    base_results = {BASE: [load_result(folder, "base") for folder in next(iter(folders.values()))]}
+    return base_results | {
+        name: [load_result(folder, "aligned") for folder in seed_folders] for name, seed_folders in folders.items()
+    }
 
 
 def table(study: ConfigDict, found: dict) -> dict[str, dict[str, tuple[Interval, Interval | None]]]:
-    """By variant and column: its interval, and that of its difference from the reference.
+    """By variant and column: its interval, and the interval of its difference from the reference.
 
-    The latter is None of the reference itself; what one of them does not have is left out; so are rewards that are
-    others than the reference's, as each has its own scale.
+    The second is None for the reference itself. A column is left out for a variant that lacks it. The reward column is
+    left out if the rewards are not the reference's, because each has its own scale.
     """
     keys = {name: reward_key(config_of(study, name, study.seeds[0])) for name in study.variants}
-    rewards = keys[study.reference]
+    reference_rewards = keys[study.reference]
     values: dict[str, dict[str, list]] = {}
     for name, runs in found.items():
         skipped = TRAINING_ONLY if name == BASE else ()
-        if keys.get(name, rewards) != rewards or (name == BASE and keys[next(iter(keys))] != rewards):
+        if keys.get(name, reference_rewards) != reference_rewards or (
+            name == BASE and keys[next(iter(keys))] != reference_rewards
+        ):
             skipped = (*skipped, "reward")
-        of = {key: [column.of(*run) for run in runs] for key, column in COLUMNS.items() if key not in skipped}
-        values[name] = {key: column for key, column in of.items() if None not in column}
+        by_column = {key: [column.of(*run) for run in runs] for key, column in COLUMNS.items() if key not in skipped}
+        values[name] = {key: column for key, column in by_column.items() if None not in column}
     return {
         name: {
             key: (
-                interval(of),
-                difference(of, values[study.reference][key])
+                interval(seed_values),
+                difference(seed_values, values[study.reference][key])
                 if name != study.reference and key in values[study.reference]
                 else None,
             )
-            for key, of in columns.items()
+            for key, seed_values in columns.items()
         }
         for name, columns in values.items()
     }
 
 
 def told(key: str, cell: tuple[Interval, Interval | None] | None) -> str:
-    """A cell as text: mean, interval, and * where the difference from the reference is beyond noise."""
-    own, beside = cell or (None, None)
-    return pages.told(own, COLUMNS[key].text, "*" if pages.beyond_noise(beside) else "")
+    """A cell as text: mean, interval, and * if the difference from the reference is beyond noise."""
+    value, change = cell or (None, None)
+    return pages.told(value, COLUMNS[key].text, "*" if pages.beyond_noise(change) else "")
 
 
 def written(rows: dict) -> pages.Table:
     """The table as text."""
-    cells = [(name, *(told(key, of.get(key)) for key in COLUMNS)) for name, of in rows.items()]
-    return pages.Table("Final numbers", ("variant", *(column.title for column in COLUMNS.values())), cells)
+    text_rows = [(name, *(told(key, columns.get(key)) for key in COLUMNS)) for name, columns in rows.items()]
+    return pages.Table("Final numbers", ("variant", *(column.title for column in COLUMNS.values())), text_rows)
 
 
 def note_of(study: ConfigDict) -> str:
-    """How to read the table."""
+    """The note that explains the table."""
     return (
-        f"Means over seeds ({len(study.seeds)}) with 95% intervals: of shares by bootstrap over seeds and prompts, of "
-        "the other columns by Student's t over seeds. * The interval of the difference from "
-        f"{study.reference}, on the same seeds and prompts, leaves out 0; of twenty cells without any effect one is to "
-        "be expected to do so."
+        f"Means over seeds ({len(study.seeds)}) with 95% intervals: for shares by bootstrap over seeds and prompts, "
+        "for the other columns by Student's t over seeds. * The interval of the difference from "
+        f"{study.reference}, on the same seeds and prompts, excludes 0; about one in twenty cells does so without any "
+        "effect."
     )
 
 
 def write_csv(rows: dict, path: pathlib.Path) -> None:
-    """One line for each variant and column."""
+    """Writes study.csv, one line for each variant and column."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(["variant", "column", "mean", "low", "high", "difference", "difference_low", "difference_high"])
     for name, cells in rows.items():
-        for key, (own, beside) in cells.items():
-            writer.writerow([name, key, *own, *(beside or ("", "", ""))])
+        for key, (value, change) in cells.items():
+            writer.writerow([name, key, *value, *(change or ("", "", ""))])
     replace_file(path, file.getvalue())
 
 
 def draw(rows: dict, path: pathlib.Path) -> None:
-    """Harmful compliance and over-refusal of every variant with their intervals."""
+    """Draws harmful compliance and over-refusal of every variant, with intervals."""
     names = list(rows)
     figure = Figure(figsize=(9.2, 1.4 + 0.36 * len(names)), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2, sharey=True), ("harmful_compliance", "over_refusal")):
         for y, name in enumerate(names):
             mean, low, high = rows[name][key][0]
-            reach = [[max(mean - low, 0)], [max(high - mean, 0)]]
-            axes.errorbar(mean, y, xerr=reach, fmt="o", capsize=3, color="#3b94cf")
+            error = [[max(mean - low, 0)], [max(high - mean, 0)]]
+            axes.errorbar(mean, y, xerr=error, fmt="o", capsize=3, color="#3b94cf")
         axes.set(title=COLUMNS[key].title, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
         axes.set_yticks(range(len(names)), names)
         axes.grid(axis="x", color="#e8eaed")
@@ -395,51 +406,52 @@ def draw(rows: dict, path: pathlib.Path) -> None:
 
 
 def mean_metrics(runs: Sequence[list[dict]]) -> list[dict]:
-    """Rows of metrics.jsonl, each scalar the mean over the runs that have it there as a finite number."""
+    """Mean rows of metrics.jsonl: each metric is the mean over the runs where it is a finite number at that step."""
     values: dict[tuple, dict[str, list[float]]] = {}
     for row in (row for run in runs for row in run):
-        of = values.setdefault((row["stage"], row["step"]), {})
+        step_values = values.setdefault((row["stage"], row["step"]), {})
         for key in row.keys() - {"stage", "step"}:
-            of.setdefault(key, []).extend([] if row[key] is None else [row[key]])
+            step_values.setdefault(key, []).extend([] if row[key] is None else [row[key]])
     return [
-        {"stage": stage, "step": step} | {key: float(np.mean(found)) if found else None for key, found in of.items()}
-        for (stage, step), of in values.items()
+        {"stage": stage, "step": step}
+        | {key: float(np.mean(numbers)) if numbers else None for key, numbers in step_values.items()}
+        for (stage, step), step_values in values.items()
     ]
 
 
 def draw_curves(study: ConfigDict, found: dict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """By variant, one picture of its training curves."""
-    drawn = {}
+    """Draws the training curves of each variant; returns the picture's path by variant."""
+    pictures = {}
     for name in study.variants:
-        rows = mean_metrics([metrics.read_jsonl(of / "metrics.jsonl") for _, of in found[name]])
-        drawn[name] = plots.training_curves(rows, study.base.data.categories, folder / file_name(name))["curves"]
-    return drawn
+        rows = mean_metrics([metrics.read_jsonl(run_folder / "metrics.jsonl") for _, run_folder in found[name]])
+        pictures[name] = plots.training_curves(rows, study.base.data.categories, folder / file_name(name))["curves"]
+    return pictures
 
 
 def report(study: ConfigDict, workdir: pathlib.Path) -> str:
     """Writes study.csv, study.md, study.png, study.html and curves/; returns the table in Markdown."""
-    found = results(study, workdir)
-    cells = table(study, found)
+    seed_results = results(study, workdir)
+    cells = table(study, seed_results)
     write_csv(cells, workdir / "study.csv")
-    shown, note = written(cells), note_of(study)
-    text = f"{shown.markdown()}\n\n{pages.markdown(note)}\n"
+    text_table, note = written(cells), note_of(study)
+    text = f"{text_table.markdown()}\n\n{pages.markdown(note)}\n"
     replace_file(workdir / "study.md", text)
     draw(cells, workdir / "study.png")
-    drawn = draw_curves(study, found, workdir / "curves")
+    curve_pictures = draw_curves(study, seed_results, workdir / "curves")
     pages.write(
         "study.html.jinja",
         workdir / "study.html",
         title="Variants compared",
         overview=pages.Picture.of(workdir / "study.png", "Compliance and over-refusal by variant, with intervals"),
-        results=shown,
+        results=text_table,
         note=note,
-        curves={name: pages.Picture.of(path, f"Training curves of {name}") for name, path in drawn.items()},
+        curves={name: pages.Picture.of(path, f"Training curves of {name}") for name, path in curve_pictures.items()},
     )
     return text
 
 
 def main(argv: list[str]) -> None:
-    """The study that the flags ask for. Raises InputError."""
+    """Runs the study that the flags ask for. Raises InputError."""
     for flag in (command.CONFIG, command.WORKDIR):
         if flag.value is None:
             raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")

@@ -1,6 +1,7 @@
-"""What a program costs, every loop counted as often as it runs: operations from its jaxpr, time, traffic from its HLO.
+"""The cost of a program, with every loop counted as often as it runs: operations from its jaxpr, the rest from its HLO.
 
-XLA's own `cost_analysis` counts the body of a loop once, so that of a scan over layers it tells one layer.
+The rest is time and traffic. XLA's own `cost_analysis` counts the body of a loop once, so for a scan over layers it
+gives the cost of one layer.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
 
 
 def used(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """The jaxpr without what none of its results needs, as a compiler leaves it out: gradients of frozen weights."""
+    """The jaxpr without operations that no result needs (gradients of frozen weights); a compiler removes these too."""
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def operations(jaxpr: core.Jaxpr, trips: Callable[[int], float], kernels: bool = False) -> float:
-    """Multiplications and additions of all matrix products in a jaxpr, of all devices together.
+    """Multiplications and additions of all matrix products in a jaxpr, summed over all devices.
 
-    Those of Pallas kernels are counted apart, every block of a kernel's grid as if nothing in it were masked.
+    Pallas kernels are counted separately. Every block of a kernel's grid counts in full, even if it is masked.
 
     Args:
         jaxpr: of a traced function.
-        trips: the number of times that a loop is counted which runs so often; 0 stands for a while loop, whose number
-            the jaxpr does not tell.
-        kernels: count what is in kernels, and that alone.
+        trips: (length of a loop) -> how often to count it. A while loop has length 0, because the jaxpr does not say
+            how often it runs.
+        kernels: whether to count only the operations inside kernels, instead of only those outside.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -48,10 +49,10 @@ def operations(jaxpr: core.Jaxpr, trips: Callable[[int], float], kernels: bool =
             times = trips(eqn.params["length"])
         elif eqn.primitive.name == "while":
             times = trips(0)
-        elif eqn.primitive.name == "shard_map":  # of which the jaxpr tells one device's part
+        elif eqn.primitive.name == "shard_map":  # its jaxpr is the part of one device
             times = math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
         inner = [operations(j, trips, kernels) for value in eqn.params.values() for j in _jaxprs(value)]
-        # Of the branches of a cond one is taken: the dearest.
+        # A cond runs one of its branches: the most expensive one counts.
         total += times * (max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner))
     return total
 
@@ -67,8 +68,8 @@ def _jaxprs(value):
 
 
 class Traffic(NamedTuple):
-    """What one device does in a program: cycles that the TPU compiler expects of its fusions, and bytes that it gets in
-    collectives, by kind."""
+    """The work of one device in a program: cycles of its fusions as the TPU compiler estimates them, and bytes received
+    in collectives, by kind."""
 
     cycles: float
     moved: dict[str, float]
@@ -77,32 +78,33 @@ class Traffic(NamedTuple):
 class _Computation(NamedTuple):
     cycles: float
     moved: dict[str, float]
-    calls: list[tuple[str, float]]  # other computations, and how often each runs in one run of this one
+    calls: list[tuple[str, float]]  # other computations, and how often one run of this one calls each
 
 
 def traffic(hlo: str, trips: float) -> Traffic:
-    """Reads the text of a compiled program.
+    """Reads cycles and traffic from the text of a compiled program.
 
     Args:
         hlo: `compiled.as_text()`.
-        trips: how often a loop runs whose condition compares with no constant.
+        trips: how often a loop runs if its condition compares with no constant.
     """
-    hlo = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", hlo, flags=re.S)  # lines inside an instruction
+    # Metadata may span several lines inside an instruction.
+    hlo = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", hlo, flags=re.S)
     blocks = {}
     for name, body in re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", hlo, re.M | re.S):
         blocks[name] = body
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.M)[1]
-    read = {name: _computation(body, blocks, trips) for name, body in blocks.items()}
+    computations = {name: _computation(body, blocks, trips) for name, body in blocks.items()}
 
     def total(name: str) -> Traffic:
-        one = read[name]
-        cycles, moved = one.cycles, dict(one.moved)
-        for callee, times in one.calls:
+        computation = computations[name]
+        cycles, bytes_by_kind = computation.cycles, dict(computation.moved)
+        for callee, times in computation.calls:
             inner = total(callee)
             cycles += times * inner.cycles
             for kind, size in inner.moved.items():
-                moved[kind] = moved.get(kind, 0.0) + times * size
-        return Traffic(cycles, moved)
+                bytes_by_kind[kind] = bytes_by_kind.get(kind, 0.0) + times * size
+        return Traffic(cycles, bytes_by_kind)
 
     return total(entry)
 
@@ -111,35 +113,39 @@ INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 
 
 def _computation(body: str, blocks: dict[str, str], trips: float) -> _Computation:
-    cycles, moved, calls = 0.0, {}, []
-    # The compiler lays one collective into several fusions, to overlap it with them: it has one channel.
+    cycles, bytes_by_kind, calls = 0.0, {}, []
+    # The compiler may put one collective into several fusions, to overlap it with them. They all have its channel.
     for kind, size in dict(_collectives(body, blocks)).values():
-        moved[kind] = moved.get(kind, 0.0) + size
+        bytes_by_kind[kind] = bytes_by_kind.get(kind, 0.0) + size
     for line in body.splitlines():
-        found = INSTRUCTION.match(line)
-        if not found:
+        instruction = INSTRUCTION.match(line)
+        if not instruction:
             continue
         if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
             cycles += int(estimate[1])
-        if found[2] == "while":
-            inner, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
-            calls.append((inner, _trips(blocks[condition], blocks, trips)))
-        elif found[2] == "conditional":
-            named = re.search(r"branch_computations=\{([^}]*)\}", line)
-            branches = re.findall(r"[\w.\-]+", named[1]) if named else re.findall(r"_computation=%?([\w.\-]+)", line)
+        if instruction[2] == "while":
+            loop_body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
+            calls.append((loop_body, _trips(blocks[condition], blocks, trips)))
+        elif instruction[2] == "conditional":
+            branch_list = re.search(r"branch_computations=\{([^}]*)\}", line)
+            branches = (
+                re.findall(r"[\w.\-]+", branch_list[1])
+                if branch_list
+                else re.findall(r"_computation=%?([\w.\-]+)", line)
+            )
             calls.append((max(branches, key=lambda name: len(blocks[name])), 1.0))
-        elif found[2] in ("call", "async-start"):
+        elif instruction[2] in ("call", "async-start"):
             calls += [(name, 1.0) for name in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line)]
-    return _Computation(cycles, moved, calls)
+    return _Computation(cycles, bytes_by_kind, calls)
 
 
 def _collectives(body: str, blocks: dict[str, str]) -> Iterator[tuple[str, tuple[str, float]]]:
-    """(channel, (kind, bytes received)) of the collectives in a computation, and in what its fusions hold."""
+    """Yields (channel, (kind, bytes received)) of the collectives in a computation and in its fusions."""
     for line in body.splitlines():
-        found = INSTRUCTION.match(line)
-        if not found:
+        instruction = INSTRUCTION.match(line)
+        if not instruction:
             continue
-        result, opcode = found.groups()
+        result, opcode = instruction.groups()
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             channel = re.search(r"channel_id=(\d+)", line)
@@ -150,14 +156,14 @@ def _collectives(body: str, blocks: dict[str, str]) -> Iterator[tuple[str, tuple
 
 
 def _received(result: str, started: bool) -> float:
-    """Bytes of a collective's result; one that is only started has its operand first."""
+    """Bytes of a collective's result. The result of a "-start" instruction also holds its operand."""
     shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)
     sizes = [BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in shapes]
     return float(max(sizes) if started else sum(sizes))
 
 
 def _trips(condition: str, blocks: dict[str, str], unknown: float) -> float:
-    """The constant with which a loop's condition compares its counter."""
+    """The constant that a loop's condition compares its counter with; `unknown` if there is no single one."""
     text = condition + "".join(blocks.get(name, "") for name in re.findall(r"calls=%?([\w.\-]+)", condition))
     constants = [int(n) for n in re.findall(r"[su]32\[\][^=]*? constant\((\d+)\)", text)]
     return float(constants[0]) if len(constants) == 1 and "compare" in text else unknown

@@ -1,4 +1,4 @@
-"""What a step costs at least: operations of its phases, from their shapes, and the seconds that a machine needs."""
+"""The least cost of a step: the operations of its phases, from their shapes, and the seconds that a machine needs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from drirl_jax.stages.base import SharedLayers
 
 
 class Machine(NamedTuple):
-    """What was measured of the machine: float operations a second of a matrix product, bytes a second of a read."""
+    """Measured rates of a machine: float operations a second of a matrix product, bytes a second of a read."""
 
     flops: float
     bandwidth: float
 
 
 class Shape(NamedTuple):
-    """Shape of a step: prompts, their own tokens, responses of each, their tokens; tokens of the shared prefix."""
+    """Shape of a step: P prompts, S tokens of each, G responses to each, T tokens of each, R tokens of the prefix."""
 
     P: int
     S: int
@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
 
 def forward_flops(model: transformer.Config, shape: Shape, logits: bool = True) -> float:
-    """Operations of one forward pass, the prefix once, the prompt once per group; a response's last token is not fed.
+    """Operations of a forward pass: prefix once, prompt once a group, responses without their last token.
 
     2 · positions · weights + 2 D V · predicted tokens + 4 H hd · (query, key) pairs, over all layers.
     """
@@ -58,27 +58,27 @@ def floor(
     scored: int = 1,
     trained: int = 0,
 ) -> dict[str, float]:
-    """Least seconds of each phase: its operations at the measured rate, or its bytes where those take longer.
+    """Least seconds of each phase: its operations at the measured rate, or its bytes if these take longer.
 
     Args:
-        size, tuned: number of the model's parameters, which sampling reads in the type of the computation, and of those
-            that are trained (float32).
-        shared: which layers a group passes once, as phase "trunk".
-        scored, trained: demonstrations of a group that get a reward, and that the update learns from.
+        size, tuned: number of all parameters (sampling reads them in the type of the computation), and of the trained
+            ones (float32).
+        shared: the layers that a group passes only once, as phase "trunk".
+        scored, trained: number of a group's demonstrations that get a reward, and of those that the update learns from.
 
     Returns:
-        phase -> seconds, for the phases that the model's own work bounds; hardness is not among them.
+        phase -> seconds, for the phases whose time the model's work bounds; "hardness" is not among them.
     """
     P, S, G, T, R = shape
     bottom = model._replace(layers=shared.layers)
     top = {takes_part: model._replace(layers=model.layers - shared.layers * takes_part) for takes_part in (False, True)}
     item = jnp.dtype(model.dtype).itemsize
     cache_row = 2 * item * model.layers * model.kv_heads * model.head_dim
-    read = item * size * T + cache_row * P * G * sum(R + S + t + 1 for t in range(T - 1))
-    # A frozen weight has no gradient of its own: forward, and the gradient of its input.
+    sampling_bytes = item * size * T + cache_row * P * G * sum(R + S + t + 1 for t in range(T - 1))
+    # A frozen weight needs no gradient: only the forward pass and the gradient of its input.
     passes = 3 if tuned == size else 2
     return {
-        "rollout": max(forward_flops(model, shape) / machine.flops, read / machine.bandwidth),
+        "rollout": max(forward_flops(model, shape) / machine.flops, sampling_bytes / machine.bandwidth),
         "trunk": forward_flops(bottom, shape._replace(G=G + scored), logits=False) / machine.flops,
         "reference": forward_flops(top[True], shape) / machine.flops,
         "rewards": forward_flops(top[shared.rewards], shape._replace(G=G + scored), logits=False) / machine.flops,
@@ -88,17 +88,17 @@ def floor(
 
 
 def irl_floor(model: transformer.Config, shape: Shape, machine: Machine, adapted: int) -> float:
-    """Least seconds of an update of the rewards: forward, and backward through the layers that have adapters.
+    """Least seconds of an update of the rewards: forward, and backward through the layers with adapters.
 
     Args:
-        shape: of the pairs, G = 1 + the negatives of each demonstration.
+        shape: of the pairs; G = 1 + the number of negatives of each demonstration.
     """
     forward = forward_flops(model, shape, logits=False)
     return (forward + forward_flops(model._replace(layers=adapted), shape, logits=False)) / machine.flops
 
 
 def fastest(function: Callable, *args, repeats: int = 7) -> float:
-    """Seconds of the fastest of some calls, after one that compiles."""
+    """Seconds of the fastest of `repeats` calls, after one call that compiles."""
     jax.block_until_ready(function(*args))
     seconds = []
     for _ in range(repeats):
@@ -109,7 +109,7 @@ def fastest(function: Callable, *args, repeats: int = 7) -> float:
 
 
 def measure_machine(model: transformer.Config) -> Machine:
-    """The best rate of a matrix product of this model's shapes and type, and of a product that reads 256 MiB once."""
+    """Measures the best rate of a matrix product with this model's shapes and type, and the rate of reading 256 MiB."""
     rates = []
     for rows, inner, out in ((2048, model.width, model.ffn), (2048, model.ffn, model.width), (2048, 2048, 2048)):
         a, w = (jnp.full((n, inner), 0.5, model.dtype) for n in (rows, out))

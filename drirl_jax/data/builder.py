@@ -1,4 +1,4 @@
-"""The demonstrations as a TFDS data set: prepared once for a content, then read at random without parsing."""
+"""The demonstrations as a TFDS data set: prepared once, then read at any index without parsing the JSON again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class DemosConfig(tfds.core.BuilderConfig):
-    """Names a data set by its content, which travels along: what is hashed is what is written."""
+    """Names a data set by the hash of its records, and carries these records, so that exactly they are written."""
 
     records: tuple[Record, ...] = dataclasses.field(default=(), repr=False)
 
@@ -39,10 +39,10 @@ def config(
     harmless: Sequence[str] = records.HARMLESS,
     unanswered: bool = False,
 ) -> DemosConfig:
-    """The config of the demonstrations in `paths` (see `records.read`): changed data has another name."""
+    """The config of the demonstrations in `paths` (see `records.read_records`). Changed data gets another name."""
     rows = tuple(records.read_records(paths, categories, harmless=harmless, unanswered=unanswered))
-    made = _named(rows)
-    return next((known for known in SafetyDemos.BUILDER_CONFIGS if known.name == made.name), made)
+    new_config = _named(rows)
+    return next((existing for existing in SafetyDemos.BUILDER_CONFIGS if existing.name == new_config.name), new_config)
 
 
 def _named(rows: tuple[Record, ...]) -> DemosConfig:
@@ -56,9 +56,9 @@ def _starter() -> DemosConfig:
 
 
 class SafetyDemos(tfds.core.GeneratorBasedBuilder):
-    """Prompts of each harm category with the safe answers that demonstrate what is wanted; by default the starter set.
+    """Prompts of each harm category, each with a demonstration: a safe answer. The default is the starter set.
 
-    Once this module is imported TFDS knows it as `safety_demos`.
+    Importing this module registers it in TFDS as `safety_demos`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -69,8 +69,8 @@ class SafetyDemos(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
-        present = {r.split for r in self.builder_config.records}
-        return {split: self._generate_examples(split) for split in records.SPLITS if split in present}
+        splits = {r.split for r in self.builder_config.records}
+        return {split: self._generate_examples(split) for split in records.SPLITS if split in splits}
 
     def _generate_examples(self, split: str):
         for record in self.builder_config.records:
@@ -85,23 +85,23 @@ def load(
     harmless: Sequence[str] = records.HARMLESS,
     unanswered: bool = False,
 ) -> dict[str, grain.MapDataset]:
-    """Prepares the demonstrations under `data_dir`, unless they are there, and opens them.
+    """Prepares the demonstrations under `data_dir`, unless they are there already, and opens them.
 
-    Several processes may do so at once: each writes a folder of its own, and the first to finish names it.
+    Several processes may do so at once. Each writes its own folder; the first to finish gives it the final name.
 
     Args:
-        paths: "starter", a file, a folder, or several of these (see `records.read`).
+        paths: "starter", a file, a folder, or several of these (see `records.read_records`).
         categories: the categories in use.
-        data_dir: where prepared data sets lie; None for TFDS's own place (~/tensorflow_datasets).
-        harmless, unanswered: which records may be unanswered, and whether to keep them (see `records.read`).
+        data_dir: the folder of prepared data sets; None means the default of TFDS (~/tensorflow_datasets).
+        harmless, unanswered: which records may be unanswered, and whether to keep them (see `records.read_records`).
 
     Returns:
-        split -> the split's records, to be read at any index; a split without records is absent. Their order
-        depends on the content alone.
+        split -> the split's records, readable at any index; a split without records is absent. Their order depends
+        only on the content.
 
     Raises:
-        InputError: a file is missing or a record breaks the schema, for one of several processes at least; or these
-            read different records.
+        InputError: in at least one process a file is missing or a record breaks the schema; or the processes read
+            different records.
     """
     with processes.all_or_none():
         demos = config(paths, categories, harmless, unanswered)
@@ -111,51 +111,53 @@ def load(
         return _opened(demos, data_dir)
 
 
-def _opened(demos: DemosConfig, named: PathLike | None) -> dict[str, grain.MapDataset]:
-    """The prepared data set, compared with the records that it was made of. What is damaged is prepared anew; where
-    TFDS's own place cannot be written, as without a home, it is prepared for this process alone."""
-    data_dir = pathlib.Path(named or tfds.core.constants.DATA_DIR)
+def _opened(demos: DemosConfig, requested_dir: PathLike | None) -> dict[str, grain.MapDataset]:
+    """Opens the prepared data set and compares it with its source records. It prepares a damaged set anew. If it cannot
+    write to the default folder of TFDS (no home folder, say), it prepares the set in a folder of this process."""
+    data_dir = pathlib.Path(requested_dir or tfds.core.constants.DATA_DIR)
     folder = data_dir / SafetyDemos.name / demos.name / str(SafetyDemos.VERSION)
     try:
         return _prepared(demos, data_dir)
-    except Exception as error:  # a changed byte may break JSON, a protocol buffer, zstd or an index
+    except Exception as error:  # one changed byte may break JSON, a protocol buffer, zstd or an index
         damage = error
     if folder.is_dir():
         log.warning("%s is damaged (%s): it is prepared anew", folder, f"{type(damage).__name__}: {damage}"[:200])
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(Exception):
             return _prepared(demos, data_dir)
-    if named is not None:
+    if requested_dir is not None:
         raise damage
-    log.warning("no prepared data can be kept in %s (%s): set TFDS_DATA_DIR to a folder for it", data_dir, damage)
+    log.warning(
+        "no prepared data can be kept in %s (%s): set TFDS_DATA_DIR to a folder that can be written", data_dir, damage
+    )
     return _prepared(demos, pathlib.Path(_own_folder().name))
 
 
 @functools.cache
 def _own_folder() -> tempfile.TemporaryDirectory:
-    """A folder of this process, which goes when it ends."""
+    """A temporary folder of this process; it is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="drirl_jax-data-")
 
 
 def _prepared(demos: DemosConfig, data_dir: pathlib.Path) -> dict[str, grain.MapDataset]:
-    """The data set in this place. Raises ValueError where it does not hold the config's records, and whatever TFDS
-    does."""
+    """The data set in this folder. Raises ValueError if it does not hold the config's records, and any error of
+    TFDS."""
     builder = SafetyDemos(config=demos, data_dir=data_dir)
     if console.mode() != "text":
         tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it does on stdout, which is for the result
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS logs to stdout, which is for the result
             builder.download_and_prepare(file_format="array_record")
     except OSError:
         if not builder.data_path.is_dir():
             raise
-        # Another process was first: what it prepared has the same content.
+        # Another process was first. It prepared the same content.
         builder = SafetyDemos(config=demos, data_dir=data_dir)
     opened = {
         split: grain.MapDataset.source(source).map(_to_record) for split, source in builder.as_data_source().items()
     }
     if sorted(Record(*row) for rows in opened.values() for row in rows) != sorted(demos.records):
-        raise ValueError("other records than those that it was made of")
+        raise ValueError("it holds other records than those it was prepared from")
     return opened
 
 
@@ -166,9 +168,9 @@ def read_splits(
     harmless: Sequence[str] = records.HARMLESS,
     unanswered: bool = False,
 ) -> dict[str, list[Record]]:
-    """The records of `load` in lists; of several processes each reads its share of what is prepared."""
+    """The records of `load` as lists. Each process reads its share of the prepared data."""
     prepared = load(paths, categories, data_dir, harmless, unanswered)
-    return {split: [Record(*row) for row in processes.map_shares(of, list)] for split, of in prepared.items()}
+    return {split: [Record(*row) for row in processes.map_shares(dataset, list)] for split, dataset in prepared.items()}
 
 
 def _to_record(example: dict[str, bytes]) -> Record:

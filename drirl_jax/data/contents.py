@@ -1,4 +1,4 @@
-"""What a data file holds as UTF-8 text, however it was packed and whatever Unicode form it was saved in."""
+"""Reads a data file as UTF-8 text, whatever its compression and its Unicode encoding."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Callable
 
 from drirl_jax.types import InputError
 
-# By the first bytes of a file: names lie, as where a browser has unpacked a download.
+# By the first bytes of a file: names can mislead, for example if a browser has unpacked a download.
 PACKED: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x1f\x8b": gzip.decompress,
     b"\xfd7zXZ\x00": lzma.decompress,
 }
-ENDINGS = (".gz", ".xz")  # of packed files
+ENDINGS = (".gz", ".xz")  # of compressed files
 
 
 def kind(path: pathlib.Path) -> str:
-    """The ending that says what a file holds, in lower case and without that of a packer: ".jsonl" of X.JSONL.gz."""
+    """The ending that says what a file holds, in lower case, without that of a compressor: ".jsonl" for X.JSONL.gz."""
     name = path.name.lower()
     return pathlib.Path(name.removesuffix(next(filter(name.endswith, ENDINGS), ""))).suffix
 
 
 def read_utf8(path: pathlib.Path) -> bytes:
-    """The contents of a file, unpacked, as UTF-8 without a byte order mark; what was UTF-8 is not checked.
+    """The contents of a file, unpacked, as UTF-8 without a byte order mark. Bytes that look like UTF-8 are not checked.
 
     Raises:
-        InputError: there is no such file, it cannot be read or unpacked, or is no text in UTF-16 or UTF-32.
+        InputError: there is no such file; it cannot be read or unpacked; or it is not valid UTF-16 or UTF-32.
     """
     if not path.is_file():
         raise InputError(f"no file {path}: check the path")

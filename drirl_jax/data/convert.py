@@ -19,90 +19,93 @@ from drirl_jax.types import InputError
 
 
 def word_count(text: str) -> int:
-    """The number of words; each Chinese character counts as one, Chinese punctuation as none."""
+    """The number of words; each Chinese character counts as one word, Chinese punctuation as none."""
     return len(re.findall(r"[\u3400-\u9fff]|[^\s\u3000-\u303f\u3400-\u9fff\uff00-\uff20]+", text))
 
 
 def demonstrations(
     name: str, source: str, max_words: int | None = None, category: str = "", target: pathlib.Path | None = None
 ) -> tuple[list[Record], collections.Counter[str]]:
-    """The demonstrations of a published data set, and how many prompts (or rows) were left out for each reason.
+    """The demonstrations of a published data set, and by reason the number of prompts (or rows) left out.
 
     Args:
-        name: of `PUBLISHED`.
+        name: a key of `PUBLISHED`.
         source: a file, a folder, or a name on the hub.
-        max_words: longer answers are no demonstrations; None: all lengths.
-        category: of the prompts whose category is none of ours; "": they are left out.
-        target: the file that is to hold them; it may be none of those that are read.
+        max_words: longer answers do not become demonstrations; None allows all lengths.
+        category: given to prompts whose category is none of ours; "" leaves them out.
+        target: the file to write later; it must not be one of the files to read.
 
     Raises:
-        InputError: the data cannot be had, a row is not of its form, or the target would be read.
+        InputError: the data is not available, a row has another form, or `target` is one of the files to read.
     """
-    of = PUBLISHED[name]
-    ours = {theirs.lower(): mine for theirs, mine in of.categories.items()}
+    dataset = PUBLISHED[name]
+    our_category = {their_name.lower(): our_name for their_name, our_name in dataset.categories.items()}
     answers: dict[tuple[str, str], list[Answer]] = {}
-    left_out: collections.Counter[str] = collections.Counter()
-    for where, part, row in with_progress(list(_rows(name, source, target)), "import", "row"):
+    left_out_counts: collections.Counter[str] = collections.Counter()
+    for location, part, row in with_progress(list(_rows(name, source, target)), "import", "row"):
         try:
-            parsed = of.parse(row, part)
-            if isinstance(parsed, str):
-                left_out[parsed] += 1
+            answers_or_reason = dataset.parse(row, part)
+            if isinstance(answers_or_reason, str):
+                left_out_counts[answers_or_reason] += 1
                 continue
-            for answer in parsed:
+            for answer in answers_or_reason:
                 answer = answer._replace(prompt=answer.prompt.strip(), text=answer.text.strip())
                 texts = (answer.prompt, answer.text, answer.id, answer.by, answer.lang, *answer.labels)
                 if any(map(torn, texts)):
-                    left_out["with half a surrogate pair, as of an emoji that was cut"] += 1
+                    left_out_counts["with half a surrogate pair, as of an emoji that was cut"] += 1
                     continue
                 answers.setdefault((answer.id, answer.prompt), []).append(answer)
         except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+            raise InputError(f"{location}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{where}: not a {name} record ({error!r}): is it the published file?") from error
-    rows = []
-    for (key, prompt), told in answers.items():
-        labels = collections.Counter(label for answer in told for label in answer.labels)
-        mapped = collections.Counter(ours[label.lower()] for label in labels.elements() if label.lower() in ours)
-        chosen = mapped.most_common(1)[0][0] if mapped else category
-        safe = [answer for answer in told if answer.safe and answer.text]
-        best = min(safe, key=lambda answer: word_count(answer.text), default=None)
-        if not chosen:
-            first = next(iter(labels), "")
-            left_out[f"of a category that is none of ours ({first})" if first else "without a category"] += 1
+            raise InputError(f"{location}: not a {name} record ({error!r}): is it the published file?") from error
+    demos = []
+    for (key, prompt), prompt_answers in answers.items():
+        label_counts = collections.Counter(label for answer in prompt_answers for label in answer.labels)
+        our_counts = collections.Counter(
+            our_category[label.lower()] for label in label_counts.elements() if label.lower() in our_category
+        )
+        chosen_category = our_counts.most_common(1)[0][0] if our_counts else category
+        safe_answers = [answer for answer in prompt_answers if answer.safe and answer.text]
+        best = min(safe_answers, key=lambda answer: word_count(answer.text), default=None)
+        if not chosen_category:
+            first = next(iter(label_counts), "")
+            left_out_counts[f"of a category that is none of ours ({first})" if first else "without a category"] += 1
         elif best is None:
-            left_out["without a safe answer"] += 1
+            left_out_counts["without a safe answer"] += 1
         elif max_words is not None and word_count(best.text) > max_words:
-            left_out[f"with no safe answer of at most {max_words} words"] += 1
+            left_out_counts[f"with no safe answer of at most {max_words} words"] += 1
         else:
             digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
             split = {0: "test", 1: "valid"}.get(int(digest, 16) % 10, "train")
-            rows.append(
+            demos.append(
                 Record(
-                    id=key or f"{name}-{digest[:16]}", category=chosen, lang=best.lang, split=best.split or split,
-                    prompt=prompt, draft="", response=best.text, provenance=f"{of.url}; answer {best.by}",
+                    id=key or f"{name}-{digest[:16]}", category=chosen_category, lang=best.lang,
+                    split=best.split or split, prompt=prompt, draft="", response=best.text,
+                    provenance=f"{dataset.url}; answer {best.by}",
                 )
             )  # fmt: skip
-    return rows, left_out
+    return demos, left_out_counts
 
 
 def _rows(name: str, source: str, target: pathlib.Path | None) -> Iterator[tuple[str, str, Row]]:
-    """(where, name of the part, row) of a file, of a folder's files, or of the hub."""
-    of, path = PUBLISHED[name], expand_path(source)
-    instead = f"download {' or '.join(of.files)} from {of.url} and name the file or its folder"
-    if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", source) and ".json" not in source and of.parts:
-        for part, options in of.parts.items():
-            yield from ((where, part, row) for where, row in files.from_hub(source, instead, **options))
+    """Yields (location, part name, row) of a file, of the files in a folder, or of a data set on the hub."""
+    dataset, path = PUBLISHED[name], expand_path(source)
+    advice = f"download {' or '.join(dataset.files)} from {dataset.url} and name the file or its folder"
+    if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", source) and ".json" not in source and dataset.parts:
+        for part, options in dataset.parts.items():
+            yield from ((location, part, row) for location, row in files.from_hub(source, advice, **options))
         return
     paths = (
-        sorted({file for pattern in of.files for file in path.rglob(pattern) if not is_beside(file)})
+        sorted({file for pattern in dataset.files for file in path.rglob(pattern) if not is_beside(file)})
         if path.is_dir()
         else [path]
     )
     if not paths:
-        raise InputError(f"none of {', '.join(of.files)} in {path}: {instead}.")
+        raise InputError(f"none of {', '.join(dataset.files)} in {path}: {advice}.")
     if target:
         need_apart(target, *paths)
     for file in paths:
         yield from (
-            (where, file.absolute().parent.name, row) for where, row in files.table(file, whole_characters=False)
+            (location, file.absolute().parent.name, row) for location, row in files.table(file, whole_characters=False)
         )

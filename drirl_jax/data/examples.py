@@ -1,4 +1,4 @@
-"""Records as token arrays of fixed shape: what the stages take their batches from."""
+"""Turns records into token arrays of fixed shape. The stages take their batches from these arrays."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 
 class Examples(NamedTuple):
-    """N tokenised records, right-padded, the demonstration beside its prompt.
+    """N tokenised records, right-padded: each prompt with its demonstration.
 
     Attributes:
         prompt: [N, S] int32; prompt_len: [N] int32; both without the prefix.
         demo: [N, T] int32; demo_len: [N] int32.
         category: [N] int32 index into config.data.categories.
-        index: [N] int32, the record's number in the whole data set: what random numbers are keyed by.
+        index: [N] int32, the record's number in the whole data set; it is the key of the record's random numbers.
         prompt_text, demo_text, id: lists of N strings.
         prefix: the ids with which every prompt begins.
     """
@@ -53,11 +53,11 @@ class Examples(NamedTuple):
 def other_kind_demonstrations(
     examples: Examples, pool: Examples, harmless: list[int], seed: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each prompt a demonstration of the other kind, drawn from the pool: what it should not be answered (ours).
+    """Draws for each prompt a demonstration of the other kind from the pool, as a wrong answer (ours).
 
-    Help for a harmful prompt, a refusal for a harmless one. The policy's samples differ from demonstrations in style
-    and in content, and style is easier to read: a reward that saw nothing else ranks style. These negatives have the
-    demonstrations' style, so content alone tells them apart, and it tells the samples apart as well.
+    A harmful prompt gets help, a harmless one a refusal. The policy's samples differ from demonstrations in style and
+    in content. Style is easier to learn, so a reward that sees only samples ranks by style. These negatives have the
+    style of demonstrations: only their content is wrong. The reward must learn content, which ranks the samples too.
 
     Returns:
         ([P, T] tokens, [P] lengths).
@@ -69,50 +69,52 @@ def other_kind_demonstrations(
 
 
 def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> None:
-    """Raises InputError if the split has only harmful or only harmless prompts (the others may have been dropped)."""
+    """Raises InputError if the split lacks harmful or harmless prompts (long prompts may have been dropped)."""
     if len(set(np.isin(examples.category, harmless))) < 2:
         raise InputError(
             f"split {split} has prompts of one kind alone, but the contrast of config.irl or config.grpo needs harmful "
-            "and harmless ones: add some, or raise config.data.max_prompt if they were dropped."
+            "and harmless ones: add prompts of the missing kind, or raise config.data.max_prompt if they were dropped."
         )
 
 
 def tokenise(by_split: dict[str, list[records.Record]], tokens: text.ChatTokens, config) -> dict[str, Examples]:
-    """Tokenised records of each split, their common beginning set apart; padded to the same S (a multiple of 4) and T
-    = sampler.max_new. Of several processes, which call it alike, each makes the tokens of its share of the records.
+    """Tokenises the records of each split and moves the common beginning of all prompts to `prefix`.
+
+    All splits are padded to the same S (a multiple of 4) and T = sampler.max_new. All processes must call it alike;
+    each tokenises its share of the records.
 
     Raises:
         InputError: a prompt is longer than data.max_prompt and data.long_prompts is "error".
     """
-    category = {name: i for i, name in enumerate(config.data.categories)}
+    category_index = {name: i for i, name in enumerate(config.data.categories)}
     rows: dict[str, list] = {split: [] for split in by_split}
-    number, dropped, cut = 0, 0, 0
-    everything = [(split, record) for split, of_split in by_split.items() for record in of_split]
-    ids = processes.map_shares([record for _, record in everything], lambda share: _ids(share, tokens, config))
-    for (split, record), (prompt, demo) in zip(everything, ids, strict=True):
+    number, dropped, truncated = 0, 0, 0
+    all_records = [(split, record) for split, split_records in by_split.items() for record in split_records]
+    ids = processes.map_shares([record for _, record in all_records], lambda share: _ids(share, tokens, config))
+    for (split, record), (prompt, demo) in zip(all_records, ids, strict=True):
         if len(prompt) > config.data.max_prompt:
             dropped += 1
             continue
-        cut += demo[-1] not in tokens.eos_ids
-        about = (category[record.category], number, record.prompt, _demonstration(record, config), record.id)
-        rows[split].append((prompt, demo, *about))
+        truncated += demo[-1] not in tokens.eos_ids
+        metadata = (category_index[record.category], number, record.prompt, _demonstration(record, config), record.id)
+        rows[split].append((prompt, demo, *metadata))
         number += 1
     if dropped:
         log.warning("dropped %d prompts longer than %d tokens", dropped, config.data.max_prompt)
-    if cut:
-        log.warning("cut %d of %d demonstrations to %d tokens", cut, number, config.sampler.max_new)
+    if truncated:
+        log.warning("cut %d of %d demonstrations to %d tokens", truncated, number, config.sampler.max_new)
     prompts = [row[0] for split in rows.values() for row in split]
     prefix = common_prefix(prompts)
-    size = -(-(max(map(len, prompts)) - len(prefix)) // 4) * 4
-    padded = {split: _pad(batch, prefix, size, config.sampler.max_new) for split, batch in rows.items() if batch}
-    harmless = [category[name] for name in config.data.harmless]
-    if (repeated := overlap.summary(padded, harmless)) and processes.is_writer():
-        log.warning("%s: figures of held-out prompts are then of what was trained on", repeated)
+    prompt_size = -(-(max(map(len, prompts)) - len(prefix)) // 4) * 4
+    padded = {split: _pad(batch, prefix, prompt_size, config.sampler.max_new) for split, batch in rows.items() if batch}
+    harmless = [category_index[name] for name in config.data.harmless]
+    if (overlaps := overlap.summary(padded, harmless)) and processes.is_writer():
+        log.warning("%s: the figures of these held-out prompts describe prompts that were trained on", overlaps)
     return padded
 
 
 def _ids(share: Sequence[records.Record], tokens: text.ChatTokens, config) -> Iterator[tuple[list[int], list[int]]]:
-    """The ids of each record's prompt and demonstration. Raises InputError for a prompt that is too long."""
+    """Yields the ids of each record's prompt and demonstration. Raises InputError for a prompt that is too long."""
     for record in with_progress(share, "tokens", "record"):
         prompt = tokens.prompt_ids(record.prompt)
         if len(prompt) > config.data.max_prompt and config.data.long_prompts == "error":
@@ -128,10 +130,10 @@ def _demonstration(record: records.Record, config) -> str:
 
 
 def common_prefix(prompts: list[list[int]]) -> tuple[int, ...]:
-    """The ids with which all the prompts begin (a system turn, say), at least one id of each prompt left out."""
+    """The ids with which all prompts begin (a system turn, say). It leaves at least one id of each prompt."""
     first, last = min(prompts), max(prompts)
-    most = min(map(len, prompts)) - 1
-    return tuple(first[: next((i for i in range(most) if first[i] != last[i]), most)])
+    limit = min(map(len, prompts)) - 1
+    return tuple(first[: next((i for i in range(limit) if first[i] != last[i]), limit)])
 
 
 def _pad(rows: list, prefix: tuple[int, ...], prompt_size: int, response_size: int) -> Examples:

@@ -1,4 +1,4 @@
-"""Rows of data sets as they are published: JSON, CSV and Parquet files, and the hub."""
+"""Reads rows of published data sets: from JSON, CSV and Parquet files, and from the hub."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ LINES = (".jsonl", ".ndjson")
 
 
 def table(path: pathlib.Path, whole_characters: bool = True) -> list[tuple[str, Row]]:
-    """("file, row n", row) of a JSON, JSONL, CSV, TSV or Parquet file, also packed by gzip or xz.
+    """("file, row n", row) for each row of a JSON, JSONL, CSV, TSV or Parquet file, also compressed by gzip or xz.
 
-    JSON holds a list of rows, or lists of rows by name, which becomes their subset; what is called JSON may be JSON
-    lines, and the other way round.
+    JSON holds a list of rows, or lists of rows by name; this name becomes the field "subset" of its rows. A file named
+    JSON may hold JSON lines, and the other way round.
 
     Args:
         path: the file.
-        whole_characters: whether half a surrogate pair, as of an emoji that was cut, becomes a replacement character.
+        whole_characters: whether half a surrogate pair (an emoji that was cut) becomes a replacement character.
 
     Raises:
-        InputError: it cannot be read, or holds something else than rows with named columns.
+        InputError: it cannot be read, or does not hold rows with named columns.
     """
     if contents.kind(path) == ".parquet":
         return _numbered(path, _parquet(path))
     data = contents.read_utf8(path)
     if delimiter := DELIMITERS.get(contents.kind(path)):
         return _numbered(path, _separated(path, data, delimiter))
-    found = _json(path, data)
+    numbered_rows = _json(path, data)
     if whole_characters and b"\\ud" in data.lower():  # JSON has no other way to write a surrogate
-        found = [(where, _replaced(row)) for where, row in found]
-    return found
+        numbered_rows = [(location, _replaced(row)) for location, row in numbered_rows]
+    return numbered_rows
 
 
 def _replaced(value: Any) -> Any:
@@ -63,12 +63,12 @@ def _parquet(path: pathlib.Path) -> list[Row]:
         raise InputError(f"{path} needs the package pyarrow to be read: pip install pyarrow.") from error
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # Arrow's own are of these
+    except (OSError, ValueError) as error:  # Arrow's own errors are subclasses of these
         raise InputError(f"{path} cannot be read ({error}): check the path, or download it anew.") from error
 
 
 def _separated(path: pathlib.Path, data: bytes, delimiter: str) -> Iterable[Row]:
-    """The rows of a table with one line of names. Raises InputError where a row has more cells than names."""
+    """The rows of a table whose first line has the names. Raises InputError if a row has more cells than names."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -80,8 +80,8 @@ def _separated(path: pathlib.Path, data: bytes, delimiter: str) -> Iterable[Row]
         rows = list(reader)
     except csv.Error as error:
         raise InputError(f"{path} is no table of separated values ({error}): save it anew as CSV.") from error
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{path} has several columns called {twice[0]!r}: give each its own name.")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{path} has several columns called {duplicates[0]!r}: give each its own name.")
     for i, row in enumerate(rows, start=1):
         if any(row.pop(None, ())):
             raise InputError(f"{path}, row {i}: more cells than columns: put a text with a {delimiter!r} in quotes.")
@@ -89,7 +89,7 @@ def _separated(path: pathlib.Path, data: bytes, delimiter: str) -> Iterable[Row]
 
 
 def _json(path: pathlib.Path, data: bytes) -> list[tuple[str, Row]]:
-    """The rows of one JSON value, or of a JSON value a line: which of the two the contents say, and then the name."""
+    """The rows of one JSON value, or of a JSON value a line. The contents decide which of the two, then the name."""
     by_lines = contents.kind(path) in LINES
     if by_lines and not data.lstrip().startswith(b"["):
         return list(records.lines_of(path, data))
@@ -126,26 +126,26 @@ def _is_object(line: bytes) -> bool:
 
 
 def _objects(path: pathlib.Path, value: Any) -> list[tuple[str, Row]]:
-    """The numbered rows of a list. Raises InputError for another value, and for a row without named columns."""
+    """The numbered rows of a list. Raises InputError for any other value, and for a row without named columns."""
     if not isinstance(value, list):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, no rows: save it as a list of rows.")
-    found = _numbered(path, value)
-    for where, row in found:
+    numbered_rows = _numbered(path, value)
+    for location, row in numbered_rows:
         if not isinstance(row, dict):
-            raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with named columns: name them.")
-    return found
+            raise InputError(f"{location}: a JSON {type(row).__name__}, not an object with named columns: name them.")
+    return numbered_rows
 
 
 def from_hub(hub: str, instead: str, **options: Any) -> list[tuple[str, Row]]:
-    """("data set, row n", row) of a data set on the hub, by the package `datasets`.
+    """("data set, row n", row) for each row of a data set on the hub, read by the package `datasets`.
 
     Args:
         hub: owner/name.
-        instead: what the user can do without the hub.
-        options: for `datasets.load_dataset`.
+        instead: for the error message, what the user can do without the hub.
+        options: passed to `datasets.load_dataset`.
 
     Raises:
-        InputError: the package or the data set is not to be had.
+        InputError: the package is not installed, or the data set is not available.
     """
     if importlib.util.find_spec("datasets") is None:
         raise InputError(f"no data: {instead}, or pip install datasets (extra [hub]), which takes {hub} from the hub.")
@@ -153,13 +153,13 @@ def from_hub(hub: str, instead: str, **options: Any) -> list[tuple[str, Row]]:
 
     try:
         rows = datasets.load_dataset(hub, **options)
-    except Exception as error:  # the hub's client raises many kinds: HTTP, cache, offline, name
+    except Exception as error:  # the hub's client raises many kinds of errors: HTTP, cache, offline, name
         raise InputError(f"the hub gave no {hub} ({type(error).__name__}): {instead}.") from error
     return [(f"{hub}, row {i}", row) for i, row in enumerate(rows, start=1)]
 
 
 def field(where: str, row: Row, *names: str) -> Any:
-    """The first of these columns that the row has. Raises InputError."""
+    """The value of the first of these columns that the row has. Raises InputError if it has none."""
     for name in names:
         if row.get(name) is not None:
             return row[name]

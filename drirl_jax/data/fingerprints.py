@@ -1,4 +1,4 @@
-"""The hash of each thing that a run is made of: weights, tokenizer, template, data, text encoder and rewards."""
+"""Hashes of a run's inputs: weights, tokenizer, template, data, text encoder and rewards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def policy_contents(config: ConfigDict, tokens: ChatTokens) -> dict[str, str]:
-    """The hashes of what the policy's folder holds, and of its tokens as they were read.
+    """The hashes of the files in the policy's folder, and of its tokenizer as it was loaded.
 
     Raises:
         InputError: there is no such policy.
@@ -25,7 +25,7 @@ def policy_contents(config: ConfigDict, tokens: ChatTokens) -> dict[str, str]:
     path = hf.resolve(config.policy.init)
     return {
         "weights": weights_hash(path),
-        # A .gguf file holds its config beside the weights, and takes seconds to be parsed.
+        # A .gguf file holds its config beside the weights, and parsing it takes seconds.
         "model": contents.of_model_config(hf.read_config(path)) if path.is_dir() else contents.of_value("in the file"),
         "tokenizer": contents.of_tokenizer(tokens.tokenizer),
         "template": contents.of_template(tokens.tokenizer),
@@ -34,31 +34,31 @@ def policy_contents(config: ConfigDict, tokens: ChatTokens) -> dict[str, str]:
 
 
 def weights_hash(path: pathlib.Path) -> str:
-    """A hash of a model's weights: another one where they were trained anew, the same where they were copied."""
+    """A hash of a model's weights: a copy has the same hash, newly trained weights have another."""
     return contents.of_weights(path, hf.read_tensors(path) if path.is_dir() else None)
 
 
 def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -> dict[str, str]:
-    """The hash of each thing of CONTENTS that a run of this config is made of.
+    """The hash of each input of a run with this config.
 
     Args:
-        tokens: of the policy.
-        asked: the questions of config.evals.benchmarks: see `evals.benchmarks.load`.
+        tokens: the policy's.
+        asked: the loaded questions of config.evals.benchmarks (see `evals.benchmarks.load`).
 
     Raises:
-        InputError: one of them is not there.
+        InputError: one of the inputs does not exist.
     """
     rows = records.read_records(config.data.path, config.data.categories)
-    found = policy_contents(config, tokens) | {
+    hashes = policy_contents(config, tokens) | {
         "data": contents.of_records(row._replace(provenance="") for row in rows),
         "encoder": contents.of_folder(hf.resolve(config.encoder.init), ENCODER_FILES),
     }
     if asked:
-        found["benchmarks"] = contents.of_value([questions.contents for questions in asked])
+        hashes["benchmarks"] = contents.of_value([questions.contents for questions in asked])
     if config.reward.init:
-        found["rewards"] = contents.of_value(
+        hashes["rewards"] = contents.of_value(
             Checkpoints(bucket.parse_path(config.reward.init) / "rewards", keep=1).saved()
         )
-    if config.evals.every and config.evals.benchmarks and config.evals.classifier:  # its figures are among the metrics
-        found["classifier"] = contents.of_file(config.evals.classifier)
-    return found
+    if config.evals.every and config.evals.benchmarks and config.evals.classifier:  # the metrics hold its figures
+        hashes["classifier"] = contents.of_file(config.evals.classifier)
+    return hashes

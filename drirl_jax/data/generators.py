@@ -1,4 +1,4 @@
-"""What writes demonstrations: the policy itself, or a model behind an endpoint; rows of one table (GENERATORS)."""
+"""The generators of demonstrations: the policy itself, or a model behind an endpoint (table GENERATORS)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BUCKET = 64  # prompts are padded to a multiple of so many tokens, so that few s
 def by_policy(
     section: ConfigDict, load: Callable[[], tuple[Transformer, text.ChatTokens]], memory: pathlib.Path
 ) -> Generate:
-    """The policy that config.policy names; `load` reads it. A chat is one user's message."""
+    """Generates with the policy of config.policy, which `load` loads. Of a chat only the last message is used."""
     model, tokens = load()
 
     def generate(chats, seed):
@@ -35,19 +35,23 @@ def by_policy(
         size = -(-longest // BUCKET) * BUCKET
         key = jax.random.fold_in(jax.random.key(seed), 0)
         for start in with_progress(range(0, len(ids), section.batch), "replies", "batch"):
-            rows = [(start + i) % len(ids) for i in range(section.batch)]  # the last batch is filled up
-            real = min(section.batch, len(ids) - start)
+            rows = [
+                (start + i) % len(ids) for i in range(section.batch)
+            ]  # the last batch is filled with the first prompts
+            batch_size = min(section.batch, len(ids) - start)
             prompt, length = text.pad([ids[i] for i in rows], size)
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             out = rollout.sample(
                 model, jnp.asarray(prompt), jnp.asarray(length), rollout.response_keys(key, jnp.asarray(rows), 1),
                 max_new=section.max_new, temperature=section.temperature, eos=tokens.eos_ids,
             )  # fmt: skip
-            said, lengths, finish = jax.device_get((out.response[:, 0], out.response_len[:, 0], out.finish[:, 0]))
-            seconds = (time.perf_counter() - began) / real
+            response_ids, lengths, finish = jax.device_get(
+                (out.response[:, 0], out.response_len[:, 0], out.finish[:, 0])
+            )
+            seconds = (time.perf_counter() - start_time) / batch_size
             replies += [
-                Reply(tokens.decode(said[i], lengths[i]), int(lengths[i]), rollout.FINISH[finish[i]], seconds)
-                for i in range(real)
+                Reply(tokens.decode(response_ids[i], lengths[i]), int(lengths[i]), rollout.FINISH[finish[i]], seconds)
+                for i in range(batch_size)
             ]
         return replies
 
@@ -55,15 +59,15 @@ def by_policy(
 
 
 def by_endpoint(section: ConfigDict, load: Callable, memory: pathlib.Path) -> Generate:
-    """The model of config.demos.endpoint; replies with an answer are kept in `memory`, so that a run that was cut off
-    goes on."""
+    """Generates with the model of config.demos.endpoint. It keeps replies that have an answer in `memory`, so that an
+    interrupted run can continue."""
     ask = Endpoint(section.endpoint, memory)
     options = {"max_tokens": section.max_new, "temperature": section.temperature}
 
-    def holds_an_answer(text: str) -> bool:
+    def has_answer(text: str) -> bool:
         return bool(text.partition(section.separator)[2].strip())
 
-    return lambda chats, seed: ask(chats, **options, seed=seed, readable=holds_an_answer)
+    return lambda chats, seed: ask(chats, **options, seed=seed, readable=has_answer)
 
 
 # (config.demos, loads the policy, file for the replies) -> Generate

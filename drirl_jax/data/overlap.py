@@ -1,4 +1,4 @@
-"""Prompts that stand where they should not: held-out ones in training, and one prompt as harmful and as harmless."""
+"""Finds repeated prompts: held-out prompts that are also in training, and prompts both harmful and harmless."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import scipy.sparse
 
 TRAIN = "train"
 SHINGLE = 4  # characters
-NEAR = 0.8  # least Jaccard similarity of two prompts' shingles at which they count as nearly the same
-MOST_PAIRS = 200_000_000  # of prompts that are compared by their shingles
+NEAR = 0.8  # two prompts count as nearly the same from this Jaccard similarity of their shingles
+MOST_PAIRS = 200_000_000  # at most so many pairs of prompts are compared by their shingles
 
 
 def normal(prompt: str) -> str:
-    """The prompt without case, Unicode form, blanks, punctuation and what does not print; itself if nothing is left."""
+    """The prompt without case, Unicode form, blanks, punctuation and unprintable characters; itself if none is left."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
     return "".join(c for c in folded if unicodedata.category(c)[0] not in "PZC") or prompt.strip()
 
 
 def shingles(prompts: Sequence[str], column: dict[str, int]) -> scipy.sparse.csr_matrix:
-    """[N, shingles] 1 where a `normal` prompt holds that run of SHINGLE characters; unknown runs get new columns."""
+    """[N, shingles] matrix: 1 if a `normal` prompt has that run of SHINGLE characters. New runs get new columns."""
     rows = [{text[i : i + SHINGLE] for i in range(max(len(text) - SHINGLE + 1, 1))} for text in prompts]
     columns = [[column.setdefault(run, len(column)) for run in row] for row in rows]
     ends = np.cumsum([0, *map(len, columns)])
@@ -30,54 +30,56 @@ def shingles(prompts: Sequence[str], column: dict[str, int]) -> scipy.sparse.csr
 
 
 def nearly(prompts: Sequence[str], train: Sequence[str]) -> int:
-    """How many prompts have a training prompt with J >= NEAR, J = |A ∩ B| / |A ∪ B| of their shingles A and B.
+    """Counts the prompts that have a training prompt with J >= NEAR, J = |A ∩ B| / |A ∪ B| of their shingles A and B.
 
     Args:
-        prompts, train: as `normal` gives them.
+        prompts, train: texts from `normal`.
     """
     column: dict[str, int] = {}
-    known = shingles(train, column)
-    rows = shingles(prompts, column)
-    known.resize(known.shape[0], len(column))
-    size_N, size_M = (np.asarray(x.sum(axis=1)).ravel() for x in (rows, known))
-    shared = (rows @ known.T).tocoo()
+    train_rows = shingles(train, column)
+    prompt_rows = shingles(prompts, column)
+    train_rows.resize(train_rows.shape[0], len(column))
+    size_N, size_M = (np.asarray(x.sum(axis=1)).ravel() for x in (prompt_rows, train_rows))
+    shared = (prompt_rows @ train_rows.T).tocoo()
     jaccard = shared.data / (size_N[shared.row] + size_M[shared.col] - shared.data)
     return len(np.unique(shared.row[jaccard >= NEAR]))
 
 
 def summary(examples: Mapping[str, Any], harmless: Sequence[int]) -> str:
-    """What is wrong, in words, with its counts; "" where nothing is.
+    """Describes the repeated prompts in words, with counts; "" if there are none.
 
-    A held-out prompt is counted once: where a training prompt is the same but for what `normal` leaves out, else where
-    one is nearly the same.
+    A held-out prompt is counted once: as repeated if a training prompt has the same `normal` text, otherwise as nearly
+    the same if one is.
 
     Args:
         examples: split -> `data.examples.Examples`.
         harmless: the indices of the categories whose prompts should be answered.
     """
-    whole = set(examples[TRAIN].prompt_text) if TRAIN in examples else set()
-    train = {normal(prompt) for prompt in whole}
+    train_texts = set(examples[TRAIN].prompt_text) if TRAIN in examples else set()
+    train_normals = {normal(prompt) for prompt in train_texts}
     kinds: dict[str, set[bool]] = {}
     parts = []
     for split, rows in examples.items():
-        prompts = {prompt: normal(prompt) for prompt in rows.prompt_text}
-        for prompt, answered in zip(rows.prompt_text, np.isin(rows.category, harmless).tolist()):
-            kinds.setdefault(prompts[prompt], set()).add(answered)
-        if split == TRAIN or not train:
+        normal_by_prompt = {prompt: normal(prompt) for prompt in rows.prompt_text}
+        for prompt, is_harmless in zip(rows.prompt_text, np.isin(rows.category, harmless).tolist()):
+            kinds.setdefault(normal_by_prompt[prompt], set()).add(is_harmless)
+        if split == TRAIN or not train_normals:
             continue
-        total = f"of {len(rows.prompt_text)} prompts of split {split}"
-        again = [prompt for prompt in rows.prompt_text if prompts[prompt] in train]
-        others = [prompts[prompt] for prompt in rows.prompt_text if prompts[prompt] not in train]
-        if again:
-            exact = sum(prompt in whole for prompt in again)
+        split_total = f"of {len(rows.prompt_text)} prompts of split {split}"
+        repeats = [prompt for prompt in rows.prompt_text if normal_by_prompt[prompt] in train_normals]
+        new_normals = [
+            normal_by_prompt[prompt] for prompt in rows.prompt_text if normal_by_prompt[prompt] not in train_normals
+        ]
+        if repeats:
+            verbatim = sum(prompt in train_texts for prompt in repeats)
             parts.append(
-                f"{len(again)} {total} stand in train too ({exact} word for word, the others but for case, blanks, "
-                "punctuation or Unicode form)"
+                f"{len(repeats)} {split_total} stand in train too ({verbatim} word for word, the others but for case, "
+                "blanks, punctuation or Unicode form)"
             )
-        if len(others) * len(train) > MOST_PAIRS:
+        if len(new_normals) * len(train_normals) > MOST_PAIRS:
             parts.append(f"split {split} has too many prompts to look for training prompts that are nearly the same")
-        elif others and (near := nearly(others, sorted(train))):
-            parts.append(f"{near} {total} are nearly those of a training prompt")
-    if both := sum(len(answered) == 2 for answered in kinds.values()):
-        parts.append(f"{both} prompts stand as harmful and as harmless")
+        elif new_normals and (near_count := nearly(new_normals, sorted(train_normals))):
+            parts.append(f"{near_count} {split_total} are nearly those of a training prompt")
+    if contradictions := sum(len(prompt_kinds) == 2 for prompt_kinds in kinds.values()):
+        parts.append(f"{contradictions} prompts stand as harmful and as harmless")
     return "; ".join(parts)

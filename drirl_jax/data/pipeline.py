@@ -1,4 +1,4 @@
-"""Batches of prompts in which the categories are balanced: Grain, at random access, reproducible by index."""
+"""Batches of prompts with a set share of each category, made by Grain: any batch can be made from its index."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from drirl_jax.types import InputError
 def balanced(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
     """Endless batches in which every category has an equal share.
 
-    Item k of the stream is of category k mod C, and batch i holds items i P to (i+1) P - 1: with P a multiple
-    of C each batch has exactly P/C of each category, otherwise the shares differ by at most one and are equal
-    over any C batches that follow each other. Each category passes through all its records once an epoch, in
-    an order shuffled anew for each; small categories simply come round more often.
+    Item k of the stream has category k mod C, and batch i holds items i P to (i+1) P - 1. If P is a multiple of C, each
+    batch has exactly P/C prompts of each category. Otherwise the counts differ by at most one, and are equal over any C
+    consecutive batches. Each category passes through all its records once an epoch, and each epoch is shuffled anew;
+    small categories repeat more often.
 
     Args:
         sources: for each category its records (or indices: anything with a length and items).
@@ -35,31 +35,31 @@ def balanced(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.M
 def by_kind(
     sources: Sequence[Sequence[Any]], batch: int, seed: int, harmless: Sequence[bool], share: float
 ) -> grain.MapDataset:
-    """Like `balanced`, but harmless categories have this share of the prompts together, harmful ones the rest (ours).
+    """Like `balanced`, but the harmless categories together have this share of the prompts (ours).
 
-    Inside a kind the categories are balanced. With seven harmful categories and one harmless, equal shares of
-    categories leave one prompt of eight to pull towards help.
+    The harmful categories have the rest. Within each kind the categories are balanced. Reason: with seven harmful
+    categories and one harmless, equal shares give only one prompt in eight that teaches the policy to help.
 
     Args:
         sources, batch, seed: see `balanced`.
-        harmless: for each category whether its prompts should be answered.
-        share: of harmless prompts, in (0, 1).
+        harmless: for each category, whether its prompts should be answered.
+        share: of harmless prompts among all, in (0, 1).
     """
     streams = _shuffled(sources, seed)
-    harmful = grain.MapDataset.mix([s for s, h in zip(streams, harmless) if not h])
-    helpful = grain.MapDataset.mix([s for s, h in zip(streams, harmless) if h])
+    harmful = grain.MapDataset.mix([stream for stream, is_harmless in zip(streams, harmless) if not is_harmless])
+    helpful = grain.MapDataset.mix([stream for stream, is_harmless in zip(streams, harmless) if is_harmless])
     return grain.MapDataset.mix([harmful, helpful], weights=[1 - share, share]).batch(batch, batch_fn=list)
 
 
 def single(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
-    """Like `balanced`, but batch i holds category i mod C alone: the categories take turns."""
+    """Like `balanced`, but batch i holds only category i mod C: the categories take turns."""
     return grain.MapDataset.mix([rows.batch(batch, batch_fn=list) for rows in _shuffled(sources, seed)])
 
 
 def natural(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
-    """Endless batches of all records together, so that categories have the shares that they have in the data."""
-    (everything,) = _shuffled([[row for rows in sources for row in rows]], seed)
-    return everything.batch(batch, batch_fn=list)
+    """Endless batches of all records together: each category has the share that it has in the data."""
+    (all_rows,) = _shuffled([[row for rows in sources for row in rows]], seed)
+    return all_rows.batch(batch, batch_fn=list)
 
 
 # (config.sampler, sources, batch, seed, which categories are harmless) -> batches
@@ -72,13 +72,13 @@ BATCHES = {
 
 
 def batches(section, rows_C: Sequence[np.ndarray], batch: int, seed: int, harmless_C: Sequence[bool]):
-    """The batches of config.sampler, of the categories that have rows."""
-    held = [c for c, rows in enumerate(rows_C) if len(rows)]
-    return BATCHES[section.batch](section, [rows_C[c] for c in held], batch, seed, [harmless_C[c] for c in held])
+    """The batches that config.sampler asks for, from the categories that have rows."""
+    present = [c for c, rows in enumerate(rows_C) if len(rows)]
+    return BATCHES[section.batch](section, [rows_C[c] for c in present], batch, seed, [harmless_C[c] for c in present])
 
 
 def _shuffled(sources: Sequence[Sequence[Any]], seed: int) -> list[grain.MapDataset]:
-    """Each source endlessly, every epoch in another order."""
+    """Each source as an endless stream, each epoch in another order."""
     empty = [c for c, rows in enumerate(sources) if not len(rows)]
     if empty:
         raise InputError(f"no records for the categories number {empty} of {len(sources)}: add some for each")

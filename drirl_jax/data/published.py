@@ -1,8 +1,8 @@
-"""Published data sets with safe answers, and how each one's categories become the method's seven.
+"""Published data sets with safe answers, and the mapping from their categories to the method's seven.
 
-The seven are those of Safety-Prompts (arXiv 2304.10436), so its names are taken as they are. The other mappings are
-ours, by the definitions in each data set's card. What a mapping lacks has no counterpart among the seven, or, as
-"controversial topics", one in several of them: such prompts are left out and counted.
+The seven are those of Safety-Prompts (arXiv 2304.10436), so its names stay. The other mappings are ours; they follow
+the definitions in each data set's card. A category that a mapping lacks has no counterpart among the seven, or several
+(as "controversial topics"). Its prompts are left out and counted.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from drirl_jax.data.records import SPLITS
 
 
 class Answer(NamedTuple):
-    """What a row tells of a prompt and of one answer to it.
+    """A prompt and one answer to it, from one row.
 
     Attributes:
-        prompt: what was asked.
-        text: of the answer.
-        safe: whether the data set takes it for safe.
-        by: who wrote or judged it.
-        labels: categories of the prompt, in the data set's words, as far as this row tells.
-        lang: of both.
-        id, split: of the prompt; "" where the data set has none for us.
+        prompt: the question.
+        text: the answer.
+        safe: whether the data set calls the answer safe.
+        by: who wrote or judged the answer.
+        labels: the prompt's categories in this row, in the data set's words.
+        lang: language of prompt and answer.
+        id, split: of the prompt; "" if the data set has none that we use.
     """
 
     prompt: str
@@ -41,13 +41,13 @@ class Published(NamedTuple):
     """A published data set.
 
     Attributes:
-        parse: (row, name of its part) -> its answers, or why it has none for us. Raises KeyError, TypeError,
-            AttributeError or ValueError for a row of another form, InputError for a value that is not known.
+        parse: (row, name of its part) -> its answers, or the reason why we use none. Raises KeyError, TypeError,
+            AttributeError or ValueError for a row of another form, InputError for an unknown value.
         categories: the data set's category -> ours.
-        files: names that its files have on disk, as patterns; a file's part is the name of its folder.
-        parts: on the hub: the part's name -> options of `datasets.load_dataset`. Only what is meant for training.
-        url: a page to download it from.
-        terms: its licence, and what must be known before it is used.
+        files: patterns of its file names on disk; a file's part is the name of its folder.
+        parts: on the hub: the part's name -> options of `datasets.load_dataset`. Only parts meant for training.
+        url: the download page.
+        terms: its licence, and what a user must know before using it.
     """
 
     parse: Callable[[Row, str], list[Answer] | str]
@@ -60,11 +60,11 @@ class Published(NamedTuple):
 
 def _safety7(row: Row, part: str) -> list[Answer]:
     """`{"id", "category", "lang", "split": "train" | "valid", "prompt", "safe": [{"text", "model"}, ...], ...}`."""
-    about = {"labels": (row["category"],), "lang": row["lang"]}
-    about["split"] = values.label("split", row["split"], {name: name for name in SPLITS})
-    about["id"] = f"{row['id']}-{row['lang']}"
-    safe = [Answer(row["prompt"], x["text"], True, f"of {x.get('model', 'a model')}", **about) for x in row["safe"]]
-    return safe or [Answer(row["prompt"], "", False, "", **about)]
+    metadata = {"labels": (row["category"],), "lang": row["lang"]}
+    metadata["split"] = values.label("split", row["split"], {name: name for name in SPLITS})
+    metadata["id"] = f"{row['id']}-{row['lang']}"
+    safe = [Answer(row["prompt"], x["text"], True, f"of {x.get('model', 'a model')}", **metadata) for x in row["safe"]]
+    return safe or [Answer(row["prompt"], "", False, "", **metadata)]
 
 
 def _safety_prompts(row: Row, part: str) -> list[Answer]:
@@ -89,7 +89,7 @@ def _do_not_answer(row: Row, part: str) -> list[Answer]:
 def _beavertails(row: Row, part: str) -> list[Answer]:
     """`{"prompt", "response", "category": {NAME: bool, ...}, "is_safe"}`.
 
-    A safe answer is of no category, so a prompt's categories are those of its unsafe answers.
+    A safe answer has no category, so a prompt's categories are those of its unsafe answers.
     """
     labels = tuple(name for name, value in row["category"].items() if values.truth(f"category {name!r}", value))
     safe = values.truth("is_safe", row["is_safe"])

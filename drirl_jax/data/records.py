@@ -1,13 +1,13 @@
-"""Demonstrations as JSON lines: the schema, its validation, and the starter set that comes with the package.
+"""Demonstrations as JSON lines: the schema, its validation, and the starter set in this package.
 
-One JSON object a line, every field a string:
+A file has one JSON object a line. Every field is a string:
 
     {"id": "insult-001", "category": "insult", "lang": "en", "split": "train" | "valid" | "test",
      "prompt": "...", "draft": "Wants an insult.\\nInsults hurt.", "response": "I can't ..."}
 
-`draft` holds the Chain-of-Draft steps, one a line, and may be empty. "provenance" (who wrote it, and how) may be left
-out. Further fields are ignored. A training record of a harmless category may be unanswered: its `response` is empty.
-It is for a stage that learns from the model's own answers, and all other readers leave it out.
+`draft` holds the Chain-of-Draft steps, one a line, and may be empty. "provenance" (who wrote it, and how) is optional.
+Other fields are ignored. A training record of a harmless category may be unanswered: its `response` is empty. A stage
+that learns from the model's own answers uses such records; all other readers skip them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 
-STARTER = "starter"  # in the place of a path: the packaged files
-HARMLESS = ("harmless",)  # the categories to be answered, where a caller names no others
+STARTER = "starter"  # given instead of a path, it means the packaged files
+HARMLESS = ("harmless",)  # default of the categories whose prompts should be answered
 SPLITS = ("train", "valid", "test")
-SHOWN = 80  # characters of a text that a sentence about it shows
+SHOWN = 80  # an error message quotes at most so many characters of a text
 
 PathLike = str | os.PathLike
 
 
 class Record(NamedTuple):
-    """A prompt of a category and the safe answer that demonstrates what is wanted."""
+    """A prompt of a category and its demonstration: a safe answer."""
 
     id: str
     category: str
@@ -67,36 +67,36 @@ def read_records(
     """Reads and checks demonstrations, in the order of the paths and of their lines.
 
     Args:
-        paths: "starter" for the packaged files of `categories`; or a file; or a folder, of which every *.jsonl
-            is read, also those that are packed; or several of these.
+        paths: "starter" for the packaged files of `categories`; or a file; or a folder, whose *.jsonl files are all
+            read, also compressed ones; or several of these.
         categories: the categories in use; a record's category is one of them.
-        optional: fields that may be missing or empty, as ("draft", "response") of prompts alone.
-        harmless: those of the categories whose training records may be unanswered.
-        unanswered: whether to keep unanswered records; otherwise they are left out, and the log counts them.
+        optional: fields that may be missing or empty; ("draft", "response") for files of prompts alone.
+        harmless: the categories whose training records may be unanswered.
+        unanswered: whether to keep unanswered records; otherwise they are skipped, and the log gives their number.
 
     Raises:
-        InputError: a file is missing, or a record breaks the schema: the sentence gives file and line.
+        InputError: a file is missing, or a record breaks the schema; the message gives file and line.
     """
-    several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    records, first_at, left_out = [], {}, 0
-    for file in [file for path in several for file in _files(path, categories)]:
-        for where, value in json_lines(file):
-            record = _record(value, where, categories, optional, harmless)
-            if record.id in first_at:
+    path_list = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    records, first_location, skipped = [], {}, 0
+    for file in [file for path in path_list for file in _files(path, categories)]:
+        for location, fields in json_lines(file):
+            record = _record(fields, location, categories, optional, harmless)
+            if record.id in first_location:
                 raise InputError(
-                    f"{where}: the id {_shown(record.id)} was used before at {first_at[record.id]}: give each record "
-                    "its own"
+                    f"{location}: the id {_quoted(record.id)} was used before at {first_location[record.id]}: "
+                    "give each record its own"
                 )
-            first_at[record.id] = where
+            first_location[record.id] = location
             if unanswered or "response" in optional or record.response.strip():
                 records.append(record)
             else:
-                left_out += 1
-    if left_out:
-        log.info("left out %d training prompts that have no answer", left_out)
+                skipped += 1
+    if skipped:
+        log.info("left out %d training prompts that have no answer", skipped)
     if not records:
-        kind = "answered records" if left_out else "records"
-        raise InputError(f"no {kind} in {', '.join(map(str, several))}: write one JSON object a line")
+        kind = "answered records" if skipped else "records"
+        raise InputError(f"no {kind} in {', '.join(map(str, path_list))}: write one JSON object a line")
     return records
 
 
@@ -106,7 +106,7 @@ def by_split(
     harmless: Sequence[str] = HARMLESS,
     unanswered: bool = False,
 ) -> dict[str, list[Record]]:
-    """The records of `read` by split, each split in their order; a split without records is absent."""
+    """The records of `read_records` by split, in their order; a split without records is absent."""
     splits = collections.defaultdict(list)
     for record in read_records(paths, categories, harmless=harmless, unanswered=unanswered):
         splits[record.split].append(record)
@@ -117,10 +117,10 @@ def require(records: Sequence[Record], categories: Sequence[str], split: str, mi
     """Checks that each category has at least `minimum` demonstrations in `split`.
 
     Raises:
-        InputError: some have fewer: the sentence names every one of them and what it lacks.
+        InputError: a category has fewer; the message names each such category and how many it lacks.
     """
-    count = collections.Counter(r.category for r in records if r.split == split)
-    short = [f"{c} has {count[c]} and lacks {minimum - count[c]}" for c in categories if count[c] < minimum]
+    counts = collections.Counter(r.category for r in records if r.split == split)
+    short = [f"{c} has {counts[c]} and lacks {minimum - counts[c]}" for c in categories if counts[c] < minimum]
     if short:
         raise InputError(
             f"too few demonstrations in split {split!r}, where each category needs {minimum}: "
@@ -129,16 +129,16 @@ def require(records: Sequence[Record], categories: Sequence[str], split: str, mi
 
 
 def thinned(records: Sequence[Record], share: dict[str, float]) -> list[Record]:
-    """The first ⌈share · n⌉ of each category's n records, in their order; of a category that is not named all."""
-    total = collections.Counter(r.category for r in records)
-    limit = {category: math.ceil(share.get(category, 1.0) * n) for category, n in total.items()}
-    seen: collections.Counter[str] = collections.Counter()
-    kept = []
+    """The first ⌈share · n⌉ of each category's n records, in order; all records of a category that `share` lacks."""
+    totals = collections.Counter(r.category for r in records)
+    limit = {category: math.ceil(share.get(category, 1.0) * n) for category, n in totals.items()}
+    counts: collections.Counter[str] = collections.Counter()
+    selected = []
     for record in records:
-        seen[record.category] += 1
-        if seen[record.category] <= limit[record.category]:
-            kept.append(record)
-    return kept
+        counts[record.category] += 1
+        if counts[record.category] <= limit[record.category]:
+            selected.append(record)
+    return selected
 
 
 def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -152,31 +152,31 @@ def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def lines_of(path: pathlib.Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`json_lines` of what the file holds. Raises InputError."""
+    """`json_lines` for a file whose bytes are already read. Raises InputError."""
     for number, line in enumerate(data.splitlines(), start=1):
-        where = f"{path}, line {number}"
+        location = f"{path}, line {number}"
         try:
-            text = line.decode("utf-8-sig")
-            value = json.loads(text) if text.strip() else None
+            line_text = line.decode("utf-8-sig")
+            value = json.loads(line_text) if line_text.strip() else None
         except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 text ({error.reason}): save the file as UTF-8") from error
-        except (ValueError, RecursionError) as error:  # also a number of too many digits, and brackets without end
-            raise InputError(f"{where}: not JSON ({error}): write one JSON object a line") from error
-        if not text.strip():
+            raise InputError(f"{location}: not UTF-8 text ({error.reason}): save the file as UTF-8") from error
+        except (ValueError, RecursionError) as error:  # also too many digits or too deep brackets
+            raise InputError(f"{location}: not JSON ({error}): write one JSON object a line") from error
+        if not line_text.strip():
             continue
         if not isinstance(value, dict):
-            raise InputError(f"{where}: a JSON {type(value).__name__}, not an object: write one JSON object a line")
-        yield where, value
+            raise InputError(f"{location}: a JSON {type(value).__name__}, not an object: write one JSON object a line")
+        yield location, value
 
 
-def _files(path: PathLike, known: Sequence[str]) -> list[pathlib.Path]:
-    """The JSONL files that a path, a folder or "starter" means, in order.
+def _files(path: PathLike, categories: Sequence[str]) -> list[pathlib.Path]:
+    """The JSONL files of a path, a folder or "starter", in order.
 
-    Of a folder hidden files are no data, and neither is what this package's commands keep beside their results.
+    In a folder it skips hidden files and the files that this package's commands keep beside their results.
     """
     if path == STARTER:
         folder = pathlib.Path(str(importlib.resources.files("drirl_jax.data") / "starter"))
-        return [file for name in known if (file := folder / f"{file_name(name)}.jsonl").is_file()]
+        return [file for name in categories if (file := folder / f"{file_name(name)}.jsonl").is_file()]
     path = expand_path(path)
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if not file.is_dir() and contents.kind(file) == ".jsonl"]
@@ -187,41 +187,43 @@ def _files(path: PathLike, known: Sequence[str]) -> list[pathlib.Path]:
     return [path]
 
 
-def _shown(text: str) -> str:
-    """The text as a sentence may show it, whatever it holds and however long it is."""
+def _quoted(text: str) -> str:
+    """The text as an error message may quote it: on one line, and shortened."""
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")
 
 
 def _record(
-    value: dict[str, Any], where: str, known: Sequence[str], optional: Sequence[str], harmless: Sequence[str]
+    fields: dict[str, Any], location: str, categories: Sequence[str], optional: Sequence[str], harmless: Sequence[str]
 ) -> Record:
     """The record of a JSON object; InputError if a field breaks the schema. Optional fields may be missing or empty."""
-    given = {field: x for field, x in value.items() if x is not None}  # other tools write null for what is not there
-    value = dict.fromkeys(optional, "") | Record._field_defaults | given
+    present = {field: x for field, x in fields.items() if x is not None}  # other tools write null for a missing field
+    fields = dict.fromkeys(optional, "") | Record._field_defaults | present
     for field in Record._fields:
-        if field not in value:
-            near = difflib.get_close_matches(field, value, n=1)
+        if field not in fields:
+            near = difflib.get_close_matches(field, fields, n=1)
             hint = f" ({near[0]!r} is there: a slip?)" if near else ""
-            raise InputError(f"{where}: the field {field!r} is missing{hint}: add it")
-        if not isinstance(value[field], str):
-            kind = type(value[field]).__name__
-            raise InputError(f"{where}: the field {field!r} is of type {kind}: make it a string")
-        if any("\ud800" <= c <= "\udfff" for c in value[field]):
-            raise InputError(f"{where}: the field {field!r} holds half a surrogate pair: write valid Unicode")
-    record = Record(**{field: value[field] for field in Record._fields})
-    if record.category not in known:
-        near = difflib.get_close_matches(record.category[:SHOWN], known, n=1)
+            raise InputError(f"{location}: the field {field!r} is missing{hint}: add it")
+        if not isinstance(fields[field], str):
+            kind = type(fields[field]).__name__
+            raise InputError(f"{location}: the field {field!r} is of type {kind}: make it a string")
+        if any("\ud800" <= c <= "\udfff" for c in fields[field]):
+            raise InputError(f"{location}: the field {field!r} holds half a surrogate pair: write valid Unicode")
+    record = Record(**{field: fields[field] for field in Record._fields})
+    if record.category not in categories:
+        near = difflib.get_close_matches(record.category[:SHOWN], categories, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"{where}: unknown category {_shown(record.category)}: {hint}known are {', '.join(known)}")
+        raise InputError(
+            f"{location}: unknown category {_quoted(record.category)}: {hint}known are {', '.join(categories)}"
+        )
     if record.split not in SPLITS:
-        raise InputError(f"{where}: unknown split {_shown(record.split)}: use one of {', '.join(SPLITS)}")
+        raise InputError(f"{location}: unknown split {_quoted(record.split)}: use one of {', '.join(SPLITS)}")
     for field in ("id", "prompt"):
         if field not in optional and not getattr(record, field).strip():
-            raise InputError(f"{where}: the {field} is empty: write one or drop the line")
+            raise InputError(f"{location}: the {field} is empty: write one or drop the line")
     may_lack_answer = "response" in optional or (record.split == "train" and record.category in harmless)
     if not record.response.strip() and not may_lack_answer:
         raise InputError(
-            f"{where}: the demonstration (response) is empty, and only training prompts of harmless categories may "
+            f"{location}: the demonstration (response) is empty, and only training prompts of harmless categories may "
             "lack one: write one or drop the line"
         )
     return record

@@ -1,4 +1,4 @@
-"""Strings to ids and back, and sentence splitting: the only place that sees text and ids together."""
+"""Turns strings into ids and back, and splits sentences. Only this file handles text and ids together."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from drirl_jax.types import Array, InputError
 
 
 class ChatTokens:
-    """A chat model's tokenizer and template, in which what people write is never read as a control token.
+    """A chat model's tokenizer and template. Text that people write never becomes a control token.
 
     Attributes:
-        eos_ids: the ids that end a response: first the one that the template writes after an assistant's turn, then
-            all others that the tokenizer and the model's files name (`tokenizers.ends`).
-        pad_id: the padding id; may equal an end-of-sequence id, so mask by length.
-        system: the system turn's words; None where the template has its own, or where it knows no system turn and ""
-            is given.
+        eos_ids: the ids that end a response. The first is the one that the template writes after an assistant's turn;
+            then come all others that the tokenizer and the model's files name (`tokenizers.ends`).
+        pad_id: the padding id. It may equal an end-of-sequence id, so mask by length.
+        system: the system turn's words; None if the template has its own, or if it has no system turn and "" was given.
 
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
-        system: the system prompt; None leaves the template's own default, if it has one, and "" leaves that out.
+        system: the system prompt. None keeps the template's own default, if it has one; "" removes that default.
         enable_thinking: see `templates.ChatTemplate`.
 
     Raises:
-        InputError: no chat template, one that cannot be used or refuses the system prompt, or no end-of-sequence
-            token.
+        InputError: the tokenizer has no chat template or no end-of-sequence token, or its template cannot be used or
+            refuses the system prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None, enable_thinking: bool = False):
@@ -50,35 +49,35 @@ class ChatTokens:
 
     @property
     def template(self) -> ChatTemplate:
-        """The tokenizer's chat template, made anew where another was put into the tokenizer."""
+        """The tokenizer's chat template; made anew if somebody has put another template into the tokenizer."""
         if self._template.given is not self.tokenizer.chat_template:
             self._template = ChatTemplate(self.tokenizer, self._template.enable_thinking)
         return self._template
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids of one user message in the chat template, up to where the assistant's turn begins.
+        """The ids of one user message in the chat template, up to the begin of the assistant's turn.
 
         Equals `apply_chat_template` for ordinary text; control tokens written inside `prompt` stay text.
 
         Raises:
-            TemplateRefusal: the template refuses the message, or leaves out its words.
+            TemplateRefusal: the template refuses the message, or drops its words.
         """
         return self.chat_ids(self.with_system([{"role": "user", "content": prompt}]))
 
     def chat_ids(self, chat: Sequence[dict[str, str]]) -> list[int]:
-        """`prompt_ids` of whole turns {"role", "content"}, whose system turn, if any, is the chat's own."""
+        """`prompt_ids` of a chat of turns {"role", "content"}; it adds no system turn."""
         return self.template.ids(chat)
 
     def with_system(self, chat: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-        """The chat, after the system turn where it has none of its own."""
-        has_system = self.system is None or (chat and chat[0]["role"] == "system")
-        return [*chat] if has_system else [{"role": "system", "content": self.system or ""}, *chat]
+        """The chat, with the system turn before it if it has none of its own."""
+        unchanged = self.system is None or (chat and chat[0]["role"] == "system")
+        return [*chat] if unchanged else [{"role": "system", "content": self.system or ""}, *chat]
 
     def response_ids(self, text: str, max_len: int) -> list[int]:
         """The ids of an assistant's answer and `eos_ids[0]`, cut to `max_len` (a cut answer has no end).
 
-        Where thinking is enabled, an answer that has no thought begins by closing the thought that the prompt opens,
-        and one that has (a text of `decode`) goes on in it.
+        If thinking is enabled, the prompt opens a thought. An answer without a thought first closes it; an answer with
+        one (a text of `decode`) continues it.
         """
         opened, before = self.template.opened, self.template.before_answer
         begins_in_thought = bool(opened) and text.startswith(opened)
@@ -90,16 +89,16 @@ class ChatTokens:
     def decode(self, ids: Sequence[int] | np.ndarray | Array, length: int) -> str:
         """The text of the first `length` of a response's `ids` [T], without special tokens.
 
-        Marks of thoughts stay, be they special tokens or not, and the mark that the prompt ends with stands first:
-        `thoughts.without_thought` tells the answer by them.
+        Marks of thoughts stay, even if they are special tokens. The mark at the end of the prompt comes first.
+        `thoughts.without_thought` finds the answer by these marks.
         """
         ids = np.asarray(ids)[: int(length)].tolist()
         ids = ids if self._all_hidden else [i for i in ids if i not in self._hidden]
-        said = self.tokenizer.decode(ids, skip_special_tokens=self._all_hidden, clean_up_tokenization_spaces=False)
-        return self.template.opened + said
+        decoded = self.tokenizer.decode(ids, skip_special_tokens=self._all_hidden, clean_up_tokenization_spaces=False)
+        return self.template.opened + decoded
 
     def _need_system_turn(self) -> None:
-        """Raises InputError unless the template writes the system turn; without one, there is none to leave out."""
+        """Raises InputError if the template does not write the system turn; an empty one becomes None instead."""
         if self.system is None:
             return
         try:
@@ -121,8 +120,8 @@ def pad(rows: Sequence[Sequence[int]], size: int, pad_id: int = 0) -> tuple[np.n
         row = int(lengths.argmax())
         raise InputError(f"row {row} has {lengths[row]} tokens, more than the width {size}: widen the bucket")
     ids = np.full((len(rows), size), pad_id, np.int32)
-    for row, out in zip(rows, ids):
-        out[: len(row)] = row
+    for row, ids_row in zip(rows, ids):
+        ids_row[: len(row)] = row
     return ids, lengths
 
 
@@ -143,7 +142,7 @@ _NEVER_LAST = frozenset(
 )
 _BEFORE_NUMBER = frozenset("no nos fig figs eq sec ch vol p pp art para".split())
 _MID_SENTENCE = frozenset("etc inc ltd co corp jr sr dept approx est min max a.k.a".split())
-# After "U.S." or an initial a capital may be a name; these words begin a sentence.
+# After "U.S." or an initial, a capitalised word may be a name. These words always begin a sentence.
 _STARTERS = frozenset(
     "I It The This That These Those He She We You They There Here If But And So In On At To For As When "
     "While Please Do Don Instead However No Yes My Your His Her Our Their What Why How Who Is Are Let".split()
@@ -153,17 +152,16 @@ _STARTERS = frozenset(
 def split_sentences(text: str) -> list[str]:
     """Splits an English or Chinese text into its sentences.
 
-    A sentence ends at a run of . ! ? before a space, at 。！？； anywhere, at a line break, or at the draft
-    separator "####"; quotes and brackets that close after the stop belong to it. Abbreviations, initials,
-    decimals and an ellipsis inside a sentence end none. List marks and pieces without a letter or digit are
-    left out.
+    A sentence ends at a run of . ! ? before a space, at 。！？； anywhere, at a line break, or at the draft separator
+    "####". Closing quotes and brackets after the stop belong to the sentence. Abbreviations, initials, decimals and an
+    ellipsis inside a sentence do not end it. List marks and pieces without a letter or digit are left out.
 
     Args:
         text: any text.
 
     Returns:
-        The sentences, stripped; at least one for a text that is not blank (a text of punctuation alone
-        returns itself), none for a blank one.
+        The sentences, stripped: none for a blank text, at least one for any other. A text of punctuation alone is
+        returned whole.
     """
     lines = [line.strip() for part in re.split(r"#{4,}", text) for line in part.splitlines()]
     pieces = [piece for line in lines for piece in _split_line(line)]
@@ -171,14 +169,14 @@ def split_sentences(text: str) -> list[str]:
     return sentences or ([text.strip()] if text.strip() else [])
 
 
-# A comma or its like before a space, so that 1,000 and 10:30 stay whole; a Chinese one anywhere; a dash between spaces.
+# A comma, semicolon or colon before a space (so 1,000 and 10:30 stay whole), a Chinese one anywhere, a spaced dash.
 _CLAUSE_END = re.compile(r"[,;:]\s+|[，；：]|\s+[-–—]+\s+|—+")
 
 
 def split_clauses(text: str) -> list[str]:
-    """The sentences of `split_sentences`, each split further behind commas, semicolons, colons and at dashes.
+    """The sentences of `split_sentences`, each split again after commas, semicolons and colons, and at dashes.
 
-    Pieces without a letter or digit are left out; a text that is not blank has at least one.
+    Pieces without a letter or digit are left out. A text that is not blank gives at least one piece.
     """
     sentences = split_sentences(text)
     pieces = [piece.strip() for sentence in sentences for piece in _CLAUSE_END.split(sentence)]
@@ -186,7 +184,7 @@ def split_clauses(text: str) -> list[str]:
 
 
 def whole_text(text: str) -> list[str]:
-    """The text as its only part; none where it is blank."""
+    """The whole text as one part; no part if the text is blank."""
     return [text.strip()] if text.strip() else []
 
 
@@ -195,12 +193,12 @@ SPLIT: dict[str, Callable[[str], list[str]]] = {"sentence": split_sentences, "cl
 
 def _split_line(line: str) -> list[str]:
     """The sentences of one line, in order, without list marks."""
-    pieces, begin = [], 0
+    raw_pieces, begin = [], 0
     for stop in _STOP.finditer(line):
         if _ends_sentence(line, begin, stop):
-            pieces.append(line[begin : stop.end()])
+            raw_pieces.append(line[begin : stop.end()])
             begin = stop.end()
-    stripped = [piece.strip() for piece in [*pieces, line[begin:]]]
+    stripped = [piece.strip() for piece in [*raw_pieces, line[begin:]]]
     return [piece[mark.end() :] if (mark := _BULLET.match(piece)) else piece for piece in stripped]
 
 
@@ -213,20 +211,20 @@ def _ends_sentence(line: str, begin: int, stop: re.Match) -> bool:
     before = line[begin : stop.start()]
     if not after[0].isspace():
         return "…" not in marks and bool(_CJK.match(before[-1:]) and _CJK.match(after))
-    following = re.match(r"\W*(\w*)", after)[1]
+    next_word = re.match(r"\W*(\w*)", after)[1]
     if stop["closer"] or "…" in marks or ".." in marks:  # "Stop!" he said; well... maybe
-        return not following[:1].islower()
+        return not next_word[:1].islower()
     if marks != ".":
         return True
-    if _NUMBER.fullmatch(before):  # "2." before an item of a list in running text
+    if _NUMBER.fullmatch(before):  # "2." before a list item inside a line
         return False
     word = re.search(r"\S*$", before)[0].lstrip("\"'“‘«([（*_")
     if word.lower() in _NEVER_LAST:
         return False
     if word.lower() in _BEFORE_NUMBER:
-        return not following[:1].isdigit()
+        return not next_word[:1].isdigit()
     if word.lower() in _MID_SENTENCE:
-        return not following[:1].islower()
+        return not next_word[:1].islower()
     if _INITIALS.fullmatch(word) and word != "I":
-        return following in _STARTERS
+        return next_word in _STARTERS
     return True

@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs in their configs, their final numbers, curves and responses."""
+"""Compares runs: differences in their configs, final numbers, curves and responses."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ from drirl_jax.types import InputError
 
 SHOWN = 2  # prompts of a category
 NOTE = (
-    "With 95% intervals: Wilson's of shares, Newcombe's of their differences, otherwise the bootstrap's over prompts. "
-    "Differences are from {first}, on the prompts that both were evaluated on, of shares in percentage points; * where "
-    "the interval leaves out 0, as one in twenty does without any effect. One run of a variant says nothing about its "
-    "seeds. Rewards are shown where they score the first run's responses before alignment alike: others have a scale "
-    "of their own."
+    "Intervals are 95%: Wilson's for shares, Newcombe's for differences of shares, otherwise by bootstrap over "
+    "prompts. Differences are from {first}, on the prompts that both runs were evaluated on; of shares in percentage "
+    "points. * The interval excludes 0; about one in twenty does so without any effect. One run of a variant says "
+    "nothing about other seeds. Rewards are shown only if they score the first run's responses before alignment as its "
+    "rewards do: other rewards have a scale of their own."
 )
 
 
 def bounds(x: Mapping | None) -> str:
-    """A benchmark's metric with its interval: see `evals.benchmarks.interval`."""
+    """A benchmark's metric as text, with its interval (see `evals.benchmarks.interval`)."""
     return f"{x['value']:.3f} ({x['low']:.3f} to {x['high']:.3f})" if x else "–"
 
 
 def known(judge: str, result: Mapping) -> str:
-    """A judge's name with what is known of it."""
+    """A judge's name with its known facts."""
     facts = judges.describe_facts(result.get("facts", {}))
     return f"{judge} ({facts})" if facts else judge
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: as much of the end of its path as tells them apart."""
+    """A name for each run: the shortest end of its path that makes all names different."""
     paths = [run.workdir.resolve().parts for run in runs]
-    ends = ([str(pathlib.Path(*path[-n:])) for path in paths] for n in range(1, max(map(len, paths)) + 1))
-    return next((names for names in ends if len(set(names)) == len(names)), [str(run.workdir) for run in runs])
+    candidates = ([str(pathlib.Path(*path[-n:])) for path in paths] for n in range(1, max(map(len, paths)) + 1))
+    return next((names for names in candidates if len(set(names)) == len(names)), [str(run.workdir) for run in runs])
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Raises InputError with one sentence for runs that cannot be compared."""
+    """Raises InputError, with one sentence, if the runs cannot be compared."""
     if len(runs) < 2:
         raise InputError("--compare has one run: give the workdirs of two or more.")
     if len({run.workdir.resolve() for run in runs}) < len(runs):
@@ -69,31 +69,31 @@ def check(runs: Sequence[Run]) -> None:
             raise InputError(
                 f"{run.workdir} has not been evaluated yet: end the run first, with 'evals' in its schedule."
             )
-    asked = [{key_of(row) for row in run.aligned["responses"]} for run in runs]
-    for run, prompts in zip(runs, asked):
-        if not prompts & asked[0]:
+    prompt_sets = [{key_of(row) for row in run.aligned["responses"]} for run in runs]
+    for run, prompts in zip(runs, prompt_sets):
+        if not prompts & prompt_sets[0]:
             raise InputError(
                 f"{run.workdir} was evaluated on no prompt of {runs[0].workdir}: compare runs of the same data."
             )
 
 
 def same_rewards(run: Run, first: Run) -> bool:
-    """Whether the run's rewards score a response of the first run before alignment as that run's do."""
-    scored = {(row["prompt"], row["response"]): row["reward"] for row in first.base["responses"]}
-    pairs = [(row["reward"], scored.get((row["prompt"], row["response"]))) for row in run.base["responses"]]
+    """Whether both runs' rewards give the first run's responses before alignment the same scores."""
+    first_rewards = {(row["prompt"], row["response"]): row["reward"] for row in first.base["responses"]}
+    pairs = [(row["reward"], first_rewards.get((row["prompt"], row["response"]))) for row in run.base["responses"]]
     pairs = [pair for pair in pairs if None not in pair]
     return bool(pairs) and all(abs(a - b) <= 1e-3 * max(1.0, abs(b)) for a, b in pairs)
 
 
 def results(named: Mapping[str, Run]) -> dict[str, dict[str, dict[tuple, float]]]:
-    """By row and measure the value of each prompt: the runs, and before them what they started from."""
+    """By row and measure: the value of each prompt. The policies before alignment come first, then the runs."""
     first = next(iter(named.values()))
-    started: dict[str, tuple[list, Mapping, Run]] = {}
+    by_start: dict[str, tuple[list, Mapping, Run]] = {}
     for name, run in named.items():
-        said = [(row["id"], row["response"]) for row in run.base["responses"]]
-        if said not in [known for known, *_ in started.values()]:
-            started[f"{name}, before"] = (said, run.base, run)
-    rows = {name: (of, run) for name, (_, of, run) in started.items()}
+        base_responses = [(row["id"], row["response"]) for row in run.base["responses"]]
+        if base_responses not in [earlier for earlier, *_ in by_start.values()]:
+            by_start[f"{name}, before"] = (base_responses, run.base, run)
+    rows = {name: (result, run) for name, (_, result, run) in by_start.items()}
     rows |= {name: (run.aligned, run) for name, run in named.items()}
     return {
         name: {
@@ -106,8 +106,8 @@ def results(named: Mapping[str, Run]) -> dict[str, dict[str, dict[tuple, float]]
 
 
 def tables(named: Mapping[str, Run]) -> tuple[Table, Table]:
-    """The final numbers of each run, and their differences from the first run's."""
-    found, first = results(named), next(iter(named))
+    """The final numbers of each run, and their differences from those of the first run."""
+    by_row, first = results(named), next(iter(named))
 
     def mean(measure: Measure, values: Mapping[str, float] | None) -> str:
         return told(mean_of(measure, list(values.values())), measure.text) if values else "–"
@@ -116,36 +116,42 @@ def tables(named: Mapping[str, Run]) -> tuple[Table, Table]:
         return change_told(change_of(values, reference, measure.share), measure.change) if values and reference else "–"
 
     head = ("run", "prompts", *(measure.title for measure in MEASURES.values()))
-    final = [
-        (name, str(len(set().union(*of.values()))), *(mean(measure, of.get(key)) for key, measure in MEASURES.items()))
-        for name, of in found.items()
-    ]
-    beside = [
+    final_rows = [
         (
             name,
-            str(len(set().union(*of.values()) & set().union(*found[first].values()))),
-            *(change(measure, of.get(key), found[first].get(key)) for key, measure in MEASURES.items()),
+            str(len(set().union(*by_measure.values()))),
+            *(mean(measure, by_measure.get(key)) for key, measure in MEASURES.items()),
         )
-        for name, of in found.items()
+        for name, by_measure in by_row.items()
+    ]
+    change_rows = [
+        (
+            name,
+            str(len(set().union(*by_measure.values()) & set().union(*by_row[first].values()))),
+            *(change(measure, by_measure.get(key), by_row[first].get(key)) for key, measure in MEASURES.items()),
+        )
+        for name, by_measure in by_row.items()
         if name != first
     ]
-    return Table("Final numbers", head, final), Table(f"Difference from {first}, prompt by prompt", head, beside)
+    return Table("Final numbers", head, final_rows), Table(
+        f"Difference from {first}, prompt by prompt", head, change_rows
+    )
 
 
 def benchmarks(named: Mapping[str, Run]) -> Table | None:
-    """Each metric by each judge, a column for each run; None where none was run."""
-    found: dict[tuple, dict[str, Mapping]] = {}
+    """Each metric by each judge, a column for each run; None if no benchmark was run."""
+    metric_rows: dict[tuple, dict[str, Mapping]] = {}
     for name, run in named.items():
         for benchmark, result in run.aligned.get("benchmarks", {}).items():
-            for judge, of in result["judges"].items():
-                for metric, x in of["metrics"].items():
-                    found.setdefault((benchmark, words(metric), known(judge, of)), {})[name] = x
-    rows = [(*key, *(bounds(of.get(name)) for name in named)) for key, of in found.items()]
+            for judge, verdicts in result["judges"].items():
+                for metric, x in verdicts["metrics"].items():
+                    metric_rows.setdefault((benchmark, words(metric), known(judge, verdicts)), {})[name] = x
+    rows = [(*key, *(bounds(by_run.get(name)) for name in named)) for key, by_run in metric_rows.items()]
     return Table("Benchmarks after alignment", ("benchmark", "metric", "judge", *named), rows) if rows else None
 
 
 def responses(named: Mapping[str, Run]) -> Iterator[tuple[str, list[Prompt]]]:
-    """(category, the first prompts by id that all runs were evaluated on, before and after each)."""
+    """Yields (category, its first prompts by id that all runs were evaluated on, with the answers before and after)."""
     first = next(iter(named.values()))
     before = {key_of(row): row for row in first.base["responses"]}
     after = {name: {key_of(row): row for row in run.aligned["responses"]} for name, run in named.items()}
@@ -155,7 +161,7 @@ def responses(named: Mapping[str, Run]) -> Iterator[tuple[str, list[Prompt]]]:
             Prompt(
                 *key,
                 [answer_of("before", before[key], first.config.evals.judge)]
-                + [answer_of(name, of[key], named[name].config.evals.judge) for name, of in after.items()],
+                + [answer_of(name, by_key[key], named[name].config.evals.judge) for name, by_key in after.items()],
             )
             for key in sorted(key for key in shared if before[key]["category"] == category)[:SHOWN]
         ]
@@ -167,8 +173,8 @@ def compare(runs: Sequence[Run], out: pathlib.Path) -> str:
     """Writes out/compare.html, compare.md and plots/*.png; returns the tables in Markdown.
 
     Args:
-        runs: two or more; the first is the one that the others are compared with.
-        out: the folder; it is made.
+        runs: two or more; the others are compared with the first.
+        out: the folder to write to; it is created.
 
     Raises:
         InputError: see `check`.
@@ -176,14 +182,14 @@ def compare(runs: Sequence[Run], out: pathlib.Path) -> str:
     check(runs)
     named = dict(zip(names_of(runs), runs))
     first = next(iter(named))
-    found = differences(*(run.config for run in runs))
-    rows = [(key, *map(written, values)) for key, values in found.items()]
+    option_values = differences(*(run.config for run in runs))
+    rows = [(key, *map(written, values)) for key, values in option_values.items()]
     configs = Table("Options in which they differ", ("option", *named), rows, wordy=True)
-    shown = [table for table in (*tables(named), benchmarks(named)) if table]
+    number_tables = [table for table in (*tables(named), benchmarks(named)) if table]
     note = NOTE.format(first=first)
     paths = plots.overlaid({name: run.metrics for name, run in named.items()}, out / "plots")
     curves = [Picture.of(path, f"{plots.told(plots.CURVES[name])}, of each run") for name, path in paths.items()]
-    parts = [f"**{markdown(table.caption)}**\n\n{table.markdown()}" for table in (configs, *shown)]
+    parts = [f"**{markdown(table.caption)}**\n\n{table.markdown()}" for table in (configs, *number_tables)]
     text = "\n\n".join([*parts, NOTE.format(first=markdown(first))]) + "\n"
     replace_file(out / "compare.md", text)
     write(
@@ -192,7 +198,7 @@ def compare(runs: Sequence[Run], out: pathlib.Path) -> str:
         title=f"{len(runs)} runs compared",
         names=list(named),
         configs=configs,
-        tables=shown,
+        tables=number_tables,
         note=note,
         curves=curves,
         responses=list(responses(named)),

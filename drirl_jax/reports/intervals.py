@@ -1,4 +1,4 @@
-"""95% intervals of what was measured: shares, means, and differences on the same prompts."""
+"""95% intervals of measured shares, means, and differences on the same prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """A mean with a 95% interval; NaN bounds where one number alone says nothing about noise."""
+    """A mean with a 95% interval; the bounds are NaN for a single number, which says nothing about noise."""
 
     mean: float
     low: float
@@ -28,26 +28,26 @@ def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """
     p = successes / n
     centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    whole = 1 + z**2 / n
-    return max(0.0, (centre - spread) / whole), min(1.0, (centre + spread) / whole)
+    denominator = 1 + z**2 / n
+    return max(0.0, (centre - spread) / denominator), min(1.0, (centre + spread) / denominator)
 
 
 def effective(values: Sequence[float], cluster: Sequence[str]) -> float:
-    """How many independent items tell as much as these, of which those of one cluster may be alike (L. Kish 1965).
+    """The effective number of independent items; items of one cluster may be alike (L. Kish 1965).
 
     n / D, at most n, with the design effect D = m/(m - 1) Σ_c (Σ_{i in c} (x_i - p))² / (n/(n - 1) n p(1 - p)) over m
-    clusters: 1 where each item is one of its own.
+    clusters. D = 1 if each item is its own cluster.
 
     Args:
-        values: of each item 0 or 1; p is their mean. Where all are the same they tell nothing of D, which is then 1.
-        cluster: of each item.
+        values: 0 or 1 for each item; p is their mean. If all are equal, D is unknown, and 1 is used.
+        cluster: the cluster of each item.
     """
     x, n = np.asarray(values, float), len(values)
-    names, of = np.unique(np.asarray(cluster), return_inverse=True)
+    names, cluster_index = np.unique(np.asarray(cluster), return_inverse=True)
     spread = n * x.mean() * (1 - x.mean()) * n / max(n - 1, 1)
     if len(names) < 2 or spread == 0:
         return n
-    within = np.bincount(of, weights=x - x.mean())
+    within = np.bincount(cluster_index, weights=x - x.mean())
     return n / max(1.0, len(names) / (len(names) - 1) * float((within**2).sum()) / spread)
 
 
@@ -55,10 +55,10 @@ def paired_shares(after: Sequence[float], before: Sequence[float]) -> Interval:
     """The difference of two shares of the same prompts with Newcombe's 95% interval (R. G. Newcombe 1998, method 10).
 
     With Wilson's intervals (l, u) of the shares p, and φ their correlation over prompts:
-    low = p' - p - √((p' - l')² - 2φ(p' - l')(u - p) + (u - p)²), high the same with l and u in each other's place.
+    low = p' - p - √((p' - l')² - 2φ(p' - l')(u - p) + (u - p)²); high is the same with l and u exchanged.
 
     Args:
-        after, before: of each prompt 0 or 1; at least one prompt.
+        after, before: 0 or 1 for each prompt; at least one prompt.
     """
     now, then, n = np.asarray(after, bool), np.asarray(before, bool), len(after)
     both, neither = int((now & then).sum()), int((~now & ~then).sum())
@@ -76,10 +76,10 @@ def paired_shares(after: Sequence[float], before: Sequence[float]) -> Interval:
 
 
 def interval(values: Sequence, seed: int = 0) -> Interval:
-    """Mean with a 95% interval: by bootstrap over seeds and prompts, or over seeds alone by Student's t.
+    """Mean with a 95% interval: by bootstrap over seeds and prompts, or by Student's t over seeds alone.
 
     Args:
-        values: of each seed a number, or a list with one for each prompt (the same prompts for all seeds).
+        values: for each seed one number, or a list with one number for each prompt (the same prompts for all seeds).
     """
     table = np.asarray(values, float)
     if table.ndim == 2:
@@ -90,11 +90,11 @@ def interval(values: Sequence, seed: int = 0) -> Interval:
         return Interval(float(table.mean()), *map(float, np.quantile(means, (0.025, 0.975))))
     if len(table) < 2:
         return Interval(float(table.mean()), float("nan"), float("nan"))
-    # Resampling three seeds would give the least and the most of them: too narrow.
+    # Not bootstrap: with three seeds it cannot go beyond the smallest and the largest value, which is too narrow.
     reach = scipy.stats.t.ppf(0.975, len(table) - 1) * table.std(ddof=1) / len(table) ** 0.5
     return Interval(float(table.mean()), float(table.mean() - reach), float(table.mean() + reach))
 
 
 def difference(values: Sequence, reference: Sequence) -> Interval:
-    """Interval of the difference of means, the same prompts and seeds drawn for both."""
+    """Interval of the difference of means; the bootstrap draws the same prompts and seeds for both."""
     return interval(np.asarray(values, float) - np.asarray(reference, float))

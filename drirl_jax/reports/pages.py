@@ -1,4 +1,4 @@
-"""What reports are made of: a run as its workdir holds it, numbers as text, tables, pictures, and pages of them."""
+"""The parts of reports: a run read from its workdir, numbers as text, tables, pictures, and HTML pages."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from drirl_jax.reports.plots import percent
 from drirl_jax.runtime import console, json_files, metrics, workdirs
 from drirl_jax.runtime.files import replace_file
 
-# Prompts, responses and names are untrusted text: everything is escaped, and what `console.CONTROLS` names is replaced.
+# Prompts, responses and names are untrusted: all text is escaped, and the characters of `console.CONTROLS` replaced.
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("drirl_jax.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 
 
-REPEATED = "repeated prompts"  # the fact: see `data.overlap.summary`
+REPEATED = "repeated prompts"  # a key of facts.json: see `data.overlap.summary`
 
 
-# What the files of a workdir say: see `json_files`.
+# The forms of the files in a workdir: see `json_files`.
 FIGURE = {"value": float, "low": float, "high": float, "n": int, ...: object}
 BENCHMARK = {
     "judge": str,
@@ -71,14 +71,14 @@ SAMPLES = json_files.ROW | {
 
 
 class Run(NamedTuple):
-    """A run as its workdir holds it; what is not there yet is empty.
+    """A run, read from its workdir; what the run has not written yet is empty.
 
     Attributes:
         config: from config.json.
-        facts: what `train.run` noted of the machine and the data, from facts.json.
+        facts: the machine and the data, as `train.run` wrote them to facts.json.
         metrics, timing, samples: rows of metrics.jsonl, timing.jsonl and samples.jsonl.
         base, aligned: results of `evals.runner.evaluate`, with "benchmarks".
-        reliability: of the rewards by category: see `stages.irl.reliability`.
+        reliability: of the rewards, by category; see `stages.irl.reliability`.
     """
 
     workdir: pathlib.Path
@@ -99,8 +99,8 @@ class Run(NamedTuple):
     @property
     def evaluated(self) -> list[str]:
         """The categories that were evaluated, in the config's order, the harmful ones first."""
-        found = [name for name in self.config.data.categories if name in self.base["by_category"]]
-        return sorted(found, key=lambda name: name in self.harmless)
+        names = [name for name in self.config.data.categories if name in self.base["by_category"]]
+        return sorted(names, key=lambda name: name in self.harmless)
 
     def rows(self, stage: str) -> list[dict]:
         """The stage's rows of metrics.jsonl."""
@@ -108,23 +108,23 @@ class Run(NamedTuple):
 
 
 def read(workdir: pathlib.Path) -> Run:
-    """The run. Raises InputError if the folder is none, or a file of it is damaged."""
+    """Reads the run of a workdir. Raises InputError if the folder holds no run, or a file is damaged."""
     config = workdirs.load_config(workdir)
 
-    def kept(name: str, form: Any) -> dict:
+    def load_if_present(name: str, form: Any) -> dict:
         path = workdir / name
         hint = "remove it and start the run again, which makes it anew"
         return json_files.load(path, form, hint) if path.exists() else {}
 
-    rows, seconds = (metrics.read_jsonl(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
+    metric_rows, timing_rows = (metrics.read_jsonl(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
     samples = json_files.rows(workdir / "samples.jsonl", SAMPLES)
-    base, aligned = (kept(f"evals/{name}.json", EVALUATION) for name in ("base", "aligned"))
-    facts, reliability = kept("facts.json", FACTS), kept("reliability.json", RELIABILITY)
-    return Run(workdir, config, facts, rows, seconds, samples, base, aligned, reliability)
+    base, aligned = (load_if_present(f"evals/{name}.json", EVALUATION) for name in ("base", "aligned"))
+    facts, reliability = load_if_present("facts.json", FACTS), load_if_present("reliability.json", RELIABILITY)
+    return Run(workdir, config, facts, metric_rows, timing_rows, samples, base, aligned, reliability)
 
 
 def facts_of(examples: Mapping[str, Examples], categories: Sequence[str], harmless: Sequence[str] = ()) -> dict:
-    """What is to be noted of program, machine and data: `records` by split and category, and REPEATED, if any."""
+    """The facts of program, machine and data for facts.json: `records` by split and category, and REPEATED, if any."""
     facts = {
         "drirl_jax": drirl_jax.__version__,
         "revision": revision(pathlib.Path(drirl_jax.__file__).parents[1]),
@@ -132,8 +132,8 @@ def facts_of(examples: Mapping[str, Examples], categories: Sequence[str], harmle
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "records": {
-            split: {name: len(rows) for name, rows in zip(categories, of.rows_by_category(len(categories)))}
-            for split, of in examples.items()
+            split: {name: len(rows) for name, rows in zip(categories, split_examples.rows_by_category(len(categories)))}
+            for split, split_examples in examples.items()
         },
         REPEATED: overlap.summary(examples, [categories.index(name) for name in harmless]),
     }
@@ -141,8 +141,8 @@ def facts_of(examples: Mapping[str, Examples], categories: Sequence[str], harmle
 
 
 def revision(source: pathlib.Path) -> str:
-    """The commit of a source tree, "-dirty" behind it if there are changes; "" where none is known."""
-    if not (source / ".git").exists():  # an installed package may lie in another project's tree
+    """The commit of a source tree, with "-dirty" after it if there are changes; "" if it is unknown."""
+    if not (source / ".git").exists():  # an installed package may be inside another project's tree
         return ""
     command = ["git", "-C", source, "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -152,16 +152,16 @@ def revision(source: pathlib.Path) -> str:
 
 
 def note(workdir: pathlib.Path, facts: Mapping) -> None:
-    """Writes facts.json, which is of the last start."""
+    """Writes facts.json; it describes the last start of the run."""
     replace_file(workdir / "facts.json", json.dumps(facts, indent=1) + "\n")
 
 
 def differences(*configs: ConfigDict) -> dict[str, tuple]:
-    """By dotted key the value in each config, where they are not all the same."""
-    flat = [flax.traverse_util.flatten_dict(json.loads(of.to_json_best_effort()), sep=".") for of in configs]
-    keys = dict.fromkeys(key for of in flat for key in of)
-    values = {key: tuple(of.get(key) for of in flat) for key in keys}
-    return {key: of for key, of in values.items() if any(value != of[0] for value in of)}
+    """Dotted key -> its value in each config, for the keys whose values are not all the same."""
+    flat = [flax.traverse_util.flatten_dict(json.loads(c.to_json_best_effort()), sep=".") for c in configs]
+    keys = dict.fromkeys(key for options in flat for key in options)
+    values = {key: tuple(options.get(key) for options in flat) for key in keys}
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
 
 
 def written(option: Any) -> str:
@@ -175,8 +175,8 @@ class Measure(NamedTuple):
     """A number of an evaluation that is a mean over prompts.
 
     Attributes:
-        text, change: how it and a difference of two are written.
-        of: a response's row, and whether its prompt is harmless -> its value, None if it has none.
+        text, change: the formats of the number and of a difference of two.
+        of: (a response's row, whether its prompt is harmless) -> its value; None if it has none.
         share: whether all values are 0 or 1.
     """
 
@@ -188,7 +188,7 @@ class Measure(NamedTuple):
 
 
 def signed(value: float | None) -> str:
-    """With its sign and two decimals; a dash for none."""
+    """The value with its sign and two decimals; a dash for None."""
     return "–" if value is None else f"{value:+.2f}"
 
 
@@ -209,59 +209,59 @@ MEASURES = {
 
 
 def key_of(row: Mapping) -> tuple[str, str]:
-    """What tells an evaluated prompt from all others: ids alone may be those of other data."""
+    """The key of an evaluated prompt. An id alone is not enough: other data may have the same ids."""
     return row["id"], row["prompt"]
 
 
 def values_of(measure: Measure, result: Mapping, harmless: Sequence[str]) -> dict[tuple, float]:
     """The measure's value of each prompt that has one, by `key_of`."""
-    found = {key_of(row): measure.of(row, row["category"] in harmless) for row in result["responses"]}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    values = {key_of(row): measure.of(row, row["category"] in harmless) for row in result["responses"]}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def mean_of(measure: Measure, values: Sequence[float]) -> Interval:
-    """The mean with its interval over prompts: Wilson's of a share, otherwise by bootstrap."""
+    """The mean with its interval over prompts: Wilson's interval for a share, otherwise by bootstrap."""
     if measure.share:
         return Interval(sum(values) / len(values), *wilson(round(sum(values)), len(values)))
     return interval([list(values)])
 
 
 def change_of(values: Mapping[tuple, float], reference: Mapping[tuple, float], share: bool) -> Interval | None:
-    """The mean difference on the prompts that both have, with its interval over them; None where there are none.
+    """The mean difference on the prompts that both have, with its interval over them; None if they share no prompt.
 
-    Newcombe's of a share, whose values are all 0 or 1, otherwise by bootstrap.
+    The interval is Newcombe's for a share, whose values are all 0 or 1, otherwise by bootstrap.
     """
     shared = [prompt for prompt in reference if prompt in values]
     if not shared:
         return None
-    pair = [[of[prompt] for prompt in shared] for of in (values, reference)]
-    return paired_shares(*pair) if share else difference(*([of] for of in pair))
+    pair = [[side[prompt] for prompt in shared] for side in (values, reference)]
+    return paired_shares(*pair) if share else difference(*([side] for side in pair))
 
 
 def told(of: Interval | None, text: Callable[[float], str], mark: str = "") -> str:
-    """Such as "12% (2% to 47%)", the mark behind the mean; a dash for none."""
+    """An interval as text, such as "12% (2% to 47%)", with the mark after the mean; a dash for None."""
     if of is None:
         return "–"
     return f"{text(of.mean)}{mark}" + ("" if math.isnan(of.low) else f" ({text(of.low)} to {text(of.high)})")
 
 
 def beyond_noise(of: Interval | None) -> bool:
-    """Whether it is the interval of a difference that leaves out 0."""
+    """Whether this interval of a difference excludes 0."""
     return of is not None and (of.low > 0 or of.high < 0)
 
 
 def change_told(of: Interval | None, text: Callable[[float], str]) -> str:
-    """`told` of a difference, with a star where its interval leaves out 0."""
+    """A difference as text by `told`, with a star if its interval excludes 0."""
     return told(of, text, "*" if beyond_noise(of) else "")
 
 
 def markdown(text: str) -> str:
-    """A text in one line of Markdown, where it is itself: no HTML, link, picture, code or cell of a table."""
+    """The text as one line of plain Markdown: nothing in it acts as HTML, link, picture, code or table cell."""
     return html.escape(re.sub(r"([\\|\[\]`])", r"\\\1", " ".join(console.printable(text).split())), quote=False)
 
 
 class Table(NamedTuple):
-    """A table: its caption, the heads of its columns, its rows of text; `wordy` if these are words, not numbers."""
+    """A table: its caption, the heads of its columns, its rows of text; `wordy` if the cells are words, not numbers."""
 
     caption: str
     head: Sequence[str]
@@ -269,7 +269,7 @@ class Table(NamedTuple):
     wordy: bool = False
 
     def markdown(self) -> str:
-        """In Markdown, without the caption."""
+        """The table in Markdown, without the caption."""
 
         def line(cells):
             return "| " + " | ".join(map(markdown, cells)) + " |"
@@ -277,17 +277,17 @@ class Table(NamedTuple):
         return "\n".join([line(self.head), "| --- " * len(self.head) + "|", *map(line, self.rows)])
 
     def rich(self) -> rich.table.Table:
-        """For the terminal."""
-        out = rich.table.Table(title=console.printable(self.caption), title_justify="left", box=rich.box.SIMPLE_HEAD)
+        """The table for the terminal."""
+        table = rich.table.Table(title=console.printable(self.caption), title_justify="left", box=rich.box.SIMPLE_HEAD)
         for i, name in enumerate(self.head):
-            out.add_column(console.printable(name), justify="left" if i == 0 or self.wordy else "right")
+            table.add_column(console.printable(name), justify="left" if i == 0 or self.wordy else "right")
         for row in self.rows:
-            out.add_row(*map(console.printable, row))
-        return out
+            table.add_row(*map(console.printable, row))
+        return table
 
 
 class Picture(NamedTuple):
-    """A picture inside a page: what it shows in words, and the PNG in base64."""
+    """A picture inside a page: a description in words, and the PNG in base64."""
 
     alt: str
     data: str
@@ -299,7 +299,7 @@ class Picture(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A response beside others to its prompt: whose it is, what it says, and what was found of it."""
+    """One of the responses to a prompt: which policy gave it, its text, and the verdicts on it."""
 
     of: str
     text: str
@@ -307,7 +307,7 @@ class Answer(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt and the responses that are shown side by side."""
+    """A prompt and its responses, shown side by side."""
 
     id: str
     text: str
@@ -315,13 +315,13 @@ class Prompt(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A prompt with all that was sampled for it in a step.
+    """A prompt with all samples for it in one step.
 
     Attributes:
-        about: what the prompt is.
-        text, demonstration: of the prompt.
-        head: of the columns of numbers.
-        rows: of each response the cells, one a column, and its text.
+        about: facts of the prompt: category, id, reward of its demonstration.
+        text, demonstration: the prompt's text, and its demonstration.
+        head: the heads of the columns of numbers.
+        rows: for each response its cells, one a column, and its text.
     """
 
     about: str
@@ -332,12 +332,12 @@ class Group(NamedTuple):
 
 
 def answer_of(name: str, row: Mapping, judge: str) -> Answer:
-    """The response in a row of an evaluation, refused or not by this judge."""
+    """The response in a row of an evaluation, with this judge's verdict."""
     verdicts = [f"{judge}: {'refused' if row['refused'] else 'not refused'}"]
     return Answer(name, row["response"], verdicts + [f"reward {signed(row['reward'])}"] * (row["reward"] is not None))
 
 
 def write(template: str, path: pathlib.Path, **values: Any) -> pathlib.Path:
-    """Writes the page that the template makes of the values; returns its path."""
+    """Fills the template with the values and writes the page; returns its path."""
     replace_file(path, console.printable(ENVIRONMENT.get_template(template).render(values)))
     return path

@@ -1,4 +1,4 @@
-"""Metrics and evaluations to figures."""
+"""Draws metrics and evaluations as figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from drirl_jax.reports.intervals import wilson
 
 INK, SOFT, BASE, ALIGNED = "#1c2127", "#6b7480", "#c0c7cf", "#3b94cf"
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and three more; then the dashes change.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, plus three. After these the dashes change.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#6b4c9a", "#8c8c8c", "#a89a00")
 DASHES = ("-", "--", ":")
 STYLE = {
@@ -40,7 +40,7 @@ STYLE = {
 
 
 class Curve(NamedTuple):
-    """What is drawn over a stage's steps: a metric, its `metric/category` lines, a level to compare with."""
+    """A figure over the steps of a stage: a metric, its `metric/category` lines, and a level to compare with."""
 
     stage: str
     metric: str
@@ -49,7 +49,7 @@ class Curve(NamedTuple):
     percent: bool = False
 
 
-# By file name. What a run's metrics do not have is left out.
+# By file name. Curves that a run's metrics lack are left out.
 CURVES = {
     "irl_loss": Curve("irl", "loss", "IRL loss"),
     "irl_accuracy": Curve("irl", "accuracy", "Held-out pairs ranked right", (0.5, "chance"), percent=True),
@@ -63,11 +63,11 @@ CURVES = {
     "surprisal": Curve("align", "surprisal", "$-$log $\\pi$ of the samples (nats a token)"),
 }
 STEPS = {"irl": "IRL step", "align": "alignment step"}
-MEAN = "all categories"  # the line of the metric itself
+MEAN = "all categories"  # the line of the metric without a category
 
 
 def headline(base: Mapping, aligned: Mapping) -> str:
-    """The result in words, from the evaluations' numbers; a kind of prompt without a number stays out."""
+    """The result in words, from the numbers of both evaluations; a kind of prompt without a number is left out."""
     parts = [
         f"{kind} prompts refused: {percent(base['overall'][key])} → {percent(aligned['overall'][key])}"
         for kind, key in (("harmful", "harmful_refused"), ("harmless", "harmless_refused"))
@@ -83,8 +83,8 @@ def before_after(
 
     Args:
         base, aligned: results of `evals.runner.evaluate`.
-        categories: all of them in order; those that were not evaluated are left out.
-        harmless: those whose prompts should be answered; they stand apart, below the harmful ones.
+        categories: all categories in order; those that were not evaluated are left out.
+        harmless: the categories whose prompts should be answered; they have their own panel below the harmful ones.
         path: the PNG to write.
     """
     rows = category_rows(base, aligned, categories, harmless)
@@ -113,11 +113,11 @@ def _bars(axes, rows: list[dict]) -> None:
         share = np.array([row[name]["refused"] for row in rows])
         low, high = np.array([row[name]["interval"] for row in rows]).T
         axes.barh(y + offset, share, 0.38, color=colour, label=name)
-        error = np.maximum((share - low, high - share), 0)  # at 0% and 100% rounding can make it negative
+        error = np.maximum((share - low, high - share), 0)  # at 0% and 100% rounding can make the difference negative
         axes.errorbar(share, y + offset, xerr=error, fmt="none", ecolor=INK, elinewidth=1.0, capsize=2.5)
-        for at, end, value in zip(y + offset, high, share):
+        for bar_y, end, value in zip(y + offset, high, share):
             weight = "bold" if name == "after" else "normal"
-            axes.text(end + 0.012, at, percent(value), va="center", fontsize=8.5, weight=weight)
+            axes.text(end + 0.012, bar_y, percent(value), va="center", fontsize=8.5, weight=weight)
     axes.set_yticks(y, [f"{_label(row['category'])}  (n = {row['n']})" for row in rows], color=INK)
     axes.set(xlim=(0, 1.06), ylim=(len(rows) - 0.5, -0.5))
     axes.xaxis.set_major_formatter(_percent_tick)
@@ -126,26 +126,28 @@ def _bars(axes, rows: list[dict]) -> None:
 
 
 def training_curves(metrics: list[dict], categories: Sequence[str], folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Draws a PNG for each of CURVES that the metrics hold, and all in curves.png; returns the paths by name.
+    """Draws a PNG for each of CURVES that the metrics have, and all in curves.png; returns the paths by name.
 
     Args:
         metrics: rows of metrics.jsonl.
-        categories: whose lines are drawn, in the order of the colours.
-        folder: where the PNGs go; it is made.
+        categories: the categories to draw, in the order of the colours.
+        folder: the folder of the PNGs; it is created.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {name: (curve, _lines(metrics, curve, categories)) for name, curve in CURVES.items()}
-    held = {name: (curve, lines) for name, (curve, lines) in drawn.items() if lines}
+    candidates = {name: (curve, _lines(metrics, curve, categories)) for name, curve in CURVES.items()}
+    available = {name: (curve, lines) for name, (curve, lines) in candidates.items() if lines}
     with matplotlib.rc_context(STYLE):
-        paths = {name: _alone(*of, categories, folder / f"{name}.png") for name, of in held.items()}
-        if held:
-            columns = min(3, len(held))
-            height = -(-len(held) // columns)
+        paths = {
+            name: _alone(*curve_lines, categories, folder / f"{name}.png") for name, curve_lines in available.items()
+        }
+        if available:
+            columns = min(3, len(available))
+            height = -(-len(available) // columns)
             figure = Figure(figsize=(3.6 * columns, 2.5 * height + 0.6), layout="constrained")
             grid = figure.subplots(height, columns, squeeze=False).flat
-            for axes, (curve, lines) in zip(grid, held.values()):
+            for axes, (curve, lines) in zip(grid, available.values()):
                 _draw(axes, curve, lines, categories)
-            for axes in figure.axes[len(held) :]:
+            for axes in figure.axes[len(available) :]:
                 axes.set_visible(False)
             _legend(figure, loc="outside lower center", ncols=min(3, columns + 1))
             paths["curves"] = folder / "curves.png"
@@ -154,28 +156,28 @@ def training_curves(metrics: list[dict], categories: Sequence[str], folder: path
 
 
 def overlaid(runs: Mapping[str, list[dict]], folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Draws a PNG for each of CURVES that a run's metrics hold, a line for each run over all categories; the paths by
-    name.
+    """Draws a PNG for each of CURVES that a run's metrics have, with one line a run over all categories; returns the
+    paths by name.
 
     Args:
-        runs: by name the rows of metrics.jsonl.
-        folder: where the PNGs go; it is made.
+        runs: name -> rows of metrics.jsonl.
+        folder: the folder of the PNGs; it is created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     with matplotlib.rc_context(STYLE):
         for name, curve in CURVES.items():
-            found = {run: _lines(metrics, curve, ()) for run, metrics in runs.items()}
-            if lines := {run: of[MEAN] for run, of in found.items() if of}:
+            lines_by_run = {run: _lines(metrics, curve, ()) for run, metrics in runs.items()}
+            if lines := {run: run_lines[MEAN] for run, run_lines in lines_by_run.items() if run_lines}:
                 paths[name] = _alone(curve, lines, list(runs), folder / f"{name}.png")
     return paths
 
 
 def reliability(curves: Mapping[str, list[dict]], path: pathlib.Path) -> pathlib.Path:
-    """Draws how often rewards rank held-out pairs right against how sure they are; returns the path.
+    """Draws how often rewards rank held-out pairs right, against how sure they are; returns the path.
 
     Args:
-        curves: by category, and "all": bins {"n", "confidence", "right"} in [0, 1].
+        curves: by category, and for "all": bins {"n", "confidence", "right"}; the last two in [0, 1].
         path: the PNG to write.
     """
     with matplotlib.rc_context(STYLE):
@@ -183,13 +185,15 @@ def reliability(curves: Mapping[str, list[dict]], path: pathlib.Path) -> pathlib
         axes = figure.subplots()
         axes.plot((0.5, 1), (0.5, 1), color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)), label="as sure as it is right")
         for i, (name, bins) in enumerate(curves.items()):
-            look = (
+            line_style = (
                 {"color": INK, "linewidth": 2.2}
                 if name == "all"
                 else {"color": COLOURS[i % len(COLOURS)], "alpha": 0.6}
             )
             label = MEAN if name == "all" else _label(name)
-            axes.plot([b["confidence"] for b in bins], [b["right"] for b in bins], marker="o", label=label, **look)
+            axes.plot(
+                [b["confidence"] for b in bins], [b["right"] for b in bins], marker="o", label=label, **line_style
+            )
         axes.set(xlabel="how sure the reward is of a pair", ylabel="pairs ranked right", title="Held-out pairs")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(_percent_tick)
@@ -199,7 +203,7 @@ def reliability(curves: Mapping[str, list[dict]], path: pathlib.Path) -> pathlib
 
 
 def _lines(metrics: list[dict], curve: Curve, categories: Sequence[str]) -> dict[str, tuple]:
-    """{category or MEAN: (steps, values)} that the metrics hold; what was not finite is NaN: a break."""
+    """{category or MEAN: (steps, values)} that the metrics have. A value that was not finite is NaN: a gap."""
     keys = {category: f"{curve.metric}/{category}" for category in categories} | {MEAN: curve.metric}
     lines = {}
     for name, key in keys.items():
@@ -211,13 +215,13 @@ def _lines(metrics: list[dict], curve: Curve, categories: Sequence[str]) -> dict
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the last `window` values, of fewer at the start; NaN where the value is NaN."""
+    """The mean of the last `window` values (of fewer at the start); NaN where the value itself is NaN."""
     recent = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
     return np.array([np.nanmean(last) if np.isfinite(last[-1]) else np.nan for last in recent])
 
 
 def _alone(curve: Curve, lines: Mapping[str, tuple], names: Sequence[str], path: pathlib.Path) -> pathlib.Path:
-    """Draws one curve's figure, to be read on a phone too; returns the path."""
+    """Draws the figure of one curve, large enough for a phone; returns the path."""
     figure = Figure(figsize=(6.2, 4.2), layout="constrained")
     _draw(figure.subplots(), curve, lines, names)
     if len(lines) > 1:
@@ -227,21 +231,21 @@ def _alone(curve: Curve, lines: Mapping[str, tuple], names: Sequence[str], path:
 
 
 def _draw(axes, curve: Curve, lines: Mapping[str, tuple], names: Sequence[str]) -> None:
-    most = max(len(steps) for steps, _ in lines.values())
-    window = max(1, most // 25)
-    marker = {"marker": "o", "markersize": 3.5} if most <= 12 else {}
+    longest = max(len(steps) for steps, _ in lines.values())
+    window = max(1, longest // 25)
+    marker = {"marker": "o", "markersize": 3.5} if longest <= 12 else {}
     if curve.level:
         value, name = curve.level
         axes.axhline(value, color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)))
         axes.set_title(f"– – {name}", loc="right", color=SOFT, fontsize=8.5, weight="normal")
     for name, (steps, values) in lines.items():
         if name == MEAN:
-            look = {"color": INK, "linewidth": 2.2}
+            line_style = {"color": INK, "linewidth": 2.2}
         else:
             i = names.index(name)
             colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-            look = {"color": colour, "linewidth": 1.1, "alpha": 0.85, "linestyle": dashes}
-        axes.plot(steps, _running_mean(values, window), label=_label(name), **look, **marker)
+            line_style = {"color": colour, "linewidth": 1.1, "alpha": 0.85, "linestyle": dashes}
+        axes.plot(steps, _running_mean(values, window), label=_label(name), **line_style, **marker)
     axes.set_title(curve.title)
     axes.set_xlabel(STEPS[curve.stage] + (f" (means of {window} steps)" if window > 1 else ""))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -249,44 +253,44 @@ def _draw(axes, curve: Curve, lines: Mapping[str, tuple], names: Sequence[str]) 
         axes.yaxis.set_major_formatter(_percent_tick)
 
 
-def _legend(figure: Figure, **where) -> None:
-    """One legend for all of a figure's lines, each named once."""
-    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(named.values(), named.keys(), fontsize=8.5, **where)
+def _legend(figure: Figure, **location) -> None:
+    """Adds one legend for all lines of a figure; each label appears once."""
+    line_by_label = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(line_by_label.values(), line_by_label.keys(), fontsize=8.5, **location)
 
 
 def category_rows(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> list[dict]:
-    """A row for each category that was evaluated, the harmful ones first: the numbers that are shown. One of which the
-    judge gave no verdict at all has none."""
+    """The numbers to show, one row for each evaluated category, the harmful ones first. A category without any verdict
+    of the judge has no row."""
     rows, both = [], [result["by_category"] for result in (base, aligned)]
-    shown = [c for c in categories if all(of.get(c, {}).get("refused") is not None for of in both)]
-    for category in sorted(shown, key=lambda c: c in harmless):
+    judged = [c for c in categories if all(by_name.get(c, {}).get("refused") is not None for by_name in both)]
+    for category in sorted(judged, key=lambda c: c in harmless):
         row = {"category": category, "label": words(category), "harmless": category in harmless}
         for name, result in (("before", base), ("after", aligned)):
-            of = result["by_category"][category]
-            row[name] = of | {"interval": wilson(round(of["refused"] * of["n"]), of["n"])}
+            figures = result["by_category"][category]
+            row[name] = figures | {"interval": wilson(round(figures["refused"] * figures["n"]), figures["n"])}
         rows.append(row | {"n": row["before"]["n"]})
     return rows
 
 
 def words(name: str) -> str:
-    """A category's or metric's name to be read."""
+    """The name of a category or metric as words."""
     return name.replace("_", " ").replace(" and ", " & ")
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1] in whole percents."""
+    """A share in [0, 1] as whole percent."""
     return f"{100 * share:.0f}%"
 
 
 def told(curve: Curve) -> str:
-    """What a curve shows, in words."""
+    """The content of a curve in words."""
     title = curve.title.replace("$", "").replace("\\alpha^D", "αᴰ").replace("\\alpha^M", "αᴹ").replace("\\pi", "π")
     return f"{title} by {STEPS[curve.stage]}"
 
 
 def _label(name: str) -> str:
-    """A name in a figure, where dollars would begin a formula."""
+    """A name in a figure, with its dollar signs escaped: they would begin a formula."""
     return words(name).replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""The report of one run: one HTML file that can be sent alone."""
+"""The report of one run: one HTML file with everything in it."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from drirl_jax.reports.plots import percent, words
 from drirl_jax.runtime import json_files
 from drirl_jax.stages import guards
 
-SHOWN, MORE = 2, 20  # prompts of a category with their responses: at once, and behind a click
-RECENT = 10  # steps whose mean is a coefficient "at the end"
-REPLIES = ("judge.jsonl", "judgements.jsonl", "splits.jsonl")  # what servers answered: see endpoint.Endpoint
+SHOWN, MORE = 2, 20  # prompts of a category with their responses: shown at once, and folded away
+RECENT = 10  # a coefficient "at the end" is its mean over so many last steps
+REPLIES = ("judge.jsonl", "judgements.jsonl", "splits.jsonl")  # replies of servers: see endpoint.Endpoint
 
 
 def about(run: Run) -> Table:
-    """What was run, on what and when."""
+    """The model, the method, the data, the steps and the facts of the run."""
     c, last = run.config, {row["stage"]: row for row in run.metrics}
-    records = sum(sum(of.values()) for of in run.facts.get("records", {}).values())
+    records = sum(sum(counts.values()) for counts in run.facts.get("records", {}).values())
     rows = {
         "model": f"{c.policy.init}, {'adapters' if c.policy.tune == 'lora' else 'all weights'} trained",
         "method": f"objective {c.align.objective}, rewards {c.reward.source}, scaling {c.scaling.combine}",
@@ -65,9 +65,9 @@ def about(run: Run) -> Table:
 
 
 def changed(run: Run) -> Table:
-    """The options that are not at their defaults."""
-    found = differences(config_lib.default(), run.config)
-    rows = [(key, *map(written, pair)) for key, pair in found.items()]
+    """The options that differ from their defaults."""
+    options = differences(config_lib.default(), run.config)
+    rows = [(key, *map(written, pair)) for key, pair in options.items()]
     return Table("Options other than the defaults", ("option", "default", "here"), rows, wordy=True)
 
 
@@ -77,23 +77,23 @@ def should(run: Run, category: str) -> str:
 
 
 def balance(run: Run) -> Table | None:
-    """Records by category and split; None where the run has not noted them."""
+    """Records by category and split; None if facts.json has none."""
     if not (records := run.facts.get("records")):
         return None
     rows = [
-        (words(name), should(run, name), *(str(of.get(name, 0)) for of in records.values()))
+        (words(name), should(run, name), *(str(counts.get(name, 0)) for counts in records.values()))
         for name in run.config.data.categories
     ]
-    sums = [str(sum(of.values())) for of in records.values()]
+    sums = [str(sum(counts.values())) for counts in records.values()]
     return Table("Records by category and split", ("category", "should", *records), [*rows, ("all", "", *sums)])
 
 
 def accuracy(run: Run) -> Table | None:
-    """How often each reward ranks held-out pairs right, and how well it knows; None before IRL has been evaluated."""
+    """How often each reward ranks held-out pairs right, and its calibration; None before the first IRL evaluation."""
     rows = [row for row in run.rows("irl") if "accuracy" in row]
     if not rows:
         return None
-    last, out = rows[-1], []
+    last, table_rows = rows[-1], []
     for name in (*run.config.data.categories, "all"):
         suffix = "" if name == "all" else f"/{name}"
         if f"accuracy{suffix}" not in last:
@@ -106,19 +106,21 @@ def accuracy(run: Run) -> Table | None:
         shares = [last.get(f"{key}{suffix}") for key in ("accuracy_whole", "accuracy_contrast")]
         cells = ["–" if share is None else percent(share) for share in shares]
         numbers = [signed(last.get(f"{key}{suffix}")).removeprefix("+") for key in ("ece", "length_correlation")]
-        out.append((words(name), str(pairs or "–"), told(right, percent), *cells, *numbers))
+        table_rows.append((words(name), str(pairs or "–"), told(right, percent), *cells, *numbers))
     head = ("category", "pairs", "ranked right", "whole texts", "other kind", "calibration error", "with length")
-    return Table("Held-out pairs of demonstration and sample", head, out)
+    return Table("Held-out pairs of demonstration and sample", head, table_rows)
 
 
 def curves(run: Run) -> list[Picture]:
     """A picture for each curve that the metrics hold."""
     paths = plots.training_curves(run.metrics, run.config.data.categories, run.workdir / "plots")
-    return [Picture.of(path, _said(plots.CURVES[name], run)) for name, path in paths.items() if name in plots.CURVES]
+    return [
+        Picture.of(path, _describe(plots.CURVES[name], run)) for name, path in paths.items() if name in plots.CURVES
+    ]
 
 
-def _said(curve: plots.Curve, run: Run) -> str:
-    """A curve in words: its first and its last value."""
+def _describe(curve: plots.Curve, run: Run) -> str:
+    """A curve in words, with its first and its last value."""
     values = [row[curve.metric] for row in run.rows(curve.stage) if row.get(curve.metric) is not None]
     ends = f", {plots.MEAN}: from {values[0]:.3g} to {values[-1]:.3g}" if values else ""
     return f"{plots.told(curve)} and category{ends}"
@@ -130,7 +132,7 @@ def overall(run: Run) -> Table:
     for measure in MEASURES.values():
         before, after = (values_of(measure, result, run.harmless) for result in (run.base, run.aligned))
         if before and after:
-            means = [told(mean_of(measure, list(of.values())), measure.text) for of in (before, after)]
+            means = [told(mean_of(measure, list(values.values())), measure.text) for values in (before, after)]
             change = change_told(change_of(after, before, measure.share), measure.change)
             unit = ", points" if measure.share else ""
             rows.append((measure.title + unit, str(len(before)), *means, change))
@@ -139,53 +141,67 @@ def overall(run: Run) -> Table:
 
 def by_category(run: Run) -> Table:
     """Before and after by category, the harmful ones first."""
-    out = []
+    table_rows = []
     for row in plots.category_rows(run.base, run.aligned, run.config.data.categories, run.harmless):
         refused = [
             {
                 key_of(r): float(r["refused"])
-                for r in of["responses"]
+                for r in result["responses"]
                 if r["category"] == row["category"] and r["refused"] is not None
             }
-            for of in (run.aligned, run.base)
+            for result in (run.aligned, run.base)
         ]
         change = change_told(change_of(*refused, share=True), points)
-        shares = [told(Interval(of["refused"], *of["interval"]), percent) for of in (row["before"], row["after"])]
+        shares = [told(Interval(side["refused"], *side["interval"]), percent) for side in (row["before"], row["after"])]
         rewards = [signed(row[name]["reward"]) for name in ("before", "after")]
-        out.append((row["label"], should(run, row["category"]), str(row["n"]), *shares, change, *rewards))
+        table_rows.append((row["label"], should(run, row["category"]), str(row["n"]), *shares, change, *rewards))
     head = ("category", "should", "n", "refused before", "refused after", "change, points", "reward before", "after")
-    return Table("Before and after by category", head, out)
+    return Table("Before and after by category", head, table_rows)
 
 
 def benchmarks(run: Run) -> Table | None:
-    """Each metric of each benchmark by each judge; None where none was run."""
+    """Each metric of each benchmark by each judge; None if no benchmark was run."""
     rows = []
     for name, before in run.base.get("benchmarks", {}).items():
-        for judge, of in before["judges"].items():
+        for judge, verdicts in before["judges"].items():
             after = run.aligned["benchmarks"][name]["judges"][judge]
-            for metric, x in of["metrics"].items():
+            for metric, x in verdicts["metrics"].items():
                 y = after["metrics"].get(metric)  # a metric may have no item in one of the two
                 rows.append(
-                    (name, words(metric), compare.known(judge, of), str(x["n"]), compare.bounds(x), compare.bounds(y))
+                    (
+                        name,
+                        words(metric),
+                        compare.known(judge, verdicts),
+                        str(x["n"]),
+                        compare.bounds(x),
+                        compare.bounds(y),
+                    )
                 )
     head = ("benchmark", "metric", "judge", "n", "before", "after")
     return Table("Benchmarks, with 95% intervals", head, rows) if rows else None
 
 
 def agreement(run: Run) -> Table | None:
-    """How far the judges of the benchmarks agree; None where there are no two."""
+    """The agreement of the benchmarks' judges; None if there are fewer than two judges."""
     rows = [
-        (name, pair, when, str(of["n"]), percent(of["agree"]), "–" if of["kappa"] is None else f"{of['kappa']:.2f}")
+        (
+            name,
+            pair,
+            when,
+            str(figures["n"]),
+            percent(figures["agree"]),
+            "–" if figures["kappa"] is None else f"{figures['kappa']:.2f}",
+        )
         for when, result in (("before", run.base), ("after", run.aligned))
-        for name, found in result.get("benchmarks", {}).items()
-        for pair, of in found["agreement"].items()
+        for name, benchmark_result in result.get("benchmarks", {}).items()
+        for pair, figures in benchmark_result["agreement"].items()
     ]
     head = ("benchmark", "judges", "policy", "n", "agree", "Cohen's kappa")
     return Table("Agreement of the judges", head, rows) if rows else None
 
 
 def responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
-    """(category, its coefficients, its first prompts by id: a fixed rule, so that nobody picks)."""
+    """Yields (category, its coefficients, its first prompts by id). The fixed rule prevents a choice of examples."""
     after = {row["id"]: row for row in run.aligned["responses"]}
     judge = run.config.evals.judge
     for name in run.evaluated:
@@ -202,7 +218,7 @@ def responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
 
 
 def coefficients(run: Run, category: str) -> str:
-    """αᴰ and αᴹ of the category's training prompts at the end, in words; "" where the metrics have none."""
+    """αᴰ and αᴹ of the category's training prompts at the end, in words; "" if the metrics have none."""
     parts = []
     for key, letter in (("alpha_d", "αᴰ"), ("alpha_m", "αᴹ")):
         values = [row[f"{key}/{category}"] for row in run.rows("align") if row.get(f"{key}/{category}") is not None]
@@ -212,7 +228,7 @@ def coefficients(run: Run, category: str) -> str:
     return f"{' and '.join(parts)} for its training prompts at the end{used}" if parts else ""
 
 
-# Columns of the samples: the key in samples.jsonl, how it is headed, how a value is written.
+# Columns of the samples: the key in samples.jsonl, its head, the format of a value.
 SAMPLED = {
     "reward": ("R", signed),
     "advantage": ("Â", signed),
@@ -225,7 +241,7 @@ SAMPLED = {
 
 
 def samples(run: Run) -> Iterator[tuple[str, list[Group]]]:
-    """(step, a group of each category, the harmful ones first) of the steps that were kept, the last one first."""
+    """Yields (step, a group of each category, the harmful ones first) for the stored steps, the last step first."""
     order = sorted(run.config.data.categories, key=lambda name: name in run.harmless)
     for step in sorted({row["step"] for row in run.samples}, reverse=True):
         rows = sorted((row for row in run.samples if row["step"] == step), key=lambda row: order.index(row["category"]))
@@ -234,23 +250,25 @@ def samples(run: Run) -> Iterator[tuple[str, list[Group]]]:
 
 def group_of(row: Mapping) -> Group:
     """The group in a row of samples.jsonl."""
-    responses = [row | of for of in row["responses"]]
-    shown = {key: of for key, of in SAMPLED.items() if key in responses[0]}
-    cells = [["–" if r[key] is None else text(r[key]) for key, (_, text) in shown.items()] for r in responses]
+    responses = [row | response for response in row["responses"]]
+    columns = {key: column for key, column in SAMPLED.items() if key in responses[0]}
+    cells = [["–" if r[key] is None else text(r[key]) for key, (_, text) in columns.items()] for r in responses]
     about = f"{words(row['category'])} · {row['id']} · R* {signed(row['demo_reward'])}"
-    head = [name for name, _ in shown.values()]
+    head = [name for name, _ in columns.values()]
     return Group(about, row["prompt"], row["demonstration"], head, list(zip(cells, (r["text"] for r in responses))))
 
 
 def benchmark_responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
-    """As `responses`, of each benchmark whose answers are generated, with each judge's verdict."""
+    """Like `responses`, for each benchmark with generated answers, with the verdict of each judge."""
     for name, before in run.base.get("benchmarks", {}).items():
         after = {row["id"]: row for row in run.aligned["benchmarks"][name]["responses"]}
         rows = [row for row in before["responses"] if "response" in row]
 
-        def answer(of: str, row: Mapping, judges: Sequence[str] = tuple(before["judges"])) -> Answer:
-            said = {judge: ", ".join(f"{words(name)} {x:.3g}" for name, x in row[judge].items()) for judge in judges}
-            return Answer(of, row["response"], [f"{judge}: {verdict}" for judge, verdict in said.items()])
+        def answer(policy_name: str, row: Mapping, judges: Sequence[str] = tuple(before["judges"])) -> Answer:
+            verdicts = {
+                judge: ", ".join(f"{words(name)} {x:.3g}" for name, x in row[judge].items()) for judge in judges
+            }
+            return Answer(policy_name, row["response"], [f"{judge}: {verdict}" for judge, verdict in verdicts.items()])
 
         prompts = [
             Prompt(str(row["id"]), row["prompt"], (answer("before", row), answer("after", after[row["id"]])))
@@ -261,39 +279,43 @@ def benchmark_responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
 
 
 def cost(run: Run) -> Table | None:
-    """Seconds by stage; None where none were noted."""
-    rows, whole = [], 0.0
+    """Seconds by stage; None if no step was timed."""
+    rows, total = [], 0.0
     for stage in ("irl", "align"):
-        of = [row for row in run.timing if row["stage"] == stage]
-        if of:
-            parts = [sum(row[key] for row in of) for key in ("collect_s", "update_s")]
-            whole += sum(parts)
+        stage_rows = [row for row in run.timing if row["stage"] == stage]
+        if stage_rows:
+            parts = [sum(row[key] for row in stage_rows) for key in ("collect_s", "update_s")]
+            total += sum(parts)
             seconds = [f"{x:.0f}" for x in (*parts, sum(parts))]
-            rows.append((stage, str(len(of)), *seconds, f"{sum(parts) / len(of):.1f}"))
+            rows.append((stage, str(len(stage_rows)), *seconds, f"{sum(parts) / len(stage_rows):.1f}"))
     head = ("stage", "steps", "sampling and scoring", "updates", "together", "a step")
-    return Table("Seconds", head, [*rows, ("both", "", "", "", f"{whole:.0f}", "")]) if rows else None
+    return Table("Seconds", head, [*rows, ("both", "", "", "", f"{total:.0f}", "")]) if rows else None
 
 
 def tokens(run: Run) -> list[str]:
-    """Sentences on the tokens that were sampled, and on those that servers wrote."""
-    c, out = run.config.align, []
+    """Sentences on the sampled tokens, and on the tokens that servers wrote."""
+    c, sentences = run.config.align, []
     lengths = [row["length"] for row in run.rows("align") if row.get("length") is not None]
     if lengths:
         sampled = sum(lengths) * c.batch * c.group
-        out.append(f"The alignment sampled {sampled:,.0f} tokens in {len(lengths) * c.batch * c.group:,} responses.")
+        sentences.append(
+            f"The alignment sampled {sampled:,.0f} tokens in {len(lengths) * c.batch * c.group:,} responses."
+        )
     for path in (run.workdir / name for name in REPLIES):
         if path.exists():
             replies = json_files.rows(path, {"tokens": int}, "remove that line: the reply is then asked for again")
             written = sum(max(reply["tokens"], 0) for reply in replies)
-            out.append(f"{path.name} holds {len(replies):,} replies of a server, {written:,} tokens as it counts them.")
-    return out
+            sentences.append(
+                f"{path.name} holds {len(replies):,} replies of a server, {written:,} tokens as it counts them."
+            )
+    return sentences
 
 
 def report(run: Run) -> pathlib.Path:
-    """Writes plots/*.png and report.html, one file with its pictures inside; returns the report's path."""
+    """Writes plots/*.png and report.html, which contains its pictures; returns the path of report.html."""
     evaluated = bool(run.base and run.aligned)
     categories, folder = run.config.data.categories, run.workdir / "plots"
-    values = {"curves": curves(run), "evaluated": evaluated}  # it makes the folder
+    values = {"curves": curves(run), "evaluated": evaluated}  # `curves` makes the folder
     if run.reliability:
         alt = "How often the rewards rank held-out pairs right, against how sure they are, by category"
         path = plots.reliability(run.reliability, folder / "reliability.png")
@@ -328,9 +350,9 @@ def report(run: Run) -> pathlib.Path:
 
 
 def cards(run: Run) -> Iterator[tuple[str, str, str]]:
-    """(name, before, after) of the overall numbers that there are."""
+    """Yields (name, before, after) for the overall numbers that both evaluations have."""
     formats = {key: (measure.title, measure.text) for key, measure in MEASURES.items()}
-    formats = {"mean_reward" if key == "reward" else key: of for key, of in formats.items()}
+    formats = {"mean_reward" if key == "reward" else key: pair for key, pair in formats.items()}
     for key, (title, text) in (formats | {"mean_length": ("mean length, tokens", "{:.0f}".format)}).items():
         pair = [result["overall"].get(key) for result in (run.base, run.aligned)]
         if None not in pair:
@@ -338,7 +360,7 @@ def cards(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def terminal_table(run: Run) -> str:
-    """The before/after table, and the benchmarks', for the terminal."""
+    """The tables of categories and benchmarks, before and after, for the terminal."""
     page = rich.console.Console(width=120, markup=False)
     with page.capture() as captured:
         page.print(plots.headline(run.base, run.aligned))

@@ -1,6 +1,6 @@
-"""What a run is at, told by its workdir alone: a second's work, whether or not the run is going on.
+"""The state of a run, read from its workdir alone. It takes about a second, whether or not the run is at work.
 
-Seconds left are the steps left times the median of the last steps', without evaluations and compilation.
+Seconds left = steps left times the median seconds of the last steps, without evaluations and compilation.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import time
 from drirl_jax.runtime import json_files, lock
 
 SHOWN = ("loss", "reward", "gap", "kl", "alpha_d", "alpha_m", "length", "pairs_right", "accuracy", "skipped")
-RECENT = 20  # steps whose seconds are looked at
-TAIL = 2**21  # bytes of a file that are read, from its end
-PRODUCTS = {"irl": "rewards", "align": "aligned", "evals": "report.html"}  # of each stage
+RECENT = 20  # the median is over so many last steps
+TAIL = 2**21  # so many bytes are read from the end of a file
+PRODUCTS = {"irl": "rewards", "align": "aligned", "evals": "report.html"}  # the product of each stage
 CONFIG = {"schedule": [str], "irl": {"steps": int}, "align": {"steps": int}}
 
 
@@ -22,13 +22,13 @@ def run_status(workdir: pathlib.Path) -> dict:
     """The state of the run in this workdir.
 
     Returns:
-        {"workdir", "at_work": whether a process of this machine holds it, "finished", "stage": the one that is not done
-         yet or None, "stages": [{"stage", "done", "steps", "finished", "seconds_a_step", "seconds_left"}], "last": the
-         last row of metrics.jsonl, "quiet_for": seconds since that was written, "checkpoints": {stage: [steps]},
-         "stops": steps that a guard has kept, as align-13}; null where nothing is known.
+        {"workdir", "at_work": whether a process of this machine holds it, "finished", "stage": the first unfinished
+         one or None, "stages": [{"stage", "done", "steps", "finished", "seconds_a_step", "seconds_left"}],
+         "last": the last row of metrics.jsonl, "quiet_for": seconds since it was written, "checkpoints":
+         {stage: [steps]}, "stops": steps that a guard has saved, as align-13}. Unknown values are None.
 
     Raises:
-        ValueError: no run is there, or a file of it is damaged; one sentence.
+        ValueError: the folder holds no run, or a file of it is damaged; the message is one sentence.
     """
     try:
         config = json_files.load(workdir / "config.json", CONFIG)
@@ -50,7 +50,9 @@ def run_status(workdir: pathlib.Path) -> dict:
         "stages": stages,
         "last": rows[-1] if rows else None,
         "quiet_for": round(time.time() - metrics.stat().st_mtime, 1) if metrics.exists() else None,
-        "checkpoints": {name: kept for name in steps if (kept := _numbered(workdir / "checkpoints" / name))},
+        "checkpoints": {
+            name: saved_steps for name in steps if (saved_steps := _numbered(workdir / "checkpoints" / name))
+        },
         "stops": sorted(folder.name for folder in (workdir / "replay").glob("*-*")),
     }
 
@@ -59,29 +61,32 @@ def _stage(name: str, workdir: pathlib.Path, steps: int | None, rows: list[dict]
     product = PRODUCTS[name]
     finished = bool(_numbered(workdir / product)) if name == "irl" else (workdir / product).exists()
     if name == "evals":
-        steps, done = 2, sum((workdir / "evals" / f"{of_}.json").exists() for of_ in ("base", "aligned"))
+        steps, done = (
+            2,
+            sum((workdir / "evals" / f"{policy_name}.json").exists() for policy_name in ("base", "aligned")),
+        )
     else:
         done = steps if finished else max((row["step"] for row in rows if row["stage"] == name), default=0)
     recent = [row for row in timing if row["stage"] == name][-RECENT:]
-    taken = [sum(value or 0 for key, value in row.items() if key.endswith("_s")) for row in recent]
-    step = statistics.median(taken) if taken else None
-    left = None if step is None or steps is None else (steps - done) * step
-    told = {"stage": name, "done": done, "steps": steps, "finished": finished}
-    return told | {"seconds_a_step": step, "seconds_left": left}
+    step_seconds = [sum(value or 0 for key, value in row.items() if key.endswith("_s")) for row in recent]
+    seconds_a_step = statistics.median(step_seconds) if step_seconds else None
+    seconds_left = None if seconds_a_step is None or steps is None else (steps - done) * seconds_a_step
+    progress = {"stage": name, "done": done, "steps": steps, "finished": finished}
+    return progress | {"seconds_a_step": seconds_a_step, "seconds_left": seconds_left}
 
 
 def _numbered(folder: pathlib.Path) -> list[int]:
-    """The checkpoints in a folder by their steps: those that are whole have a number for a name."""
+    """The steps of the checkpoints in a folder. Only complete checkpoints have a number as name."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 def _rows(path: pathlib.Path) -> list[dict]:
-    """The last rows of a JSONL file, without one that is being written."""
+    """The last rows of a JSONL file, without a row that is still being written."""
     return json_files.rows(path, json_files.SCALARS, tail=TAIL)
 
 
 def duration(seconds: float) -> str:
-    """As people say it: 40 s, 12 min, 3 h 20 min."""
+    """Seconds in a readable unit: 40 s, 12 min, 3 h 20 min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -89,7 +94,7 @@ def duration(seconds: float) -> str:
 
 
 def text(found: dict) -> str:
-    """What `of` returns, for people."""
+    """The result of `run_status` as text."""
     state = "at work" if found["at_work"] else "finished" if found["finished"] else "no process is at work in it"
     lines = [f"{found['workdir']}: {state}"]
     for stage in found["stages"]:
@@ -100,11 +105,11 @@ def text(found: dict) -> str:
             line += f", about {duration(stage['seconds_left'])} left at {stage['seconds_a_step']:.2f} s a step"
         lines.append(line)
     if last := found["last"]:
-        shown = ", ".join(f"{name} {last[name]:.3g}" for name in SHOWN if last.get(name) is not None)
+        last_metrics = ", ".join(f"{name} {last[name]:.3g}" for name in SHOWN if last.get(name) is not None)
         ago = duration(found["quiet_for"])
-        lines.append(f"step {last['step']} of {last['stage']}, written {ago} ago: {shown}")
-    for stage, kept in found["checkpoints"].items():
-        lines.append(f"checkpoints of {stage}: {', '.join(map(str, kept))}")
+        lines.append(f"step {last['step']} of {last['stage']}, written {ago} ago: {last_metrics}")
+    for stage, saved_steps in found["checkpoints"].items():
+        lines.append(f"checkpoints of {stage}: {', '.join(map(str, saved_steps))}")
     if found["stops"]:
         folder = f"{found['workdir']}/replay/{found['stops'][-1]}"
         lines.append(f"stopped by a guard at {', '.join(found['stops'])}: --replay={folder} runs the step alone")
