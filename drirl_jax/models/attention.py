@@ -134,7 +134,7 @@ def response_attention(
 
 
 class Layout(NamedTuple):
-    """The N = S + G·T positions of a group: S of the prompt, then T of each response. A prefix of R comes first."""
+    """The N = S + G·T positions of a group: S of the prompt, T of each response; a shared prefix of R comes first."""
 
     prefix: int
     prompt: int
