@@ -1,4 +1,4 @@
-"""Fields of a model's config.json. Each has one type; a field that would change the numbers is understood or refused."""
+"""Fields of a model's config.json: each has one type; what would change the numbers is understood or refused."""
 
 from __future__ import annotations
 
