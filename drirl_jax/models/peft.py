@@ -76,9 +76,7 @@ def save_adapter(
 def save_rewards(folder: pathlib.Path, bank: Bank, config: Config, base: str, categories: Sequence[str]) -> None:
     """Writes each reward of a bank of adapters into the folder `names.file_name` of its category.
 
-    If the bank has a single reward, the folder is "all".
-
-    For `config` and `base` see `save_adapter`.
+    If the bank has a single reward, the folder is "all". For `config` and `base` see `save_adapter`.
     """
     rewards = bank.rewards
     # All names are made first, so that an impossible name is refused before anything is written.

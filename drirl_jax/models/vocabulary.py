@@ -124,7 +124,7 @@ def _hidden_gradient(unembed_VD, target, inverse, weight, target_slope):
     return (target_slope * unembed_VD[target] - mean_embedding) * inverse[..., None]
 
 
-def _minus_outer(gradient_DV, weighted_hidden, weight):
+def _subtract_rows(gradient_DV, weighted_hidden, weight):
     """gradient_DV - Σ_rows weighted_hidden · weight; as [D, V], so that no chunk's probabilities are transposed."""
     weighted_hidden_MD, weight_MV = (x.reshape(-1, x.shape[-1]) for x in (weighted_hidden, weight))
     return gradient_DV - jnp.einsum("md,mv->dv", weighted_hidden_MD, weight_MV)
@@ -176,7 +176,7 @@ def _logprobs_backward(chunk, cap, saved, cotangents):
         hidden, target, inverse, norm, cotangent = rows
         logit, slope, target_slope = _logits(unembed_VD, hidden, target, inverse, cap)
         weighted_hidden = ((cotangent * inverse)[..., None] * hidden).astype(jnp.float32)
-        return _minus_outer(
+        return _subtract_rows(
             gradient_DV, weighted_hidden, slope * jnp.exp(logit - norm[..., None])
         ), target_slope * weighted_hidden
 
@@ -224,7 +224,7 @@ def _sum_chunks_forward(unembed_VD, hidden_PTGD, token_arrays, function, chunk_c
         weight = slope * jnp.exp(logit - norm[..., None])
         weighted_hidden = ((logp_gradient * inverse)[..., None] * hidden).astype(jnp.float32)
         hidden_gradient = logp_gradient[..., None] * _hidden_gradient(unembed_VD, target, inverse, weight, target_slope)
-        return _minus_outer(gradient_DV, weighted_hidden, weight), (
+        return _subtract_rows(gradient_DV, weighted_hidden, weight), (
             (value, scalars),
             hidden_gradient,
             target_slope * weighted_hidden,
