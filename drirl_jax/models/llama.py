@@ -25,7 +25,7 @@ TYPES = {"full_attention": False, "sliding_attention": True}
 
 
 def config_from_hf(hf: Mapping) -> Config:
-    """The decoder from a Llama's config. Raises InputError for an option that is not implemented, KeyError for a gap."""
+    """The decoder from a Llama's config. Raises InputError if it is not implemented, KeyError if a field is missing."""
     config = shape(hf, ONLY, ("layer_types",))
     if any(name != "full_attention" for name in hf.get("layer_types") or ()):
         raise InputError(
