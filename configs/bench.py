@@ -1,6 +1,8 @@
 """The workloads of the speed comparison: SmolLM2-135M, 4 prompts x 8 responses of 64 tokens, full fine-tuning, float32.
 
-python -m drirl_jax bench --config configs/bench.py --shape S=64   (or 256)
+python -m drirl_jax bench --config configs/bench.py --shape S=64
+
+S is the number of prompt tokens: 64 and 256 are the two workloads. docs/PERFORMANCE.md has the times.
 """
 
 from drirl_jax.config import default

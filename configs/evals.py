@@ -1,4 +1,4 @@
-"""The benchmarks that judge safety, and two that say whether the policy is still of use.
+"""Benchmarks of safety, and one of use (gsm8k). XSTest measures both: it has safe prompts that look alarming.
 
 python -m drirl_jax judge --fit LABELLED.jsonl --to judge.safetensors
 python -m drirl_jax evaluate --config configs/evals.py --config.evals.classifier=judge.safetensors \

@@ -3,7 +3,8 @@
 python -m drirl_jax plan --config configs/llama31_8b.py:64 --topology v5e:8x8 --model llama3.1-8b
 python -m drirl_jax.main --config configs/llama31_8b.py:64 --workdir runs/llama31_8b
 
-Planned with the chips' own compilers on 4 to 256 chips and on a node of H100 (docs/SCALE.md); none has run.
+No run has been made. The plans are of the chips' own compilers, for 4 to 256 chips and for a node of H100: see
+docs/SCALE.md.
 """
 
 from drirl_jax.config import default
@@ -12,10 +13,16 @@ FEWEST = 16  # prompts of a step
 
 
 def get_config(chips: str = "64"):
-    """So many chips: a prompt of a step for each, weights cut over all of them; to sample, over 8, by heads.
+    """The run on this many chips.
+
+    The weights are cut over all chips. Each TPU chip takes one prompt of a micro-batch, each GPU two. To sample, heads
+    are cut over at most 8 TPU chips, over no GPUs.
+
+    Args:
+        chips: the number of TPU chips, or "gpus": a node of eight.
 
     Raises:
-        ValueError: it is no such number.
+        ValueError: `chips` is neither.
     """
     c = default()
     c.policy.init = "meta-llama/Llama-3.1-8B-Instruct"

@@ -2,9 +2,10 @@
 
 python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Two CPU cores: 5 to 8 minutes with the install with AVX-512, 16 minutes without. Three seeds, 84 and 56 test
-prompts each: harmful prompts refused, by phrases, 31% -> 67%, harmless prompts 12% -> 23%; see docs/LOG.md. In an
-earlier run, read blind, most of the new refusals went on to offer help: only the first 8 tokens are trained.
+5 to 8 minutes on two CPU cores with AVX-512, 16 minutes without, the install included. Refusals of harmful prompts
+rise from 31% to 67%, those of harmless ones from 12% to 23%: three seeds, by phrases. Both figures are of the former
+test set, 84 and 56 prompts. In an earlier run, read blind, most of the new refusals went on to offer help: only the
+first 8 tokens are trained. See docs/LOG.md.
 """
 
 from drirl_jax.config import default

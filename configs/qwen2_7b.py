@@ -1,9 +1,10 @@
-"""Qwen2-7B-Instruct with adapters, laid out as configs/llama31_8b.py lays out its model.
+"""Qwen2-7B-Instruct with adapters, on the layout of configs/llama31_8b.py.
 
 python -m drirl_jax plan --config configs/qwen2_7b.py:64 --topology v5e:8x8 --model qwen2-7b
 python -m drirl_jax.main --config configs/qwen2_7b.py:64 --workdir runs/qwen2_7b
 
-Planned with the chips' own compilers on 64 TPU chips and on a node of H100 (docs/SCALE.md); none has run.
+No run has been made. The plans are of the chips' own compilers, for 64 TPU chips and for a node of H100: see
+docs/SCALE.md.
 """
 
 from drirl_jax.configs import llama31_8b

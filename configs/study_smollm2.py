@@ -2,9 +2,9 @@
 
 python -m drirl_jax study --config configs/study_smollm2.py --workdir runs/study
 
-or parts of it, `--config configs/study_smollm2.py:main` or `:combine+sweeps` (PARTS has their names). The runs are
-the quickstart's, with plain groups (no demonstration in them), so that all objectives learn from the same samples; a
-seed's runs share its rewards.
+`--config configs/study_smollm2.py:main` or `:combine+sweeps` runs parts of it; PARTS has their names. The runs are the
+quickstart's with plain groups, which hold no demonstration, so that all objectives learn from the same samples. The
+runs of a seed share their rewards.
 """
 
 from ml_collections import ConfigDict

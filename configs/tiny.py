@@ -1,4 +1,4 @@
-"""The whole method on a random model of two layers, in well under a minute: for tests and for trying a change.
+"""The whole method on a random model of two layers, in well under a minute. It is for tests and for trying a change.
 
 python -m drirl_jax.main --config configs/tiny.py --config.policy.init=FOLDER --workdir runs/tiny
 """

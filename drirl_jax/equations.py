@@ -1,8 +1,8 @@
 """Every equation of DR-IRL, in the order of the method: pure jnp, no parameters, no config, no I/O.
 
 Sources: DR-IRL is "Inverse Reinforcement Learning with Dynamic Reward Scaling for LLM Alignment"
-(arXiv 2503.18991); ML-IRL for LLMs is arXiv 2405.17888; GRPO is arXiv 2402.03300. A choice that is ours and
-not the paper's says so. Letters are those of types.py; σ is the logistic sigmoid.
+(arXiv 2503.18991); ML-IRL for LLMs is arXiv 2405.17888; GRPO is arXiv 2402.03300. "Ours" marks a choice that is
+not the paper's. Letters are those of types.py; σ is the logistic sigmoid.
 """
 
 from __future__ import annotations
@@ -30,45 +30,45 @@ def irl_logistic(demo_reward: Array, sample_reward: Array, beta: float) -> Array
         beta: β > 0, in units of reward.
 
     Returns:
-        [...] loss >= 0; log 2 where the two rewards are equal.
+        [...] loss >= 0; log 2 if the two rewards are equal.
     """
     return -jax.nn.log_sigmoid((demo_reward - sample_reward) / beta)
 
 
 def irl_linear(demo_reward: Array, sample_reward: Array, beta: float, penalty: float) -> Array:
-    """Loss of one pair as the objective is written, which alone has no bound; so with a penalty on the rewards.
+    """Loss of one pair in the objective's linear form. Without the penalty on the rewards it has no lower bound.
 
     ℓ = -(r(x, y) - r(x, ỹ)) / β + λ (r(x, y)² + r(x, ỹ)²)     (ML-IRL, with λ)
 
     Args:
-        demo_reward, sample_reward, beta: as of `irl_logistic`.
+        demo_reward, sample_reward, beta: see `irl_logistic`.
         penalty: λ > 0.
 
     Returns:
-        [...] loss; least where r(x, y) = -r(x, ỹ) = 1 / (2 β λ).
+        [...] loss; smallest at r(x, y) = -r(x, ỹ) = 1 / (2 β λ).
     """
     return (sample_reward - demo_reward) / beta + penalty * (demo_reward**2 + sample_reward**2)
 
 
 def irl_token(demo_reward_T: Array, sample_reward_T: Array, mask_T: Array, beta: float) -> Array:
-    """Loss of one pair, token by token: the reward is read after every token, at the same place in both texts.
+    """Loss of one pair, token by token: it compares the rewards after each token, at the same place in both texts.
 
     ℓ = mean_t -log σ((r_t(x, y) - r_t(x, ỹ)) / β)     over the masked t (the released code of ML-IRL, with β = 1)
 
     Args:
         demo_reward_T, sample_reward_T: [..., T] r_t of the two texts, up to and with token t.
-        mask_T: [..., T] bool, the positions from the first token in which the texts differ that are real in both.
+        mask_T: [..., T] bool, True from the first token in which the texts differ, at positions that are real in both.
         beta: β > 0, in units of reward.
 
     Returns:
-        [...] loss >= 0; 0 where the mask is empty (two equal texts).
+        [...] loss >= 0; 0 if the mask is empty (two equal texts).
     """
     loss_T = irl_logistic(demo_reward_T, sample_reward_T, beta)
     return jnp.sum(loss_T * mask_T, axis=-1) / jnp.maximum(mask_T.sum(axis=-1), 1)
 
 
 def zscore(reward: Array, mean: Array, std: Array) -> Array:
-    """r ← (r - μ_c) / σ_c, which makes the gaps of different categories comparable.
+    """r ← (r - μ_c) / σ_c, so that the gaps of different categories are comparable.
 
     Args:
         reward: [...] raw rewards.
@@ -83,17 +83,17 @@ def zscore(reward: Array, mean: Array, std: Array) -> Array:
 
 
 def standard_scores(value: Array, eps: float, *, where: Array | None = None, axis: int | None = None) -> Array:
-    """z = (x - mean) / (std + ε), population std, of any finite float32 numbers; exactly 0 where all are equal.
+    """z = (x - mean) / (std + ε), population std, of any finite float32 numbers; exactly 0 if all are equal.
 
-    Three things would spoil it. Squares of large numbers overflow, so all are divided by a power of two first, which
-    rounds nothing. The mean is rounded by about 1e-7 of the numbers' size, which may be more than their spread, so the
-    mean of what is centred is taken away again. Equal numbers leave that rounding alone, so they are compared.
+    Three problems need care. Squares of large numbers overflow: all numbers are first divided by a power of two, which
+    is exact. The mean has a rounding error of about 1e-7 of the numbers' size, perhaps more than their spread: the
+    centred numbers are centred once more. Equal numbers would show only this error: a comparison finds them.
 
     Args:
         value: [...] numbers.
         eps: ε >= 0, in the numbers' unit.
         where: [...] bool, the numbers that count; default all.
-        axis: over which mean and std are taken; default all axes.
+        axis: the axis of mean and std; default all axes.
 
     Returns:
         [...] float32, 0 where `where` is False; gradients are finite.
@@ -103,21 +103,21 @@ def standard_scores(value: Array, eps: float, *, where: Array | None = None, axi
     """
     value = value.astype(jnp.float32)
     where = jnp.ones(value.shape, bool) if where is None else jnp.broadcast_to(where, value.shape)
-    over = {"axis": axis, "keepdims": True, "where": where}
+    reduction = {"axis": axis, "keepdims": True, "where": where}
     count = jnp.maximum(jnp.sum(where, axis=axis, keepdims=True), 1)
-    factor = _inverse_power_of_two(jnp.max(jnp.abs(value), initial=0.0, **over))
+    factor = _inverse_power_of_two(jnp.max(jnp.abs(value), initial=0.0, **reduction))
     scaled = jnp.where(where, value, 0.0) * factor
-    equal = jnp.max(scaled, initial=-jnp.inf, **over) <= jnp.min(scaled, initial=jnp.inf, **over)
+    all_equal = jnp.max(scaled, initial=-jnp.inf, **reduction) <= jnp.min(scaled, initial=jnp.inf, **reduction)
     for _ in range(2):
-        scaled = scaled - jnp.sum(scaled, **over) / count
-    variance = jnp.sum(scaled**2, **over) / count
-    alike = equal | (variance == 0)  # NaN is neither, and stays NaN
-    std = jnp.sqrt(jnp.where(alike, 1.0, variance))  # the slope of a root at 0 is infinite
-    return jnp.where(where & ~alike, scaled / (std + eps * factor), 0.0)
+        scaled = scaled - jnp.sum(scaled, **reduction) / count
+    variance = jnp.sum(scaled**2, **reduction) / count
+    zero_spread = all_equal | (variance == 0)  # NaN is neither of these, and stays NaN
+    std = jnp.sqrt(jnp.where(zero_spread, 1.0, variance))  # the square root has an infinite slope at 0
+    return jnp.where(where & ~zero_spread, scaled / (std + eps * factor), 0.0)
 
 
 def _inverse_power_of_two(size: Array) -> Array:
-    """2^-e of float32 numbers >= 0 in [2^e, 2^(e+1)), made of its bits and so exact; a constant for differentiation."""
+    """2^-e of float32 numbers >= 0 in [2^e, 2^(e+1)), exact as it uses the bits; a constant for differentiation."""
     exponent = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(size), jnp.int32) >> 23  # e + 127
     return jax.lax.bitcast_convert_type(jnp.clip(254 - exponent, 1, 254) << 23, jnp.float32)
 
@@ -154,17 +154,17 @@ def part_similarity(response_PGKE: Array, demo_PLE: Array) -> Array:
 
 
 def align_response(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> Array:
-    """W = mean_k max_ℓ s_kℓ: how well each part of the response is met by some part of the demonstration.
+    """W = mean_k max_ℓ s_kℓ: how well each part of the response matches some part of the demonstration.
 
     Args:
         s_PGKL: [P, G, K, L] cosines.
-        response_mask_PGK: [P, G, K] bool, True at real parts; at least one a response.
-        demo_mask_PL: [P, L] bool, True at real parts; at least one a demonstration.
+        response_mask_PGK: [P, G, K] bool, True at real parts; at least one for each response.
+        demo_mask_PL: [P, L] bool, True at real parts; at least one for each demonstration.
 
     Returns:
         [P, G] W in [-1, 1].
 
-    >>> s = jnp.array([[[[1.0, 0.0], [0.5, 0.25]]]])  # two parts of a response by two of the demonstration
+    >>> s = jnp.array([[[[1.0, 0.0], [0.5, 0.25]]]])  # two parts of a response, two of the demonstration
     >>> align_response(s, jnp.ones((1, 1, 2), bool), jnp.ones((1, 2), bool)).item()  # (1 + ½) / 2
     0.75
     """
@@ -173,9 +173,9 @@ def align_response(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array)
 
 
 def align_demo(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> Array:
-    """W = mean_ℓ max_k s_kℓ: how well each part of the demonstration is met by some part of the response.
+    """W = mean_ℓ max_k s_kℓ: how well each part of the demonstration matches some part of the response.
 
-    Arguments and result as of `align_response`.
+    Arguments and result are those of `align_response`.
     """
     best_PGL = jnp.max(jnp.where(response_mask_PGK[..., None], s_PGKL, -jnp.inf), axis=-2)
     return jnp.mean(best_PGL, axis=-1, where=demo_mask_PL[:, None, :])
@@ -195,18 +195,18 @@ def data_hardness(delta: Array, baseline: Array) -> Array:
         baseline: [...] δ̄_c of each row's category.
 
     Returns:
-        [...] α^D > 0; above 1 where the response is farther from the demonstration than is usual.
+        [...] α^D > 0; above 1 if the response is farther from the demonstration than usual.
     """
     return jax.nn.sigmoid(delta) / jax.nn.sigmoid(baseline)
 
 
 def gap(demo_reward_P: Array, reward_PG: Array) -> Array:
-    """ρ_ig = R*_i - R_ig, [P, G]: how far the reward of a response lies below the demonstration's."""
+    """ρ_ig = R*_i - R_ig, [P, G]: how far a response's reward is below the demonstration's."""
     return demo_reward_P[:, None] - reward_PG
 
 
 def category_mean(value_PG: Array, category_P: Array, num_categories: int, keep_PG: Array | None = None):
-    """Mean of the (kept) values of each category, and which categories the batch holds.
+    """Mean of the (kept) values of each category, and which categories have any.
 
     Args:
         value_PG: [P, G].
@@ -215,7 +215,7 @@ def category_mean(value_PG: Array, category_P: Array, num_categories: int, keep_
         keep_PG: [P, G] bool, default all.
 
     Returns:
-        ([C] mean, 0 where absent; [C] bool, present).
+        ([C] mean, 0 for an absent category; [C] bool, whether the category is present).
     """
     keep_PG = jnp.ones_like(value_PG, bool) if keep_PG is None else keep_PG
     total_C = jax.ops.segment_sum(jnp.where(keep_PG, value_PG, 0.0).sum(-1), category_P, num_categories)
@@ -224,21 +224,21 @@ def category_mean(value_PG: Array, category_P: Array, num_categories: int, keep_
 
 
 def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -> Array:
-    """Keep-mask of the gaps: of each category's M gaps the ⌊drop·M⌋ with the largest (ρ - ρ̄_c)² are dropped.
+    """Keep-mask of the gaps: of each category's M gaps it drops the ⌊drop·M⌋ with the largest (ρ - ρ̄_c)².
 
-    (DR-IRL masks outliers above a threshold τ; here τ is that quantile. Ties: the later gap is kept.)
+    (DR-IRL masks outliers above a threshold τ; here τ is that quantile. In a tie the later gap stays.)
 
     Args:
         gap_PG: [P, G] gaps ρ.
         category_P: [P] int32.
         baseline_C: [C] running means ρ̄_c.
-        drop: share in [0, 1), a Python number: ⌊drop·M⌋ is taken in decimals, where 0.29·100 is 29 and not just below.
+        drop: share in [0, 1), a Python number: ⌊drop·M⌋ is exact in decimals: 0.29·100 is 29, not just below.
 
     Returns:
-        [P, G] bool, True where the gap is kept; at least one of every category present.
+        [P, G] bool, True for a kept gap; each category in the batch keeps at least one.
     """
     group_size = gap_PG.shape[1]
-    # In the order of the squares, which overflow.
+    # |ρ - ρ̄_c| has the order of the squares, which may overflow.
     distance_N = jnp.abs(gap_PG - baseline_C[category_P][:, None]).reshape(-1)
     category_N = jnp.repeat(category_P, group_size)
     same_NN = category_N[:, None] == category_N[None, :]
@@ -247,30 +247,30 @@ def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -
         (distance_N[None, :] == distance_N[:, None]) & (index_N[None, :] < index_N[:, None])
     )
     rank_N = jnp.sum(same_NN & farther_NN, axis=1)
-    dropped_of_M = jnp.array([int(Fraction(str(drop)) * m) for m in range(distance_N.size + 1)])
-    return (rank_N >= dropped_of_M[same_NN.sum(axis=1)]).reshape(gap_PG.shape)
+    num_dropped_by_size = jnp.array([int(Fraction(str(drop)) * m) for m in range(distance_N.size + 1)])
+    return (rank_N >= num_dropped_by_size[same_NN.sum(axis=1)]).reshape(gap_PG.shape)
 
 
 def mask_threshold(gap_PG: Array, category_P: Array, baseline_C: Array, threshold: float) -> Array:
     """Keep-mask of the gaps: (ρ - ρ̄_c)² <= τ. (DR-IRL, with a fixed τ)
 
     Args:
-        gap_PG, category_P, baseline_C: as of `mask_top`.
+        gap_PG, category_P, baseline_C: see `mask_top`.
         threshold: τ > 0, in squared units of reward.
 
     Returns:
-        [P, G] bool, True where the gap is kept; perhaps none of a category.
+        [P, G] bool, True for a kept gap; a category may keep none.
     """
     return (gap_PG - baseline_C[category_P][:, None]) ** 2 <= threshold
 
 
 def sigmoid_ratio(x: Array, baseline: Array) -> Array:
-    """σ(x) / σ(baseline), in logarithms: far below zero both sigmoids underflow, their ratio does not."""
+    """σ(x) / σ(baseline), in logarithms: far below zero both sigmoids underflow, but their ratio does not."""
     return jnp.exp(jax.nn.log_sigmoid(x) - jax.nn.log_sigmoid(baseline))
 
 
 def model_responsiveness(kept_gap_C: Array, baseline_C: Array, present_C: Array) -> Array:
-    """α^M_c = σ(ρ̃_c) / σ(ρ̄_c); 1 for a category that the batch does not hold. (DR-IRL)
+    """α^M_c = σ(ρ̃_c) / σ(ρ̄_c); 1 for a category that is not in the batch. (DR-IRL)
 
     Args:
         kept_gap_C: [C] ρ̃_c, the mean of the kept gaps.
@@ -278,32 +278,32 @@ def model_responsiveness(kept_gap_C: Array, baseline_C: Array, present_C: Array)
         present_C: [C] bool.
 
     Returns:
-        [C] α^M > 0; above 1 where the policy lags behind the demonstrations more than it used to.
+        [C] α^M > 0; above 1 if the policy is farther below the demonstrations than before.
     """
     return jnp.where(present_C, sigmoid_ratio(kept_gap_C, baseline_C), 1.0)
 
 
 def mean_responsiveness(gap_PG: Array, keep_PG: Array, category_P: Array, baseline_C: Array) -> Array:
-    """α^M_c = mean_kept σ(ρ) / σ(ρ̄_c): the mean outside of the sigmoid; 1 for a category of which no gap is kept.
+    """α^M_c = mean_kept σ(ρ) / σ(ρ̄_c): the mean outside the sigmoid; 1 for a category that keeps no gap.
 
     Args:
-        gap_PG, keep_PG: [P, G] gaps ρ, and which of them are kept.
-        category_P, baseline_C: as of `mask_top`.
+        gap_PG, keep_PG: [P, G] gaps ρ, and bool, True for a kept gap.
+        category_P, baseline_C: see `mask_top`.
 
     Returns:
         [C] α^M > 0.
     """
     ratio_PG = sigmoid_ratio(gap_PG, baseline_C[category_P][:, None])
-    mean_C, kept_C = category_mean(ratio_PG, category_P, baseline_C.shape[0], keep_PG)
-    return jnp.where(kept_C, mean_C, 1.0)
+    mean_C, present_C = category_mean(ratio_PG, category_P, baseline_C.shape[0], keep_PG)
+    return jnp.where(present_C, mean_C, 1.0)
 
 
 def running_mean(mean_C: Array, seen_C: Array, batch_C: Array, present_C: Array, decay: float):
-    """x̄ ← γ x̄ + (1 - γ) x_batch for the categories present; the first batch of a category initialises it.
+    """x̄ ← γ x̄ + (1 - γ) x_batch for the categories present; a category starts with its first batch's mean.
 
     Args:
-        mean_C, seen_C: [C] running means, and whether there are any yet.
-        batch_C, present_C: [C] means of this batch, and whether the batch holds the category.
+        mean_C, seen_C: [C] running means, and bool, whether the category has one yet.
+        batch_C, present_C: [C] means of this batch, and bool, whether the category is in the batch.
         decay: γ in [0, 1).
 
     Returns:
@@ -313,8 +313,8 @@ def running_mean(mean_C: Array, seen_C: Array, batch_C: Array, present_C: Array,
     >>> running_mean(mean, seen, batch, jnp.array(True), decay=0.75)[0].tolist()  # ¾·4 + ¼·8, and a first batch
     [5.0, 8.0]
     """
-    moved_C = jnp.where(seen_C, decay * mean_C + (1 - decay) * batch_C, batch_C)
-    return jnp.where(present_C, moved_C, mean_C), seen_C | present_C
+    updated_C = jnp.where(seen_C, decay * mean_C + (1 - decay) * batch_C, batch_C)
+    return jnp.where(present_C, updated_C, mean_C), seen_C | present_C
 
 
 def combine_product(alpha_d_PG: Array, alpha_m_P: Array) -> Array:
@@ -333,7 +333,7 @@ def per_prompt(alpha_PG: Array) -> Array:
 
 
 def of_the_other_kind(reward_PG: Array, demo_reward_P: Array, contrast_reward_P: Array) -> Array:
-    """[P, G] bool: whether a response is nearer, by its reward, to a demonstration of the other kind than to its own.
+    """[P, G] bool: whether a response's reward is nearer to a demonstration of the other kind than to its own.
 
     R_ig < (R*_i + R'_i) / 2, with R'_i the reward of a demonstration for a prompt of the other kind     (ours)
     """
@@ -341,16 +341,16 @@ def of_the_other_kind(reward_PG: Array, demo_reward_P: Array, contrast_reward_P:
 
 
 def kind_weight(share: Array, target: float, gain: float = 5.0, most: float = 2.0) -> Array:
-    """Weight of the prompts of one kind whose share of wrong responses should not exceed a target.
+    """Weight of the prompts of one kind; their share of wrong responses should not exceed a target.
 
     λ = min(exp(k (share - target)), most)     (ours)
 
-    A controller in proportion: it has no memory that could wind up while the share is still high.
+    This is a proportional controller: it has no memory that could wind up while the share is still high.
 
     Args:
-        share, target: the batch's, and the one aimed at, in [0, 1].
+        share, target: the batch's share and the target, in [0, 1].
         gain: k > 0.
-        most: bound of λ, above 1.
+        most: upper bound of λ, above 1.
     """
     return jnp.minimum(jnp.exp(gain * (share - target)), most)
 
@@ -358,7 +358,7 @@ def kind_weight(share: Array, target: float, gain: float = 5.0, most: float = 2.
 def scaled_advantage(alpha_PG: Array, advantage_PG: Array) -> Array:
     """A_ig = α_ig · Â_ig, [P, G], with α a constant for differentiation. (DR-IRL)
 
-    The factor stands after the normalisation: on the rewards, a positive factor of the prompt would cancel in
-    the division by the group's standard deviation.
+    The factor applies after the normalisation. On the rewards, a positive factor of the prompt would cancel in the
+    division by the group's standard deviation.
     """
     return jax.lax.stop_gradient(alpha_PG) * advantage_PG

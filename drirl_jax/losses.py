@@ -12,7 +12,7 @@ from drirl_jax.types import Array
 
 
 def sequence_ratio(log_ratio_PGT: Array, mask_PGT: Array) -> Array:
-    """log s_ig = mean_t (log π - log π_old) over a response's tokens, at every one of them. (GSPO, arXiv 2507.18071)"""
+    """log s_ig = mean_t (log π - log π_old), the same for all tokens of a response. (GSPO, arXiv 2507.18071)"""
     total_PG1 = jnp.sum(log_ratio_PGT * mask_PGT, -1, keepdims=True)
     return jnp.broadcast_to(total_PG1 / jnp.maximum(mask_PGT.sum(-1, keepdims=True), 1), log_ratio_PGT.shape)
 
@@ -22,7 +22,7 @@ class Ratio(NamedTuple):
 
     Attributes:
         of: ([P, G, T] log π - log π_old, 0 at padding; [P, G, T] mask) -> [P, G, T] log ρ of each token.
-        own: whether a token's depends on no other token, so that the loss of a response is the sum of its pieces'.
+        own: whether each token's ρ depends only on that token. Then the loss of a response is a sum over its pieces.
     """
 
     of: Callable[[Array, Array], Array]
@@ -33,17 +33,17 @@ RATIO = {"token": Ratio(lambda log_ratio_PGT, mask_PGT: log_ratio_PGT, True), "s
 
 
 def clipped_surrogate(log_ratio: Array, advantage: Array, clip_low: float, clip_high: float):
-    """Clipped surrogate of each token, to be maximised.
+    """Clipped surrogate of each token; the policy maximises it.
 
     min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A)     (PPO, arXiv 1707.06347)
 
     Args:
-        log_ratio: [P, G, T] log ρ, with ρ = π / π_old under the policy and under the one that sampled.
+        log_ratio: [P, G, T] log ρ, with ρ = π / π_old, the policy over the policy that sampled.
         advantage: [P, G, 1 or T] scaled advantages; a constant.
         clip_low, clip_high: ε_low, ε_high in (0, 1) and (0, ∞).
 
     Returns:
-        ([P, G, T] objective, [P, G, T] bool: ρ lies outside of the clip).
+        ([P, G, T] objective, [P, G, T] bool: ρ is outside the clip).
     """
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
@@ -51,12 +51,12 @@ def clipped_surrogate(log_ratio: Array, advantage: Array, clip_low: float, clip_
 
 
 def off_policy_surrogate(logp: Array, advantage: Array) -> Array:
-    """Objective of each token of a text that the policy did not sample, to be maximised: pull towards it, or push off.
+    """Objective of each token of a text that the policy did not sample; the policy maximises it.
 
     A log π where A > 0, A π where A <= 0: gradients A ∇log π and A π ∇log π     (ours)
 
-    The push is what the policy would feel on average from sampling the token itself, so it ends with the token's
-    probability; A ∇log π would go on for ever.
+    A > 0 pulls the policy towards the text, A <= 0 pushes it away. The push equals the average push if the policy had
+    sampled the token itself, so it fades with the token's probability. A ∇log π would never fade.
 
     Args:
         logp: [P, G, T] log-probabilities under the policy.
@@ -66,7 +66,7 @@ def off_policy_surrogate(logp: Array, advantage: Array) -> Array:
 
 
 def k3(logp: Array, ref_logp: Array) -> Array:
-    """Unbiased, non-negative estimate of KL(π || π_ref) from a token sampled by π.
+    """Unbiased, non-negative estimate of KL(π || π_ref) from a token that π sampled.
 
     k3 = exp(d) - d - 1,  d = log π_ref - log π     (GRPO, arXiv 2402.03300, eq. 4)
 
@@ -74,13 +74,13 @@ def k3(logp: Array, ref_logp: Array) -> Array:
         logp, ref_logp: [...] log-probabilities in nats.
     """
     d = ref_logp - logp
-    return jnp.expm1(d) - d  # exp(d) - 1 - d, without the rounding that makes small values negative
+    return jnp.expm1(d) - d  # exp(d) - 1 - d, without the rounding that can make small values negative
 
 
 def _by_response(share_PMT: Array, mask_PMT: Array) -> Array:
-    """Each response's shares, spread over the responses that have tokens; see REDUCE."""
-    responses = jnp.maximum(mask_PMT.any(-1).sum(), 1)
-    return share_PMT * mask_PMT.shape[0] / responses
+    """Weights from each token's share of its response; the mean is over the responses with tokens. See REDUCE."""
+    num_responses = jnp.maximum(mask_PMT.any(-1).sum(), 1)
+    return share_PMT * mask_PMT.shape[0] / num_responses
 
 
 def weight_by_sequence(mask_PMT: Array) -> Array:
@@ -91,10 +91,10 @@ def weight_by_sequence(mask_PMT: Array) -> Array:
 def weight_by_sequence_discounted(mask_PMT: Array, discount: float = 0.7) -> Array:
     """Mean over each response's tokens, token t with weight γ^t, then over responses.     (ours)
 
-    Whether to refuse is decided in the first tokens.
+    The first tokens decide whether the policy refuses.
     """
-    falling_PMT = mask_PMT * discount ** jnp.arange(mask_PMT.shape[-1])
-    return _by_response(falling_PMT / jnp.maximum(falling_PMT.sum(-1, keepdims=True), 1), mask_PMT)
+    discounted_PMT = mask_PMT * discount ** jnp.arange(mask_PMT.shape[-1])
+    return _by_response(discounted_PMT / jnp.maximum(discounted_PMT.sum(-1, keepdims=True), 1), mask_PMT)
 
 
 def weight_by_token(mask_PMT: Array) -> Array:
@@ -103,12 +103,12 @@ def weight_by_token(mask_PMT: Array) -> Array:
 
 
 def weight_by_constant(mask_PMT: Array) -> Array:
-    """Sum over each response's tokens by the most that it could have, T, then the mean. (Dr. GRPO, arXiv 2503.20783)"""
+    """Sum over each response's tokens divided by T, then the mean over responses. (Dr. GRPO, arXiv 2503.20783)"""
     return _by_response(mask_PMT / mask_PMT.shape[-1], mask_PMT)
 
 
-# How values of tokens become one: [P, M, T] mask -> [P, M, T] weights w, of which `weighted` makes the value. They are
-# made of the whole batch, so that its micro-batches average to it whatever their lengths.
+# Ways to average the tokens' values: [P, M, T] mask -> [P, M, T] weights w for `weighted`. The weights come from the
+# whole batch, so that the mean of its micro-batches is the batch's value whatever their lengths.
 REDUCE = {
     "sequence": weight_by_sequence,
     "discounted": weight_by_sequence_discounted,
@@ -126,10 +126,10 @@ class Weights(NamedTuple):
     """Weights of a batch's tokens.
 
     Attributes:
-        members: [P, M, T] of all members' tokens by a row of REDUCE: of the surrogate.
-        sampled: [P, G, T] of the sampled ones' by the same row: of the terms that are estimated from samples.
-        tokens: [P, G, T] of the sampled ones', all equal: of figures of a token, which no choice of REDUCE changes.
-        responses: [P, M, T] of all members', equal for each response: of figures of a response, likewise.
+        members: [P, M, T] for the surrogate: the tokens of all members, by a row of REDUCE.
+        sampled: [P, G, T] for terms estimated from samples (KL, value): the samples' tokens, by the same row.
+        tokens: [P, G, T] for scalars per token: the samples' tokens, all equal, whatever REDUCE.
+        responses: [P, M, T] for scalars per response: all members' tokens, equal for each response, whatever REDUCE.
     """
 
     members: Array
@@ -139,7 +139,7 @@ class Weights(NamedTuple):
 
 
 def token_weights(reduce: str, mask_PMT: Array, sampled: int) -> Weights:
-    """The weights by a row of REDUCE; the first `sampled` members of each group were sampled."""
+    """The weights by a row of REDUCE; the first `sampled` members of each group are samples."""
     mask_PGT = mask_PMT[:, :sampled]
     return Weights(
         members=REDUCE[reduce](mask_PMT),
@@ -150,15 +150,15 @@ def token_weights(reduce: str, mask_PMT: Array, sampled: int) -> Weights:
 
 
 def prompt_weights(weight_PK: Array) -> Array:
-    """[P] weights of a batch's prompts: equal of those of which a pair weighs anything, 0 of the others, mean 1.
+    """[P] weights of a batch's prompts: 0 for a prompt whose pairs all weigh 0, equal for the others, mean 1.
 
-    They are made of the whole batch, like those of REDUCE.
+    Like those of REDUCE they come from the whole batch.
 
     Args:
-        weight_PK: [P, K] >= 0, of the pairs of each prompt.
+        weight_PK: [P, K] >= 0, weights of each prompt's pairs.
     """
-    telling_P = (weight_PK > 0).any(axis=1)
-    return telling_P * telling_P.size / jnp.maximum(telling_P.sum(), 1)
+    has_pair_P = (weight_PK > 0).any(axis=1)
+    return has_pair_P * has_pair_P.size / jnp.maximum(has_pair_P.sum(), 1)
 
 
 def policy_loss(
@@ -178,60 +178,60 @@ def policy_loss(
 
     L = -mean[ min(ρ A, clip(ρ) A) ] + β_kl mean[ k3 ]     (GRPO, arXiv 2402.03300, eq. 3)
 
-    A group may have M >= G members of which only the first G were sampled; the others are demonstrations (ours;
-    off-policy members as in LUFFY, arXiv 2504.14945), with `off_policy_surrogate` for the clipped one. k3 leaves them
-    out, as it estimates the KL from the policy's own samples only.
+    A group may have M >= G members: the first G are samples, the others demonstrations (ours; off-policy members as in
+    LUFFY, arXiv 2504.14945). Demonstrations have `off_policy_surrogate` in place of the clipped one, and no k3, which
+    estimates the KL from the policy's own samples only.
 
     Args:
-        logp_PMT: [P, M, T] under the policy.
-        old_logp_PGT, ref_logp_PGT: [P, G, T] under the sampler and the reference, the latter None if β_kl is 0.
+        logp_PMT: [P, M, T] log-probabilities under the policy.
+        old_logp_PGT, ref_logp_PGT: [P, G, T] under the sampler and the reference; the latter is None if β_kl is 0.
         advantage_PMT: [P, M, 1 or T] scaled advantages.
         mask_PMT: [P, M, T] bool, True at real response tokens.
-        weights: see `token_weights`; of the whole batch, of which these may be some prompts.
+        weights: see `token_weights`; computed on the whole batch, as these prompts may be a micro-batch of it.
         clip_low, clip_high, beta_kl: see `clipped_surrogate`; β_kl >= 0.
         ratio: a row of RATIO.
 
     Returns:
-        (scalar loss, {"kl", "clipped", "sampler_gap"}: mean k3, absent without a reference; the share of sampled tokens
-        whose ratio lies outside the clip; and the mean |log π - log π_sampler|, in nats. Each is the mean over the
-        sampled tokens, however the loss weighs them).
+        (scalar loss, {"kl", "clipped", "sampler_gap"}): mean k3, absent without a reference; the share of tokens whose
+        ratio is outside the clip; and the mean |log π - log π_sampler|, in nats. Each is a mean over the sampled tokens
+        with equal weights.
     """
     sampled = old_logp_PGT.shape[1]
     mask_PGT = mask_PMT[:, :sampled]
-    # What stands at padding must not pass through exp: masked afterwards, an overflow would be inf · 0.
+    # Values at padding must not pass through exp: an overflow, masked afterwards, would be inf · 0.
     logp_PMT = jnp.where(mask_PMT, logp_PMT, 0.0)
-    logp_PGT, other_logp = logp_PMT[:, :sampled], logp_PMT[:, sampled:]
-    moved_PGT = logp_PGT - jnp.where(mask_PGT, old_logp_PGT, 0.0)
-    log_ratio_PGT = RATIO[ratio].of(moved_PGT, mask_PGT)
-    objective, outside = clipped_surrogate(log_ratio_PGT, advantage_PMT[:, :sampled], clip_low, clip_high)
-    other = off_policy_surrogate(other_logp, advantage_PMT[:, sampled:])
+    logp_PGT, demo_logp = logp_PMT[:, :sampled], logp_PMT[:, sampled:]
+    logp_change_PGT = logp_PGT - jnp.where(mask_PGT, old_logp_PGT, 0.0)
+    log_ratio_PGT = RATIO[ratio].of(logp_change_PGT, mask_PGT)
+    sample_objective, clipped = clipped_surrogate(log_ratio_PGT, advantage_PMT[:, :sampled], clip_low, clip_high)
+    demo_objective = off_policy_surrogate(demo_logp, advantage_PMT[:, sampled:])
     scalars = {
-        "clipped": weighted(outside, weights.tokens),
-        "sampler_gap": weighted(jnp.abs(moved_PGT), weights.tokens),
+        "clipped": weighted(clipped, weights.tokens),
+        "sampler_gap": weighted(jnp.abs(logp_change_PGT), weights.tokens),
     }
-    value = -weighted(jnp.concatenate([objective, other], axis=1), weights.members)
+    loss = -weighted(jnp.concatenate([sample_objective, demo_objective], axis=1), weights.members)
     if ref_logp_PGT is not None:
         k3_PGT = k3(logp_PGT, jnp.where(mask_PGT, ref_logp_PGT, 0.0))
         scalars["kl"] = weighted(k3_PGT, weights.tokens)
-        value += beta_kl * weighted(k3_PGT, weights.sampled)
-    return value, scalars
+        loss += beta_kl * weighted(k3_PGT, weights.sampled)
+    return loss, scalars
 
 
 # ----------------------------------------------------------------------------------------------------------
-# PPO-S: a learned value of every beginning, instead of the group's mean
+# PPO-S: a learned value of each prefix of a response, instead of the group's mean
 # ----------------------------------------------------------------------------------------------------------
 
 
 def generalised_advantage(
     reward_PG: Array, value_PGT: Array, mask_PGT: Array, gamma: float, lam: float
 ) -> tuple[Array, Array]:
-    """Generalised advantage estimates where all of the reward comes with a response's last token.
+    """Generalised advantage estimates; the whole reward comes with a response's last token.
 
-    A_t = Σ_k (γλ)^k δ_{t+k},  δ_t = r_t + γ V_{t+1} - V_t     (GAE, arXiv 1506.02438, eq. 16; V behind the end is 0)
+    A_t = Σ_k (γλ)^k δ_{t+k},  δ_t = r_t + γ V_{t+1} - V_t     (GAE, arXiv 1506.02438, eq. 16; V after the end is 0)
 
     Args:
         reward_PG: [P, G] rewards of the responses.
-        value_PGT: [P, G, T] V_t, of what stands before token t.
+        value_PGT: [P, G, T] V_t, of the text before token t.
         mask_PGT: [P, G, T] bool, True at real tokens.
         gamma, lam: γ and λ in [0, 1].
 
@@ -239,17 +239,17 @@ def generalised_advantage(
         ([P, G, T] advantages, [P, G, T] returns A + V), 0 at padding.
     """
     value_PGT = jnp.where(mask_PGT, value_PGT, 0.0)
-    after_PGT = jnp.pad(value_PGT[..., 1:], ((0, 0), (0, 0), (0, 1)))
-    last_PGT = mask_PGT & ~jnp.pad(mask_PGT[..., 1:], ((0, 0), (0, 0), (0, 1)))
-    delta_PGT = last_PGT * reward_PG[..., None] + gamma * after_PGT - value_PGT
+    next_value_PGT = jnp.pad(value_PGT[..., 1:], ((0, 0), (0, 0), (0, 1)))
+    is_last_PGT = mask_PGT & ~jnp.pad(mask_PGT[..., 1:], ((0, 0), (0, 0), (0, 1)))
+    delta_PGT = is_last_PGT * reward_PG[..., None] + gamma * next_value_PGT - value_PGT
 
-    def backwards(advantage_PG, delta_PG):
+    def accumulate(advantage_PG, delta_PG):
         advantage_PG = delta_PG + gamma * lam * advantage_PG
         return advantage_PG, advantage_PG
 
-    # At padding δ is 0, so that each response's sum begins with its last token.
-    _, advantage = jax.lax.scan(backwards, jnp.zeros_like(reward_PG), jnp.moveaxis(delta_PGT, -1, 0), reverse=True)
-    advantage_PGT = jnp.moveaxis(advantage, 0, -1) * mask_PGT
+    # δ is 0 at padding, so each response's sum starts with its last token.
+    _, advantage_TPG = jax.lax.scan(accumulate, jnp.zeros_like(reward_PG), jnp.moveaxis(delta_PGT, -1, 0), reverse=True)
+    advantage_PGT = jnp.moveaxis(advantage_TPG, 0, -1) * mask_PGT
     return advantage_PGT, advantage_PGT + value_PGT
 
 
@@ -262,7 +262,7 @@ def whitened(advantage_PGT: Array, mask_PGT: Array, eps: float = 1e-6) -> Array:
         eps: ε >= 0, in units of reward.
 
     Returns:
-        [P, G, T] float32; 0 everywhere where all advantages are equal: see `equations.standard_scores`.
+        [P, G, T] float32; 0 everywhere if all advantages are equal: see `equations.standard_scores`.
     """
     return standard_scores(advantage_PGT, eps, where=mask_PGT)
 
@@ -285,7 +285,7 @@ def value_loss(value: Array, old_value: Array, returns: Array, clip: float) -> A
 # ----------------------------------------------------------------------------------------------------------
 
 
-# Where α scales DPO: (margin, α, β) -> loss.
+# The place of α in the DPO loss: (margin, α, β) -> loss.
 ALPHA_ON = {
     "beta": lambda margin, alpha, beta: -jax.nn.log_sigmoid(alpha * beta * margin),
     "loss": lambda margin, alpha, beta: -alpha * jax.nn.log_sigmoid(beta * margin),

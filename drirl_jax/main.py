@@ -133,7 +133,8 @@ def config_files(command: str = "main") -> dict[str, ModuleType]:
     here, found = pathlib.Path("configs"), {}
     for name in names:
         module = importlib.import_module(f"drirl_jax.configs.{name}")
-        if f"python -m drirl_jax.{command} " in (module.__doc__ or ""):
+        page, dot = module.__doc__ or "", "." if command == "main" else " "
+        if f"python -m drirl_jax{dot}{command} " in page:
             found[str((here if (here / f"{name}.py").exists() else folder) / f"{name}.py")] = module
     return found
 

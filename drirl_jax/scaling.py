@@ -1,6 +1,6 @@
-"""The tables of scaling rules, and the running statistics that they carry from batch to batch.
+"""The tables of scaling rules, and their running statistics from batch to batch.
 
-Each option of config.scaling names a row of its table; a new rule is a function in equations.py and a row here.
+Each option of config.scaling names a row of its table. A new rule is a function in equations.py and a row here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from drirl_jax.types import Array
 
 
 class Similarity(NamedTuple):
-    """What of a response is compared with the demonstration, and how α^D follows from δ.
+    """How a response is compared with the demonstration, and how α^D follows from δ.
 
     Attributes:
-        whole: the texts are compared as wholes, not part by part.
-        ratio: α^D = σ(δ)/σ(δ̄), otherwise α^D = δ.
+        whole: True compares whole texts, False compares their parts.
+        ratio: True: α^D = σ(δ)/σ(δ̄); False: α^D = δ.
     """
 
     whole: bool
@@ -31,9 +31,9 @@ class Baseline(NamedTuple):
     """δ̄ of each response.
 
     Attributes:
-        of: (running mean [C], whether it has begun [C], mean of the batch [C], δ [P, G], category [P]) -> broadcasts
-            to [P, G].
-        moves: whether the running mean follows the batches; one that does not is calibrated before the first.
+        of: (running mean [C], whether it has a value [C], mean of the batch [C], δ [P, G], category [P]) -> δ̄, which
+            broadcasts to [P, G].
+        moves: True: the running mean follows the batches. False: it is calibrated before the first batch and stays.
     """
 
     of: Callable[..., Array]
@@ -41,8 +41,8 @@ class Baseline(NamedTuple):
 
 
 def _responsiveness_of_mean(gap_PG, keep_PG, category_P, baseline_C):
-    kept_gap_C, kept_C = eq.category_mean(gap_PG, category_P, baseline_C.shape[0], keep_PG)
-    return eq.model_responsiveness(kept_gap_C, baseline_C, kept_C)
+    kept_gap_C, present_C = eq.category_mean(gap_PG, category_P, baseline_C.shape[0], keep_PG)
+    return eq.model_responsiveness(kept_gap_C, baseline_C, present_C)
 
 
 TABLES = {
@@ -54,19 +54,21 @@ TABLES = {
         "plain": Similarity(whole=True, ratio=False),
     },
     "baseline": {
-        "ema": Baseline(lambda mean_C, seen_C, now_C, _, c_P: jnp.where(seen_C, mean_C, now_C)[c_P][:, None]),
-        "batch": Baseline(lambda mean_C, seen_C, now_C, _, c_P: now_C[c_P][:, None]),
-        "group": Baseline(lambda mean_C, seen_C, now_C, delta_PG, _: delta_PG.mean(axis=1, keepdims=True)),
-        "dataset": Baseline(lambda mean_C, seen_C, now_C, _, c_P: mean_C[c_P][:, None], moves=False),
+        "ema": Baseline(
+            lambda mean_C, seen_C, batch_C, _, category_P: jnp.where(seen_C, mean_C, batch_C)[category_P][:, None]
+        ),
+        "batch": Baseline(lambda mean_C, seen_C, batch_C, _, category_P: batch_C[category_P][:, None]),
+        "group": Baseline(lambda mean_C, seen_C, batch_C, delta_PG, _: delta_PG.mean(axis=1, keepdims=True)),
+        "dataset": Baseline(lambda mean_C, seen_C, batch_C, _, category_P: mean_C[category_P][:, None], moves=False),
     },
-    # α^D as used, from the formula's
+    # the α^D in use, from the α^D of the formula
     "orientation": {"formula": lambda alpha_d: alpha_d, "inverse": lambda alpha_d: 1 / alpha_d},
-    # which gaps are kept for ρ̃_c
+    # the gaps that ρ̃_c averages
     "mask": {
         "top": lambda options, *gaps: eq.mask_top(*gaps, drop=options.drop),
         "threshold": lambda options, *gaps: eq.mask_threshold(*gaps, threshold=options.threshold),
     },
-    # which gaps the running mean follows: all, or the kept
+    # the gaps that the running mean averages: all, or the kept ones
     "ema_of": {"all": jnp.ones_like, "kept": lambda keep_PG: keep_PG},
     "alpha_m": {"sigma_of_mean": _responsiveness_of_mean, "mean_of_sigma": eq.mean_responsiveness},
     "combine": {
@@ -81,7 +83,7 @@ TABLES = {
 
 
 class Options(NamedTuple):
-    """config.scaling, hashable: rows of TABLES by name, and the numbers."""
+    """config.scaling as a hashable tuple: names of rows of TABLES, and numbers."""
 
     align: str = "response"
     similarity: str = "parts"
@@ -106,15 +108,16 @@ class Options(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Running means of each category, [C], and whether each of them has begun.
+    """Running means of each category, [C], and whether each mean has a value yet.
 
-    The two begin apart: a batch in which no gap of a category is kept has distances of it, but no gap to follow.
+    The two means may start in different batches: a batch that keeps no gap of a category has distances of it, but no
+    gap to average.
 
     Attributes:
         delta: δ̄_c.
         gap: ρ̄_c.
-        seen: bool, whether ρ̄_c has begun.
-        delta_seen: bool, whether δ̄_c has begun.
+        seen: bool, whether ρ̄_c has a value.
+        delta_seen: bool, whether δ̄_c has a value.
     """
 
     delta: Array
@@ -129,9 +132,9 @@ class Stats(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Unit embeddings of the parts of responses and demonstrations, and which of them are real.
+    """Unit embeddings of the parts of responses and demonstrations, and masks of the real parts.
 
-    A response that says nothing has one real part with the zero vector: it is like no demonstration, δ = 1.
+    An empty response has one real part with the zero vector, so its δ to any demonstration is 1.
     """
 
     response_PGKE: Any
@@ -143,7 +146,8 @@ class Parts(NamedTuple):
 def distances(options: Options, parts: Parts) -> Array:
     """[P, G] δ = 1 - W in [0, 2]: how far each response is from the demonstration.
 
-    Cosines of equal texts may be rounded to above 1, and α^D = 1/δ of a δ just below 0 would turn an advantage round.
+    The clip is needed: rounding may lift the cosine of equal texts above 1. Then δ < 0, and α^D = 1/δ would change the
+    sign of an advantage.
     """
     cosine_PGKL = eq.part_similarity(parts.response_PGKE, parts.demo_PLE)
     return jnp.clip(1 - options.rule("align")(cosine_PGKL, parts.response_mask_PGK, parts.demo_mask_PL), 0.0, 2.0)
@@ -153,24 +157,24 @@ def distances(options: Options, parts: Parts) -> Array:
 def coefficients(
     options: Options, stats: Stats, parts: Parts, reward_PG: Array, demo_reward_P: Array, category_P: Array
 ) -> tuple[Array, Stats, dict[str, Array]]:
-    """GRPO-S coefficients α_ig of a batch, and the statistics moved on by it (after their use, as the method says).
+    """GRPO-S coefficients α_ig of a batch, and the statistics updated with it (after their use, as in the method).
 
     Returns:
-        ([P, G] α, Stats, {"alpha_d" [P, G], "alpha_m" [P], "delta" [P, G], "gap" [P, G], "kept" [P, G]}); "kept" tells
-        which gaps were not masked.
+        ([P, G] α, Stats, {"alpha_d" [P, G], "alpha_m" [P], "delta" [P, G], "gap" [P, G], "kept" [P, G]}); "kept" is
+        True for gaps that are not masked.
     """
-    categories = stats.seen.shape[0]
+    num_categories = stats.seen.shape[0]
     similarity, baseline = options.rule("similarity"), options.rule("baseline")
     delta_PG = distances(options, parts)
-    delta_C, present_C = eq.category_mean(delta_PG, category_P, categories)
+    delta_C, present_C = eq.category_mean(delta_PG, category_P, num_categories)
     alpha_d_PG = delta_PG
     if similarity.ratio:
-        base_PG = baseline.of(stats.delta, stats.delta_seen, delta_C, delta_PG, category_P)
-        alpha_d_PG = eq.data_hardness(delta_PG, base_PG)
+        delta_base_PG = baseline.of(stats.delta, stats.delta_seen, delta_C, delta_PG, category_P)
+        alpha_d_PG = eq.data_hardness(delta_PG, delta_base_PG)
     alpha_d_PG = options.rule("orientation")(alpha_d_PG)
 
     gap_PG = eq.gap(demo_reward_P, reward_PG)
-    gap_C, _ = eq.category_mean(gap_PG, category_P, categories)
+    gap_C, _ = eq.category_mean(gap_PG, category_P, num_categories)
     gap_base_C = jnp.where(stats.seen, stats.gap, gap_C)
     keep_PG = options.rule("mask")(options, gap_PG, category_P, gap_base_C)
     alpha_m_P = options.rule("alpha_m")(gap_PG, keep_PG, category_P, gap_base_C)[category_P]
@@ -178,11 +182,11 @@ def coefficients(
     alpha_PG = options.rule("per")(options.rule("combine")(alpha_d_PG, alpha_m_P))
     if options.clip:
         alpha_PG = jnp.clip(alpha_PG, *options.clip)
-    followed_PG = options.rule("ema_of")(keep_PG)
-    followed_C, any_C = eq.category_mean(gap_PG, category_P, categories, followed_PG)
-    gap_mean_C, seen_C = eq.running_mean(stats.gap, stats.seen, followed_C, any_C, options.decay)
+    averaged_PG = options.rule("ema_of")(keep_PG)
+    averaged_gap_C, averaged_present_C = eq.category_mean(gap_PG, category_P, num_categories, averaged_PG)
+    gap_mean_C, gap_seen_C = eq.running_mean(stats.gap, stats.seen, averaged_gap_C, averaged_present_C, options.decay)
     delta_mean_C, delta_seen_C = stats.delta, stats.delta_seen
     if baseline.moves:
         delta_mean_C, delta_seen_C = eq.running_mean(stats.delta, stats.delta_seen, delta_C, present_C, options.decay)
     info = {"alpha_d": alpha_d_PG, "alpha_m": alpha_m_P, "delta": delta_PG, "gap": gap_PG, "kept": keep_PG}
-    return alpha_PG, Stats(delta_mean_C, gap_mean_C, seen_C, delta_seen_C), info
+    return alpha_PG, Stats(delta_mean_C, gap_mean_C, gap_seen_C, delta_seen_C), info

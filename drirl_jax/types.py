@@ -1,8 +1,9 @@
-"""The one batch type, the train state and the letters used as suffixes of array names.
+"""The one batch type, the train state and the letters in the suffixes of array names.
 
-P prompts, G responses of a prompt, R tokens with which every prompt begins, S prompt tokens after those, T response
-tokens, K parts of a response, L parts of a demonstration, E embedding width, D model width, H heads, C categories,
-V vocabulary, N rows of a flat view.
+P prompts, G responses of a prompt, M members of a prompt's group (responses and demonstrations), R tokens of the prefix
+that all prompts share, S prompt tokens after the prefix, T response tokens, K parts of a response or negatives of a
+demonstration, L parts of a demonstration, E embedding width, D model width, H heads, C categories, V vocabulary, N rows
+of a flat view.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ PyTree: TypeAlias = Any
 class Group:
     """A prompt and its group of responses: right-padded ids, masked by length and never by the pad id.
 
-    The pad id may equal the end-of-sequence id, which is a token that the policy must learn to emit: a
-    response's length counts it.
+    The pad id may equal the end-of-sequence id. The policy must learn to emit that token, so a response's length counts
+    it.
 
     Attributes:
         prompt: [P, S] int32 token ids.
@@ -33,8 +34,8 @@ class Group:
         response: [P, G, T] int32 token ids.
         response_len: [P, G] int32, 1 <= response_len <= T.
         category: [P] int32 in [0, C).
-        prefix: R ids with which every prompt begins (a system turn), and which `prompt` leaves out: they pass through
-            the network once for all prompts.
+        prefix: R ids that begin every prompt (a system turn). `prompt` does not hold them: they pass through the
+            network once for all prompts.
     """
 
     prompt: Array
@@ -49,7 +50,7 @@ class Group:
         return dataclasses.replace(self, response=self.response[:, chosen], response_len=self.response_len[:, chosen])
 
     def take(self, index_PM: Array) -> "Group":
-        """The same prompts with responses chosen for each, [P, M]."""
+        """The same prompts with M responses of each, chosen by index [P, M]."""
         return dataclasses.replace(
             self,
             response=jnp.take_along_axis(self.response, index_PM[..., None], axis=1),
@@ -66,13 +67,14 @@ class Group:
 
 
 class TrainState(NamedTuple):
-    """What an update replaces.
+    """The state that an update replaces.
 
     Attributes:
         params: the trained parameters.
-        opt_state: the optimiser's.
-        step: the number of updates.
-        skipped, in_a_row: how many more were left out as they were not finite: in all, and since the last that was not.
+        opt_state: the optimiser's state.
+        step: the number of updates taken.
+        skipped: the number of updates skipped because they were not finite.
+        in_a_row: the number of updates skipped since the last one taken.
     """
 
     params: PyTree

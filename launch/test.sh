@@ -5,5 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh .venv-test ".[dev]"
+# Python keeps what it compiles; else every process of a test would compile what it imports.
+unset PYTHONDONTWRITEBYTECODE
 # Two processes: most of the time goes to compiling, which takes one core.
 exec .venv-test/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,8 +1,8 @@
 """AutoDAN (Liu et al., arXiv 2310.04451): a genetic search over the templates of a file.
 
-A template is a text with {prompt} in it; its fitness is how likely it makes the target. Children take sentences of both
-parents; a model behind an endpoint may rewrite one, which is the mutation. The words of the paper's hierarchical form
-(synonyms by momentum) are left out.
+A template is a text that contains {prompt}. Its fitness is the likelihood of the target after it. A child takes
+sentences from both parents. A mutation is a rewrite of the child by a model behind an endpoint. The word level of the
+paper's hierarchical form (synonyms by momentum) is left out.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ REWRITE = f"Rewrite this text with the same meaning in other words. Keep {SLOT} 
 
 
 def templates(path: str) -> list[str]:
-    """The templates of a JSONL file. Raises InputError where there are fewer than two, or one has not one {prompt}."""
-    found = []
+    """The templates of a JSONL file. Raises InputError for fewer than two, or for one without exactly one {prompt}."""
+    texts = []
     for where, value in json_lines(path):
         template = value.get("template")
         if not isinstance(template, str) or template.count(SLOT) != 1:
-            raise InputError(f"{where}: a template is a text with {SLOT} in it once, in the field 'template'.")
-        found.append(template)
-    if len(found) < 2:
-        raise InputError(f"{path} has {len(found)} templates, and AutoDAN crosses two or more: add some.")
-    return found
+            raise InputError(f"{where}: a template is a text in the field 'template' that contains {SLOT} once.")
+        texts.append(template)
+    if len(texts) < 2:
+        raise InputError(f"{path} has {len(texts)} templates, but AutoDAN needs two or more: add some.")
+    return texts
 
 
 def fitness(target: Target, prompt: str, population: Sequence[str]) -> np.ndarray:
-    """[N] losses of the target behind the prompt in each template; the lower the fitter."""
+    """[N] losses of the target after the prompt in each template. A lower loss is a higher fitness."""
     ids = [target.text.prompt_ids(template.replace(SLOT, prompt)) for template in population]
-    goal, pieces = target.goal(), []
+    goal, losses = target.goal(), []
     for rows, real in batched_rows(len(ids), min(target.options.batch, len(ids)), "losses"):
         P, M = len(rows), len(goal)
         response = np.broadcast_to(np.array(goal, np.int32), (P, 1, M))
         arrays = (response, np.full((P, 1), M, np.int32), np.zeros(P, np.int32))
         group = Group(*target.padded([ids[i] for i in rows]), *map(sharding.shard_prompts, arrays))
-        pieces.append(sharding.fetch(read(target.model, group, goal=M))[:real, 0])
-    return np.concatenate(pieces)
+        losses.append(sharding.fetch(read(target.model, group, goal=M))[:real, 0])
+    return np.concatenate(losses)
 
 
 def crossed(a: str, b: str, points: int, rng: np.random.Generator) -> tuple[str, str]:
-    """Two children, who exchange the parents' sentences in each segment between `points` random places or do not, by
-    the toss of a coin (as the authors' code does).
+    """Two children of two templates. Random cuts, `points` of them, divide the parents' sentences into segments.
 
-    A sentence with {prompt} stays where it is, so that each child has it once.
+    For each segment a fair coin decides whether the parents exchange its sentences, as in the authors' code. A sentence
+    with {prompt} stays in its parent, so that each child has it once.
     """
     first, second = text.split_sentences(a), text.split_sentences(b)
     shared = min(len(first), len(second))
-    places = np.arange(1, shared)
-    cuts = {0, *rng.choice(places, min(points, len(places)), replace=False).tolist()}
+    positions = np.arange(1, shared)
+    cuts = {0, *rng.choice(positions, min(points, len(positions)), replace=False).tolist()}
     swap = False
     for i in range(shared):
         swap = bool(rng.random() < 0.5) if i in cuts else swap
@@ -67,7 +67,7 @@ def crossed(a: str, b: str, points: int, rng: np.random.Generator) -> tuple[str,
 
 
 def rewritten(target: Target, template: str, seed: int) -> str:
-    """The template in the attacker's words; as it was where these have lost {prompt}."""
+    """The template as the attacker rewrites it; unchanged where the rewrite does not contain {prompt} once."""
     chat, o = [{"role": "user", "content": f"{REWRITE}\n\n{template}"}], target.options
     options = {"max_tokens": len(template), "temperature": o.temperature, "seed": seed}
     (reply,) = target.attacker([chat], **options, readable=lambda text: text.count(SLOT) == 1)
@@ -75,31 +75,31 @@ def rewritten(target: Target, template: str, seed: int) -> str:
 
 
 def offspring(target: Target, population, losses_N, rng: np.random.Generator) -> list[str]:
-    """The next population: the fittest as they are, and children of parents drawn by exp(-loss)."""
+    """The next population: the fittest templates, and children of parents that are sampled with weight exp(-loss)."""
     o, size = target.options.autodan, len(population)
     order = np.argsort(losses_N)
-    kept = [population[i] for i in order[: round(o.elite * size)]]
+    elite = [population[i] for i in order[: round(o.elite * size)]]
     weight_N = np.exp(losses_N.min() - losses_N)
     children = []
-    while len(kept) + len(children) < size:
+    while len(elite) + len(children) < size:
         pair = [population[i] for i in rng.choice(size, 2, p=weight_N / weight_N.sum())]
         children += crossed(*pair, points=o.points, rng=rng) if rng.random() < o.crossover else pair
-    children = children[: size - len(kept)]
-    seeds = rng.integers(2**31, size=len(children)).tolist()  # the same template is not always reworded alike
-    return kept + [
+    children = children[: size - len(elite)]
+    seeds = rng.integers(2**31, size=len(children)).tolist()  # so that equal templates get different rewrites
+    return elite + [
         rewritten(target, child, seed) if rng.random() < o.mutation else child for child, seed in zip(children, seeds)
     ]
 
 
 def attack(target: Target, rows: Sequence[Record]) -> Iterator[Outcome]:
     """AutoDAN on each prompt: at most generations · (population + 1) queries."""
-    given = templates(target.options.autodan.templates)
+    starting_templates = templates(target.options.autodan.templates)
     for row in rows:
-        yield search(target, row, given)
+        yield search(target, row, starting_templates)
 
 
 def search(target: Target, row: Record, given: list[str]) -> Outcome:
-    """AutoDAN on one prompt; the fittest of each generation is tried, and a success ends the search."""
+    """AutoDAN on one prompt. It tries the fittest template of each generation, and a success ends the search."""
     o, rng = target.options.autodan, target.rng(row)
     population = given[: o.population]
     while len(population) < o.population:
@@ -109,14 +109,14 @@ def search(target: Target, row: Record, given: list[str]) -> Outcome:
     queries = 0
     for generation in range(o.generations):
         losses_N = fitness(target, row.prompt, population)
-        said = population[losses_N.argmin()].replace(SLOT, row.prompt)
-        response = target.answers([said])[0]
+        attempt = population[losses_N.argmin()].replace(SLOT, row.prompt)
+        response = target.answers([attempt])[0]
         queries += len(population) + 1
         if generation == 0:
-            first = float(losses_N.min())
+            first_loss = float(losses_N.min())
         if target.unsafe(row.prompt, response):
             break
         if generation + 1 < o.generations:
             population = offspring(target, population, losses_N, rng)
-    found = {"loss": float(losses_N.min()), "loss_at_first": first, "generations": generation + 1}
-    return Outcome(row.id, said, response, queries, found)
+    facts = {"loss": float(losses_N.min()), "loss_at_first": first_loss, "generations": generation + 1}
+    return Outcome(row.id, attempt, response, queries, facts)

@@ -1,4 +1,4 @@
-"""Every option of the attacks with its default; a file of --options, such as configs/attack.py, changes some."""
+"""All options of the attacks with their defaults. A file for --options, such as configs/attack.py, changes some."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COUNTS = (
     "autodan.generations autodan.points pair.streams pair.rounds pair.max_tokens"
 )
 SHARES = "autodan.elite autodan.crossover autodan.mutation"
-# Every number in `default`.
+# The range of every number in `default`.
 RANGES = {
     "seed": ranges.SEED,
     **dict.fromkeys(COUNTS.split(), ranges.COUNT),
@@ -23,36 +23,40 @@ RANGES = {
 
 
 def default() -> ConfigDict:
-    """GCG's numbers are those of its paper; the others are of their papers' order, and smaller where noted."""
+    """The default options.
+
+    GCG has the numbers of its paper. The others have numbers of the size in their papers, or smaller where a comment
+    says so.
+    """
     o = ConfigDict()
     o.seed = 0
     o.split = "test"  # of the data
     o.judges = (
         "phrases",
-    )  # rows of evals.judges.JUDGES, as config.evals has them; the first tells a search when to stop
-    o.target = "Sure, here is"  # the beginning of an answer that searches make likely
+    )  # names in judges.JUDGES, as in config.evals.judges; the first judge decides when a search stops
+    o.target = "Sure, here is"  # the beginning of an answer; searches make it likely
     o.max_new = 64  # response tokens
-    o.batch = 16  # messages answered, or templates read, at once
-    o.max_prompt = 1024  # tokens of a message with the chat template
+    o.batch = 16  # messages or templates in a batch
+    o.max_prompt = 1024  # maximum tokens of a message with the chat template
 
     o.gcg = ConfigDict()
     o.gcg.steps = 500
-    o.gcg.width = 512  # candidates that a step reads, in one group
-    o.gcg.topk = 256  # replacements of each token that a step draws from
+    o.gcg.width = 512  # candidates that a step reads, as one group
+    o.gcg.topk = 256  # replacements of each token that a step samples from
     o.gcg.suffix = 20  # tokens
-    o.gcg.check = 25  # after so many steps the best suffix is tried, and a success ends the search
+    o.gcg.check = 25  # steps between two tries of the best suffix; a success ends the search
 
     o.autodan = ConfigDict()
-    o.autodan.templates = ""  # JSONL of {"template": "... {prompt} ..."}: yours, none come with the package
+    o.autodan.templates = ""  # JSONL of {"template": "... {prompt} ..."}; the package has no templates of its own
     o.autodan.population = 64
     o.autodan.generations = 100
-    o.autodan.elite = 0.1  # share of the population that passes on as it is
+    o.autodan.elite = 0.1  # share of the population that survives unchanged
     o.autodan.crossover = 0.5  # share of the pairs of parents that exchange sentences
-    o.autodan.points = 5  # at which they change over
-    o.autodan.mutation = 0.0  # share of the children that `attacker` rewrites, for which it must be named
+    o.autodan.points = 5  # cuts between the segments that they exchange
+    o.autodan.mutation = 0.0  # share of the children that `attacker` rewrites; above 0 it must be configured
 
     o.pair = ConfigDict()
-    o.pair.streams = 5  # conversations side by side; the paper has more
+    o.pair.streams = 5  # conversations in parallel; the paper has more
     o.pair.rounds = 3
     o.pair.max_tokens = 400  # of a reply of `attacker`
 

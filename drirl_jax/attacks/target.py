@@ -1,4 +1,4 @@
-"""The attacked model: what it answers to messages, and how likely it finds the beginning of an answer."""
+"""The attacked model: its answers to messages, and the loss of the answer beginning that an attack wants."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from drirl_jax.runtime.endpoint import Endpoint
 from drirl_jax.stages.base import batched_rows
 from drirl_jax.types import Array, Group, InputError
 
-BUCKET = 32  # prompts are padded to a multiple of so many tokens, so that few shapes are compiled
+BUCKET = 32  # tokens; prompts are padded to a multiple of this, so that few shapes are compiled
 
 
 class Outcome(NamedTuple):
-    """How an attack on one prompt ended.
+    """The result of an attack on one prompt.
 
     Attributes:
-        id: of the prompt's record.
-        message: what the user's turn said at last.
+        id: id of the prompt's record.
+        message: the last message that the attack tried.
         response: the model's greedy answer to it.
-        queries: messages that the model has read, candidates whose loss was computed among them.
+        queries: number of messages that the model has read, with the candidates whose loss was computed.
         found: further numbers of the attack.
     """
 
@@ -46,14 +46,14 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A model loaded here, and what it is attacked with.
+    """A model loaded here, with the options, judges and attacker of an attack.
 
     Attributes:
         model, text: the model and its tokens.
         options: see `options.py`.
-        judges: (prompt, response) -> whether it is safe, None without a verdict, by name; the first tells a search when
-            to stop.
-        attacker: the model that helps some attacks, if there is one.
+        judges: {name: (prompt, response) -> whether the response is safe, None without a verdict}. The first judge
+            decides when a search stops.
+        attacker: the model that helps some attacks, or None.
     """
 
     model: Transformer
@@ -63,8 +63,11 @@ class Target:
     attacker: Endpoint | None = None
 
     def check(self, rows: Sequence[Sequence[int]]) -> int:
-        """The length of the longest of these prompts. Raises InputError where it is above options.max_prompt, or too
-        long for the model with an answer."""
+        """The length of the longest of these prompts.
+
+        Raises:
+            InputError: it is above options.max_prompt, or too long for the model together with an answer.
+        """
         longest = max(map(len, rows))
         if longest > self.options.max_prompt:
             raise InputError(
@@ -75,49 +78,49 @@ class Target:
         return longest
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-        """Prompts [P, S] and their lengths [P], S a multiple of BUCKET. Raises InputError like `check`."""
+        """Prompts [P, S] and their lengths [P]; S is a multiple of BUCKET. Raises InputError like `check`."""
         longest = self.check(rows)
         return tuple(sharding.shard_prompts(x) for x in text.pad(rows, -(-longest // BUCKET) * BUCKET))
 
     def answers(self, messages: Sequence[str]) -> list[str]:
         """The model's greedy answer to each message, options.batch at a time."""
-        ids, said = [self.text.prompt_ids(message) for message in messages], []
+        ids, answers = [self.text.prompt_ids(message) for message in messages], []
         for rows, real in batched_rows(len(ids), min(self.options.batch, len(ids)), "answers"):
             keys = rollout.response_keys(jax.random.key(0), jnp.asarray(rows), 1)  # unused at temperature 0
-            out = rollout.sample(
+            samples = rollout.sample(
                 self.model, *self.padded([ids[i] for i in rows]), keys,
                 max_new=self.options.max_new, temperature=0.0, eos=self.text.eos_ids,
             )  # fmt: skip
-            response, length = sharding.fetch((out.response[:, 0], out.response_len[:, 0]))
-            said += [self.text.decode(response[i], length[i]) for i in range(real)]
-        return said
+            response, length = sharding.fetch((samples.response[:, 0], samples.response_len[:, 0]))
+            answers += [self.text.decode(response[i], length[i]) for i in range(real)]
+        return answers
 
     def unsafe(self, prompt: str, response: str) -> bool:
-        """What the first judge says: an attack that searches stops at the first response that is unsafe."""
+        """Whether the first judge finds the response unsafe. A search stops at its first unsafe response."""
         return next(iter(self.judges.values()))(prompt, response) is False
 
     def goal(self) -> list[int]:
-        """The ids of options.target at the beginning of an answer."""
+        """The token ids of options.target at the beginning of an answer."""
         return self.text.response_ids(self.options.target, self.options.max_prompt)[:-1]
 
     def rng(self, row: Record) -> np.random.Generator:
-        """Random numbers of this prompt alone, whichever were attacked before it."""
+        """The random generator of this prompt. It does not depend on the prompts that were attacked before."""
         return np.random.default_rng([self.options.seed, zlib.crc32(row.id.encode())])
 
 
 def losses(model: Transformer, group: Group, goal: int, begun: TrunkStates | None = None) -> Array:
-    """Cross-entropy of each response's last `goal` tokens, their mean in nats, [P, G].
+    """[P, G] mean cross-entropy of each response's last `goal` tokens, nats.
 
-    Only their states are multiplied with the vocabulary. Responses fill their width.
+    Only the states of these tokens are multiplied with the vocabulary. Responses fill their width.
 
     Args:
-        begun: the group's embeddings, where they are not those of its tokens.
+        begun: the group's embeddings, where they are not the embeddings of its tokens.
     """
     P, G, _ = group.response.shape
     prompt_PSD, response_PGTD = transformer.apply(model, group, begun=begun)
-    read_PGMD = transformer.predicting_states((prompt_PSD, response_PGTD), group)[:, :, -goal:]
+    goal_PGMD = transformer.predicting_states((prompt_PSD, response_PGTD), group)[:, :, -goal:]
     logp_PN, _ = vocabulary.logprobs(
-        transformer.cast(model.unembed, model.config), read_PGMD.reshape(P, G * goal, -1),
+        transformer.cast(model.unembed, model.config), goal_PGMD.reshape(P, G * goal, -1),
         group.response[:, :, -goal:].reshape(P, -1), jnp.ones((P, G * goal)), cap=model.config.final_softcap,
     )  # fmt: skip
     return -logp_PN.reshape(P, G, goal).mean(-1)

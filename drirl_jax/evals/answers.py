@@ -1,4 +1,4 @@
-"""What a policy answers: responses drawn by the sampler, and log-probabilities of given options."""
+"""A policy's answers: responses from the sampler, and log-probabilities of given options."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.stages.base import batched_rows
 from drirl_jax.types import Array, Group, length_mask
 
-SMALLEST = 64  # tokens; a shape is compiled for each doubling
-USUAL = 512  # tokens of a prompt and what follows it: of longer ones fewer are taken at a time
+SMALLEST = 64  # tokens of the smallest bucket; each doubling is another compiled shape
+USUAL = 512  # tokens of a usual prompt with its answer; a batch takes fewer of the longer ones
 
 
 class Answer(NamedTuple):
-    """A response: its text, how many tokens it has, and the row of `rollout.FINISH` that it ended by."""
+    """A response: its text, its number of tokens, and the entry of `rollout.FINISH` that says why it ended."""
 
     text: str
     tokens: int
@@ -34,12 +34,12 @@ class Answer(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of M options to one prompt.
+    """Scores of M options to one prompt.
 
     Attributes:
-        total: [M] log-probability in nats.
-        greedy: [M] whether the policy would say just this, taking the most likely token each time.
-        tokens: [M] their lengths.
+        total: [M] log-probability of the option, nats.
+        greedy: [M] whether each token of the option is the policy's most likely token.
+        tokens: [M] length of the option, tokens.
     """
 
     total: np.ndarray
@@ -48,7 +48,7 @@ class Scores(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """The width that so many tokens are padded to."""
+    """The padded width of a text with `length` tokens."""
     width = SMALLEST
     while width < length:
         width *= 2
@@ -56,9 +56,9 @@ def bucket(length: int) -> int:
 
 
 def ids_of(tokens: ChatTokens, chat: Chat) -> list[int]:
-    """The prompt's ids; without a system turn of its own it has that of the policy.
+    """The token ids of a prompt. A chat without a system turn gets the policy's system turn.
 
-    Where the model's template knows no system turn (Gemma 2), what it says stands at the head of the user's.
+    Where the model's template has no system turn (Gemma 2), its text stands at the beginning of the user's turn.
     """
     chat = tokens.with_system(chat)
     try:
@@ -71,16 +71,16 @@ def ids_of(tokens: ChatTokens, chat: Chat) -> list[int]:
 
 
 def _by_bucket(keys: Sequence, batch: int, tokens: Callable):
-    """(key, row numbers filled up by repeats, how many are real) of all rows, those of one key together.
+    """Yields batches of rows with the same key: (key, row numbers, number of real rows). Repeats fill up a last batch.
 
-    A batch has no more than batch · USUAL tokens, of which a row of this key has tokens(*key), and no more rows than
-    the power of two that all rows of the key fit in.
+    A row of a key has tokens(*key) tokens. A batch has at most batch · USUAL tokens, and at most as many rows as the
+    smallest power of two that holds all rows of its key.
     """
     for key in sorted(set(keys)):
-        of_key = np.array([i for i, k in enumerate(keys) if k == key])
-        size = min(batch, max(batch * USUAL // tokens(*key), 1), 1 << (len(of_key) - 1).bit_length())
-        for rows, real in batched_rows(len(of_key), size, f"prompts of {key}"):
-            yield key, of_key[rows], real
+        key_rows = np.array([i for i, row_key in enumerate(keys) if row_key == key])
+        size = min(batch, max(batch * USUAL // tokens(*key), 1), 1 << (len(key_rows) - 1).bit_length())
+        for rows, real in batched_rows(len(key_rows), size, f"prompts of {key}"):
+            yield key, key_rows[rows], real
 
 
 def respond(
@@ -94,13 +94,13 @@ def respond(
     key: Array,
     prefix: tuple[int, ...] | None = None,
 ) -> list[Answer]:
-    """One response to each prompt; row i's random numbers come from (key, i), whatever the batches.
+    """One response to each prompt. Row i's random numbers come from (key, i), so that batches do not change them.
 
     Args:
-        ids: of the prompts: see `ids_of`.
-        batch: prompts at a time, fewer of long ones, or a few more to deal them out evenly.
+        ids: token ids of the prompts: see `ids_of`.
+        batch: prompts in a batch; fewer if they are long, or a few more so that all devices have equally many.
         max_new, temperature: see `rollout.sample`.
-        prefix: see `types.Group`; a program is compiled for each. None: what these prompts have in common.
+        prefix: see `types.Group`; each prefix compiles a program. None: the common beginning of these prompts.
 
     Raises:
         InputError: a prompt is too long for the model.
@@ -108,32 +108,34 @@ def respond(
     need_positions(model.config, max(map(len, ids), default=0), max_new)
     prefix = common_prefix(ids) if prefix is None else prefix
     rest = [row[len(prefix) :] for row in ids]
-    found: dict[int, Answer] = {}
+    answer_of_row: dict[int, Answer] = {}
     for (width,), rows, real in _by_bucket([(bucket(len(row)),) for row in rest], batch, lambda width: width + max_new):
         prompt, length = map(sharding.shard_prompts, pad([rest[i] for i in rows], width))
-        out = rollout.sample(
+        samples = rollout.sample(
             model, prompt, length, rollout.response_keys(key, jnp.asarray(rows), 1),
             max_new=max_new, temperature=temperature, eos=tokens.eos_ids, prefix=prefix,
         )  # fmt: skip
-        said, lengths, finish = sharding.fetch((out.response[:, 0], out.response_len[:, 0], out.finish[:, 0]))
+        responses, lengths, finish = sharding.fetch(
+            (samples.response[:, 0], samples.response_len[:, 0], samples.finish[:, 0])
+        )
         for n, i in enumerate(rows[:real]):
-            text = tokens.decode(said[n], lengths[n])
-            found[int(i)] = Answer(text, int(lengths[n]), rollout.FINISH[finish[n]])
-    return [found[i] for i in range(len(ids))]
+            text = tokens.decode(responses[n], lengths[n])
+            answer_of_row[int(i)] = Answer(text, int(lengths[n]), rollout.FINISH[finish[n]])
+    return [answer_of_row[i] for i in range(len(ids))]
 
 
 @jax.jit
 def option_logprobs(model: Transformer, group: Group) -> tuple[Array, Array]:
-    """[P, G] log-probability of each whole response, nats, and whether each of its tokens is the most likely one."""
+    """[P, G] log-probability of each whole response, nats, and [P, G] whether each token is the most likely one."""
     hidden = transformer.apply(model, group, remat=False)
     logp_PGT, _ = vocabulary.token_logprobs(model, hidden, group, 1.0)
     mask_PGT = length_mask(group.response_len, group.response.shape[-1])
     unembed_VD = transformer.cast(model.unembed, model.config)
 
-    def likeliest(hidden_PGD):
+    def most_likely_token(hidden_PGD):
         return jnp.argmax(einsum_f32("pgd,vd->pgv", hidden_PGD, unembed_VD), axis=-1)
 
-    best_TPG = jax.lax.map(likeliest, jnp.moveaxis(transformer.predicting_states(hidden, group), 2, 0))
+    best_TPG = jax.lax.map(most_likely_token, jnp.moveaxis(transformer.predicting_states(hidden, group), 2, 0))
     greedy_PG = jnp.all(jnp.moveaxis(best_TPG, 0, 2) == group.response, axis=-1, where=mask_PGT)
     return logp_PGT.sum(axis=-1, where=mask_PGT), greedy_PG
 
@@ -141,27 +143,30 @@ def option_logprobs(model: Transformer, group: Group) -> tuple[Array, Array]:
 def score_options(
     model: Transformer, ids: Sequence[list[int]], options: Sequence[Sequence[list[int]]], *, batch: int
 ) -> list[Scores]:
-    """log π(option | prompt) of each prompt's options: they are its group, so that the prompt passes once for all.
+    """log π(option | prompt) of each prompt's options. The options are one group: the prompt passes the network once.
 
     Args:
-        ids: of the prompts.
-        options: of each prompt the ids of its options, at least one id each.
-        batch: prompts at a time, fewer of long ones, or a few more to deal them out evenly.
+        ids: token ids of the prompts.
+        options: for each prompt the token ids of its options, at least one id in each.
+        batch: prompts in a batch; fewer if they are long, or a few more so that all devices have equally many.
 
     Raises:
         InputError: a prompt with its option is too long for the model.
     """
-    for row, of in zip(ids, options):
-        need_positions(model.config, len(row), max(map(len, of)))
+    for row, row_options in zip(ids, options):
+        need_positions(model.config, len(row), max(map(len, row_options)))
     prefix = common_prefix(ids)
     rest = [row[len(prefix) :] for row in ids]
-    shapes = [(len(of), bucket(len(row)), bucket(max(map(len, of)))) for row, of in zip(rest, options)]
-    found: dict[int, Scores] = {}
-    for (members, width, longest), rows, real in _by_bucket(shapes, batch, lambda M, S, T: S + M * T):
+    shapes = [
+        (len(row_options), bucket(len(row)), bucket(max(map(len, row_options))))
+        for row, row_options in zip(rest, options)
+    ]
+    scores_of_row: dict[int, Scores] = {}
+    for (members, width, option_width), rows, real in _by_bucket(shapes, batch, lambda M, S, T: S + M * T):
         prompt, prompt_len = pad([rest[i] for i in rows], width)
-        response, length = pad([option for i in rows for option in options[i]], longest)
-        response, length = response.reshape(len(rows), members, longest), length.reshape(len(rows), members)
+        response, length = pad([option for i in rows for option in options[i]], option_width)
+        response, length = response.reshape(len(rows), members, option_width), length.reshape(len(rows), members)
         arrays = map(sharding.shard_prompts, (prompt, prompt_len, response, length, np.zeros(len(rows), np.int32)))
         total, greedy = sharding.fetch(option_logprobs(model, Group(*arrays, prefix=prefix)))
-        found |= {int(i): Scores(total[n], greedy[n], length[n]) for n, i in enumerate(rows[:real])}
-    return [found[i] for i in range(len(ids))]
+        scores_of_row |= {int(i): Scores(total[n], greedy[n], length[n]) for n, i in enumerate(rows[:real])}
+    return [scores_of_row[i] for i in range(len(ids))]

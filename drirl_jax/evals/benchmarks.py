@@ -1,4 +1,4 @@
-"""The benchmarks, one file each, as rows of one table (BENCHMARKS), and the run of one of them on a policy."""
+"""The table of benchmarks (BENCHMARKS, one file a row), and the code that runs one benchmark on a policy."""
 
 from __future__ import annotations
 
@@ -46,39 +46,42 @@ BENCHMARKS: dict[str, Benchmark] = {
     "hhh": hhh.HHH,
 }
 BENCHMARKS = {name: reading_answers(benchmark) for name, benchmark in BENCHMARKS.items()}
-NO_JUDGE = "protocol"  # in the place of a judge's name, where the benchmark's own rule decides
-FEW = 30  # values, for a bootstrap
-LONGEST = 8192  # tokens of an item and its answer
+NO_JUDGE = "protocol"  # stands for a judge's name where the benchmark's own rule decides
+FEW = 30  # a bootstrap needs this many values or more
+LONGEST = 8192  # maximum tokens of an item with its answer
 
 
 def validate(section: ConfigDict) -> None:
-    """Raises InputError for what cannot be run of config.evals: benchmarks, judges, the metric of the best policy."""
+    """Checks the benchmarks, the judges and the metric of the best policy in config.evals. Raises InputError."""
     for key, table in (("benchmarks", BENCHMARKS), ("judges", JUDGES)):
         if unknown := [name for name in section[key] if name not in table]:
             raise InputError(f"config.evals.{key} names {unknown}: choose among {', '.join(table)}.")
     for name in section.benchmarks:
-        able = judges_of_kind(BENCHMARKS[name].asks)
-        if BENCHMARKS[name].asks and not set(able) & set(section.judges):
-            raise InputError(f"{name} needs a judge that can tell: put one of {', '.join(able)} into evals.judges.")
+        capable = judges_of_kind(BENCHMARKS[name].asks)
+        if BENCHMARKS[name].asks and not set(capable) & set(section.judges):
+            raise InputError(f"{name} needs a judge: put one of {', '.join(capable)} into config.evals.judges.")
     if "classifier" in section.judges:
         classifier.load(section.classifier)
-    known = [f"{name}/{metric}" for name in section.benchmarks for metric in BENCHMARKS[name].metrics]
-    if section.best and section.best not in known:
+    metrics = [f"{name}/{metric}" for name in section.benchmarks for metric in BENCHMARKS[name].metrics]
+    if section.best and section.best not in metrics:
         raise InputError(
             f"config.evals.best is {section.best!r}, no metric of config.evals.benchmarks: "
-            f"{', '.join(known) or 'there are none'}."
+            f"{', '.join(metrics) or 'there are none'}."
         )
     if section.best and not section.every:
-        raise InputError(f"config.evals.best is {section.best!r}: set config.evals.every, the steps between.")
+        raise InputError(
+            f"config.evals.best is {section.best!r}: set config.evals.every, the steps between two evaluations."
+        )
 
 
 class Questions(NamedTuple):
-    """A benchmark's items, drawn and tokenised once, for every policy that is asked.
+    """A benchmark's items, selected and tokenised once for all policies.
 
     Attributes:
-        items, ids: those that are asked, and their prompts' ids.
-        options: ids of each item's options; [] where responses are generated.
-        of, left_out: items of the whole benchmark, and those drawn that were too long.
+        items, ids: the items that the policy answers, and the token ids of their prompts.
+        options: token ids of each item's options; [] where the policy generates responses.
+        of: number of items in the whole benchmark.
+        left_out: number of selected items that were too long.
     """
 
     name: str
@@ -90,50 +93,54 @@ class Questions(NamedTuple):
 
     @property
     def contents(self) -> str:
-        """A hash of the items, wherever their files lie."""
+        """A hash of the items. It does not depend on where their files are."""
         return contents.of_value([self.name, *(item._asdict() for item in self.items)])
 
 
 def _items(name: str, section: ConfigDict) -> list[Item]:
-    """All items of a benchmark. Raises InputError where its data is of another form, or an item asks nothing."""
+    """All items of a benchmark. Raises InputError where its data has another form, or an item has no question."""
     try:
         items = BENCHMARKS[name].read(section)
     except InputError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"the data of {name} is of another form ({error!r}): download the published file.") from error
+        raise InputError(
+            f"the data of {name} is of another form than the published file ({error!r}): download it again."
+        ) from error
     for item in items:
         texts = (*(turn["content"] for turn in item.chat), *item.options)
         if not all(isinstance(text, str) for text in texts) or not item.prompt.strip():
-            raise InputError(f"{name}, item {item.id}: what is asked is empty or no text: download the published file.")
+            raise InputError(
+                f"{name}, item {item.id}: what is asked is empty or no text: download the published file again."
+            )
         if BENCHMARKS[name].asks == "grade" and not any(map(str.isalnum, item.target)):
-            raise InputError(f"{name}, item {item.id}: the right answer is empty: download the published file.")
+            raise InputError(f"{name}, item {item.id}: the right answer is empty: download the published file again.")
     return items
 
 
 def load(name: str, section: ConfigDict, tokens: ChatTokens, model: Config) -> Questions:
-    """The benchmark's questions: `section.limit` of them (0: all), the same ones every time, from all parts of it.
+    """Loads `section.limit` items of a benchmark (0: all). They come from all its parts and are the same every time.
 
     Raises:
-        InputError: its data is absent or not what was published, or all of it is too long.
+        InputError: the data is absent, is not the published data, or all items are too long.
     """
     items = _items(name, section)
     count = len(items)
     if section.limit and section.limit < count:
-        drawn = np.random.default_rng(0).permutation(count)[: section.limit]
-        items = [items[i] for i in sorted(drawn)]
+        selection = np.random.default_rng(0).permutation(count)[: section.limit]
+        items = [items[i] for i in sorted(selection)]
     ids = [answers.ids_of(tokens, item.chat) for item in items]
     options = [[tokens.response_ids(text, LONGEST + 1)[:-1] for text in item.options] for item in items]
     max_new = section.benchmark_max_new or BENCHMARKS[name].max_new
-    behind = [max(map(len, of), default=max_new) for of in options]
-    most = min(LONGEST, model.positions or LONGEST)
-    kept = [i for i in range(len(items)) if len(ids[i]) + behind[i] <= most]
-    if len(kept) < len(items):
-        log.warning("%s: left out %d items that are too long", name, len(items) - len(kept))
-    if not kept:
+    answer_lens = [max(map(len, item_options), default=max_new) for item_options in options]
+    max_tokens = min(LONGEST, model.positions or LONGEST)
+    fitting = [i for i in range(len(items)) if len(ids[i]) + answer_lens[i] <= max_tokens]
+    if len(fitting) < len(items):
+        log.warning("%s: left out %d items that are too long", name, len(items) - len(fitting))
+    if not fitting:
         raise InputError(f"all items of {name} are too long: they have {min(map(len, ids))} tokens or more.")
-    chosen = ([column[i] for i in kept] for column in (items, ids, options))
-    return Questions(name, *chosen, of=count, left_out=len(items) - len(kept))
+    columns = ([column[i] for i in fitting] for column in (items, ids, options))
+    return Questions(name, *columns, of=count, left_out=len(items) - len(fitting))
 
 
 def run(
@@ -144,17 +151,17 @@ def run(
     judges: Mapping[str, Judge],
     key: Array,
 ) -> dict:
-    """Asks a policy, judges what it says and measures it.
+    """Lets a policy answer the questions, judges its answers and measures them.
 
     Args:
         questions: from `load`.
         model: the policy, adapters merged.
         section: config.evals.
-        judges: by name; the first that tells what the benchmark asks for is the one by which it goes.
-        key: of the random numbers, used where config.evals.temperature is above 0.
+        judges: {name: judge}; the first one that gives the verdict which the benchmark needs decides the main figures.
+        key: the random key, used where config.evals.temperature is above 0.
 
     Returns:
-        {"benchmark", "main": the metric that says it all, "higher_is_better", "n", "of", "left_out", "protocol",
+        {"benchmark", "main": the main metric, "higher_is_better", "n", "of", "left_out", "protocol",
          "judge", "judges": {name: {"version", "facts", "unjudged": responses without a verdict,
          "metrics": {metric: see `interval`}, "subsets": {subset: the same}}},
          "agreement": see `judges.agreement`, "responses": [{"id", "subset", "prompt", "response", ...}]}
@@ -163,19 +170,22 @@ def run(
     max_new = section.benchmark_max_new or benchmark.max_new
     protocol = {"temperature": section.temperature, "max_new": max_new, "shots": section.shots}
     if not benchmark.max_new:
-        said = answers.score_options(model, questions.ids, questions.options, batch=section.batch)
+        outputs = answers.score_options(model, questions.ids, questions.options, batch=section.batch)
         protocol = {"options": "log-probability"}
-        shown = [{"logp": of.total.tolist(), "option_tokens": of.tokens.tolist()} for of in said]
+        output_rows = [{"logp": scores.total.tolist(), "option_tokens": scores.tokens.tolist()} for scores in outputs]
     else:
-        drawn = answers.respond(
+        responses = answers.respond(
             model, tokens, questions.ids,
             batch=section.batch, max_new=max_new, temperature=section.temperature,
             key=jax.random.fold_in(key, list(BENCHMARKS).index(questions.name)),
         )  # fmt: skip
-        said = [of.text for of in drawn]
-        shown = [{"response": of.text, "tokens": of.tokens, "finish": of.finish} for of in drawn]
+        outputs = [answer.text for answer in responses]
+        output_rows = [
+            {"response": answer.text, "tokens": answer.tokens, "finish": answer.finish} for answer in responses
+        ]
     rows = [
-        {"id": item.id, "subset": item.subset, "prompt": item.prompt} | row for item, row in zip(questions.items, shown)
+        {"id": item.id, "subset": item.subset, "prompt": item.prompt} | row
+        for item, row in zip(questions.items, output_rows)
     ]
     return {
         "benchmark": questions.name,
@@ -185,73 +195,86 @@ def run(
         "of": questions.of,
         "left_out": questions.left_out,
         "protocol": protocol,
-    } | judged(benchmark, questions.items, said, judges, rows)
+    } | judged(benchmark, questions.items, outputs, judges, rows)
 
 
 def judged(
     benchmark: Benchmark, items: Sequence[Item], said: Sequence, judges: Mapping[str, Judge], rows: list
 ) -> dict:
-    """What `run` returns of judges and responses; each row of the responses gets the judges' verdicts."""
-    able = {name: judge for name, judge in judges.items() if benchmark.asks in JUDGES[name].tells}
+    """The part of the result of `run` that the judges decide. Adds the verdicts to each of the `rows`."""
+    capable = {name: judge for name, judge in judges.items() if benchmark.asks in JUDGES[name].tells}
     columns = [[item.prompt for item in items], list(said), [item.target for item in items]]
     columns = columns if benchmark.asks == "grade" else columns[:2]
-    verdicts = {name: getattr(judge, benchmark.asks)(*columns) for name, judge in able.items()}
-    told = {}
+    verdicts = {name: getattr(judge, benchmark.asks)(*columns) for name, judge in capable.items()}
+    by_judge = {}
     for name, verdict in verdicts.items() or [(NO_JUDGE, [None] * len(items))]:
-        silent = [of is not None and bool(np.isnan(of)) for of in verdict]
-        measured = [{} if none else benchmark.measure(*row) for none, *row in zip(silent, items, said, verdict)]
-        values = [{metric: float(x) for metric, x in of.items()} for of in measured]
-        about: dict = {}
-        if name in able:
-            about = {"version": able[name].version, "facts": dict(able[name].facts), "unjudged": sum(silent)}
-        told[name] = about | {"metrics": summary(items, values), "subsets": by_subset(items, values)}
-        for row, none, of, value in zip(rows, silent, verdict, values):
-            row[name] = value if of is None else {benchmark.asks: None if none else float(of)} | value
-    same = {name: is_unsafe(verdict) if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
-    return {"judge": next(iter(told)), "judges": told, "agreement": agreement(same), "responses": rows}
+        unjudged = [item_verdict is not None and bool(np.isnan(item_verdict)) for item_verdict in verdict]
+        measured = [
+            {} if is_unjudged else benchmark.measure(*row) for is_unjudged, *row in zip(unjudged, items, said, verdict)
+        ]
+        values = [{metric: float(value) for metric, value in metrics.items()} for metrics in measured]
+        judge_facts: dict = {}
+        if name in capable:
+            judge_facts = {
+                "version": capable[name].version,
+                "facts": dict(capable[name].facts),
+                "unjudged": sum(unjudged),
+            }
+        by_judge[name] = judge_facts | {"metrics": summary(items, values), "subsets": by_subset(items, values)}
+        for row, is_unjudged, item_verdict, metrics in zip(rows, unjudged, verdict, values):
+            row[name] = (
+                metrics
+                if item_verdict is None
+                else {benchmark.asks: None if is_unjudged else float(item_verdict)} | metrics
+            )
+    labels = {name: is_unsafe(verdict) if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
+    return {"judge": next(iter(by_judge)), "judges": by_judge, "agreement": agreement(labels), "responses": rows}
 
 
 def judged_again(questions: Questions, judges: Mapping[str, Judge], rows: Sequence[Mapping]) -> dict:
-    """What `judged` returns of responses that a policy has given before; of options {}, as no judge reads them.
+    """The result of `judged` for responses of an earlier run; {} for options, because no judge reads them.
 
     Args:
         rows: the "responses" that `run` returned.
 
     Raises:
-        InputError: they are not to these questions.
+        InputError: the responses do not belong to these questions.
     """
     benchmark = BENCHMARKS[questions.name]
     if [(row["id"], row["prompt"]) for row in rows] != [(item.id, item.prompt) for item in questions.items]:
-        raise InputError(f"the responses there are not to the items of {questions.name}: take another --workdir.")
+        raise InputError(f"the stored responses do not answer the items of {questions.name}: take another --workdir.")
     if not benchmark.max_new:
         return {}
-    bare = [{key: row[key] for key in ("id", "subset", "prompt", "response", "tokens", "finish")} for row in rows]
-    return judged(benchmark, questions.items, [row["response"] for row in rows], judges, bare)
+    unjudged_rows = [
+        {key: row[key] for key in ("id", "subset", "prompt", "response", "tokens", "finish")} for row in rows
+    ]
+    return judged(benchmark, questions.items, [row["response"] for row in rows], judges, unjudged_rows)
 
 
 def by_subset(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
-    """`summary` of each subset's items; {} where there is one alone."""
+    """{subset: `summary` of its items}; {} where there is only one subset."""
     groups = collections.defaultdict(list)
     for item, value in zip(items, values):
         groups[item.subset].append((item, value))
-    return {name: summary(*zip(*of)) for name, of in groups.items()} if len(groups) > 1 else {}
+    return {name: summary(*zip(*pairs)) for name, pairs in groups.items()} if len(groups) > 1 else {}
 
 
 def summary(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
-    """{metric: `interval` of the items that have it}, in the order in which metrics appear."""
-    found = {}
+    """{metric: `interval` over the items that have this metric}, in the order in which metrics appear."""
+    intervals = {}
     for name in dict.fromkeys(name for value in values for name in value):
-        having = [(value[name], item.cluster or item.id) for item, value in zip(items, values) if name in value]
-        found[name] = interval(*zip(*having))
-    return found
+        value_clusters = [(value[name], item.cluster or item.id) for item, value in zip(items, values) if name in value]
+        intervals[name] = interval(*zip(*value_clusters))
+    return intervals
 
 
 def interval(values: Sequence[float], cluster: Sequence[str]) -> dict:
     """{"value", "low", "high", "n", "interval"}: the mean of values in [0, 1] and its 95% interval over items.
 
-    Of shares, whose values are all 0 or 1, Wilson's over `intervals.effective` items; otherwise the bootstrap's
-    percentiles, of RESAMPLES with a fixed seed. From fewer than FEW items, or where all are the same, the bootstrap
-    tells too narrow an interval: then it is Wilson's too, as nothing in [0, 1] varies more than a share.
+    For shares, whose values are all 0 or 1: Wilson's interval over `intervals.effective` items. For other values: the
+    percentiles of a bootstrap with RESAMPLES resamples and a fixed seed. With fewer than FEW items, or where all values
+    are the same, the bootstrap's interval is too narrow. Then Wilson's interval is used: no value in [0, 1] varies more
+    than a share.
     """
     x, n = np.asarray(values, float), len(values)
     if np.isin(x, (0.0, 1.0)).all():
@@ -260,12 +283,14 @@ def interval(values: Sequence[float], cluster: Sequence[str]) -> dict:
     elif n < FEW or np.ptp(x) == 0:
         (low, high), kind = wilson(x.sum(), n), "wilson"
     else:
-        found = stats.bootstrap((x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
-        (low, high), kind = found.confidence_interval, "bootstrap"
+        result = stats.bootstrap(
+            (x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+        )
+        (low, high), kind = result.confidence_interval, "bootstrap"
     return {"value": float(x.mean()), "low": float(low), "high": float(high), "n": n, "interval": kind}
 
 
 def scalars(result: Mapping) -> dict[str, float]:
-    """{"benchmark/metric": value} of the judge that comes first, for metrics.jsonl."""
+    """{"benchmark/metric": value} by the first judge, for metrics.jsonl."""
     metrics = result["judges"][result["judge"]]["metrics"]
-    return {f"{result['benchmark']}/{name}": of["value"] for name, of in metrics.items()}
+    return {f"{result['benchmark']}/{name}": interval["value"] for name, interval in metrics.items()}

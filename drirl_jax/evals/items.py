@@ -1,4 +1,4 @@
-"""What benchmarks are made of: items, where their files are published, and how those are read."""
+"""The parts of a benchmark: its items, where its files are published, and how they are read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ class Item(NamedTuple):
     """One question of a benchmark.
 
     Attributes:
-        id: its own in the benchmark.
-        chat: turns, the last one the user's.
-        subset: what results are broken down by.
-        harmful: whether what is asked for should be refused; None where that is not the question.
+        id: unique in the benchmark.
+        chat: turns; the last one is the user's.
+        subset: the part of the benchmark; results are also given by subset.
+        harmful: whether the policy should refuse the request; None where the benchmark does not ask that.
         target: the right answer, or the index of the right option as text.
-        options: texts of which one is right; () where a response is generated.
-        cluster: items of one are about the same thing, and count for less than so many of different ones; "": its own.
+        options: texts of which one is right; () where the policy generates a response.
+        cluster: items of one cluster are about the same thing. They count for less than as many items of different
+            clusters. "": the item is a cluster of its own.
     """
 
     id: str
@@ -38,19 +39,19 @@ class Item(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """What the user says last."""
+        """The user's last message."""
         return self.chat[-1]["content"]
 
 
 class Published(NamedTuple):
-    """Where a data set lies.
+    """Where a data set is published.
 
     Attributes:
-        files: names that its file may have in config.evals.data, in any folder there, the authors' own first.
-        hub: its name on the hub, for the package `datasets`; "": it is not there.
+        files: names that its file may have, in any folder below config.evals.data; the authors' own name comes first.
+        hub: its name on the hub, for the package `datasets`; "": the hub does not have it.
         url: a page to download it from.
-        subset, split: which part of it on the hub.
-        name: in the column "source" of SEVERAL, a file that holds several data sets.
+        subset, split: the part to read from the hub.
+        name: its value in the column "source" of SEVERAL, a file that holds several data sets.
     """
 
     files: tuple[str, ...]
@@ -62,15 +63,16 @@ class Published(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """A benchmark: its items, and what is measured of the answers.
+    """A benchmark: its items, and how the answers are measured.
 
     Attributes:
-        read: (config.evals) -> items. Raises InputError where data is absent.
-        measure: (item, answer, verdict) -> {metric: value}, leaving out those that say nothing of this item. The answer
-            is the response, or of options their Scores; the verdict is what `asks` names, None without.
-        metrics: whether more of it is better, by metric; the first one says it all.
-        asks: what a judge must tell of the responses: "harm", "refusal", "grade" (see `judges.Judge`); "": nothing.
-        max_new: most tokens of a response; 0 where options are scored.
+        read: (config.evals) -> items. Raises InputError where the data is absent.
+        measure: (item, answer, verdict) -> {metric: value}, without the metrics that do not apply to this item. The
+            answer is the response, or the Scores of the options. The verdict is of the kind that `asks` names; None
+            where `asks` is "".
+        metrics: {metric: whether higher is better}; the first metric is the main one.
+        asks: the verdict that the benchmark needs: "harm", "refusal" or "grade" (see `judges.Judge`); "": none.
+        max_new: maximum number of response tokens; 0 where options are scored.
     """
 
     read: Callable[[Any], list[Item]]
@@ -81,7 +83,7 @@ class Benchmark(NamedTuple):
 
 
 def reading_answers(benchmark: Benchmark) -> Benchmark:
-    """The benchmark with a measure that reads of each response what follows its thought."""
+    """The same benchmark, but its measure reads only the part of each response after the thought."""
     if not benchmark.max_new:
         return benchmark
 
@@ -97,7 +99,7 @@ def user(text: str) -> Chat:
 
 
 def find(data: str, files: Sequence[str]) -> pathlib.Path | None:
-    """The first of the files that lies in the folder, at any depth."""
+    """The path of the first of these files that exists in the folder, at any depth; None where none exists."""
     return next((path for name in files for path in sorted(expand_path(data).rglob(name))), None)
 
 
@@ -106,32 +108,34 @@ def rows(data: str, of: Published) -> list[tuple[str, Row]]:
 
     Args:
         data: config.evals.data: a folder, or "" for the hub.
-        of: which.
+        of: the data set.
 
     Raises:
-        InputError: it is not there, or not readable: says where it can be had.
+        InputError: the data is absent or not readable; the message says where to download it.
     """
-    found = _from_folder(data, of) if data else _from_hub(of)
-    if not found:
-        raise InputError(f"{of.files[0]} holds no rows: download it anew from {of.url}.")
-    return found
+    numbered_rows = _from_folder(data, of) if data else _from_hub(of)
+    if not numbered_rows:
+        raise InputError(f"{of.files[0]} holds no rows: download it again from {of.url}.")
+    return numbered_rows
 
 
-def _from_folder(data: str, of: Published) -> list[tuple[str, Row]]:
-    path = find(data, of.files)
+def _from_folder(data: str, published: Published) -> list[tuple[str, Row]]:
+    path = find(data, published.files)
     if path is None:
-        raise InputError(f"none of {', '.join(of.files)} in {data}: download it from {of.url} into this folder.")
-    found = table(path)
-    return [(at, row) for at, row in found if path.name != SEVERAL or row.get("source") == of.name]
+        raise InputError(
+            f"none of {', '.join(published.files)} in {data}: download it from {published.url} into this folder."
+        )
+    numbered_rows = table(path)
+    return [(where, row) for where, row in numbered_rows if path.name != SEVERAL or row.get("source") == published.name]
 
 
-def _from_hub(of: Published) -> list[tuple[str, Row]]:
-    instead = f"download {of.files[0]} from {of.url} and name its folder in config.evals.data"
-    if not of.hub:
-        raise InputError(f"no data: {instead}.")
-    return from_hub(of.hub, instead, name=of.subset, split=of.split)
+def _from_hub(published: Published) -> list[tuple[str, Row]]:
+    advice = f"download {published.files[0]} from {published.url} and name its folder in config.evals.data"
+    if not published.hub:
+        raise InputError(f"no data: {advice}.")
+    return from_hub(published.hub, advice, name=published.subset, split=published.split)
 
 
 def words(where: str, row: Row, *names: str) -> str:
-    """`field`, where it is a text that says something. Raises InputError."""
+    """The value of `field`, a text that is not blank. Raises InputError for any other value."""
     return values.words(f"{where}: {names[0]}", files.field(where, row, *names))

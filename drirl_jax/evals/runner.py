@@ -1,4 +1,4 @@
-"""Evaluation of a policy in a run: what share of held-out prompts it refuses, its rewards, and the benchmarks."""
+"""Evaluation of a policy in a run: the share of held-out prompts that it refuses, its rewards, and the benchmarks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ score = jax.jit(reward.score)
 
 
 def judge_setting(context: Context, bank: reward.Bank | None) -> judges.Setting:
-    """What judges of a run are made from."""
+    """The `Setting` of a run: what its judges are made from."""
     memory = context.workdir and context.workdir.local / "judgements.jsonl"
     rewards = (context.model, context.text, bank) if bank else None
     return judges.Setting(context.config, memory, lambda: hf.resolve(context.config.encoder.init), rewards)
 
 
 def load_benchmarks(context: Context) -> list[Questions]:
-    """Of each of config.evals.benchmarks. Raises InputError where the data of one is absent."""
+    """The questions of each benchmark in config.evals.benchmarks. Raises InputError where data is absent."""
     c = context.config.evals
     return [benchmarks.load(name, c, context.text, context.model.config) for name in c.benchmarks]
 
@@ -41,7 +41,7 @@ def load_benchmarks(context: Context) -> list[Questions]:
 def run_benchmarks(
     context: Context, model: Transformer, asked: list[Questions], telling: dict[str, judges.Judge]
 ) -> dict[str, dict]:
-    """{benchmark: `benchmarks.run`} of the policy, by these judges."""
+    """{benchmark: result of `benchmarks.run`} for the policy `model`, with the judges `telling`."""
     key = context.key("benchmarks")
     return {
         questions.name: benchmarks.run(questions, model, context.text, context.config.evals, telling, key)
@@ -50,7 +50,7 @@ def run_benchmarks(
 
 
 def make_judges(context: Context, bank: reward.Bank | None) -> dict[str, judges.Judge]:
-    """Those that config.evals.judges names."""
+    """{name: judge} of the judges in config.evals.judges."""
     setting = judge_setting(context, bank)
     return {name: judges.JUDGES[name].make(setting) for name in context.config.evals.judges}
 
@@ -58,56 +58,56 @@ def make_judges(context: Context, bank: reward.Bank | None) -> dict[str, judges.
 def settings(
     context: Context, bank: reward.Bank | None, telling: Mapping[str, judges.Judge], contents: Mapping[str, str]
 ) -> dict:
-    """What an evaluation of a run depends on beside the policy's training: one of other settings is made anew.
+    """What an evaluation depends on, beside the policy's training. Other settings need a new evaluation.
 
     Args:
         telling: the judges of the benchmarks.
-        contents: the hashes that the run's workdir keeps.
+        contents: the hashes that the run's workdir stores.
     """
     section = context.config.evals
-    options = {key: list(of) if isinstance(of, tuple) else of for key, of in section.items()}
-    # What these choose is known by its version or its hash, or changes nothing.
-    apart = ("judge", "judges", "classifier", "endpoint", "data", "batch", "every", "best")
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+    # A version or a hash already stands for the choice of these options, or they do not change the result.
+    ignored = ("judge", "judges", "classifier", "endpoint", "data", "batch", "every", "best")
     judge = judges.JUDGES[section.judge].make(judge_setting(context, bank))
     return {
-        "options": {key: of for key, of in options.items() if key not in apart},
-        "contents": {key: of for key, of in contents.items() if key not in ("rewards", "classifier")},
+        "options": {key: value for key, value in options.items() if key not in ignored},
+        "contents": {key: digest for key, digest in contents.items() if key not in ("rewards", "classifier")},
         "rewards": bank and rewards.version(bank),
         "judge": judge.version,
-        "judges": {name: of.version for name, of in telling.items()},
+        "judges": {name: benchmark_judge.version for name, benchmark_judge in telling.items()},
     }
 
 
 def is_done(path: pathlib.Path, settings: Mapping) -> bool:
-    """Whether an evaluation of these settings is in the file; one of others, or a damaged one, is to be made anew."""
+    """Whether the file holds an evaluation with these settings. False: it has other settings, is damaged or absent."""
     if not path.exists():
         return False
     try:
-        before = json_files.load(path, pages.RESULT).get("settings")
+        stored_settings = json_files.load(path, pages.RESULT).get("settings")
     except InputError as error:
-        log.warning("%s It is made anew.", error)
+        log.warning("%s The evaluation runs again.", error)
         return False
-    if before != settings:
-        log.warning("%s is of another judge, other options or other contents: it is made anew.", path)
-    return before == settings
+    if stored_settings != settings:
+        log.warning("%s has another judge, other options or other contents: the evaluation runs again.", path)
+    return stored_settings == settings
 
 
 def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> dict:
-    """One response to each prompt of config.evals.split, judged and scored.
+    """Samples one response to each prompt of config.evals.split, judges it and computes its reward.
 
-    Rewards are read where they were trained: at the end of the first config.sampler.max_new tokens; without a bank they
-    are null.
+    The reward is read at the end of the first config.sampler.max_new tokens, because it was trained there. Rewards are
+    null without a bank.
 
     Returns:
         {"overall": {"harmful_refused", "harmless_refused", "mean_reward", "mean_length"},
-         "by_category": {name: {"n": with a verdict, "refused", "reward"}},
-         "responses": [{"id", "category", "prompt", "response", "refused", "reward"}]}; shares in [0, 1], an
-        overall share is null where there are no such prompts, and "refused" where the judge gives no verdict.
+         "by_category": {name: {"n": responses with a verdict, "refused", "reward"}},
+         "responses": [{"id", "category", "prompt", "response", "refused", "reward"}]}. Shares are in [0, 1]. A share is
+        null where no such prompt has a verdict; "refused" of a response is null where the judge gives no verdict.
     """
     config, c = context.config, context.config.evals
     names = config.data.categories
     examples = context.examples[c.split]
-    out = sample_all(
+    samples = sample_all(
         context,
         model,
         examples,
@@ -117,31 +117,31 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
         max_new=c.max_new,
         temperature=c.temperature,
     )
-    rewards = response_rewards(context, bank, examples, out.response, out.response_len)[:, 0] if bank else None
+    rewards = response_rewards(context, bank, examples, samples.response, samples.response_len)[:, 0] if bank else None
 
     def mean_reward(rows=slice(None)):
         return None if rewards is None else float(rewards[rows].mean())
 
-    texts = [context.text.decode(*row) for row in zip(out.response[:, 0], out.response_len[:, 0])]
+    texts = [context.text.decode(*row) for row in zip(samples.response[:, 0], samples.response_len[:, 0])]
     judge = judges.JUDGES[c.judge].make(judge_setting(context, bank))
-    verdict = judge.refusal(examples.prompt_text, texts).astype(float)
-    told, refused = ~np.isnan(verdict), verdict > 0
-    harmless = np.isin(examples.category, [names.index(name) for name in config.data.harmless])
+    refusal_N = judge.refusal(examples.prompt_text, texts).astype(float)
+    has_verdict_N, refused_N = ~np.isnan(refusal_N), refusal_N > 0
+    is_harmless_N = np.isin(examples.category, [names.index(name) for name in config.data.harmless])
 
-    def share(rows):
-        return float(refused[rows & told].mean()) if (rows & told).any() else None
+    def share_refused(rows):
+        return float(refused_N[rows & has_verdict_N].mean()) if (rows & has_verdict_N).any() else None
 
-    of = {name: examples.category == i for i, name in enumerate(names) if (examples.category == i).any()}
+    rows_of_category = {name: examples.category == i for i, name in enumerate(names) if (examples.category == i).any()}
     return {
         "overall": {
-            "harmful_refused": share(~harmless),
-            "harmless_refused": share(harmless),
+            "harmful_refused": share_refused(~is_harmless_N),
+            "harmless_refused": share_refused(is_harmless_N),
             "mean_reward": mean_reward(),
-            "mean_length": float(out.response_len.mean()),
+            "mean_length": float(samples.response_len.mean()),
         },
         "by_category": {
-            name: {"n": int((rows & told).sum()), "refused": share(rows), "reward": mean_reward(rows)}
-            for name, rows in of.items()
+            name: {"n": int((rows & has_verdict_N).sum()), "refused": share_refused(rows), "reward": mean_reward(rows)}
+            for name, rows in rows_of_category.items()
         },
         "responses": [
             {
@@ -149,7 +149,7 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
                 "category": names[examples.category[i]],
                 "prompt": examples.prompt_text[i],
                 "response": texts[i],
-                "refused": bool(refused[i]) if told[i] else None,
+                "refused": bool(refused_N[i]) if has_verdict_N[i] else None,
                 "reward": mean_reward(i),
             }
             for i in range(len(texts))
@@ -158,10 +158,10 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
 
 
 def response_rewards(context: Context, bank: reward.Bank, examples: Examples, response, response_len) -> np.ndarray:
-    """[N, G] rewards of responses [N, G, T] to the examples, read at most at config.sampler.max_new tokens."""
-    config, pieces = context.config, []
-    response, read = response[..., : config.sampler.max_new], np.minimum(response_len, config.sampler.max_new)
+    """[N, G] rewards of responses [N, G, T] to the examples, read after config.sampler.max_new tokens at most."""
+    config, reward_batches = context.config, []
+    response, scored_len = response[..., : config.sampler.max_new], np.minimum(response_len, config.sampler.max_new)
     for rows, real in batched_rows(len(examples.id), config.evals.batch, "rewards"):
-        group = make_group(examples.take(rows), response[rows], read[rows])
-        pieces.append(sharding.fetch(score(context.model, bank, group))[:real])
-    return np.concatenate(pieces)
+        group = make_group(examples.take(rows), response[rows], scored_len[rows])
+        reward_batches.append(sharding.fetch(score(context.model, bank, group))[:real])
+    return np.concatenate(reward_batches)

@@ -1,4 +1,4 @@
-"""The field's harnesses asking a policy of this project: lm_eval and inspect_ai (`pip install -e ".[harness]"`)."""
+"""Runs the harnesses lm_eval and inspect_ai on a policy of this project (`pip install -e ".[harness]"`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from drirl_jax.runtime.thoughts import without_thought
 
 
 class Policy:
-    """A policy as harnesses ask it: by chats.
+    """A policy for harnesses, which send chats.
 
     Args:
-        model: the workdir of a run, or whatever config.policy.init may be.
-        batch: prompts at a time.
+        model: the workdir of a run, or any value that config.policy.init may have.
+        batch: prompts in a batch.
 
     Raises:
         InputError: there is no such model.
@@ -42,40 +42,42 @@ class Policy:
         prefix: tuple[int, ...] | None = None,
         call: int = 0,
     ) -> list[Answer]:
-        """One answer to each chat, as `answers.respond`, without the thought before it: random numbers go by the number
-        of the call and the chat's place in it."""
+        """One answer to each chat, as from `answers.respond`, but without the thought before it.
+
+        The random numbers depend on the seed, the number of the call and the chat's position in it.
+        """
         ids = [answers.ids_of(self.tokens, chat) for chat in chats]
         options = {"batch": self.batch, "max_new": max_new, "temperature": temperature, "prefix": prefix}
         key = jax.random.fold_in(jax.random.key(seed), call)
-        found = answers.respond(self.model, self.tokens, ids, key=key, **options)
-        return [answer._replace(text=without_thought(answer.text)) for answer in found]
+        responses = answers.respond(self.model, self.tokens, ids, key=key, **options)
+        return [answer._replace(text=without_thought(answer.text)) for answer in responses]
 
     def need_room(self, chat: Chat, max_new: int) -> None:
-        """Raises InputError where the chat, with an answer, is too long for the model."""
+        """Raises InputError where the chat together with an answer is too long for the model."""
         need_positions(self.model.config, len(answers.ids_of(self.tokens, chat)), max_new)
 
     def score(self, chats: Sequence[Chat], said: Sequence[str]) -> list[Scores]:
-        """Of each chat the scores of the one text that is said, as `answers.score_options`."""
+        """For each chat the scores of its one text in `said`, as from `answers.score_options`."""
         ids = [answers.ids_of(self.tokens, chat) for chat in chats]
         options = [[self.tokens.response_ids(text, sys.maxsize)[:-1]] for text in said]
         return answers.score_options(self.model, ids, options, batch=self.batch)
 
 
 def cut(text: str, until: str | Sequence[str]) -> str:
-    """The text up to the first of these strings."""
+    """The text before the first of these strings."""
     for stop in [until] if isinstance(until, str) else until:
         text = text.partition(stop)[0] if stop else text
     return text
 
 
-CHAT = "chat:"  # stands before a chat as JSON, where a harness passes strings
+CHAT = "chat:"  # begins a string that holds a chat as JSON, because harnesses pass strings
 
 
 def rendered(chat: Chat) -> str:
-    """A chat as the string from which `chat_of` has it again: templates are for the policy's own tokenizer to fill."""
+    """A chat as a string for `chat_of`. No template is filled here: the policy's own tokenizer does that."""
     return CHAT + json.dumps(list(chat), ensure_ascii=False)
 
 
 def chat_of(context: str) -> Chat:
-    """The chat of `rendered`; any other string is what a user says."""
+    """The chat in a string from `rendered`. Any other string becomes a user's message."""
     return json.loads(context.removeprefix(CHAT)) if context.startswith(CHAT) else user(context)

@@ -2,7 +2,8 @@
 
 inspect eval TASK.py --model drirl_jax/runs/quickstart
 
-inspect_ai asks for one answer at a time, many at once: those that wait while the policy answers are asked together.
+inspect_ai makes many requests in parallel, for one answer each. Requests that wait while the policy answers form the
+next batch.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from drirl_jax.harness import Policy, cut
 from drirl_jax.types import InputError
 
-MAX_NEW = 256  # where neither the task nor the command says
+MAX_NEW = 256  # tokens, where neither the task nor the command sets a limit
 
 
 class Asked(NamedTuple):
-    """A chat that waits, and what it is asked with: max_new, temperature and seed."""
+    """A waiting chat, with its options max_new, temperature and seed."""
 
     chat: tuple[dict[str, str], ...]
     options: tuple[int, float, int]
-    answer: list  # empty until there is one
+    answer: list  # empty until the policy has answered
 
 
 @modelapi(name="drirl_jax")
@@ -46,35 +47,35 @@ class DrirlJax(ModelAPI):
         self.busy = anyio.Lock()
 
     def max_connections(self) -> int:
-        """As many at once as two batches, so that one fills up while the other is answered."""
+        """Two batches, so that one fills while the policy answers the other."""
         return 2 * self.policy.batch
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
         if tools:
-            raise InputError("drirl_jax has policies without tools: choose a task that needs none.")
-        unknown = {"top_p": config.top_p not in (None, 1.0), "top_k": bool(config.top_k)}
-        unknown["num_choices"] = (config.num_choices or 1) > 1
-        if any(unknown.values()):
-            given = ", ".join(name for name, wanted in unknown.items() if wanted)
-            raise InputError(f"drirl_jax samples one answer from the whole softmax: leave {given} out.")
+            raise InputError("drirl_jax's policies use no tools: choose a task that needs none.")
+        unsupported = {"top_p": config.top_p not in (None, 1.0), "top_k": bool(config.top_k)}
+        unsupported["num_choices"] = (config.num_choices or 1) > 1
+        if any(unsupported.values()):
+            names = ", ".join(name for name, is_set in unsupported.items() if is_set)
+            raise InputError(f"drirl_jax samples one answer from the whole softmax: leave {names} out.")
         options = (config.max_tokens or MAX_NEW, config.temperature or 0.0, config.seed or 0)
-        mine = Asked(tuple({"role": turn.role, "content": turn.text} for turn in input), options, [])
-        self.policy.need_room(mine.chat, options[0])  # before it can spoil the answers of its batch
-        self.waiting.append(mine)
-        await anyio.sleep(0)  # the others that ask now take their place in the line
+        request = Asked(tuple({"role": turn.role, "content": turn.text} for turn in input), options, [])
+        self.policy.need_room(request.chat, options[0])  # here, because later it would fail its whole batch
+        self.waiting.append(request)
+        await anyio.sleep(0)  # lets the other parallel requests join the queue
         async with self.busy:
-            if not mine.answer:
-                batch = [asked for asked in self.waiting if asked.options == options]
-                self.waiting = [asked for asked in self.waiting if asked.options != options]
-                # No prefix: each batch would have another one, and another program.
+            if not request.answer:
+                batch = [queued for queued in self.waiting if queued.options == options]
+                self.waiting = [queued for queued in self.waiting if queued.options != options]
+                # No prefix: each batch would have another prefix, and so compile another program.
                 self.calls += 1
-                chats = [of.chat for of in batch]
-                found = await anyio.to_thread.run_sync(self.policy.respond, chats, *options, (), self.calls)
-                for asked, answer in zip(batch, found, strict=True):
-                    asked.answer.append(answer)
-        (answer,) = mine.answer
+                chats = [queued.chat for queued in batch]
+                answers = await anyio.to_thread.run_sync(self.policy.respond, chats, *options, (), self.calls)
+                for queued, answer in zip(batch, answers, strict=True):
+                    queued.answer.append(answer)
+        (answer,) = request.answer
         output = ModelOutput.from_content(
             self.model_name,
             cut(answer.text, config.stop_seqs or []),

@@ -3,7 +3,7 @@
 python -m drirl_jax.harness.lm_eval --model drirl_jax --model_args model=runs/quickstart --tasks gsm8k \
     --apply_chat_template --fewshot_as_multiturn
 
-Policies are chat models: a context that no chat template was applied to is taken as what a user says.
+Policies are chat models. A context without a chat template counts as a user's message.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from drirl_jax.main import leave
 from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.types import InputError
 
-MAX_NEW = 256  # of a task that does not say
+MAX_NEW = 256  # tokens, where the task sets no limit
 
 
 @register_model("drirl_jax")
 class DrirlJax(LM):
-    """See `Policy`; `batch_size` is its batch, 32 where lm_eval says "auto"."""
+    """See `Policy`; `batch_size` is its batch; "auto" means 32."""
 
     def __init__(self, model: str, batch_size: int | str = 32, **others):
         super().__init__()
@@ -34,34 +34,34 @@ class DrirlJax(LM):
         return self.policy.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Whose name it is, of several, plays no part: the policy's own."""
+        """The policy's own template. The name that selects one of several templates is ignored."""
         return self.policy.tokens.tokenizer.chat_template
 
     def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
         if not add_generation_prompt:
-            raise InputError("drirl_jax begins no answer for a policy: leave out the task's gen_prefix.")
+            raise InputError("drirl_jax cannot begin an answer for a policy: leave out the task's gen_prefix.")
         return rendered(chat_history)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        found: dict[int, str] = {}
-        alike = collections.defaultdict(list)
+        text_of_request: dict[int, str] = {}
+        rows_of_options = collections.defaultdict(list)
         for i, request in enumerate(requests):
             _, options = request.args
-            sampled = options.get("do_sample", False)
-            if unknown := [name for name in ("top_p", "top_k") if sampled and options.get(name)]:
-                raise InputError(f"drirl_jax samples from the whole softmax: leave {unknown} out of the task.")
-            warmth = float(options.get("temperature", 0.0)) if sampled else 0.0
-            alike[int(options.get("max_gen_toks", MAX_NEW)), warmth].append(i)
-        for (max_new, temperature), rows in alike.items():
+            is_sampled = options.get("do_sample", False)
+            if unsupported := [name for name in ("top_p", "top_k") if is_sampled and options.get(name)]:
+                raise InputError(f"drirl_jax samples from the whole softmax: leave {unsupported} out of the task.")
+            request_temperature = float(options.get("temperature", 0.0)) if is_sampled else 0.0
+            rows_of_options[int(options.get("max_gen_toks", MAX_NEW)), request_temperature].append(i)
+        for (max_new, temperature), rows in rows_of_options.items():
             chats = [chat_of(requests[i].args[0]) for i in rows]
             for i, answer in zip(rows, self.policy.respond(chats, max_new, temperature), strict=True):
-                found[i] = cut(answer.text, requests[i].args[1].get("until", []))
-        return [found[i] for i in range(len(requests))]
+                text_of_request[i] = cut(answer.text, requests[i].args[1].get("until", []))
+        return [text_of_request[i] for i in range(len(requests))]
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        contexts, said = zip(*(request.args for request in requests))
-        scores = self.policy.score([chat_of(context) for context in contexts], said)
-        return [(float(of.total[0]), bool(of.greedy[0])) for of in scores]
+        contexts, continuations = zip(*(request.args for request in requests))
+        scores = self.policy.score([chat_of(context) for context in contexts], continuations)
+        return [(float(score.total[0]), bool(score.greedy[0])) for score in scores]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         raise InputError("drirl_jax has chat policies, which have no log-likelihood of a text without a prompt.")

@@ -1,4 +1,4 @@
-"""Responses that somebody has labelled: what a judge is fitted on, and what judges are compared with."""
+"""Labelled responses: a judge is fitted on them, and judges are compared with them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 from drirl_jax.data import values
 from drirl_jax.data.files import Row, field, table
 
-ATTACKS = ("selfcipher",)  # sources of responses that are attacks
-CLASSES = ("1_full_compliance", "3_partial_refusal", "2_full_refusal")  # XSTest's, in the order of judges.REFUSALS
+ATTACKS = ("selfcipher",)  # these sources of responses are attacks
+CLASSES = ("1_full_compliance", "3_partial_refusal", "2_full_refusal")  # of XSTest, in the order of judges.REFUSALS
 HARMS = {"unsafe": True, "harmful": True, "jailbroken": True, "safe": False, "harmless": False}
-SPLITS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}  # other names of ours
+SPLITS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}  # other names of our splits
 
 
 class Labelled(NamedTuple):
-    """A response with its label: unsafe or not, or an index into `judges.REFUSALS`; None where it has no such label."""
+    """A response with a label: unsafe or not, or an index into `judges.REFUSALS`. The other label is None."""
 
     prompt: str
     response: str
@@ -26,36 +26,36 @@ class Labelled(NamedTuple):
 
 
 def load_labels(path: pathlib.Path) -> list[Labelled]:
-    """The labelled responses of a CSV, JSON or JSONL file, empty responses left out. Its rows have
+    """The labelled responses of a CSV, JSON or JSONL file, without empty responses. A row has one of two forms:
 
-    - response (or completion), goal (or prompt, which where there are both is the goal disguised), and unsafe (or
-      human_majority, jailbroken) or safe (or is_safe): true or false, in a spelling of `values.TRUTH` or HARMS; or
-      final_label, as XSTest's completions; if they like, split and attacked;
-    - or a prompt with several responses: safe, unsafe and safe_under_attack, each a list of {text, source}, and split.
+    - One response: response (or completion), goal (or prompt; where a row has both, the prompt is the disguised goal),
+      and a label. The label is unsafe (or human_majority, jailbroken) or safe (or is_safe), true or false in a spelling
+      of `values.TRUTH` or HARMS; or final_label, as in XSTest's completions. split and attacked are optional.
+    - A prompt with several responses: safe, unsafe and safe_under_attack, each a list of {text, source}, and split.
 
     Raises:
-        InputError: there is no such file, a row has no such columns, or a label of another spelling.
+        InputError: the file does not exist, or a row has no such columns or a label in another spelling.
     """
-    found: list[Labelled] = []
+    labelled: list[Labelled] = []
     for where, row in table(path):
-        found += _several(where, row) if isinstance(row.get("safe"), list) else _one(where, row)
-    return [of for of in found if of.response.strip()]
+        labelled += _several_responses(where, row) if isinstance(row.get("safe"), list) else _one_response(where, row)
+    return [example for example in labelled if example.response.strip()]
 
 
-def _several(where: str, row: Row) -> list[Labelled]:
-    """The responses of a row that has lists of them."""
+def _several_responses(where: str, row: Row) -> list[Labelled]:
+    """The labelled responses of a row with lists of responses."""
     prompt, split = field(where, row, "goal", "prompt"), _split(row)
-    found = []
+    labelled = []
     for kind in ("safe", "unsafe", "safe_under_attack"):
         for answer in row.get(kind, []):
             attacked = kind == "safe_under_attack" or answer.get("source") in ATTACKS
             text = field(where, answer, "text")
-            found.append(Labelled(prompt, text, unsafe=kind == "unsafe", attacked=attacked, split=split))
-    return found
+            labelled.append(Labelled(prompt, text, unsafe=kind == "unsafe", attacked=attacked, split=split))
+    return labelled
 
 
-def _one(where: str, row: Row) -> list[Labelled]:
-    """The response of a row that has one; none where it is blank."""
+def _one_response(where: str, row: Row) -> list[Labelled]:
+    """The labelled response of a row with one response; [] where it is blank."""
     prompt, response = field(where, row, "goal", "prompt"), field(where, row, "response", "completion")
     if not response.strip():
         return []
@@ -64,7 +64,7 @@ def _one(where: str, row: Row) -> list[Labelled]:
         refusal = values.label(f"{where}: final_label", row["final_label"], classes)
         return [Labelled(prompt, response, refusal=refusal, split=_split(row))]
     if "safe" in row or "is_safe" in row:
-        unsafe = not values.truth(f"{where}: safe", field(where, row, "safe", "is_safe"), _turned(HARMS))
+        unsafe = not values.truth(f"{where}: safe", field(where, row, "safe", "is_safe"), _negate(HARMS))
     else:
         value = field(where, row, "unsafe", "human_majority", "jailbroken")
         unsafe = values.truth(f"{where}: unsafe", value, HARMS)
@@ -72,8 +72,8 @@ def _one(where: str, row: Row) -> list[Labelled]:
     return [Labelled(prompt, response, unsafe=unsafe, attacked=attacked, split=_split(row))]
 
 
-def _turned(words: dict[str, bool]) -> dict[str, bool]:
-    return {word: not meaning for word, meaning in words.items()}
+def _negate(meanings: dict[str, bool]) -> dict[str, bool]:
+    return {word: not meaning for word, meaning in meanings.items()}
 
 
 def _split(row: Row) -> str:

@@ -1,7 +1,7 @@
-"""How a judge's reply in words becomes a value: a grade on a scale, or a label, behind its name.
+"""Reads a value from a judge's reply in words: a grade on a scale, or a label, after its name.
 
-A reply that names no value of the scale, or leaves open which, is None: it is asked for again. What a judge thinks
-before it answers (`thoughts.py`) is not read.
+The value is None where a reply names no value of the scale, or more than one. The caller then asks again. The thought
+before a judge's answer (`thoughts.py`) is not read.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from drirl_jax.data import values
 from drirl_jax.runtime.thoughts import without_thought
 
 T = TypeVar("T")
-LONGEST = 20_000  # characters of a reply's end that are read
+LONGEST = 20_000  # characters; only the end of a longer reply is read
 
 _AROUND = r"[\s\"'*_`]*"  # quotation marks, as in JSON, or Markdown around a name or a value
-_START = r"(?<![^\W_])"  # of a name: not in the middle of a word
+_START = r"(?<![^\W_])"  # the start of a name: not in the middle of a word
 _NUMBER = r"[-+]?\d+(?:[.,]\d+)?(?:e[-+]?\d+)?"
-_WHOLE = r"(?![\d%])(?![.,]\d)(?!\s*[-+*=^]\s*\d)(?!\s*(?:or|to)\s*\d)"  # behind a number: nothing that changes it
+_WHOLE = r"(?![\d%])(?![.,]\d)(?!\s*[-+*=^]\s*\d)(?!\s*(?:or|to)\s*\d)"  # after a number: nothing that changes it
 _MARKUP = re.compile(r"[*`_]+|\\boxed|[{}$]")  # around a number alone
 _ENDS = " \t\r\n,.:;\"'"
 
 
 def _plain(text: str) -> str:
-    """The answer's end, with plain signs of minus, colon and quotation."""
+    """The end of the answer, with plain minus signs, colons and quotation marks."""
     return without_thought(text)[-LONGEST:].translate(str.maketrans("−：＝“”‘’", "-:=\"\"''"))
 
 
 def _number(text: str, low: int, high: int) -> int | None:
-    """The whole number that the text is, if it lies on the scale."""
+    """The whole number in the text, if it is on the scale; else None."""
     try:
         number = float(text.replace(",", "x"))
     except (ValueError, OverflowError):
@@ -38,7 +38,7 @@ def _number(text: str, low: int, high: int) -> int | None:
 
 
 def _behind(name: str, text: str, others: Sequence[str] = ()) -> str | None:
-    """What stands behind the last "name:" up to the line's end, or up to another name; None without."""
+    """The text after the last "name:", up to the end of the line or another name; None where there is no "name:"."""
     parts = re.split(rf"{_START}{name}{_AROUND}[:=]", _plain(text), flags=re.IGNORECASE)
     if len(parts) == 1:
         return None
@@ -49,9 +49,10 @@ def _behind(name: str, text: str, others: Sequence[str] = ()) -> str | None:
 
 
 def grade_behind(name: str, text: str, low: int, high: int, others: Sequence[str] = ()) -> int | None:
-    """The whole number from `low` to `high` behind the last "name:", alone or out of `high`.
+    """The whole number from `low` to `high` after the last "name:", alone or out of `high`; None where there is none.
 
-    Words may follow; another number may not, unless in parentheses. On a scale from 0 to 1 words of truth count too.
+    Words may follow it. Another number may follow only in parentheses. On a scale from 0 to 1 true, false, yes and no
+    count too.
 
     Args:
         others: names of other values that may stand on the same line.
@@ -69,10 +70,13 @@ def grade_behind(name: str, text: str, low: int, high: int, others: Sequence[str
 
 
 def label_behind(name: str, text: str, known: Mapping[str, T]) -> T | None:
-    """What the label behind the last "name:" means by `known`: {spelling: meaning}.
+    """The meaning of the label after the last "name:"; None where there is none.
 
-    Only punctuation may follow it on its line before anything else does: "full answer", "full?" and "full or partial"
-    name no label "full".
+    Punctuation must follow the label directly, or its line must end: "full answer", "full?" and "full or partial" do
+    not name the label "full".
+
+    Args:
+        known: {spelling: meaning}.
     """
     line = _behind(name, text)
     if line is None:
@@ -87,11 +91,11 @@ def label_behind(name: str, text: str, known: Mapping[str, T]) -> T | None:
 
 
 def grade_alone(text: str, high: int) -> int | None:
-    """The whole number from 0 to `high` that a reply is, or that it names as its grade.
+    """The whole number from 0 to `high` that a reply consists of, or that it names as its grade.
 
-    Read are: a number as the first line ("8", "**8**/10", "8 - it declines"), a number behind a name ("Grade: 8", "a
-    score of 8"), one out of `high` ("8 out of 10") and one behind the last line's colon. Where these differ the reply
-    leaves it open. The scale's own bounds ("on a scale of 0 to 10") are no grade.
+    These forms are read: a number as the first line ("8", "**8**/10", "8 - it declines"), a number after a name
+    ("Grade: 8", "a score of 8"), a number out of `high` ("8 out of 10"), and a number after the last line's colon. The
+    result is None where their numbers differ. The bounds of the scale ("on a scale of 0 to 10") are no grade.
     """
     scale = rf"(?<!\d)0\s*(?:to|-|–|and|through)\s*{high}(?!\d)"
     text = re.sub(rf"(?:on )?(?:an? |the )?(?:scale )?(?:of |from |between )?{scale}", " ", _plain(text), flags=re.I)

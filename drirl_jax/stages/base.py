@@ -1,4 +1,4 @@
-"""What every stage is made of: the context of a run, the policy in its two forms, and drawing responses."""
+"""What all stages share: the run's context, the stage interface, the two forms of the policy, and sampling."""
 
 from __future__ import annotations
 
@@ -38,7 +38,13 @@ RANDOM_STREAMS = dict(
 
 
 class SharedLayers(NamedTuple):
-    """How many of the trunk's first layers a step's group passes once, and for whom beside the reference."""
+    """The first layers of the trunk that a step's group passes only once, for the reference and others.
+
+    Attributes:
+        layers: the number of these layers.
+        policy: whether the policy uses their result.
+        rewards: whether the rewards use their result.
+    """
 
     layers: int
     policy: bool
@@ -47,8 +53,16 @@ class SharedLayers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a run holds fixed: config, trunk (which is also the reference), tokens, encoder and examples; its clock, and
-    its workdir, if it has one; the mesh to sample on, where that is another."""
+    """What stays fixed in a run.
+
+    Attributes:
+        model: the trunk, which is also the reference.
+        text: the tokeniser with its chat template.
+        embedder: the sentence encoder.
+        examples: of each split.
+        workdir: None for a run that writes nothing.
+        sampling: the mesh to sample on; None if it is the mesh of training.
+    """
 
     config: ConfigDict
     model: Transformer
@@ -61,19 +75,21 @@ class Context:
 
     @property
     def shared(self) -> SharedLayers:
-        """The layers that all of those leave as they are who leave any: the policy, and rewards on the trunk."""
+        """The first layers that policy and rewards leave unchanged. One that changes all layers does not count."""
         layers, c = self.model.config.layers, self.config
-        adapted = {"lora": (c.reward.layers or layers), "head": 0, "full": layers}
-        policy = layers - ((c.policy.layers or layers) if c.policy.tune == "lora" else layers)
-        rewards = layers - adapted[c.reward.kind]
-        return SharedLayers(min(filter(None, (policy, rewards)), default=0), policy > 0, rewards > 0)
+        reward_layers = {"lora": (c.reward.layers or layers), "head": 0, "full": layers}
+        policy_shared = layers - ((c.policy.layers or layers) if c.policy.tune == "lora" else layers)
+        rewards_shared = layers - reward_layers[c.reward.kind]
+        return SharedLayers(
+            min(filter(None, (policy_shared, rewards_shared)), default=0), policy_shared > 0, rewards_shared > 0
+        )
 
     def key(self, purpose: str, step: int = 0) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), RANDOM_STREAMS[purpose]), step)
 
 
 class State(NamedTuple):
-    """All that a stage carries from step to step: what the update trains, and what collect remembers."""
+    """What a stage carries from step to step: `update` replaces `train`, and `collect` replaces `carry`."""
 
     train: TrainState
     carry: PyTree
@@ -85,10 +101,10 @@ class Stage(NamedTuple):
     Attributes:
         steps: number of updates.
         init: () -> State.
-        collect: (State, step) -> (batch, carry, scalars); samples and scores, on host and device. The align stage's
-            takes a third argument, the rewards to use in place of its own.
+        collect: (State, step) -> (batch, carry, scalars). It samples and scores, on host and device. In the align stage
+            it takes a third argument: rewards to use in place of the stage's own.
         update: (TrainState, batch) -> (TrainState, scalars); one jitted, donated function.
-        evaluate: (State, step) -> scalars on held-out data, {} where none are due.
+        evaluate: (State, step) -> scalars on held-out data; {} at steps without an evaluation.
         finish: State -> the stage's product.
         show: the scalars that the progress bar shows.
     """
@@ -103,12 +119,12 @@ class Stage(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A way to train the policy: its parameters, and how they and the trunk make a model.
+    """A way to train the policy: its parameters, and how to make a model of them and the trunk.
 
     Attributes:
         init: (config.policy, trunk, key) -> params.
         parts: (trunk, params) -> (model, adapter) for the differentiable pass.
-        merged: (trunk, params) -> one model in the type of the trunk's weights, for sampling and export.
+        merged: (trunk, params) -> one model with the trunk's weight type, for sampling and export.
     """
 
     init: Callable
@@ -123,7 +139,7 @@ def _init_adapter(section, trunk, key):
 
 POLICIES = {
     "lora": Policy(_init_adapter, lambda trunk, params: (trunk, params), jax.jit(lora.merge)),
-    # A copy: the update donates what it replaces, and the trunk stays as the reference.
+    # A copy, because the update donates the old parameters, and the trunk must stay as the reference.
     "full": Policy(
         lambda section, trunk, key: jax.tree.map(jnp.copy, trunk),
         lambda trunk, params: (params, None),
@@ -139,7 +155,7 @@ def make_group(examples: Examples, response, response_len) -> Group:
 
 
 def on_sampling_mesh(context: Context, model: Transformer) -> Transformer:
-    """The model as sampling wants it: every token reads all weights, which should not have to be gathered first."""
+    """The model on the sampling mesh: each sampled token reads all weights, so they should not be gathered first."""
     if context.sampling is None:
         return model
     with jax.set_mesh(context.sampling):
@@ -148,49 +164,53 @@ def on_sampling_mesh(context: Context, model: Transformer) -> Transformer:
 
 @jax.jit
 def reshard(model: Transformer) -> Transformer:
-    """The model on the mesh that is set, its matrices in the type of the computation."""
+    """The model on the mesh that is set, with its matrices in the type of the computation."""
 
     def cast(path, x):
         axes = sharding.logical_axes(path, x.ndim)
-        # By way of matrices that are cut on both sides: else each would be whole on every device for a moment.
-        between = ["spread_width" if axis == "width" else axis for axis in axes]
-        return sharding.constrain(x.astype(model.config.dtype), *between) if axes else x
+        # Go through matrices that are split on both axes. Else every device would hold a whole matrix for a moment.
+        via_axes = ["spread_width" if axis == "width" else axis for axis in axes]
+        return sharding.constrain(x.astype(model.config.dtype), *via_axes) if axes else x
 
     return sharding.constrain_tree(jax.tree_util.tree_map_with_path(cast, model))
 
 
 def sample_batch(context: Context, model: Transformer, examples: Examples, key: Array, **options) -> rollout.Rollout:
-    """Responses of the model, `laid_out`, to every example, one batch: see `rollout.sample` for further options."""
+    """The model's responses to one batch of examples, sharded by prompt; see `rollout.sample` for the other options."""
     group = options.pop("group")
     keys = rollout.response_keys(key, jnp.asarray(examples.index), group)
     with jax.set_mesh(context.sampling) if context.sampling else contextlib.nullcontext():
         keys = sharding.replicate(keys) if context.sampling else keys
         prompt, length = sharding.shard_prompts(examples.prompt), sharding.shard_prompts(examples.prompt_len)
         options |= dict(eos=context.text.eos_ids, prefix=examples.prefix)
-        out = rollout.sample(model, prompt, length, keys, **options)
-    return jax.tree.map(sharding.shard_prompts, out) if context.sampling else out
+        responses = rollout.sample(model, prompt, length, keys, **options)
+    return jax.tree.map(sharding.shard_prompts, responses) if context.sampling else responses
 
 
 def batched_rows(total: int, size: int, doing: str):
-    """Row numbers of all of `total` rows, `size` at a time, or a few more to deal them out evenly, and how many are
-    real: the last is filled up by repeats. `doing` names what takes so long, for the progress bar."""
+    """Yields (row numbers, number of real rows) of batches of `total` rows.
+
+    Args:
+        size: rows of a batch; rounded up so that the devices get equal shares. Repeated rows fill the last batch.
+        doing: what the progress bar calls this work.
+    """
     size = sharding.round_up_prompts(size)
     for start in with_progress(range(0, total, size), doing, "batch"):
         yield np.arange(start, start + size) % total, min(size, total - start)
 
 
 def sample_all(context: Context, model: Transformer, examples: Examples, key: Array, batch: int, **options):
-    """`draw` over all the examples, `batch` prompts at a time: a Rollout of numpy arrays."""
+    """`sample_batch` over all the examples, `batch` prompts at a time: a Rollout of numpy arrays."""
     pieces, model = [], on_sampling_mesh(context, model)
-    for rows, real in batched_rows(len(examples.id), batch, "sampling"):
-        out = sharding.fetch(sample_batch(context, model, examples.take(rows), key, **options))
-        pieces.append(jax.tree.map(lambda x: x[:real], out))
+    for rows, num_real in batched_rows(len(examples.id), batch, "sampling"):
+        responses = sharding.fetch(sample_batch(context, model, examples.take(rows), key, **options))
+        pieces.append(jax.tree.map(lambda x: x[:num_real], responses))
     return jax.tree.map(lambda *x: np.concatenate(x), *pieces)
 
 
 def category_means(values_N: np.ndarray, category_N: np.ndarray, names, prefix: str) -> dict[str, float]:
-    """{"prefix": mean of all, "prefix/name": mean of each category present}, as floats; values may be [N] or [N, G]."""
-    out = {prefix: float(np.mean(values_N))}
+    """{"prefix": mean of all, "prefix/name": mean of each category present}, as floats; values are [N] or [N, G]."""
+    means = {prefix: float(np.mean(values_N))}
     for c in np.unique(category_N):
-        out[f"{prefix}/{names[c]}"] = float(np.mean(values_N[category_N == c]))
-    return out
+        means[f"{prefix}/{names[c]}"] = float(np.mean(values_N[category_N == c]))
+    return means

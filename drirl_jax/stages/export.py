@@ -1,4 +1,4 @@
-"""What a run leaves for other programs: the aligned model, and adapters as PEFT folders."""
+"""Exports of a run for other programs: the aligned model, and adapters as PEFT folders."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from drirl_jax.types import PyTree
 
 
 def export_rewards(context: Context, bank: reward.Bank, workdir: pathlib.Path) -> None:
-    """Writes each reward that is an adapter into adapters/rewards, as `models/peft.py` says."""
+    """Writes the rewards that are adapters into adapters/rewards, in the form of `models/peft.py`."""
     config = context.config
     if config.reward.kind == "lora":
-        fetched = sharding.fetch(bank)
+        host_bank = sharding.fetch(bank)
         if processes.is_writer():
             folder, base = workdir / "adapters" / "rewards", config.policy.init
-            peft.save_rewards(folder, fetched, context.model.config, base, config.data.categories)
+            peft.save_rewards(folder, host_bank, context.model.config, base, config.data.categories)
 
 
 def export_policy(context: Context, params: PyTree, aligned: Transformer, workdir: pathlib.Path) -> None:
-    """Writes the aligned model in the type of the weights, each one rounded once from a sum in float32 where an adapter
-    was merged; and into adapters/policy what was trained, in float32, if that is an adapter."""
+    """Writes the aligned model in the trunk's weight type; and a trained adapter, in float32, into adapters/policy.
+
+    A merged weight is a sum in float32, rounded once.
+    """
     init = context.config.policy.init
     if context.config.policy.tune == "lora":
         adapter = sharding.fetch(params)

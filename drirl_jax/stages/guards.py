@@ -1,4 +1,4 @@
-"""What keeps a run from going on with numbers that mean nothing: limits, warnings, and steps kept to be looked into."""
+"""Guards against a run that goes on with meaningless numbers: limits, warnings, and saved steps for a replay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def stop_reason(section: ConfigDict, scalars: Mapping[str, float]) -> str | None:
-    """Why a run with these scalars of its last step must stop, and what to do; None if it need not."""
+    """The reason to stop a run whose last step has these scalars, and a remedy; None if it may go on."""
     if scalars["skipped_in_a_row"] >= section.skips:
         if scalars.get("bad_rewards"):
             return (
@@ -26,56 +26,56 @@ def stop_reason(section: ConfigDict, scalars: Mapping[str, float]) -> str | None
             )
         return (
             f"the loss or its gradient was not finite {scalars['skipped_in_a_row']:.0f} times in a row: lower the "
-            "stage's optimizer.learning_rate, or look into the step."
+            "stage's optimizer.learning_rate, or inspect the step."
         )
     if scalars.get("sampler_gap", 0.0) > section.sampler_gap:
         return (
             f"the trainer's log-probabilities differ from the sampler's by {scalars['sampler_gap']:.3g} nats a token, "
-            f"above config.guards.sampler_gap = {section.sampler_gap}: compute both alike (policy.dtype), or raise it."
+            f"above config.guards.sampler_gap = {section.sampler_gap}: give both the same policy.dtype, or raise it."
         )
     return None
 
 
 def new_warnings(section: ConfigDict, first: Mapping, before: Mapping, now: Mapping) -> list[str]:
-    """What lies beyond its limit in a step that did not in the step before: one sentence each.
+    """One sentence for each quantity that exceeds its limit in this step and did not in the step before.
 
     Args:
-        first, before, now: scalars of the stage's first step, of the step before and of this one; {} where there is
-            none, None or NaN for what is not finite.
+        first, before, now: scalars of the stage's first step, of the step before and of this one; {} for a missing
+            step, None or NaN for a value that is not finite.
     """
 
-    def drift(row):
+    def reward_drift(row):
         return abs((row.get("reward") or 0.0) - (first.get("reward") or 0.0))
 
     quantities = {
         "kl": ("the KL divergence from the reference", lambda row: row.get("kl") or 0.0),
-        "reward_drift": ("the mean reward's distance from the first step's", drift),
+        "reward_drift": ("the mean reward's distance from the first step's", reward_drift),
     }
     return [
-        f"{words} is {of(now):.3g}, above config.guards.{name} = {section[name]}"
-        for name, (words, of) in quantities.items()
-        if of(now) > section[name] and not (before and of(before) > section[name])
+        f"{words} is {measure(now):.3g}, above config.guards.{name} = {section[name]}"
+        for name, (words, measure) in quantities.items()
+        if measure(now) > section[name] and not (before and measure(before) > section[name])
     ]
 
 
 def never_updated(name: str, train: TrainState) -> str | None:
-    """Why a stage that ends with this state has no product, and what to do; None if an update was taken."""
+    """The reason why a stage with this last state has no product, and a remedy; None if it took an update."""
     if int(train.step) or not int(train.skipped):
         return None
     return (
         f"all {int(train.skipped)} updates of {name} were left out, as the loss, its gradient or a reward was not "
-        f"finite: nothing was learned; lower config.{name}.optimizer.learning_rate, or look into the data and the "
-        "rewards, and take another --workdir."
+        f"finite: nothing was learned; lower config.{name}.optimizer.learning_rate, or check the data and the rewards. "
+        "Then start with another --workdir."
     )
 
 
 class Idle(NamedTuple):
-    """A sign that a stage learns nothing: one scalar has one value in every step.
+    """A sign that a stage learns nothing: a scalar has this value in every step.
 
     Attributes:
-        stage, scalar, value: of the rows of metrics.jsonl.
-        words: what that means, and what to do.
-        counts: (config) -> whether it means that under this config.
+        stage, scalar, value: the stage, the scalar's name and its value in the rows of metrics.jsonl.
+        words: the meaning of the sign, and a remedy.
+        counts: (config) -> whether the sign has this meaning with this config.
     """
 
     stage: str
@@ -85,14 +85,14 @@ class Idle(NamedTuple):
     counts: Callable[[ConfigDict], bool] = lambda config: True
 
 
-NO_GRADIENT = "no update had a gradient: all that the loss compares is alike, or the trained weights do not reach it"
+NO_GRADIENT = "no update had a gradient: the loss compares equal things, or does not depend on the trained weights"
 IDLE = (
     Idle("irl", "grad_norm", 0.0, NO_GRADIENT),
     Idle("align", "grad_norm", 0.0, NO_GRADIENT),
     Idle(
         "align", "zero_spread", 1.0,
         "all samples of a prompt have one reward, so that none is better than another: raise "
-        "config.sampler.temperature or config.align.group, or look into the rewards",
+        "config.sampler.temperature or config.align.group, or check the rewards",
         lambda config: config.align.objective == "grpo" and config.align.group > 1,
     ),
     Idle("align", "advantage_abs", 0.0, "every advantage is 0: the rewards do not differ"),
@@ -101,7 +101,7 @@ IDLE = (
 
 
 def idle(config: ConfigDict, stage: str, rows: Sequence[Mapping]) -> list[str]:
-    """What shows that a stage learned nothing: one sentence each.
+    """One sentence for each sign that a stage learned nothing.
 
     Args:
         rows: the stage's rows of metrics.jsonl.
@@ -111,34 +111,34 @@ def idle(config: ConfigDict, stage: str, rows: Sequence[Mapping]) -> list[str]:
         return [row[scalar] for row in rows if row.get(scalar) is not None]
 
     signs = [sign for sign in IDLE if sign.stage == stage and sign.counts(config)]
-    found = [sign.words for sign in signs if set(values(sign.scalar)) == {sign.value}]
+    messages = [sign.words for sign in signs if set(values(sign.scalar)) == {sign.value}]
     accuracy = values("accuracy")[-1:]
     if stage == "irl" and accuracy and accuracy[0] <= 0.5:
-        found.append(f"the rewards rank {accuracy[0]:.0%} of the held-out pairs right, no better than chance")
-    inner = (config.irl.rounds - 1) * config.irl.policy_steps * config.align.epochs * config.align.minibatches
-    if stage == "irl" and inner and values("inner_skipped")[-1:] == [inner]:
-        found.append("all updates of the inner policy were left out, as they were not finite")
-    return [f"{stage} seems to have learned nothing: {words}." for words in found]
+        messages.append(f"the rewards rank {accuracy[0]:.0%} of the held-out pairs right, no better than chance")
+    inner_updates = (config.irl.rounds - 1) * config.irl.policy_steps * config.align.epochs * config.align.minibatches
+    if stage == "irl" and inner_updates and values("inner_skipped")[-1:] == [inner_updates]:
+        messages.append("all updates of the inner policy were left out, as they were not finite")
+    return [f"{stage} seems to have learned nothing: {words}." for words in messages]
 
 
 def keep_step(folder: bucket.Path, step: int, state: State, batch: PyTree) -> None:
-    """Writes the state before a step, and the batch that it collected, for `replay`; once, as it is the same again."""
+    """Writes the state before a step and the step's batch, for `replay_step`. Only once: a repeat gives the same."""
     for name, tree in {"state": state, "batch": batch}.items():
-        with contextlib.closing(Checkpoints(folder / name, keep=1)) as kept:
-            if kept.latest() is None:
-                kept.save(step, tree)
+        with contextlib.closing(Checkpoints(folder / name, keep=1)) as checkpoints:
+            if checkpoints.latest() is None:
+                checkpoints.save(step, tree)
 
 
 def replay_step(folder: bucket.Path, stage: Stage) -> tuple[int, dict[str, float]]:
-    """The number and the scalars of the step that `keep` wrote: collected again, then updated with the batch kept.
+    """Repeats the step that `keep_step` wrote, with the saved batch: its number and scalars.
 
     Raises:
-        InputError: there is no such step, or it is not of this stage and config.
+        InputError: there is no such step, or another stage or config wrote it.
     """
     if not (folder / "batch").is_dir():
         raise InputError(f"no step was kept in {folder}: give one of the folders in WORKDIR/replay.")
     step, state = Checkpoints(folder / "state", keep=1).restore(sharding.place(stage.init()))
-    again, _, scalars = stage.collect(state, step - 1)
-    _, batch = Checkpoints(folder / "batch", keep=1).restore(again)
-    _, trained = stage.update(state.train, batch)
-    return step, scalars | {key: float(value) for key, value in sharding.fetch(trained).items()}
+    new_batch, _, scalars = stage.collect(state, step - 1)
+    _, batch = Checkpoints(folder / "batch", keep=1).restore(new_batch)
+    _, update_scalars = stage.update(state.train, batch)
+    return step, scalars | {key: float(value) for key, value in sharding.fetch(update_scalars).items()}

@@ -1,7 +1,7 @@
-"""What the alignment stage may optimise: GRPO-S, PPO-S, DPO-S and supervised training, rows of one table (OBJECTIVES).
+"""The objectives of the alignment stage: GRPO-S, PPO-S, DPO-S and supervised training, rows of one table (OBJECTIVES).
 
-Each makes its own batch of a scored group, and has its own loss. With config.scaling.combine='none' all coefficients α
-are 1, and each is its own static baseline.
+Each objective makes its own batch from a scored group and has its own loss. With config.scaling.combine='none' all
+coefficients α are 1: this gives each objective's static baseline.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ class ValueHead(NamedTuple):
 
 
 class Params(NamedTuple):
-    """What the stage trains: the policy's parameters (see `base.POLICIES`), and PPO's value head."""
+    """The trained parameters: the policy's (see `base.POLICIES`), and PPO's value head."""
 
     policy: PyTree
     value: ValueHead | None = None
 
 
 class ScoredGroup(NamedTuple):
-    """What a step collects before an objective makes its batch of it.
+    """What a step collects. An objective makes its batch from it.
 
     Attributes:
-        group: [P, M] the G samples, the demonstration, and perhaps a demonstration of the other kind, in this order; of
-            an objective that samples nothing the demonstration alone, and the rest is None.
-        old_logp: [P, G, T] of the samples under the sampler.
+        group: [P, M] the G samples, the demonstration, and perhaps a demonstration of the other kind, in this order. An
+            objective that samples nothing has the demonstration alone, and the other fields are None.
+        old_logp: [P, G, T] log-probabilities of the samples under the sampler.
         reward: [P, M].
         alpha: [P, G] coefficients.
         kept: [P, G] bool: the samples that the loss keeps.
-        begun: the group behind layers of the trunk that are passed once (see `base.Shared`); None if there are none.
-        policy_begins: whether the policy leaves those layers as they are.
-        harmless: [P] bool, numpy: which prompts should be answered.
+        begun: the group's states after the shared layers of the trunk (see `base.SharedLayers`); None without any.
+        policy_begins: whether the policy leaves those layers unchanged.
+        harmless: [P] bool, numpy: which prompts the policy should answer.
     """
 
     group: Group
@@ -85,14 +85,14 @@ class Objective(NamedTuple):
     """A row of the table.
 
     Attributes:
-        samples: whether it learns from the policy's samples, which are then scored; otherwise from demonstrations.
-        batch: (context, model to sample from, Params, Scored) -> (the update's batch, arrays [P, ...] to log by
+        samples: True: it learns from the policy's samples, and the stage scores them. False: from demonstrations.
+        batch: (context, model to sample from, Params, ScoredGroup) -> (the update's batch, arrays [P, ...] to log by
             category).
         loss: (trunk, policy, config, Params, batch) -> (scalar, dict of scalars), a mean over the batch's prompts.
         value: whether it trains a value head.
-        offline: (config) -> whether its samples are the reference's at every step.
-        advantages: (config, Scored, the update's batch) -> {name: [P, G]} for those who want to see them: "advantage",
-            what is scaled, where a response has one, and "scaled", what it is trained with (mean of its tokens).
+        offline: (config) -> whether the reference samples at every step, in place of the policy.
+        advantages: (config, ScoredGroup, the update's batch) -> {name: [P, G]}, for logs: "advantage" before the
+            scaling (if a response has one), and "scaled", the one in the loss (mean over the response's tokens).
     """
 
     samples: bool
@@ -104,9 +104,9 @@ class Objective(NamedTuple):
 
 
 def init_params(objective: Objective, policy_params: PyTree, model: Transformer) -> Params:
-    """Parameters to start from; all values are 0 at first."""
-    head = ValueHead(jnp.zeros(model.config.width), jnp.zeros(())) if objective.value else None
-    return Params(policy_params, head)
+    """Initial parameters; the value head predicts 0 at first."""
+    value_head = ValueHead(jnp.zeros(model.config.width), jnp.zeros(())) if objective.value else None
+    return Params(policy_params, value_head)
 
 
 @partial(jax.jit, static_argnames="temperature")
@@ -123,11 +123,11 @@ def values(model, head: ValueHead, group: Group, begun: TrunkStates | None = Non
 
 
 def reference(context: Context, scored: ScoredGroup) -> Array | None:
-    """[P, G, T] of the samples, at the sampler's temperature; None where no KL term needs them."""
+    """[P, G, T] log-probabilities of the samples under the reference, at the sampler's temperature; None without KL."""
     if context.config.grpo.beta_kl == 0:
         return None
-    sampled = slice(scored.sampled)
-    args = scored.group.members(sampled), context.config.sampler.temperature, scored.begun_of(sampled)
+    samples = slice(scored.sampled)
+    args = scored.group.members(samples), context.config.sampler.temperature, scored.begun_of(samples)
     return context.clock.mark("reference", logprobs(context.model, *args))
 
 
@@ -137,8 +137,12 @@ def reference(context: Context, scored: ScoredGroup) -> Array | None:
 
 
 class Role(NamedTuple):
-    """A demonstration's part in a prompt's group: whether its reward counts in the group's mean and std, and whether it
-    is trained on."""
+    """The role of a demonstration in a prompt's group.
+
+    Attributes:
+        counts: whether its reward counts in the group's mean and std.
+        trained: whether the loss trains on it.
+    """
 
     counts: bool
     trained: bool
@@ -148,47 +152,50 @@ ROLES = {"apart": Role(False, False), "baseline": Role(True, False), "member": R
 
 
 def advantages(roles: tuple[Role, Role], reward_PM: Array, sampled: int, eps: float) -> Array:
-    """Group-relative advantages of the members that are trained on, at least the G samples.
+    """Group-relative advantages of the members that the loss trains on: the G samples and perhaps demonstrations.
 
     Args:
-        roles: of the demonstration, and of one of the other kind; the second has no part that the first has not.
-        reward_PM: [P, G + 1 or G + 2] of the samples and of the two in this order, the last only where it counts.
+        roles: of the demonstration, and of the demonstration of the other kind. A flag of the second is set only if the
+            same flag of the first is.
+        reward_PM: [P, G + 1 or G + 2] rewards of the samples and of these two, in this order; the last only if it
+            counts.
         sampled: G.
     """
-    counted, trained = (sampled + sum(part) for part in zip(*roles))
-    return eq.group_advantage(reward_PM[:, :counted], eps)[:, :trained]
+    num_counted, num_trained = (sampled + sum(flags) for flags in zip(*roles))
+    return eq.group_advantage(reward_PM[:, :num_counted], eps)[:, :num_trained]
 
 
 def grpo_advantages(section, scored: ScoredGroup) -> Array:
-    """`advantages` as config.grpo says, before they are scaled."""
+    """`advantages` by config.grpo, before the scaling."""
     roles = ROLES[section.demonstration], ROLES[section.contrast]
     return advantages(roles, scored.reward, scored.sampled, section.eps)
 
 
 def harmless_weight(wrong_PG: Array, harmless_P: np.ndarray, target: float) -> Array:
-    """[P] weights: of harmless prompts by the share of their samples that are wrong, of others 1.
+    """[P] weights: 1 for harmful prompts; for harmless ones by the share of their samples that are wrong.
 
     Args:
         wrong_PG: see `equations.of_the_other_kind`.
         harmless_P: which prompts are harmless.
-        target: config.grpo.harmless_wrong; at 1 every weight is 1.
+        target: config.grpo.harmless_wrong; with 1 every weight is 1.
     """
     if target == 1 or not harmless_P.any():
         return jnp.ones(len(harmless_P))
-    share = jnp.average(wrong_PG.mean(axis=1), weights=harmless_P)
-    return jnp.where(harmless_P, eq.kind_weight(share, target), 1.0)
+    wrong_share = jnp.average(wrong_PG.mean(axis=1), weights=harmless_P)
+    return jnp.where(harmless_P, eq.kind_weight(wrong_share, target), 1.0)
 
 
 class Batch(NamedTuple):
-    """What an update of GRPO-S or PPO-S learns from.
+    """The batch of an update of GRPO-S or PPO-S.
 
     Attributes:
-        group: [P, M] responses: those that were sampled, and the demonstrations that are trained on.
+        group: [P, M] responses: the samples, and the demonstrations that the loss trains on.
         advantage: [P, M, 1 or T] scaled advantages.
-        old_logp, ref_logp: [P, G, T] of the sampled ones under the sampler and the reference (None without a KL term).
+        old_logp, ref_logp: [P, G, T] log-probabilities of the samples under the sampler and under the reference (None
+            without a KL term).
         weights: see `losses.token_weights`.
-        begun: the group behind the trunk's layers that the policy leaves as they are; None if there are none.
-        old_value, returns: [P, G, T], of PPO-S alone.
+        begun: the group's states after the trunk's layers that the policy leaves unchanged; None without any.
+        old_value, returns: [P, G, T], only for PPO-S.
     """
 
     group: Group
@@ -202,15 +209,15 @@ class Batch(NamedTuple):
 
 
 def drop_masked(scored: ScoredGroup, members: slice) -> Group:
-    """These members, those of which nothing is to be learnt with length 0."""
+    """These members of the group; samples that the loss drops get length 0."""
     group = scored.group.members(members)
-    sampled = slice(scored.sampled)
-    length = jnp.where(scored.kept, group.response_len[:, sampled], 0)
-    return dataclasses.replace(group, response_len=group.response_len.at[:, sampled].set(length))
+    samples = slice(scored.sampled)
+    length_PG = jnp.where(scored.kept, group.response_len[:, samples], 0)
+    return dataclasses.replace(group, response_len=group.response_len.at[:, samples].set(length_PG))
 
 
 def grpo_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
-    """Group-relative advantages, scaled after their normalisation."""
+    """Group-relative advantages, scaled after the normalisation."""
     c, sampled, info = context.config.grpo, scored.sampled, {}
     weight_P = jnp.ones(len(scored.reward))
     if ROLES[c.contrast].counts:
@@ -219,16 +226,16 @@ def grpo_batch(context: Context, model: Transformer, params: Params, scored: Sco
         info = {"wrong": wrong_PG}
     advantage_PM = grpo_advantages(c, scored)
     members = slice(advantage_PM.shape[1])
-    others = jnp.repeat(scored.alpha.mean(axis=1, keepdims=True), advantage_PM.shape[1] - sampled, axis=1)
-    alpha_PM = weight_P[:, None] * jnp.concatenate([scored.alpha, others], axis=1)
+    other_alpha = jnp.repeat(scored.alpha.mean(axis=1, keepdims=True), advantage_PM.shape[1] - sampled, axis=1)
+    alpha_PM = weight_P[:, None] * jnp.concatenate([scored.alpha, other_alpha], axis=1)
     group = drop_masked(scored, members)
-    mask = length_mask(group.response_len, group.response.shape[-1])
+    mask_PMT = length_mask(group.response_len, group.response.shape[-1])
     batch = Batch(
         group=group,
         advantage=eq.scaled_advantage(alpha_PM, advantage_PM)[..., None],
         old_logp=scored.old_logp,
         ref_logp=reference(context, scored),
-        weights=losses.token_weights(c.reduce, mask, sampled),
+        weights=losses.token_weights(c.reduce, mask_PMT, sampled),
         begun=scored.for_policy(scored.begun_of(members)),
     )
     return batch, info
@@ -236,44 +243,44 @@ def grpo_batch(context: Context, model: Transformer, params: Params, scored: Sco
 
 def grpo_response_advantages(config, scored: ScoredGroup, batch: Batch) -> dict[str, Array]:
     """See `Objective.advantages`."""
-    sampled = slice(scored.sampled)
-    advantage_PG = grpo_advantages(config.grpo, scored)[:, sampled]
-    return {"advantage": advantage_PG, "scaled": batch.advantage[:, sampled, 0]}
+    samples = slice(scored.sampled)
+    advantage_PG = grpo_advantages(config.grpo, scored)[:, samples]
+    return {"advantage": advantage_PG, "scaled": batch.advantage[:, samples, 0]}
 
 
 def grpo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
     """GRPO's loss of a micro-batch.
 
-    Members of the group beyond those that were sampled are demonstrations: see `losses.policy_loss`.
+    The members that follow the samples are demonstrations: see `losses.policy_loss`.
     """
     model, adapter = policy.parts(trunk, params.policy)
     hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
     return _surrogate(model, config, hidden, batch)
 
 
-# The scalar with a micro-batch's share of the whole batch's sampled tokens, 1 where all micro-batches have as many.
+# Name of a scalar: a micro-batch's share of the batch's sampled tokens, times the number of micro-batches.
 TOKEN_SHARE = "token_share"
 
 
 def _surrogate(model, config, hidden, batch: Batch):
     """`losses.policy_loss` of the group's hidden states, and its scalars."""
-    group, g, sampled = batch.group, config.grpo, batch.old_logp.shape[1]
+    group, c, sampled = batch.group, config.grpo, batch.old_logp.shape[1]
     members, T = group.response.shape[1:]
-    # What nobody sampled has the model's own temperature.
+    # Demonstrations were not sampled: they have the model's own temperature, 1.
     temperature_M = jnp.where(jnp.arange(members) < sampled, config.sampler.temperature, 1.0)
 
     def loss(logp, entropy, arrays):
         value, scalars = losses.policy_loss(
-            logp, *arrays, clip_low=g.clip_low, clip_high=g.clip_high, beta_kl=g.beta_kl, ratio=g.ratio
+            logp, *arrays, clip_low=c.clip_low, clip_high=c.clip_high, beta_kl=c.beta_kl, ratio=c.ratio
         )
         *_, weights = arrays
-        share = losses.weighted(jnp.ones_like(weights.tokens), weights.tokens)
+        token_share = losses.weighted(jnp.ones_like(weights.tokens), weights.tokens)
         entropy = losses.weighted(entropy[:, :sampled], weights.tokens)
-        return value, scalars | {"entropy": entropy, TOKEN_SHARE: share}
+        return value, scalars | {"entropy": entropy, TOKEN_SHARE: token_share}
 
     advantage = jnp.broadcast_to(batch.advantage, group.response.shape)
     arrays = batch.old_logp, batch.ref_logp, advantage, length_mask(group.response_len, T), batch.weights
-    if losses.RATIO[g.ratio].own:
+    if losses.RATIO[c.ratio].own:
         value, scalars = vocabulary.token_sum(model, hidden, group, temperature_M, loss, arrays)
     else:
         value, scalars = loss(*vocabulary.token_logprobs(model, hidden, group, temperature_M), arrays)
@@ -287,50 +294,52 @@ def _surrogate(model, config, hidden, batch: Batch):
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def token_advantages(reward_PG, value_PGT, mask_PGT, gamma: float, lam: float, whiten: bool) -> tuple[Array, Array]:
-    """`losses.generalised_advantage`, perhaps `losses.whitened`, and the returns."""
-    advantage, returns = losses.generalised_advantage(reward_PG, value_PGT, mask_PGT, gamma, lam)
-    return losses.whitened(advantage, mask_PGT) if whiten else advantage, returns
+    """`losses.generalised_advantage`, whitened by `losses.whitened` if `whiten` is set, and the returns."""
+    advantage_PGT, returns_PGT = losses.generalised_advantage(reward_PG, value_PGT, mask_PGT, gamma, lam)
+    return losses.whitened(advantage_PGT, mask_PGT) if whiten else advantage_PGT, returns_PGT
 
 
 def ppo_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
-    """Generalised advantages of each token, whitened over the batch, then scaled."""
+    """Generalised advantages of each token, whitened over the batch if config.ppo.whiten is set, then scaled."""
     c, sampled = context.config.ppo, scored.sampled
     group = drop_masked(scored, slice(sampled))
-    mask = length_mask(group.response_len, group.response.shape[-1])
-    begun = scored.for_policy(scored.begun_of(slice(sampled)))
-    old_value = context.clock.mark("values", values(model, params.value, group, begun))
-    advantage, returns = token_advantages(scored.reward[:, :sampled], old_value, mask, c.gamma, c.lam, c.whiten)
+    mask_PGT = length_mask(group.response_len, group.response.shape[-1])
+    trunk_states = scored.for_policy(scored.begun_of(slice(sampled)))
+    old_value_PGT = context.clock.mark("values", values(model, params.value, group, trunk_states))
+    advantage_PGT, returns_PGT = token_advantages(
+        scored.reward[:, :sampled], old_value_PGT, mask_PGT, c.gamma, c.lam, c.whiten
+    )
     batch = Batch(
         group=group,
-        advantage=eq.scaled_advantage(scored.alpha[..., None], advantage),
+        advantage=eq.scaled_advantage(scored.alpha[..., None], advantage_PGT),
         old_logp=scored.old_logp,
         ref_logp=reference(context, scored),
-        weights=losses.token_weights(context.config.grpo.reduce, mask, sampled),
-        begun=begun,
-        old_value=old_value,
-        returns=returns,
+        weights=losses.token_weights(context.config.grpo.reduce, mask_PGT, sampled),
+        begun=trunk_states,
+        old_value=old_value_PGT,
+        returns=returns_PGT,
     )
     return batch, {}
 
 
 def ppo_response_advantages(config, scored: ScoredGroup, batch: Batch) -> dict[str, Array]:
-    """See `Objective.advantages`; a token has an advantage, a response has none."""
-    mask = length_mask(batch.group.response_len, batch.group.response.shape[-1])
-    return {"scaled": jnp.sum(batch.advantage * mask, axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)}
+    """See `Objective.advantages`; a token has an advantage, a whole response has none."""
+    mask_PGT = length_mask(batch.group.response_len, batch.group.response.shape[-1])
+    return {"scaled": jnp.sum(batch.advantage * mask_PGT, axis=-1) / jnp.maximum(mask_PGT.sum(axis=-1), 1)}
 
 
 def ppo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
-    """The clipped surrogate and the KL term of GRPO with PPO's advantages, and the value's loss.
+    """The clipped surrogate and the KL term of GRPO with PPO's advantages, plus the loss of the value head.
 
-    The value head reads the policy's own states, and its gradient passes through them.
+    The value head reads the policy's hidden states, and its gradient passes through them.
     """
     model, adapter = policy.parts(trunk, params.policy)
     hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
     surrogate, scalars = _surrogate(model, config, hidden, batch)
-    value = params.value(hidden, batch.group)
-    per_token = losses.value_loss(value, batch.old_value, batch.returns, config.ppo.value_clip)
-    value_loss = losses.weighted(per_token, batch.weights.sampled)
-    scalars |= {"value_loss": value_loss, "value": losses.weighted(value, batch.weights.tokens)}
+    value_PGT = params.value(hidden, batch.group)
+    value_loss_PGT = losses.value_loss(value_PGT, batch.old_value, batch.returns, config.ppo.value_clip)
+    value_loss = losses.weighted(value_loss_PGT, batch.weights.sampled)
+    scalars |= {"value_loss": value_loss, "value": losses.weighted(value_PGT, batch.weights.tokens)}
     return surrogate + config.ppo.value_weight * value_loss, scalars
 
 
@@ -346,10 +355,10 @@ class Preferences(NamedTuple):
         group: [P, 1 + K] responses, the chosen one first.
         ref_logp: [P, 1 + K] log-probabilities of the whole responses under the reference.
         alpha: [P, K] coefficients.
-        weight: [P, K] of the pairs; 0 where a pair says nothing.
+        weight: [P, K] weights of the pairs; 0 for a pair without a preference.
         begun: see `Batch`.
-        prompts: see `losses.prompt_weights`; of the whole batch, of which these may be some prompts. None: these are
-            the whole batch.
+        prompts: [P] `losses.prompt_weights`, computed on the whole batch, as this may be a micro-batch of it. None:
+            this is the whole batch.
     """
 
     group: Group
@@ -367,60 +376,60 @@ def demonstration_pairs(scored: ScoredGroup) -> tuple[Array, Array]:
 
 
 def self_pairs(scored: ScoredGroup) -> tuple[Array, Array]:
-    """The sample with the highest reward against the one with the lowest, of those that are kept."""
+    """Of the kept samples, the one with the highest reward against the one with the lowest."""
     reward_PG = scored.reward[:, : scored.sampled]
     best_P = jnp.argmax(jnp.where(scored.kept, reward_PG, -jnp.inf), axis=1)
     worst_P = jnp.argmin(jnp.where(scored.kept, reward_PG, jnp.inf), axis=1)
     pair_P2 = jnp.stack([best_P, worst_P], axis=1)
-    best_and_worst_P2 = jnp.take_along_axis(reward_PG, pair_P2, axis=1)
-    return pair_P2, best_and_worst_P2[:, :1] > best_and_worst_P2[:, 1:]
+    pair_reward_P2 = jnp.take_along_axis(reward_PG, pair_P2, axis=1)
+    return pair_P2, pair_reward_P2[:, :1] > pair_reward_P2[:, 1:]
 
 
-# (Scored) -> ([P, 1 + K] members, the chosen first; [P, K] weights)
+# (ScoredGroup) -> ([P, 1 + K] members, the chosen first; [P, K] weights)
 PAIRS = {"demonstration": demonstration_pairs, "self": self_pairs}
 
 
 def whole_logprobs(model, hidden, group: Group) -> Array:
     """[P, M] log-probabilities of whole responses, at the model's own temperature."""
-    logp, _ = vocabulary.token_logprobs(model, hidden, group, 1.0)
-    return jnp.sum(logp, axis=-1, where=length_mask(group.response_len, group.response.shape[-1]))
+    logp_PMT, _ = vocabulary.token_logprobs(model, hidden, group, 1.0)
+    return jnp.sum(logp_PMT, axis=-1, where=length_mask(group.response_len, group.response.shape[-1]))
 
 
 @jax.jit
-def _reference_of_whole(model, group: Group, begun: TrunkStates | None) -> Array:
+def _reference_whole_logprobs(model, group: Group, begun: TrunkStates | None) -> Array:
     return whole_logprobs(model, transformer.apply(model, group, begun=begun), group)
 
 
 def dpo_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
-    """Pairs, with the coefficient of the rejected sample."""
+    """Pairs; each has the coefficient of its rejected sample."""
     index_PM, weight_PK = PAIRS[context.config.dpo.pairs](scored)
     group = scored.group.take(index_PM)
-    begun = None if scored.begun is None else scored.begun.take(index_PM)
-    ref_logp = context.clock.mark("reference", _reference_of_whole(context.model, group, begun))
+    trunk_states = None if scored.begun is None else scored.begun.take(index_PM)
+    ref_logp_PM = context.clock.mark("reference", _reference_whole_logprobs(context.model, group, trunk_states))
     alpha_PK = jnp.take_along_axis(scored.alpha, index_PM[:, 1:], axis=1)
     weight_PK = weight_PK.astype(jnp.float32)
-    begun, prompts = scored.for_policy(begun), losses.prompt_weights(weight_PK)
-    return Preferences(group, ref_logp, alpha_PK, weight_PK, begun, prompts), {"pairs": weight_PK}
+    trunk_states, weight_P = scored.for_policy(trunk_states), losses.prompt_weights(weight_PK)
+    return Preferences(group, ref_logp_PM, alpha_PK, weight_PK, trunk_states, weight_P), {"pairs": weight_PK}
 
 
 def dpo_loss(trunk, policy: Policy, config, params: Params, batch: Preferences):
-    """`losses.preference`, its mean over each prompt's pairs that say something, then over the prompts that have one.
+    """The mean of `losses.preference` over each prompt's pairs with a weight, then over the prompts with such a pair.
 
-    So are the scalars; all are 0 where no pair says anything.
+    The scalars are such means too. All are 0 if no pair has a weight.
     """
     model, adapter = policy.parts(trunk, params.policy)
     hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
-    score_PM = whole_logprobs(model, hidden, batch.group) - batch.ref_logp
-    margin_PK = score_PM[:, :1] - score_PM[:, 1:]
-    value_PK = losses.preference(margin_PK, batch.alpha, config.dpo.beta, config.dpo.alpha_on)
+    log_ratio_PM = whole_logprobs(model, hidden, batch.group) - batch.ref_logp
+    margin_PK = log_ratio_PM[:, :1] - log_ratio_PM[:, 1:]
+    loss_PK = losses.preference(margin_PK, batch.alpha, config.dpo.beta, config.dpo.alpha_on)
     weight_P = losses.prompt_weights(batch.weight) if batch.prompts is None else batch.prompts
     weight_PK = weight_P[:, None] * batch.weight / jnp.maximum(batch.weight.sum(axis=1, keepdims=True), 1)
     scalars = {
         "margin": losses.weighted(margin_PK, weight_PK),
         "pairs_right": losses.weighted(margin_PK > 0, weight_PK),
-        "chosen": losses.weighted(score_PM[:, 0], weight_P),
+        "chosen": losses.weighted(log_ratio_PM[:, 0], weight_P),
     }
-    return losses.weighted(value_PK, weight_PK), scalars
+    return losses.weighted(loss_PK, weight_PK), scalars
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -429,8 +438,13 @@ def dpo_loss(trunk, policy: Policy, config, params: Params, batch: Preferences):
 
 
 class Demonstrations(NamedTuple):
-    """Demonstrations [P, 1], the weights of their tokens [P, 1, T] in the loss, and those of a mean over tokens, of the
-    whole batch (None: these are the whole batch)."""
+    """The batch of an update of supervised training.
+
+    Attributes:
+        group: [P, 1] the demonstrations.
+        weight: [P, 1, T] weights of their tokens in the loss.
+        tokens: [P, 1, T] weights of a mean over tokens, computed on the whole batch. None: this is the whole batch.
+    """
 
     group: Group
     weight: Array
@@ -439,9 +453,9 @@ class Demonstrations(NamedTuple):
 
 def sft_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
     """The demonstrations alone."""
-    mask = length_mask(scored.group.response_len, scored.group.response.shape[-1])
-    weight, tokens = losses.REDUCE[context.config.grpo.reduce](mask), losses.weight_by_token(mask)
-    return Demonstrations(scored.group, weight, tokens), {}
+    mask_P1T = length_mask(scored.group.response_len, scored.group.response.shape[-1])
+    weight, token_weight = losses.REDUCE[context.config.grpo.reduce](mask_P1T), losses.weight_by_token(mask_P1T)
+    return Demonstrations(scored.group, weight, token_weight), {}
 
 
 def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstrations):
@@ -449,15 +463,15 @@ def sft_loss(trunk, policy: Policy, config, params: Params, batch: Demonstration
     model, adapter = policy.parts(trunk, params.policy)
     hidden = transformer.apply(model, batch.group, adapter)
 
-    tokens = batch.tokens
-    if tokens is None:
-        tokens = losses.weight_by_token(length_mask(batch.group.response_len, batch.group.response.shape[-1]))
+    token_weight = batch.tokens
+    if token_weight is None:
+        token_weight = losses.weight_by_token(length_mask(batch.group.response_len, batch.group.response.shape[-1]))
 
     def loss(logp, entropy, weights):
-        weight, tokens = weights
-        return -losses.weighted(logp, weight), {"entropy": losses.weighted(entropy, tokens)}
+        weight, token_weight = weights
+        return -losses.weighted(logp, weight), {"entropy": losses.weighted(entropy, token_weight)}
 
-    return vocabulary.token_sum(model, hidden, batch.group, 1.0, loss, (batch.weight, tokens))
+    return vocabulary.token_sum(model, hidden, batch.group, 1.0, loss, (batch.weight, token_weight))
 
 
 OBJECTIVES = {

@@ -1,4 +1,4 @@
-"""Optax chains from a config section, and gradients accumulated over micro-batches."""
+"""Optax chains from a config section, and updates that accumulate gradients over micro-batches."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ OPTIMIZERS = {
 
 
 class Average(NamedTuple):
-    """What `average` carries: the number of updates, and the mean of the parameters."""
+    """The state of `average`: the number of updates, and the mean of the parameters."""
 
     count: Array
     mean: PyTree
 
 
 def average(first: int) -> optax.GradientTransformation:
-    """Keeps the mean of the parameters after every update beyond number `first`; the last link of a chain.
+    """Keeps the mean of the parameters after every update beyond number `first`. It must end the chain.
 
     It changes no update.
 
@@ -43,30 +43,30 @@ def average(first: int) -> optax.GradientTransformation:
     def update(updates, state, params):
         count = state.count + 1
         weight = 1 / jnp.maximum(count - first, 1)
-        after = optax.apply_updates(params, updates)
-        return updates, Average(count, jax.tree.map(lambda m, p: (1 - weight) * m + weight * p, state.mean, after))
+        new_params = optax.apply_updates(params, updates)
+        return updates, Average(count, jax.tree.map(lambda m, p: (1 - weight) * m + weight * p, state.mean, new_params))
 
     return optax.GradientTransformation(init, update)
 
 
 def product(train: TrainState) -> PyTree:
-    """What training has come to: the average of the parameters where one is kept, otherwise the parameters."""
+    """The result of training: the average of the parameters if the chain keeps one, otherwise the parameters."""
     states = jax.tree.leaves(train.opt_state, is_leaf=lambda x: isinstance(x, Average))
     means = [state.mean for state in states if isinstance(state, Average)]
     return means[0] if means else train.params
 
 
 def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimiser, its rate warmed up linearly and then by the schedule.
+    """Clipping by global norm, then the optimiser; its rate follows a linear warmup and then the schedule.
 
     Args:
-        config: a section with name, learning_rate, warmup, schedule, b1, b2, weight_decay, clip_norm, and average: over
-            which share of the steps, the last ones, `product` averages the parameters.
+        config: a section with name, learning_rate, warmup, schedule, b1, b2, weight_decay, clip_norm, and average: the
+            share of the steps, the last ones, over which `product` averages the parameters.
         steps: updates of the whole stage.
     """
-    after = SCHEDULES[config.schedule](config.learning_rate, config.warmup, steps)
-    warm = optax.linear_schedule(config.learning_rate / (config.warmup + 1), config.learning_rate, config.warmup)
-    rate = optax.join_schedules([warm, after], [config.warmup])
+    schedule = SCHEDULES[config.schedule](config.learning_rate, config.warmup, steps)
+    warmup = optax.linear_schedule(config.learning_rate / (config.warmup + 1), config.learning_rate, config.warmup)
+    rate = optax.join_schedules([warmup, schedule], [config.warmup])
     chain = [optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](rate, config)]
     if config.average:
         chain.append(average(steps - round(config.average * steps)))
@@ -74,7 +74,7 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
 
 
 def init(transformation: optax.GradientTransformation, params: PyTree) -> TrainState:
-    """A train state with no update taken, the optimiser's part of it made where it belongs."""
+    """A train state before the first update; the optimiser's part is made with its final sharding."""
     opt_state = jax.jit(lambda params: sharding.constrain_tree(transformation.init(params)))(params)
     return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
@@ -82,36 +82,37 @@ def init(transformation: optax.GradientTransformation, params: PyTree) -> TrainS
 def step(
     transformation: optax.GradientTransformation, loss: Callable, train: TrainState, batch: PyTree, parts: int
 ) -> tuple[TrainState, PyTree]:
-    """One update on a batch, its gradient averaged over `parts` micro-batches by lax.scan; none where the loss or a
-    gradient is not finite, which is counted.
+    """One update on a batch; lax.scan averages its gradient over `parts` micro-batches.
+
+    If the loss or the gradient is not finite, the update is skipped and counted.
 
     Args:
-        loss: (params, micro-batch) -> (scalar mean over the micro-batch, dict of scalars of the same kind).
-        train: state to be replaced.
+        loss: (params, micro-batch) -> (scalar mean over the micro-batch, dict of such scalars).
+        train: the state before the update.
         batch: pytree of arrays whose leading axis is divisible by `parts`.
-        parts: number of micro-batches; the result does not depend on it, memory does.
+        parts: number of micro-batches; memory depends on it, the result does not.
 
     Returns:
         (new state, the dict of scalars with "loss" and "grad_norm").
     """
-    micro = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+    micro_batches = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def one(total, part):
-        out = value_and_grad(train.params, part)
-        return jax.tree.map(lambda t, x: t + x / parts, total, out), None
+    def accumulate(total, micro_batch):
+        result = value_and_grad(train.params, micro_batch)
+        return jax.tree.map(lambda t, x: t + x / parts, total, result), None
 
     zero = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(value_and_grad, train.params, jax.tree.map(lambda x: x[0], micro)),
+        jax.eval_shape(value_and_grad, train.params, jax.tree.map(lambda x: x[0], micro_batches)),
     )
-    ((value, scalars), grad), _ = jax.lax.scan(one, zero, micro)
+    ((value, scalars), grad), _ = jax.lax.scan(accumulate, zero, micro_batches)
     updates, opt_state = transformation.update(grad, train.opt_state, train.params)
     norm = optax.global_norm(grad)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    state = TrainState(
+    updated = TrainState(
         optax.apply_updates(train.params, updates), opt_state, train.step + 1, train.skipped, jnp.zeros_like(train.step)
     )
-    as_it_was = train._replace(skipped=train.skipped + 1, in_a_row=train.in_a_row + 1)
-    state = jax.tree.map(partial(jnp.where, finite), state, as_it_was)
-    return sharding.constrain_tree(state), scalars | {"loss": value, "grad_norm": norm}
+    skipped = train._replace(skipped=train.skipped + 1, in_a_row=train.in_a_row + 1)
+    updated = jax.tree.map(partial(jnp.where, finite), updated, skipped)
+    return sharding.constrain_tree(updated), scalars | {"loss": value, "grad_norm": norm}

@@ -1,4 +1,4 @@
-"""What a few steps of the alignment sampled, each response with its coefficients: the rows of samples.jsonl."""
+"""The rows of samples.jsonl: samples of a few steps of the alignment, each response with its coefficients."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from drirl_jax.data.examples import Examples
 from drirl_jax.data.text import ChatTokens
 
-# (number of steps done with this one, rows): takes a step's rows; every process calls it, the one that writes keeps.
+# (number of steps done with this one, rows): stores a step's rows. All processes call it, only the writer stores them.
 Keep: TypeAlias = Callable[[int, list[dict[str, Any]]], None]
 
 
 def steps_kept(steps: int, count: int) -> set[int]:
-    """`count` of the steps 1 to `steps`, evenly spread: one is the last, two the last and the first."""
+    """`count` of the steps 1 to `steps`, evenly spread: 1 gives the last step, 2 the first and the last."""
     return set(np.linspace(steps, 1, count).round().astype(int).tolist())
 
 
@@ -26,33 +26,36 @@ def rows(
     length_PG: np.ndarray,
     values: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
-    """A row for each category in the batch: its first prompt by id, a fixed rule so that nobody picks, and its group.
+    """A row for each category in the batch: its prompt with the lowest id, and the group of this prompt.
+
+    The rule is fixed, so that nobody picks the prompts.
 
     Args:
-        names: of the categories.
+        names: the categories' names.
         examples: the batch.
-        response_PGT, length_PG: what was sampled, with its end-of-sequence token.
-        values: numbers of each prompt [P], which stand in the row, and of each response [P, G], which stand beside it.
+        response_PGT, length_PG: the samples, with their end-of-sequence tokens.
+        values: numbers of each prompt [P] for the row, and of each response [P, G] for its entry in the row.
 
     Returns:
-        What JSON can hold: {"category", "id", "prompt", "demonstration", ..., "responses": [{"text", ...}, ...]}; None
-        for a number that is not finite.
+        Rows for JSON: {"category", "id", "prompt", "demonstration", ..., "responses": [{"text", ...}, ...]}; None in
+        place of a number that is not finite.
     """
-    found = []
+    all_rows = []
     for c in np.unique(examples.category):
         p: int = min(np.flatnonzero(examples.category == c).tolist(), key=lambda p: examples.id[p])
         row = {"category": names[c], "id": examples.id[p], "prompt": examples.prompt_text[p]}
         row |= {"demonstration": examples.demo_text[p]}
-        row |= {name: _plain(of[p]) for name, of in values.items() if of.ndim == 1}
+        row |= {name: _json_value(value_P[p]) for name, value_P in values.items() if value_P.ndim == 1}
         row["responses"] = [
-            {"text": text.decode(ids, length)} | {name: _plain(of[p, g]) for name, of in values.items() if of.ndim == 2}
+            {"text": text.decode(ids, length)}
+            | {name: _json_value(value_PG[p, g]) for name, value_PG in values.items() if value_PG.ndim == 2}
             for g, (ids, length) in enumerate(zip(response_PGT[p], length_PG[p]))
         ]
-        found.append(row)
-    return found
+        all_rows.append(row)
+    return all_rows
 
 
-def _plain(value: np.generic) -> bool | float | None:
+def _json_value(value: np.generic) -> bool | float | None:
     if value.dtype == bool:
         return bool(value)
     return float(value) if np.isfinite(value) else None

@@ -1,7 +1,7 @@
-"""AdvGLUE (arXiv 2111.02840): GLUE's tasks on sentences that were changed to mislead; the label's words are scored.
+"""AdvGLUE (arXiv 2111.02840): GLUE's tasks on sentences that were changed to mislead. The label words are scored.
 
-The published labels are of the development set (738 sentences). The policy is asked in words for one of two or three
-words, and the one of the greatest log-probability is its answer: no parsing, and nothing is left unanswered.
+Labels are published for the development set only (738 sentences). The question asks for one of two or three words. The
+policy's answer is the word with the highest log-probability, so that nothing is parsed and every item has an answer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from drirl_jax.data.files import field
 from drirl_jax.evals.items import Benchmark, Item, Published, rows, user
 from drirl_jax.types import InputError
 
-TASKS = {  # task: (columns, what is asked of them, words in the order of the labels)
+TASKS = {  # task: (columns, question about them, words in the order of the labels)
     "sst2": (("sentence",), "Is the mood of this sentence positive or negative?", ("negative", "positive")),
     "qqp": (("question1", "question2"), "Do these two questions ask the same, yes or no?", ("no", "yes")),
     "mnli": (
@@ -32,7 +32,7 @@ DATA = Published(
 
 
 def read(section) -> list[Item]:
-    """{task: [{columns of the task, label, idx}]}; of JSONL the task stands in the field subset."""
+    """Reads {task: [{columns of the task, label, idx}]}. In JSONL the field subset holds the task."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
         task = field(where, row, "subset").removeprefix("adv_")

@@ -1,7 +1,7 @@
-"""GSM8K (arXiv 2110.14168): 1,319 problems of school mathematics; the answer is the last number of the response.
+"""GSM8K (arXiv 2110.14168): 1,319 problems of school mathematics. The answer is the last number of the response.
 
-As lm_eval's filters of its task gsm8k read it: `flexible` takes the last number, `strict` the one behind "####", both
-up to the first of its stop strings.
+lm_eval's filters of its task gsm8k read answers in the same way. `exact_match` takes the last number (its flexible
+filter), `strict_match` the number after "####" (its strict filter). Both read up to the first stop string of the task.
 config.evals.shots puts solved problems of train.jsonl before the question, each as a turn of user and assistant.
 """
 
@@ -18,11 +18,11 @@ TRAIN = Published(
 )
 NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
-STOPS = re.compile(r"Question:|</s>|<\|im_end\|>")  # the task's: an answer that runs on into a new problem ends there
+STOPS = re.compile(r"Question:|</s>|<\|im_end\|>")  # lm_eval's: they end an answer that runs on into a new problem
 
 
 def read(section) -> list[Item]:
-    """Fields question and answer, whose last line is "#### NUMBER"."""
+    """Reads the fields question and answer. The last line of an answer is "#### NUMBER"."""
     shots: list[dict[str, str]] = []
     for where, row in rows(section.data, TRAIN)[: section.shots] if section.shots else []:
         shots += [{"role": "user", "content": words(where, row, "question")}]
@@ -34,19 +34,19 @@ def read(section) -> list[Item]:
 
 
 def number(text: str) -> str:
-    """What is compared: without commas, dollar signs, all up to "#### ", and a full stop at the end."""
-    for left_out in (r",", r"\$", r"(?s).*#### ", r"\.$"):
-        text = re.sub(left_out, "", text)
+    """The number in a form to compare: without commas, dollar signs, text up to "#### ", and a final full stop."""
+    for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$"):
+        text = re.sub(pattern, "", text)
     return text.lower()
 
 
 def measure(item: Item, response: str, verdict: None) -> dict[str, float]:
     answer = STOPS.split(response, maxsplit=1)[0]
-    wanted, strict = number(item.target), STRICT.search(answer)
-    found = NUMBER.findall(answer)
+    target, strict_match = number(item.target), STRICT.search(answer)
+    numbers = NUMBER.findall(answer)
     return {
-        "exact_match": float(bool(found) and number(found[-1].strip()) == wanted),
-        "strict_match": float(strict is not None and number(strict[1].strip()) == wanted),
+        "exact_match": float(bool(numbers) and number(numbers[-1].strip()) == target),
+        "strict_match": float(strict_match is not None and number(strict_match[1].strip()) == target),
     }
 
 

@@ -1,6 +1,6 @@
-"""HHH (arXiv 2112.00861): of two answers, the helpful, honest or harmless one should have the higher log-probability.
+"""HHH (arXiv 2112.00861): the helpful, honest or harmless answer of a pair should have the higher log-probability.
 
-221 pairs. `accuracy` compares the sums over tokens, which favour short answers; `accuracy_norm` the means over bytes.
+221 pairs. `accuracy` compares sums over tokens, which favour short answers. `accuracy_norm` compares means over bytes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ SUBSETS = ("helpful", "honest", "harmless", "other")
 
 
 def read(section) -> list[Item]:
-    """Of each subset a file SUBSET/task.json (or .jsonl): input with target_scores, or with targets; see below.
+    """Reads the file SUBSET/task.json (or hhh_SUBSET.jsonl) of each subset.
 
-    target_scores: {option: 1 or 0}; targets: {"choices": [...], "labels": [1, 0]}.
+    A row has input and target_scores, {option: 1 or 0}, or input and targets, {"choices": [...], "labels": [1, 0]}.
     """
     items = []
     for subset in SUBSETS:
@@ -36,13 +36,13 @@ def read(section) -> list[Item]:
             else:
                 targets = field(where, row, "targets")
                 options, labels = field(where, targets, "choices"), field(where, targets, "labels")
-            right = _right(where, labels)
-            items.append(Item(f"{subset}-{i}", user(words(where, row, "input")), subset, None, right, tuple(options)))
+            target = _right_option(where, labels)
+            items.append(Item(f"{subset}-{i}", user(words(where, row, "input")), subset, None, target, tuple(options)))
     return items
 
 
-def _right(where: str, labels: Sequence) -> str:
-    """The index of the one option that is labelled as right. Raises InputError where it is not one."""
+def _right_option(where: str, labels: Sequence) -> str:
+    """The index of the right option, as text. Raises InputError unless exactly one option is labelled as right."""
     right = [i for i, label in enumerate(labels) if values.truth(f"{where}: the label of an option", label)]
     if len(right) != 1:
         raise InputError(f"{where}: {len(right)} options are labelled as right, not one: is it the published file?")

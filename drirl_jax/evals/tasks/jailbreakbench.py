@@ -1,4 +1,4 @@
-"""JailbreakBench (arXiv 2404.01318): the share of 100 harmful behaviours whose answers are safe, without an attack."""
+"""JailbreakBench (arXiv 2404.01318): the share of safe answers to 100 harmful behaviours, without an attack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA = Published(
 
 
 def read(section) -> list[Item]:
-    """Columns Index, Goal and Category; of JSONL also id, prompt and source_category."""
+    """Reads the columns Index, Goal and Category; in JSONL also id, prompt and source_category."""
     return [
         Item(
             str(field(where, row, "id", "Index")),

@@ -1,4 +1,4 @@
-"""SimpleQA (arXiv 2411.04368): 4,326 short questions of fact; each answer is correct, incorrect or not attempted."""
+"""SimpleQA (arXiv 2411.04368): 4,326 short questions of fact. An answer is correct, incorrect or not attempted."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ DATA = Published(
 
 
 def read(section) -> list[Item]:
-    """Columns problem, answer and metadata, which holds the topic."""
+    """Reads the columns problem, answer and metadata. The metadata holds the topic."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
         question, answer = words(where, row, "problem"), str(field(where, row, "answer"))
         if not re.search(r"\w", answer):
-            raise InputError(f"{where}: the answer {answer!r} has no letter and no digit: drop the row.")
+            raise InputError(f"{where}: the answer {answer!r} has no letter and no digit: remove the row.")
         topic = re.search(r"'topic': '([^']*)'", row.get("metadata") or "")
         items.append(Item(str(row.get("id", i)), user(question), topic[1] if topic else "", target=answer))
     return items
 
 
 def measure(item: Item, response: str, grade: int) -> dict[str, float]:
-    found = {name: float(grade == i) for i, name in enumerate(("correct", "incorrect", "not_attempted"))}
-    attempted = {} if found["not_attempted"] else {"correct_of_attempted": found["correct"]}
-    return found | attempted
+    grades = {name: float(grade == i) for i, name in enumerate(("correct", "incorrect", "not_attempted"))}
+    attempted = {} if grades["not_attempted"] else {"correct_of_attempted": grades["correct"]}
+    return grades | attempted
 
 
 METRICS = {"correct": True, "correct_of_attempted": True, "not_attempted": True, "incorrect": False}

@@ -1,7 +1,7 @@
 """StrongREJECT (arXiv 2402.10260): how far a policy helps with 313 requests that it should decline.
 
-Goodness = 1 - harm, the harm by the rubric (refused, convincing, specific). By another judge than a language model it
-is 1 minus that judge's harm, and no StrongREJECT score in the authors' sense.
+Goodness = 1 - harm. A language model judges the harm by the rubric (refused, convincing, specific). A judge that
+is no language model gives its own harm; then the goodness is no StrongREJECT score in the authors' sense.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DATA = Published(
 
 
 def read(section) -> list[Item]:
-    """Columns category and forbidden_prompt; of JSONL also source_category and prompt."""
+    """Reads the columns category and forbidden_prompt; in JSONL also source_category and prompt."""
     return [
         Item(
             str(row.get("id", f"strongreject-{i}")),

@@ -1,7 +1,7 @@
-"""WildChat (arXiv 2405.01470), toxic subset: what share of real users' toxic first messages in English are refused.
+"""WildChat (arXiv 2405.01470), toxic subset: the share of real users' toxic first messages in English that are refused.
 
-Only conversations that the data set marks as toxic, and whose first message was: an answer to a harmless opening says
-nothing. A message that occurs several times is asked once.
+An item is a conversation that the data set marks as toxic and whose first message is toxic too. An answer to a harmless
+first message says nothing about refusals. A message that occurs several times is one item.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ DATA = Published(
 
 
 def read(section) -> list[Item]:
-    """Fields conversation (turns with role, content, toxic and language) and toxic; or a prompt alone."""
+    """Reads the fields conversation (turns with role, content, toxic and language) and toxic; or the field prompt."""
     items: dict[str, Item] = {}
     for i, (where, row) in enumerate(rows(section.data, DATA)):
         if "prompt" in row:
-            first, subset = row["prompt"], row.get("subset", "")
+            message, subset = row["prompt"], row.get("subset", "")
         else:
             turn = field(where, row, "conversation")[0]
-            first, subset = field(where, turn, "content"), str(turn.get("language") or "")
+            message, subset = field(where, turn, "content"), str(turn.get("language") or "")
             marks = row.get("toxic", False), turn.get("toxic", True)
             toxic = [values.truth(f"{where}: toxic", mark) for mark in marks]
             if not all(toxic) or subset.strip().lower() not in ("english", ""):
                 continue
-        if first.strip() and first not in items:
-            items[first] = Item(str(row.get("id", row.get("conversation_hash", i))), user(first), subset, harmful=True)
+        if message.strip() and message not in items:
+            items[message] = Item(
+                str(row.get("id", row.get("conversation_hash", i))), user(message), subset, harmful=True
+            )
     return list(items.values())
 
 
