@@ -1,7 +1,8 @@
-"""The sampler: the prompt is prefilled once for its group, then one compiled loop decodes until every row has ended.
+"""The sampler: it prefills a prompt once for its group, then one compiled loop decodes until every row has ended.
 
-End-of-sequence tokens are kept and counted, log-probabilities are those of the distribution sampled from, and
-every random number is a function of (row key, token index) alone: not of the batch's layout nor of its history.
+End-of-sequence tokens are part of a response and count in its length. Log-probabilities are those of the distribution
+that tokens are sampled from. Every random number depends on (row key, token index) alone, not on the layout or the
+history of the batch.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from drirl_jax.types import Array, length_mask
 
 FINISH = ("length", "stop")  # what the values of Rollout.finish mean
 COMPACT = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # see `sample`
-FEWEST, SHORTEST = 4, 48  # fewer rows take as long as these, and shorter responses do not repay the compiling
+FEWEST, SHORTEST = 4, 48  # fewer rows take as long as 4; responses below 48 tokens do not save the time of compiling
 
 
 class Rollout(NamedTuple):
-    """What the policy said.
+    """The responses that the policy sampled.
 
     Attributes:
-        response: [P, G, T] int32 ids; an end-of-sequence token that was sampled is part of the response.
+        response: [P, G, T] int32 ids; a sampled end-of-sequence token is part of the response.
         response_len: [P, G] int32.
         finish: [P, G] int32 index into FINISH.
         logp: [P, G, T] float32 log-probabilities, 0 at padding.
@@ -43,8 +44,8 @@ class Rollout(NamedTuple):
 def sample_categorical(uniform_N2: Array, logit_NV: Array, chunk: int = 256) -> tuple[Array, Array]:
     """Exact sample from softmax(logit): choose a chunk by its mass, then a token inside it, by inverse CDF.
 
-    Two short cumulative sums instead of V random numbers a row: 20 times faster for V = 49,152. The sum of all mass
-    tells the sample's log-probability too.
+    It takes two short cumulative sums instead of V random numbers a row: 20 times faster for V = 49,152. The sum of all
+    mass also gives the log-probability of the sample.
 
     Args:
         uniform_N2: [N, 2] uniforms in [0, 1).
@@ -70,18 +71,18 @@ def sample_categorical(uniform_N2: Array, logit_NV: Array, chunk: int = 256) -> 
 
 
 def entry(x_NV: Array, index_N: Array) -> Array:
-    """[N] the entry of each row."""
+    """[N] the entry x[n, index[n]] of each row n."""
     return jnp.take_along_axis(x_NV, index_N[:, None], axis=-1)[:, 0]
 
 
 class Slots(NamedTuple):
-    """The rows that a decoding loop works on: B of each of A prompts, and what they attend to.
+    """The rows that a decoding loop works on, B of each of A prompts, with the keys and values that they attend to.
 
     Attributes:
-        row: [A, B] int32, which row of the whole batch each is.
-        prompt_len, prompt_mask: [A] and [A, R + S], the prefix counted in.
+        row: [A, B] int32, the index of each row in the whole batch.
+        prompt_len, prompt_mask: [A] and [A, R + S], with the prefix.
         prompt_cache: keys and values of the prompts, each [L, A, KV, R + S, hd].
-        own_cache: those of the responses, each [L, A, KV, B, T, hd].
+        own_cache: keys and values of the responses, each [L, A, KV, B, T, hd].
     """
 
     row: Array
@@ -92,28 +93,28 @@ class Slots(NamedTuple):
 
 
 def compact_slots(slots: Slots, done_N: Array, few: int, dealt: int) -> Slots:
-    """The slots whose rows have not ended (and some that have, if those are fewer), each with its own prompt.
+    """The slots whose rows have not ended, each with its own prompt; if they are fewer than `few`, some ended ones too.
 
     Args:
-        slots, done_N: the slots, and which rows of the whole batch have ended.
-        few: how many slots are left of each part.
-        dealt: the number of equal parts in which the slots lie on the devices; none leaves its part.
+        slots, done_N: the slots, and True for each row of the whole batch that has ended.
+        few: how many slots of each part remain.
+        dealt: the number of equal parts into which the devices divide the slots; every slot stays in its part.
     """
     B = slots.row.shape[1]
     row_MB = slots.row.reshape(dealt, -1)
     keep_MC = jnp.argsort(done_N[row_MB], axis=1, stable=True)[:, :few]
 
-    def kept(x, index_MC, axis):
+    def keep_rows(x, index_MC, axis):
         parts = x.reshape(*x.shape[:axis], dealt, -1, *x.shape[axis + 1 :])
-        taken = jax.vmap(lambda part, index: jnp.take(part, index, axis=axis), (axis, 0), axis)(parts, index_MC)
-        return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+        kept = jax.vmap(lambda rows, index: jnp.take(rows, index, axis=axis), (axis, 0), axis)(parts, index_MC)
+        return kept.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
     return Slots(
-        kept(slots.row.reshape(-1), keep_MC, 0)[:, None],
-        kept(slots.prompt_len, keep_MC // B, 0),
-        kept(slots.prompt_mask, keep_MC // B, 0),
-        jax.tree.map(lambda x: kept(x, keep_MC // B, 1), slots.prompt_cache),
-        jax.tree.map(lambda x: kept(rearrange(x, "l a k b t d -> l (a b) k 1 t d"), keep_MC, 1), slots.own_cache),
+        keep_rows(slots.row.reshape(-1), keep_MC, 0)[:, None],
+        keep_rows(slots.prompt_len, keep_MC // B, 0),
+        keep_rows(slots.prompt_mask, keep_MC // B, 0),
+        jax.tree.map(lambda x: keep_rows(x, keep_MC // B, 1), slots.prompt_cache),
+        jax.tree.map(lambda x: keep_rows(rearrange(x, "l a k b t d -> l (a b) k 1 t d"), keep_MC, 1), slots.own_cache),
     )
 
 
@@ -137,15 +138,15 @@ def sample(
         prompt_PS, prompt_len_P: right-padded prompts and their lengths.
         key_PG: [P, G] PRNG keys, one a response.
         max_new: T, the most tokens a response may have.
-        temperature: of the softmax; 0 takes the most likely token (log-probabilities then at temperature 1).
+        temperature: of the softmax; 0 takes the most likely token, with log-probabilities at temperature 1.
         eos: ids that end a response.
         prefix: ids that stand before every prompt: see `types.Group`.
-        compact: falling shares of the batch's rows. When no more than that share of them goes on, decoding goes on
-            with these rows alone, so that the others are not paid for. Each share is one more loop to compile.
+        compact: falling shares of the batch's rows. When at most this share of the rows has not ended, only these rows
+            are decoded further, so that ended rows cost nothing. Each share is one more loop to compile.
     """
     P, G = key_PG.shape
     N, config, key_N = P * G, model.config, key_PG.reshape(-1)
-    dealt = axis_size("prompts") if P % axis_size("prompts") == 0 else 1
+    parts = axis_size("prompts") if P % axis_size("prompts") == 0 else 1
     hidden_PSD, prompt_cache = decoding.prefill(model, prompt_PS, prefix)
     fused = decoding.fuse(model)
     unembed_VD = constrain(transformer.cast(model.unembed, config), "spread_vocab")
@@ -165,17 +166,17 @@ def sample(
         token_C, logp_C = choose(hidden_ABD.reshape(-1, config.width), t, key_N[row_C])
         done_C = done_N[row_C]
         token_C = jnp.where(done_C, eos[0], token_C)
-        ends_C = ~done_C & jnp.isin(token_C, jnp.array(eos))
+        stops_C = ~done_C & jnp.isin(token_C, jnp.array(eos))
         rollout = Rollout(
             response=rollout.response.at[row_C, t].set(token_C),
             response_len=rollout.response_len.at[row_C].add(~done_C),
-            finish=rollout.finish.at[row_C].add(ends_C),
+            finish=rollout.finish.at[row_C].add(stops_C),
             logp=rollout.logp.at[row_C, t].set(jnp.where(done_C, 0.0, logp_C)),
         )
-        return rollout, done_N.at[row_C].set(done_C | ends_C)
+        return rollout, done_N.at[row_C].set(done_C | stops_C)
 
-    def decode_until(few: int, slots: Slots, t, rollout, done_N):
-        """Decodes until at most `few` rows of each part go on."""
+    def decode_until(slot_count: int, slots: Slots, t, rollout, done_N):
+        """Decodes until at most `slot_count` rows of each part have not ended."""
 
         def step(carry):
             t, rollout, done_N, own_cache = carry
@@ -185,10 +186,10 @@ def sample(
             )  # fmt: skip
             return t + 1, *record(rollout, done_N, t, hidden_ABD, slots.row), own_cache
 
-        def goes_on(carry):
-            return (carry[0] < max_new) & (jnp.sum(~carry[2].reshape(dealt, -1), axis=1).max() > few)
+        def any_running(carry):
+            return (carry[0] < max_new) & (jnp.sum(~carry[2].reshape(parts, -1), axis=1).max() > slot_count)
 
-        t, rollout, done_N, own_cache = jax.lax.while_loop(goes_on, step, (t, rollout, done_N, slots.own_cache))
+        t, rollout, done_N, own_cache = jax.lax.while_loop(any_running, step, (t, rollout, done_N, slots.own_cache))
         return slots._replace(own_cache=own_cache), t, rollout, done_N
 
     kv_shape = (config.layers, P, config.kv_heads, G, max_new, config.head_dim)
@@ -201,18 +202,18 @@ def sample(
         prompt_cache,
         own_cache,
     )
-    empty = Rollout(
+    empty_rollout = Rollout(
         response=jnp.full((N, max_new), eos[0], jnp.int32),
         response_len=jnp.zeros(N, jnp.int32),
         finish=jnp.zeros(N, jnp.int32),
         logp=jnp.zeros((N, max_new)),
     )
     first_PGD = jnp.broadcast_to(transformer.last_token(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
-    state = (jnp.ones((), jnp.int32), *record(empty, jnp.zeros(N, bool), 0, first_PGD, slots.row))
-    sizes = [int(share * N / dealt) for share in compact if share * N / dealt >= FEWEST and max_new >= SHORTEST]
-    for few in sizes:
-        slots, *state = decode_until(few, slots, *state)
-        slots = compact_slots(slots, state[2], few, dealt)
+    state = (jnp.ones((), jnp.int32), *record(empty_rollout, jnp.zeros(N, bool), 0, first_PGD, slots.row))
+    slot_counts = [int(share * N / parts) for share in compact if share * N / parts >= FEWEST and max_new >= SHORTEST]
+    for slot_count in slot_counts:
+        slots, *state = decode_until(slot_count, slots, *state)
+        slots = compact_slots(slots, state[2], slot_count, parts)
     _, _, rollout, _ = decode_until(0, slots, *state)
     return jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), rollout)
 
@@ -220,11 +221,11 @@ def sample(
 def response_keys(key: Array, prompt_index_P: Array, group: int) -> Array:
     """[P, G] keys from (key, prompt index, response index), so that a response does not depend on its batch.
 
-    A prompt that stands n times in the batch before has response indices from n·G: each of its groups goes on where the
-    one before it ended, and no two hold the same tokens.
+    If a prompt stands n times earlier in the batch, its response indices begin at n·G. So each of its groups has other
+    indices than the earlier ones, and no two groups hold the same tokens.
 
     Args:
-        prompt_index_P: [P] int32 of the whole batch, before it is dealt out to devices.
+        prompt_index_P: [P] int32, of the whole batch before the devices divide it.
         group: G.
     """
     earlier_PP = jnp.tril(prompt_index_P[:, None] == prompt_index_P[None, :], k=-1)

@@ -329,7 +329,7 @@ def test_what_the_model_has_no_positions_for_is_left_out_or_refused(loaded, data
         benchmarks.load("gsm8k", c, tokens, model.config._replace(positions=12))
     narrow = copy.copy(model)
     narrow.config, ids = tight, [tokens.prompt_ids("1?"), tokens.prompt_ids("and " * 80)]
-    refusal = pytest.raises(InputError, match=f"a prompt of {long} tokens with 10 behind it.*at most {long + 9}")
+    refusal = pytest.raises(InputError, match=f"a prompt of {long} tokens with 10 after it.*at most {long + 9}")
     with refusal:
         answers.respond(narrow, tokens, ids, batch=2, max_new=10, temperature=0.0, key=jax.random.key(0))
     with refusal:

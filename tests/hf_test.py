@@ -346,7 +346,7 @@ def broken(tmp_path, kind):
     "kind, message",
     [
         ("no weights", "peer has no weights: .*safetensors"),
-        ("only pickles", r"peer has weights in \*.bin only, pickles.* convert them to safetensors"),
+        ("only pickles", r"peer has weights only in \*.bin files.* pickles.* convert them to safetensors"),
         ("torn weights", "model.safetensors cannot be read"),
         ("missing shard", "00002-of-.* cannot be read"),
         ("no config", "has no config.json"),

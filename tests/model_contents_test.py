@@ -144,13 +144,13 @@ def test_an_adapter_alone_is_called_one_and_its_base_is_named(tmp_path):
 
 def test_a_workdir_is_called_one(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"policy": {}, "schedule": [], "align": {}}))
-    refused(tmp_path, "workdir of a run that has not come to its end.*start the run again")
+    refused(tmp_path, "workdir of a run that has not ended.*start the run again")
     (tmp_path / "aligned").mkdir()
     refused(tmp_path, "workdir of a run: give the model in it, .*aligned")
     (tmp_path / "config.json").unlink()
     (tmp_path / "aligned").rmdir()
     (tmp_path / "checkpoints").mkdir()
-    refused(tmp_path, "workdir of a run that has not come to its end")
+    refused(tmp_path, "workdir of a run that has not ended")
 
 
 def test_a_model_with_code_of_its_own_is_refused(tmp_path):
@@ -315,7 +315,7 @@ def test_headers_out_of_all_measure(tmp_path, monkeypatch):
 def test_a_json_file_out_of_all_measure(tmp_path, monkeypatch):
     made(tmp_path)
     monkeypatch.setattr(contents, "JSON_BYTES", 64)
-    refused(tmp_path, "no such file of a model has")
+    refused(tmp_path, "MiB, more than any model's")
 
 
 GGUF = b"GGUF" + struct.pack("<I", 3)

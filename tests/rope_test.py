@@ -160,7 +160,7 @@ def test_a_form_means_what_it_means_to_transformers_and_so_does_its_export(tmp_p
         ("llama", {"rope_theta": True}, "rope_theta=True"),
         ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 7e3}}}, "which only gemma3_text has"),
-        ("llama", {"sliding_window": 4}, "sliding_window=4, which a llama model does not compute"),
+        ("llama", {"sliding_window": 4}, "sliding_window=4, which is not implemented for a llama model"),
         ("llama", {"layer_types": MIXED}, "layer_types other than full_attention"),
         ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("llama", {"logits_scaling": 8.0}, "logits_scaling"),

@@ -94,7 +94,7 @@ def test_the_clock_is_in_no_prompt(marked, monkeypatch):
         ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}" + CHATML, "takes more than"),
         ("{{ 'x'.rjust(4000000000) | length }}" + CHATML, "takes more than"),
         ("x" * 2_000_000 + CHATML, "has 2000[0-9]* characters"),
-        ("{{ range(10 ** 5) | random }}" + CHATML, "something else each time"),
+        ("{{ range(10 ** 5) | random }}" + CHATML, "a different text each time"),
         ("<|im_start|>{{ prompt }}", "leaves out what the user says"),
         ("{{ messages[0].content[0].text }}", "leaves out what the user says"),
         ("{{ raise_exception('never') }}", r"refuses this chat \(never\)"),

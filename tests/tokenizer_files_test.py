@@ -23,7 +23,7 @@ def changed(file, **changes):
 @pytest.mark.parametrize("torn", TORN, ids=lambda torn: repr(torn[:9]))
 def test_a_torn_file_is_named(tmp_path, name, torn):
     (folder_of(tmp_path) / name).write_text(torn)
-    with pytest.raises(InputError, match=f"{name} (is not JSON|holds .* not an object|is a pointer of Git LFS)"):
+    with pytest.raises(InputError, match=f"{name} (is not JSON|holds .* not an object|is only a Git LFS pointer)"):
         hf.load_tokenizer(tmp_path)
 
 

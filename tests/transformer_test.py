@@ -209,7 +209,7 @@ def test_an_adapter_of_the_last_layers_is_one_of_all_with_zeros_below(layers):
     two = group.replace(response=group.response[:, :2], response_len=group.response_len[:, :2])
     _, got = transformer.apply(model, two, adapter, begun=begun.members(slice(2)))
     np.testing.assert_allclose(got, want[1][:, :2], atol=2e-5)
-    with pytest.raises(ValueError, match="behind layer 3 cannot go on to layer"):
+    with pytest.raises(ValueError, match="after layer 3 cannot go on to layer"):
         transformer.apply(model, group, adapter, begun=transformer.run_trunk(model, group, 3))
 
 

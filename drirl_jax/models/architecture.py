@@ -1,4 +1,4 @@
-"""What kind of decoder a model is: one record that every family's file (llama.py, qwen.py, ...) fills in."""
+"""The shape and kind of a decoder: one record that the file of each family (llama.py, qwen.py, ...) fills in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from drirl_jax.types import Array, InputError
 
 
 class Linear(NamedTuple):
-    """Rotary frequencies divided by a factor, for contexts longer than those of pretraining (arXiv 2306.15595)."""
+    """Divides rotary frequencies by a factor, for contexts longer than in pretraining (arXiv 2306.15595)."""
 
     factor: float
 
@@ -19,8 +19,11 @@ class Linear(NamedTuple):
 
 
 class Llama3(NamedTuple):
-    """Llama 3.1's: pairs of fewer than low_freq_factor turns in the context of pretraining are slowed by the factor,
-    those of more than high_freq_factor are kept, and between the frequency is interpolated linearly in the turns."""
+    """The scaling of Llama 3.1, by the turns that a rotary pair makes within the context of pretraining.
+
+    Below low_freq_factor turns the frequency is divided by the factor, above high_freq_factor turns it stays as it is.
+    Between them it is interpolated linearly in the turns.
+    """
 
     factor: float
     low_freq_factor: float
@@ -29,8 +32,8 @@ class Llama3(NamedTuple):
 
     def __call__(self, frequency_d: Array) -> Array:
         turns_d = self.original_max_position_embeddings * frequency_d / (2 * jnp.pi)
-        kept_d = jnp.clip((turns_d - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
-        return kept_d * frequency_d + (1 - kept_d) * frequency_d / self.factor
+        share_d = jnp.clip((turns_d - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return share_d * frequency_d + (1 - share_d) * frequency_d / self.factor
 
 
 # By Hugging Face's rope_type.
@@ -38,30 +41,30 @@ ROPE_SCALING: dict[str, type[Linear] | type[Llama3]] = {"linear": Linear, "llama
 
 
 class Config(NamedTuple):
-    """Shape and kind of a decoder; with the defaults of what has one it is a Llama.
+    """Shape and kind of a decoder. With the default values it is a Llama.
 
     Attributes:
         vocab, width, layers, heads, kv_heads, head_dim, ffn: sizes; head_dim need not be width / heads.
         rope_theta: base of the rotary frequencies.
         norm_eps: added to the mean square in every RMSNorm.
-        tied: the embedding is the matrix of the vocabulary product too.
+        tied: the embedding is also the matrix that gives logits.
         dtype: of activations and products; softmax, norms and log-probabilities stay float32.
-        weights: the type in which weights are made and read; whatever is trained is float32 all the same.
-        attention: of groups, a row of flash.ATTENTION.
-        family: row of families.FAMILIES, whose names the tensors have on disk.
+        weights: the dtype in which weights are made and read. Trained weights are float32 in any case.
+        attention: how attention of groups is computed, a row of flash.ATTENTION.
+        family: row of families.FAMILIES, which gives the names of the tensors on disk.
         rope_scaling: None for plain RoPE.
         qkv_bias: queries, keys and values have biases.
-        qk_norm: every head's queries and keys pass an RMSNorm before they are rotated.
+        qk_norm: queries and keys of each head pass an RMSNorm before they are rotated.
         norm_offset: RMSNorm multiplies by norm_offset + weight.
-        post_norms: attention and MLP have an RMSNorm behind them too, before their sums with the residual stream.
+        post_norms: attention and MLP also have an RMSNorm after them, before they are added to the residual stream.
         activation: of the gate, a name in transformer.ACTIVATIONS.
         embed_scale: factor of the token embeddings.
         query_pre_attn_scalar: scores are q·k / √query_pre_attn_scalar; None for head_dim.
-        attn_softcap, final_softcap: c of x ← c·tanh(x / c), of attention scores and of logits; 0 for none.
+        attn_softcap, final_softcap: c of x ← c·tanh(x / c), for attention scores and for logits; 0 for none.
         window: a token of a local layer sees itself and the window - 1 tokens before it.
         local: which layers are local, [layers]; () for none.
-        local_rope_theta: base of the local layers' frequencies, which are not scaled; None for those of all layers.
-        positions: how many tokens a text may have; None where no config.json tells.
+        local_rope_theta: base of the local layers' frequencies, which are not scaled; None if all layers share theirs.
+        positions: the most tokens that a text may have; None if no config.json gives it.
     """
 
     vocab: int
@@ -95,9 +98,9 @@ class Config(NamedTuple):
 
 
 def need_positions(config: Config, prompt: int, behind: int) -> None:
-    """Raises InputError where a prompt of so many tokens, with so many behind it, is longer than texts may be."""
+    """Raises InputError if a prompt of `prompt` tokens and `behind` tokens after it are longer than a text may be."""
     if config.positions and prompt + behind > config.positions:
         raise InputError(
-            f"a prompt of {prompt} tokens with {behind} behind it: texts of this model have at most "
+            f"a prompt of {prompt} tokens with {behind} after it: texts of this model have at most "
             f"{config.positions}. Shorten the prompt, or take fewer new tokens."
         )

@@ -1,4 +1,4 @@
-"""Attention with a prompt's keys held once for its whole group: rotary positions, masks, the two softmaxes."""
+"""Attention that keeps a prompt's keys once for its whole group: rotary positions, masks, the two softmaxes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from drirl_jax.types import Array, length_mask
 
 
 def einsum_f32(equation: str, *arrays: Array) -> Array:
-    """An einsum whose sums and result are float32, whatever the type of the arrays."""
+    """An einsum whose sums and result are float32, whatever the dtype of the arrays."""
     return jnp.einsum(equation, *arrays, preferred_element_type=jnp.float32)
 
 
@@ -24,55 +24,55 @@ def softcap(x: Array, cap: float) -> Array:
 
 
 def rope_cos_sin(config: Config, position_PN: Array) -> tuple[Array, Array]:
-    """(cos, sin), each [P, N, 1, hd/2], of the angles position·θ^(-2i/hd): computed once for all layers.
+    """(cos, sin), each [P, N, 1, hd/2], of the angles position·θ^(-2i/hd), computed once for all layers.
 
-    Where local layers have a θ of their own each is a stack of two, global and local: see `turns_of`.
+    If local layers have their own θ, each is a stack of two, global first: see `layer_cos_sin`.
     """
     half = config.head_dim // 2
 
-    def frequencies(theta):
+    def compute_frequencies(theta):
         return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
 
-    frequency_d = frequencies(config.rope_theta)
+    frequency_d = compute_frequencies(config.rope_theta)
     if config.rope_scaling:
         frequency_d = config.rope_scaling(frequency_d)
     if config.local_rope_theta:
-        frequency_d = jnp.stack([frequency_d, frequencies(config.local_rope_theta)])[:, None, None, None]
+        frequency_d = jnp.stack([frequency_d, compute_frequencies(config.local_rope_theta)])[:, None, None, None]
     angle = position_PN[..., None, None] * frequency_d
     return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
 
 
 def layer_cos_sin(config: Config, turns: tuple[Array, Array], local: Array | None) -> tuple[Array, Array]:
-    """The layer's own of what `rope_turns` gives; `local` is the layer's entry of `local_layers`."""
+    """The (cos, sin) of one layer, from those of `rope_cos_sin`; `local` is the layer's entry of `local_layers`."""
     return tuple(x[local.astype(int)] for x in turns) if config.local_rope_theta else turns
 
 
 def rope(x_PNHd: Array, turns: tuple[Array, Array]) -> Array:
-    """Rotary positions, half-split as in Hugging Face's Llama: the pair (i, i + hd/2) turns by its angle."""
+    """Rotates the pair (i, i + hd/2) of each head by its angle: half-split, as in Hugging Face's Llama."""
     cos, sin = turns
     half = x_PNHd.shape[-1] // 2
-    a, b = x_PNHd[..., :half], x_PNHd[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    first_half, second_half = x_PNHd[..., :half], x_PNHd[..., half:]
+    return jnp.concatenate([first_half * cos - second_half * sin, second_half * cos + first_half * sin], axis=-1)
 
 
 def local_layers(config: Config, layers: slice = slice(None)) -> Array | None:
-    """[L] bool, True at local layers, to be scanned over with the blocks; None where every layer sees everything."""
+    """[L] bool, True at local layers, for the scan over the blocks; None if every layer sees all tokens."""
     return jnp.array(config.local[layers]) if config.local else None
 
 
 def visible(config: Config, local: Array | None, mask: Array, query: Array, key: Array) -> Array:
-    """The mask [..., Q, U] of keys that queries may see, without what a local layer's window leaves out.
+    """The mask [..., Q, U] of keys that queries may see; in a local layer, keys outside the window are removed.
 
     Args:
-        local: scalar bool, the layer's entry of `local_layers`; None where there are none.
+        local: scalar bool, the layer's entry of `local_layers`; None if no layer is local.
         mask: bool, broadcast against [..., Q, U].
-        query, key: [..., Q] and [U], positions from the same origin.
+        query, key: positions [..., Q] and [U], counted from the same origin.
     """
     return mask if local is None else mask & (~local | (query[..., None] - key < config.window))
 
 
 def heads_first(x_NKd: Array) -> Array:
-    """Keys or values [..., N, KV, hd] as [..., KV, N, hd], the order in which the products with them copy nothing."""
+    """Keys or values [..., N, KV, hd] as [..., KV, N, hd]: in this order einsum copies nothing."""
     return jnp.swapaxes(x_NKd, -2, -3)
 
 
@@ -86,30 +86,30 @@ def scale_queries(config: Config, q: Array) -> Array:
 
 
 def prompt_attention(config: Config, q_PSHd, k_PKUd, v_PKUd, local=None) -> Array:
-    """Causal attention of the prompt's S tokens, the last of the U >= S whose keys are given, [P, S, H, hd].
+    """Causal attention of the prompt's S tokens, [P, S, H, hd]; they are the last S of the U tokens that have keys.
 
-    Padding needs no mask: it stands behind every real query. For `local` see `seen`.
+    Padding needs no mask: it comes after every real query. For `local` see `visible`.
     """
     (P, S, H, _), (_, K, U, _) = q_PSHd.shape, k_PKUd.shape
     q_PKNd = rearrange(scale_queries(config, q_PSHd), "p s (k r) d -> p k (r s) d", k=K)
     score = softcap(einsum_f32("pknd,pkud->pknu", q_PKNd, k_PKUd), config.attn_softcap).reshape(P, K, H // K, S, U)
     causal = visible(config, local, jnp.tril(jnp.ones((S, U), bool), U - S), np.arange(U - S, U), np.arange(U))
     weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1).astype(v_PKUd.dtype)
-    mixed = jnp.einsum("pknu,pkud->pknd", weight.reshape(P, K, -1, U), v_PKUd)
-    return rearrange(mixed, "p k (r s) d -> p s (k r) d", s=S)
+    attended = jnp.einsum("pknu,pkud->pknd", weight.reshape(P, K, -1, U), v_PKUd)
+    return rearrange(attended, "p k (r s) d -> p s (k r) d", s=S)
 
 
 def response_attention(
     config: Config, q_PGQHd, prompt_k, prompt_v, prompt_mask_PQS, own_k, own_v, own_mask_QU
 ) -> Array:
-    """Attention of response queries to the shared prompt and to their own response, under one softmax.
+    """Attention of response queries to the shared prompt and to their own response, in one softmax.
 
     Args:
         q_PGQHd: [P, G, Q, H, hd] queries.
-        prompt_k, prompt_v: [P, KV, S, hd], held once for the group.
+        prompt_k, prompt_v: [P, KV, S, hd], kept once for the group.
         prompt_mask_PQS: [P, Q or 1, S] bool, True where query q may see prompt token s.
-        own_k, own_v: [P, KV, G, U, hd] of the response itself.
-        own_mask_QU: [Q, U] bool, True where query q may see own key u; at least one a query.
+        own_k, own_v: [P, KV, G, U, hd], of the response itself.
+        own_mask_QU: [Q, U] bool, True where query q may see own key u; each query sees at least one.
 
     Returns:
         [P, G, Q, H, hd].
@@ -122,19 +122,19 @@ def response_attention(
     to_prompt, to_own = softcap(to_prompt, config.attn_softcap), softcap(to_own, config.attn_softcap)
     to_prompt = jnp.where(prompt_mask_PQS[:, None, None, None], to_prompt, -jnp.inf)
     to_own = jnp.where(own_mask_QU, to_own, -jnp.inf)
-    top = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
-    top = jax.lax.stop_gradient(top)
-    to_prompt, to_own = jnp.exp(to_prompt - top), jnp.exp(to_own - top)
+    max_score = jnp.maximum(to_prompt.max(-1, keepdims=True), to_own.max(-1, keepdims=True))
+    max_score = jax.lax.stop_gradient(max_score)
+    to_prompt, to_own = jnp.exp(to_prompt - max_score), jnp.exp(to_own - max_score)
     total = (to_prompt.sum(-1) + to_own.sum(-1))[..., None].astype(own_v.dtype)
     to_prompt = to_prompt.astype(prompt_v.dtype).reshape(P, K, -1, prompt_v.shape[2])
     to_own = to_own.astype(own_v.dtype).reshape(P, K, G, -1, own_v.shape[3])
-    mixed = jnp.einsum("pkns,pksd->pknd", to_prompt, prompt_v).reshape(P, K, G, -1, hd)
-    mixed += jnp.einsum("pkgnu,pkgud->pkgnd", to_own, own_v)
-    return rearrange(mixed.reshape(P, K, G, -1, Q, hd) / total, "p k g r q d -> p g q (k r) d")
+    attended = jnp.einsum("pkns,pksd->pknd", to_prompt, prompt_v).reshape(P, K, G, -1, hd)
+    attended += jnp.einsum("pkgnu,pkgud->pkgnd", to_own, own_v)
+    return rearrange(attended.reshape(P, K, G, -1, Q, hd) / total, "p k g r q d -> p g q (k r) d")
 
 
 class Layout(NamedTuple):
-    """What the N = S + G·T positions of a group are, behind a prefix of R tokens that all prompts share."""
+    """The N = S + G·T positions of a group: S of the prompt, T of each response; a shared prefix of R comes first."""
 
     prefix: int
     prompt: int
@@ -143,49 +143,51 @@ class Layout(NamedTuple):
     prompt_len_P: Array
 
     def split(self, x_PN: Array) -> tuple[Array, Array]:
-        """[P, N, ...] as those of the prompts, [P, S, ...], and of the responses, [P, G, T, ...]."""
+        """x_PN [P, N, ...] cut into the prompts' part [P, S, ...] and the responses' part [P, G, T, ...]."""
         S = self.prompt
         return x_PN[:, :S], rearrange(x_PN[:, S:], "p (g t) ... -> p g t ...", g=self.group)
 
     def joined(self, x_PS: Array, x_PGT: Array) -> Array:
-        """What `split` has taken apart."""
+        """The inverse of `split`."""
         return jnp.concatenate([x_PS, rearrange(x_PGT, "p g t ... -> p (g t) ...")], axis=1)
 
     def position_PN(self) -> Array:
-        """Of each token in its own sequence, from 0 at the prefix's first."""
+        """[P, N] the position of each token in its own sequence; the first token of the prefix has position 0."""
         P, S, G = len(self.prompt_len_P), self.prompt, self.group
-        in_response = self.prompt_len_P[:, None] + jnp.tile(jnp.arange(self.response), G)
-        return self.prefix + jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), in_response], axis=1)
+        response_position = self.prompt_len_P[:, None] + jnp.tile(jnp.arange(self.response), G)
+        return self.prefix + jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), response_position], axis=1)
 
 
 def with_prefix(before, k_PKSd: Array, v_PKSd: Array) -> tuple[Array, Array]:
-    """Keys and values of the prompts with those of the prefix before them, [P, KV, R + S, hd]; `before` holds the
-    latter once, once a prompt, or is None where there is no prefix."""
+    """Keys and values [P, KV, R + S, hd] of prefix and prompts.
+
+    `before` has the prefix's keys and values, once for all prompts or once for each; None without a prefix.
+    """
     if before is None:
         return k_PKSd, v_PKSd
 
-    def joined(first, rest):
-        return jnp.concatenate([jnp.broadcast_to(first, (rest.shape[0], *first.shape[1:])), rest], axis=2)
+    def prepend(prefix, prompt):
+        return jnp.concatenate([jnp.broadcast_to(prefix, (prompt.shape[0], *prefix.shape[1:])), prompt], axis=2)
 
-    return joined(before[0], k_PKSd), joined(before[1], v_PKSd)
+    return prepend(before[0], k_PKSd), prepend(before[1], v_PKSd)
 
 
 def group_attention(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, local=None) -> Array:
-    """Attention of prompts and their responses, [P, N, H, hd]: the reference that `flash.ATTENTION`'s others equal.
+    """Attention of prompts and their responses, [P, N, H, hd]: the reference for the other rows of `flash.ATTENTION`.
 
     Args:
         q_PNHd, k_PNKd, v_PNKd: rotated queries and keys, and values, of the layout's positions.
-        before: keys and values of the prefix, see `behind`.
-        local: see `seen`.
+        before: keys and values of the prefix: see `with_prefix`.
+        local: see `visible`.
     """
     (q_s, q_t), (k_s, k_t), (v_s, v_t) = (layout.split(x) for x in (q_PNHd, k_PNKd, v_PNKd))
     k_s, v_s = with_prefix(before, heads_first(k_s), heads_first(v_s))
     attended_s = prompt_attention(config, q_s, k_s, v_s, local)
     R, S, _, T, prompt_len_P = layout
     position_PT = layout.position_PN()[:, S : S + T]
-    to_prompt_PTU = length_mask(R + prompt_len_P, R + S)[:, None]
-    to_prompt_PTU = visible(config, local, to_prompt_PTU, position_PT, np.arange(R + S))
-    to_own_TT = visible(config, local, jnp.tril(jnp.ones((T, T), bool)), np.arange(T), np.arange(T))
+    prompt_mask_PTU = length_mask(R + prompt_len_P, R + S)[:, None]
+    prompt_mask_PTU = visible(config, local, prompt_mask_PTU, position_PT, np.arange(R + S))
+    own_mask_TT = visible(config, local, jnp.tril(jnp.ones((T, T), bool)), np.arange(T), np.arange(T))
     own_k, own_v = own_heads_first(k_t), own_heads_first(v_t)
-    attended_t = response_attention(config, q_t, k_s, v_s, to_prompt_PTU, own_k, own_v, to_own_TT)
+    attended_t = response_attention(config, q_t, k_s, v_s, prompt_mask_PTU, own_k, own_v, own_mask_TT)
     return layout.joined(attended_s, attended_t)

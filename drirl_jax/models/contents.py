@@ -1,7 +1,7 @@
-"""What a model folder may hold, decided here for every reader of one: policy, encoder, plan, evaluation, attacks.
+"""Decides what a model folder may hold, for all its readers: policy, encoder, plan, evaluation, attacks.
 
-A folder is a config.json and safetensors, whole and of floats. What else changes the numbers is refused before any
-work: quantised weights, adapters, code of its own, two models in one place, files that are none.
+A folder holds a config.json and complete safetensors of floats. Everything else that changes the numbers is refused
+before any work: quantised weights, adapters, code of the model's own, two models in one folder, broken files.
 """
 
 from __future__ import annotations
@@ -26,65 +26,69 @@ SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
 QUANTISED_FIELD = re.compile("quantiz|quantis|^quant_|compression_config")
-READ = {".json", ".safetensors", ".jinja", ".model", ".txt"}  # what some reader of a folder opens
+READ = {".json", ".safetensors", ".jinja", ".model", ".txt"}  # the files of a folder that are opened
 FLOATS = ("F64", "F32", "F16", "BF16")
-BUFFERS = ("position_ids", "token_type_ids")  # counted numbers that no reader takes
+BUFFERS = ("position_ids", "token_type_ids")  # tensors of integers that are never read
 POINTER = b"version https://git-lfs"
-# What files may have before anything is done with them. 405B Llama has 1,100 tensors and 0.1 MiB of index.
+# The largest sizes of files that are accepted. The 405B Llama has 1,100 tensors and an index of 0.1 MiB.
 JSON_BYTES, HEADER_BYTES, TENSORS = 2**24, 2**23, 2**16
-ROWS = 4096  # of two matrices that are compared, which are in memory at once
+ROWS = 4096  # rows in memory at once when two matrices are compared
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """The object in config.json, of a folder that holds a model which is understood.
+    """The object in the config.json of a folder that holds a supported model.
 
     Raises:
-        InputError: there is none, or it describes a run, an adapter, a quantised model, or one with code of its own.
+        InputError: there is no model, or the folder holds a run, an adapter, a quantised model, or code of its own.
     """
-    with _readable(folder):
+    with _reading(folder):
         _need_model(folder)
         if not (folder / "config.json").is_file():
             raise InputError(f"the model folder {folder} has no config.json: give a Hugging Face model's folder.")
     config = read_json(folder / "config.json")
     unused = {name for name in config if QUANTISED_FIELD.search(name) and config[name] in (None, {})}
-    quantised = [name for name in config if QUANTISED_FIELD.search(name) and name not in unused]
-    if quantised:
-        how = config[quantised[0]]
-        method = how.get("quant_method", how.get("format", how)) if isinstance(how, dict) else how
+    quantised_fields = [name for name in config if QUANTISED_FIELD.search(name) and name not in unused]
+    if quantised_fields:
+        quantisation = config[quantised_fields[0]]
+        method = (
+            quantisation.get("quant_method", quantisation.get("format", quantisation))
+            if isinstance(quantisation, dict)
+            else quantisation
+        )
         raise InputError(
-            f"{folder / 'config.json'} has a {quantised[0]} ({fields.quoted(method)}): quantised weights are not read, "
-            "so save the model dequantised, in bfloat16."
+            f"{folder / 'config.json'} has a {quantised_fields[0]} ({fields.quoted(method)}): quantised weights are "
+            "not read, so save the model dequantised, in bfloat16."
         )
     code = config.get("auto_map")
     if code and (not isinstance(code, dict) or any(str(name).startswith("AutoModel") for name in code)):
         raise InputError(
-            f"{folder / 'config.json'} has an auto_map to code of its own, and no code of a model folder is run: take "
-            "a model that transformers computes itself, or remove the field if its code changes nothing."
+            f"{folder / 'config.json'} has an auto_map to code in the folder, but no code of a model folder is run: "
+            "take a model that transformers supports itself, or remove the field if its code changes nothing."
         )
     return {name: value for name, value in config.items() if name not in unused}
 
 
 def open_weights(folder: pathlib.Path) -> Tensors:
-    """The tensors of the folder, whose files and headers are looked at here; each is read when it is asked for.
+    """The tensors of the folder. Files and headers are checked now; each tensor is read only when it is used.
 
     Raises:
-        InputError: there are none, not all of them, more than one model's, or some that are no floats.
+        InputError: there are no weights, some are missing, they belong to two models, or some are not floats.
     """
-    with _readable(folder):
+    with _reading(folder):
         _need_model(folder)
-        place, files = _weight_files(folder)
+        weight_map, files = _weight_files(folder)
     tensors = Tensors(files)
-    if place is not None:
-        _need_agreement(folder / INDEX, place, tensors)
+    if weight_map is not None:
+        _need_agreement(folder / INDEX, weight_map, tensors)
     _need_tie(folder, tensors)
     return tensors
 
 
 class Tensors(Mapping):
-    """The tensors of safetensors files by name, each read when it is asked for, in the type that it has on disk.
+    """The tensors of safetensors files by name. Each is read only when it is used, in the dtype that it has on disk.
 
     Raises:
-        InputError: a file cannot be read, is out of all measure, holds numbers that are no floats, or a tensor that
+        InputError: a file cannot be read, is too large, holds numbers that are not floats, or holds a tensor that
             another file holds too.
     """
 
@@ -93,14 +97,14 @@ class Tensors(Mapping):
         self._opened, self._shape = {}, {}
         for file in files:
             header = read_header(file)
-            for name, (kind, shape) in header.items():
+            for name, (dtype, shape) in header.items():
                 if name in self.file:
                     raise InputError(
                         f"{self.file[name]} and {file} both hold the tensor {name}: remove the file that is older."
                     )
-                if kind not in FLOATS and not name.endswith(BUFFERS):
+                if dtype not in FLOATS and not name.endswith(BUFFERS):
                     raise InputError(
-                        f"{file} holds the tensor {name} as {kind}: weights are read as {', '.join(FLOATS)} alone, so "
+                        f"{file} holds the tensor {name} as {dtype}: only weights of {', '.join(FLOATS)} are read, so "
                         "save the model dequantised, in bfloat16."
                     )
                 self.file[name], self._shape[name] = file, shape
@@ -109,24 +113,24 @@ class Tensors(Mapping):
             try:
                 self._opened[file] = safe_open(file, framework="numpy")
             except (SafetensorError, OSError) as error:
-                raise _unreadable(file, error) from error
+                raise _unreadable_error(file, error) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         file = self._opened[self.file[name]]
         try:
             return file.get_tensor(name)
-        except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:  # a type numpy lacks
+        except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:  # a dtype that numpy lacks
             raise InputError(f"the tensor {name} cannot be read ({error}): save the model as bfloat16.") from error
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """The rows from `first` to before `last` of a matrix."""
+        """Rows `first` to `last` - 1 of a matrix."""
         return self._opened[self.file[name]].get_slice(name)[first:last]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, which the file's header tells."""
+        """A tensor's shape, from the file's header."""
         return self._shape[name]
 
-    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
+    def __contains__(self, name) -> bool:  # the method of Mapping would read the tensor
         return name in self.file
 
     def __iter__(self) -> Iterator[str]:
@@ -140,22 +144,24 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     """The object that a JSON file of a model holds.
 
     Raises:
-        InputError: it is no regular file, larger than such files are, or no JSON object.
+        InputError: it is no regular file, it is larger than JSON_BYTES, or it holds no JSON object.
     """
     try:
         if not file.is_file():
-            raise InputError(f"{file} is no regular file: put the model's own there.")
+            raise InputError(f"{file} is no regular file: replace it with the model's file.")
         if file.stat().st_size > JSON_BYTES:
-            raise InputError(f"{file} has more than {JSON_BYTES >> 20} MiB: no such file of a model has.")
+            raise InputError(
+                f"{file} has more than {JSON_BYTES >> 20} MiB, more than any model's: download or save the model again."
+            )
         content = file.read_bytes()
         value = json.loads(content.decode("utf-8"))
     except (OSError, RecursionError) as error:
-        raise _unreadable(file, error) from error
+        raise _unreadable_error(file, error) from error
     except InputError:
         raise
     except ValueError as error:
         if content.startswith(POINTER):
-            raise _pointer(file) from error
+            raise _pointer_error(file) from error
         raise InputError(f"{file} is not JSON ({error}): download or save the model again.") from error
     if not isinstance(value, dict):
         raise InputError(f"{file} holds {fields.quoted(value)}, where an object is needed: save the model again.")
@@ -166,23 +172,23 @@ def read_header(file: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of each tensor of a safetensors file, by name.
 
     Raises:
-        InputError: it is no whole safetensors file, or its header is out of all measure.
+        InputError: it is no complete safetensors file, or its header is too large.
     """
     try:
         if not file.is_file():
             raise FileNotFoundError("it is not there" if not file.exists() else "it is no regular file")
         size = file.stat().st_size
-        with file.open("rb") as opened:
-            start = opened.read(max(8, len(POINTER)))
-            if start == POINTER:
-                raise _pointer(file)
-            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
+        with file.open("rb") as stream:
+            first_bytes = stream.read(max(8, len(POINTER)))
+            if first_bytes == POINTER:
+                raise _pointer_error(file)
+            length = struct.unpack("<Q", first_bytes[:8])[0] if len(first_bytes) >= 8 else size
             if length > size - 8:
                 raise ValueError("it ends before its header does")
             if length > HEADER_BYTES:
                 raise ValueError(f"its header has {length >> 20} MiB, more than any model's")
-            opened.seek(8)
-            header = json.loads(opened.read(length))
+            stream.seek(8)
+            header = json.loads(stream.read(length))
         if len(header) > TENSORS:
             raise ValueError(f"it holds {len(header)} tensors, more than any model")
         header.pop("__metadata__", None)
@@ -190,75 +196,75 @@ def read_header(file: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _unreadable(file, error) from error
+        raise _unreadable_error(file, error) from error
 
 
 def need_embeddings(tokenizer: Any, rows: int, where: object) -> None:
-    """Raises InputError where a tokenizer has ids beyond the rows of the embedding, which would take another's row.
+    """Raises InputError if a tokenizer has ids beyond the rows of the embedding, which would take another token's row.
 
-    Placeholders of images, sounds and films may lie there: no text holds them, and nothing is sampled beyond the rows.
+    Placeholders of images, sounds and films may have such ids: no text holds them, and the sampler never gives them.
 
     Args:
-        tokenizer: of transformers or of tokenizers.
-        rows: of the embedding.
-        where: the folder, for the sentence.
+        tokenizer: of the package transformers or tokenizers.
+        rows: the number of rows of the embedding.
+        where: the folder, for the message.
     """
-    words = tokenizer.get_vocab()
-    roles = (f"{sense}_token" for sense in ("image", "video", "audio"))
-    spared = {str(getattr(tokenizer, role, None)) for role in roles}
-    beyond = {word: i for word, i in words.items() if i >= rows and word not in spared}
-    if beyond:
-        word = max(beyond, key=beyond.__getitem__)
+    vocabulary = tokenizer.get_vocab()
+    roles = (f"{medium}_token" for medium in ("image", "video", "audio"))
+    placeholders = {str(getattr(tokenizer, role, None)) for role in roles}
+    ids_beyond = {word: i for word, i in vocabulary.items() if i >= rows and word not in placeholders}
+    if ids_beyond:
+        word = max(ids_beyond, key=ids_beyond.__getitem__)
         raise InputError(
-            f"the tokenizer in {where} has {len(words)} tokens, up to the id {beyond[word]} ({fields.quoted(word)}), "
-            f"but its network has only {rows} embeddings: take both from one model, or resize the embedding and train "
-            "it."
+            f"the tokenizer in {where} has {len(vocabulary)} tokens, up to the id {ids_beyond[word]} "
+            f"({fields.quoted(word)}), but its network has only {rows} embeddings: take both from one model, or resize "
+            "the embedding and train it."
         )
 
 
-def _unreadable(file: pathlib.Path, error: object) -> InputError:
+def _unreadable_error(file: pathlib.Path, error: object) -> InputError:
     return InputError(f"{file} cannot be read ({str(error)[:200]}): download or save the model again.")
 
 
 @contextlib.contextmanager
-def _readable(folder: pathlib.Path) -> Iterator[None]:
+def _reading(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise InputError(f"the model folder {folder} cannot be read ({error}): give one that can be.") from error
 
 
-def _pointer(file: pathlib.Path) -> InputError:
-    return InputError(f"{file} is a pointer of Git LFS in the place of the file: run git lfs pull in the folder.")
+def _pointer_error(file: pathlib.Path) -> InputError:
+    return InputError(f"{file} is only a Git LFS pointer to the file: run git lfs pull in the folder.")
 
 
 def _need_model(folder: pathlib.Path) -> None:
-    """Raises InputError where the folder is another's than a model's, by the names of its files."""
-    has = {name for name in (*ADAPTER, *QUANTISED, "config.json") if (folder / name).exists()}
-    adapter = [name for name in ADAPTER if name in has]
-    if adapter and "config.json" in has:
+    """Raises InputError if the names of the files show that the folder does not hold a model alone."""
+    present = {name for name in (*ADAPTER, *QUANTISED, "config.json") if (folder / name).exists()}
+    adapter_files = [name for name in ADAPTER if name in present]
+    if adapter_files and "config.json" in present:
         raise InputError(
-            f"the model folder {folder} holds an adapter beside the model ({adapter[0]}), which is not read: merge it "
-            "into the model (PEFT's merge_and_unload), or move it elsewhere."
+            f"the model folder {folder} holds an adapter beside the model ({adapter_files[0]}), which is not read: "
+            "merge it into the model (PEFT's merge_and_unload), or move it elsewhere."
         )
-    if adapter:
+    if adapter_files:
         raise InputError(
-            f"{folder} holds a PEFT adapter of {_base_of(folder)} and no model: merge the two (PEFT's "
+            f"{folder} holds a PEFT adapter of {_base_name(folder)} and no model: merge the two (PEFT's "
             "merge_and_unload), save the result, and give that folder."
         )
     _need_no_run(folder)
-    quantised = [name for name in QUANTISED if name in has]
-    if quantised:
+    quantised_files = [name for name in QUANTISED if name in present]
+    if quantised_files:
         raise InputError(
-            f"the model folder {folder} has a {quantised[0]}: quantised weights are not read, so save the model "
-            "dequantised, in bfloat16, or remove the file if they are not."
+            f"the model folder {folder} has a {quantised_files[0]}: quantised weights are not read, so save the model "
+            "dequantised, in bfloat16, or remove the file if the weights are not quantised."
         )
     for file in folder.iterdir():
         if file.suffix in READ and file.exists() and not (file.is_file() or file.is_dir()):
-            raise InputError(f"{file} is no regular file: put the model's own there.")
+            raise InputError(f"{file} is no regular file: replace it with the model's file.")
 
 
-def _base_of(folder: pathlib.Path) -> str:
+def _base_name(folder: pathlib.Path) -> str:
     try:
         base = read_json(folder / ADAPTER[0]).get("base_model_name_or_path")
     except InputError:
@@ -267,63 +273,63 @@ def _base_of(folder: pathlib.Path) -> str:
 
 
 def _need_no_run(folder: pathlib.Path) -> None:
-    """Raises InputError for the workdir of a run, which has a config.json of its own."""
+    """Raises InputError for the workdir of a run: it has a config.json too."""
     aligned = folder / "aligned"
     if (folder / "config.json").is_file():
-        of_run = {"policy", "schedule", "align"} <= read_json(folder / "config.json").keys()
+        is_run = {"policy", "schedule", "align"} <= read_json(folder / "config.json").keys()
     else:
-        of_run = (folder / "checkpoints").is_dir() or aligned.is_dir()
-    if of_run and aligned.is_dir():
+        is_run = (folder / "checkpoints").is_dir() or aligned.is_dir()
+    if is_run and aligned.is_dir():
         raise InputError(f"{folder} is the workdir of a run: give the model in it, {aligned}.")
-    if of_run:
+    if is_run:
         raise InputError(
-            f"{folder} is the workdir of a run that has not come to its end, and holds no model yet: start the run "
-            f"again with its own command, then give {aligned}."
+            f"{folder} is the workdir of a run that has not ended, and holds no model yet: start the run again with "
+            f"its own command, then give {aligned}."
         )
 
 
 def _weight_files(folder: pathlib.Path) -> tuple[dict[str, str] | None, list[pathlib.Path]]:
-    """What an index says, if there is one, and the files that hold the model."""
+    """The weight map of the index (None without an index), and the files that hold the model."""
     index, single = folder / INDEX, folder / SINGLE
-    place = _read_index(index) if index.exists() else None
-    if place and single.exists() and set(place.values()) != {SINGLE}:
+    weight_map = _read_index(index) if index.exists() else None
+    if weight_map and single.exists() and set(weight_map.values()) != {SINGLE}:
         raise InputError(
             f"the model folder {folder} holds {SINGLE} and {INDEX} of other files, which may be two models: remove "
             "the older one."
         )
-    names = sorted(set(place.values())) if place else [SINGLE] if single.exists() else _all_files(folder)
-    unnamed = {file.name for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)} - set(names)
-    if unnamed:
+    names = sorted(set(weight_map.values())) if weight_map else [SINGLE] if single.exists() else _all_files(folder)
+    unlisted = {file.name for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)} - set(names)
+    if unlisted:
         raise InputError(
-            f"the model folder {folder} holds {min(unnamed)} beside {names[0]}, of which it is no part: remove the "
-            "files of the older model."
+            f"the model folder {folder} holds {min(unlisted)} beside {names[0]}, and they belong to different models: "
+            "remove the files of the older model."
         )
     _need_all_shards(folder, set(names))
-    return place, [folder / name for name in names]
+    return weight_map, [folder / name for name in names]
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
-    """The name of each tensor's file."""
-    place = read_json(index).get("weight_map")
-    if not isinstance(place, dict) or not place or len(place) > TENSORS:
+    """The name of the file that holds each tensor."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or len(weight_map) > TENSORS:
         raise InputError(f"{index} has no weight_map of tensors and files: download or save the model again.")
-    for name, file in place.items():
-        plain = isinstance(file, str) and file not in ("", ".", "..") and not re.search(r"[/\\\0]", file)
-        if not plain or not file.endswith(".safetensors"):
+    for name, file in weight_map.items():
+        is_file_name = isinstance(file, str) and file not in ("", ".", "..") and not re.search(r"[/\\\0]", file)
+        if not is_file_name or not file.endswith(".safetensors"):
             raise InputError(
                 f"{index} puts the tensor {name[:80]} into {fields.quoted(file)}, which is no name of a safetensors "
                 "file in the same folder: download or save the model again."
             )
-    return place
+    return weight_map
 
 
 def _all_files(folder: pathlib.Path) -> list[str]:
-    """Every safetensors file, where neither an index nor the usual name tells which."""
+    """All safetensors files, for a folder without an index and without a file of the usual name."""
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     if not names and any(folder.glob("*.bin")):
         raise InputError(
-            f"the model folder {folder} has weights in *.bin only, pickles, which are not read: convert them "
-            "to safetensors."
+            f"the model folder {folder} has weights only in *.bin files: these are pickles and are not read, so "
+            "convert them to safetensors."
         )
     if not names:
         raise InputError(
@@ -333,38 +339,38 @@ def _all_files(folder: pathlib.Path) -> list[str]:
 
 
 def _need_all_shards(folder: pathlib.Path, names: set[str]) -> None:
-    """Raises InputError where a file is one of n parts, and not all of the n are there."""
-    for part in filter(None, map(SHARD.fullmatch, sorted(names))):
-        before, number, count = part.groups()
-        every = (f"{before}-{i:0{len(number)}d}-of-{count}.safetensors" for i in range(1, int(count) + 1))
-        missing = next((name for name in every if name not in names), None)
+    """Raises InputError if a file is one of n shards and some of the n are missing."""
+    for match in filter(None, map(SHARD.fullmatch, sorted(names))):
+        stem, number, count = match.groups()
+        shard_names = (f"{stem}-{i:0{len(number)}d}-of-{count}.safetensors" for i in range(1, int(count) + 1))
+        missing = next((name for name in shard_names if name not in names), None)
         if missing is not None:
-            raise InputError(f"the model folder {folder} holds {part[0]} but lacks {missing}: download them all.")
+            raise InputError(f"the model folder {folder} holds {match[0]} but lacks {missing}: download them all.")
 
 
-def _need_agreement(index: pathlib.Path, place: Mapping[str, str], tensors: Tensors) -> None:
-    """Raises InputError where an index and the headers of its files tell of different tensors."""
-    for name in place.keys() | tensors.file.keys():
+def _need_agreement(index: pathlib.Path, weight_map: Mapping[str, str], tensors: Tensors) -> None:
+    """Raises InputError if an index and the headers of its files list different tensors."""
+    for name in weight_map.keys() | tensors.file.keys():
         file = tensors.file.get(name)
-        if file is None or place.get(name) != file.name:
+        if file is None or weight_map.get(name) != file.name:
             raise InputError(
-                f"{index} puts the tensor {name[:80]} into {place.get(name, 'no file')}, but it lies in "
+                f"{index} puts the tensor {name[:80]} into {weight_map.get(name, 'no file')}, but it lies in "
                 f"{file.name if file else 'none'}: the index is of another model, download or save the model again."
             )
 
 
 def _need_tie(folder: pathlib.Path, tensors: Tensors) -> None:
-    """Raises InputError where config.json ties the two matrices of the vocabulary, and the weights hold two."""
+    """Raises InputError if config.json ties embedding and lm_head, but the weights hold two different matrices."""
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     config = folder / "config.json"
     if not (embed in tensors and head in tensors and config.is_file() and fields.tied(read_json(config))):
         return
     shape = tensors.shape(embed)
-    parts = ((i, min(i + ROWS, shape[0])) for i in range(0, shape[0], ROWS))
-    same = shape == tensors.shape(head) and all(
-        np.array_equal(tensors.rows(embed, *part), tensors.rows(head, *part)) for part in parts
+    row_ranges = ((first, min(first + ROWS, shape[0])) for first in range(0, shape[0], ROWS))
+    equal = shape == tensors.shape(head) and all(
+        np.array_equal(tensors.rows(embed, *row_range), tensors.rows(head, *row_range)) for row_range in row_ranges
     )
-    if not same:
+    if not equal:
         raise InputError(
             f"{config} ties the embedding to lm_head (tie_word_embeddings), but the weights hold an "
             "lm_head.weight of their own that differs: set tie_word_embeddings to false, or remove that tensor."

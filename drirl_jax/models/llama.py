@@ -1,4 +1,4 @@
-"""The Llama family (Llama 2 and 3, SmolLM2, TinyLlama), and what the others share with it: config, names of tensors."""
+"""The Llama family (Llama 2 and 3, SmolLM2, TinyLlama), and what other families share with it: config, tensor names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from drirl_jax.models import fields, rope
 from drirl_jax.models.architecture import Config, Llama3
 from drirl_jax.types import InputError
 
-# Of one layer: our name, and Hugging Face's with the layer's number left open.
+# The tensors of one layer: our name, and Hugging Face's name with {} for the number of the layer.
 LAYER = {
     "attn_norm": "model.layers.{}.input_layernorm.weight",
     "q": "model.layers.{}.self_attn.q_proj.weight",
@@ -25,27 +25,27 @@ TYPES = {"full_attention": False, "sliding_attention": True}
 
 
 def config_from_hf(hf: Mapping) -> Config:
-    """The decoder from a Llama's config. Raises InputError for what is not implemented, KeyError for a gap."""
+    """The decoder from a Llama's config. Raises InputError if it is not implemented, KeyError if a field is missing."""
     config = shape(hf, ONLY, ("layer_types",))
     if any(name != "full_attention" for name in hf.get("layer_types") or ()):
         raise InputError(
-            "config.json has layer_types other than full_attention, which transformers leaves out in a llama model: "
+            "config.json has layer_types other than full_attention, which transformers ignores in a llama model: "
             "remove the field, or take a model of another family."
         )
     return config
 
 
 def shape(hf: Mapping, only: Mapping, understood: Collection[str] = (), rope_theta: float = rope.THETA) -> Config:
-    """What all families' configs say in the same words.
+    """The Config from the fields that all families have in common.
 
     Args:
-        hf: a Hugging Face config as `rope.standard` gives it.
-        only: values of fields that change the computation; no others are implemented for this family.
+        hf: a Hugging Face config as `rope.standard` returns it.
+        only: fields that change the computation, each with the only value that is implemented for this family.
         understood: names of fields that change the computation and that the family's file reads itself.
         rope_theta: the family's default.
 
     Raises:
-        InputError: the config asks for what is not implemented here, or a field has a wrong type.
+        InputError: the config asks for something that is not implemented, or a field has a wrong type.
         KeyError: a field is missing.
     """
     for name, wanted in only.items():
@@ -72,11 +72,11 @@ def windows(hf: Mapping, window: int | None, is_local: Callable[[int], bool]) ->
     """The fields `window` and `local` of a Config.
 
     Args:
-        window: of the local layers.
-        is_local: which these are where the config does not list the layers' types.
+        window: the window of the local layers.
+        is_local: which layers are local if the config has no "layer_types".
 
     Raises:
-        InputError: the config's "layer_types" do not fit.
+        InputError: the config's "layer_types" do not fit the layers, or a local layer has no window.
     """
     layers, types = hf["num_hidden_layers"], hf.get("layer_types")
     if types is None:

@@ -1,8 +1,8 @@
-"""LoRA adapters (arXiv 2106.09685), and banks of them: prompt p of a batch uses adapter route[p], all in one pass.
+"""LoRA adapters (arXiv 2106.09685) and banks of them: prompt p of a batch uses adapter route[p], all in one pass.
 
-An adapter is a dict from target ("q", "gate", ...) to a `Pair`, its leaves stacked over layers like the blocks
-that it adapts: a [L, r, in], b [L, r, out]. A bank has one more axis: a [L, C, r, in], b [L, C, r, out]. (b is the
-transpose of the paper's B.) An adapter of fewer layers than the model has belongs to the last ones.
+An adapter is a dict from target ("q", "gate", ...) to a `Pair`. The leaves are stacked over layers like the blocks that
+they adapt: a [L, r, in], b [L, r, out]. A bank has one more axis: a [L, C, r, in], b [L, C, r, out]. (b is the
+transpose of the paper's B.) An adapter with fewer layers than the model belongs to the last layers.
 """
 
 from __future__ import annotations
@@ -48,33 +48,35 @@ def init(
     layers: int = 0,
     bank: int | None = None,
 ) -> Adapter:
-    """A fresh adapter (or a bank of `bank` adapters): A ~ U(±√(3/in)), B = 0, so that ΔW = 0.
+    """A fresh adapter (or a bank of `bank` adapters): A ~ U(±√(3/in)) and B = 0, so ΔW = 0.
 
     Args:
-        model: the trunk, for its shapes.
+        model: the trunk; only its shapes are used.
         rank: r >= 1.
         alpha: lora_alpha; ΔW is scaled by alpha / rank.
         targets: which weight matrices, a subset of ADAPTED.
         layers: how many of the last layers are adapted; 0 for all.
-        bank: number of adapters C, or None for a single one without that axis.
+        bank: the number of adapters C; None for a single adapter without the axis C.
     """
     adapter = {}
     for i, target in enumerate(targets):
         all_layers, width_out, width_in = getattr(model.blocks, target).shape
-        lead = (layers or all_layers, bank)[: 1 if bank is None else 2]
+        leading_shape = (layers or all_layers, bank)[: 1 if bank is None else 2]
         bound = (3 / width_in) ** 0.5
-        a = jax.random.uniform(jax.random.fold_in(key, i), (*lead, rank, width_in), minval=-bound, maxval=bound)
-        adapter[target] = Pair(a=a, b=jnp.zeros((*lead, rank, width_out)), scale=alpha / rank)
+        a = jax.random.uniform(
+            jax.random.fold_in(key, i), (*leading_shape, rank, width_in), minval=-bound, maxval=bound
+        )
+        adapter[target] = Pair(a=a, b=jnp.zeros((*leading_shape, rank, width_out)), scale=alpha / rank)
     return adapter
 
 
 def merge(model: Transformer, adapter: Adapter) -> Transformer:
-    """The model with W ← W + scale · B A: for sampling and for export. Computed in float32, kept in W's type."""
+    """The model with W ← W + scale · B A, for sampling and export: computed in float32, stored in W's dtype."""
 
-    def merged(weight_LOI, pair: Pair):
+    def merge_weight(weight_LOI, pair: Pair):
         delta = pair.scale * jnp.einsum("lro,lri->loi", pair.b, pair.a)
-        first = weight_LOI.shape[0] - delta.shape[0]
-        return weight_LOI.at[first:].set((weight_LOI[first:] + delta).astype(weight_LOI.dtype))
+        first_layer = weight_LOI.shape[0] - delta.shape[0]
+        return weight_LOI.at[first_layer:].set((weight_LOI[first_layer:] + delta).astype(weight_LOI.dtype))
 
-    weights = {name: merged(getattr(model.blocks, name)[...], pair) for name, pair in adapter.items()}
+    weights = {name: merge_weight(getattr(model.blocks, name)[...], pair) for name, pair in adapter.items()}
     return constrain_tree(model.replace(blocks=model.blocks.replace(**weights)))

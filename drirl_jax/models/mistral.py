@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from drirl_jax.models import fields, llama
 from drirl_jax.models.architecture import Config
 
-WINDOW = 4096  # transformers' own where the config does not say; null stands for none
+WINDOW = 4096  # the default of transformers; null in the config means no window
 
 
 def config_from_hf(hf: Mapping) -> Config:
-    """The decoder from a Mistral's config; raises what `llama.config_from_hf` does.
+    """The decoder from a Mistral's config. Raises the errors of `llama.config_from_hf`.
 
-    With "layer_types" it is what transformers calls Ministral, and loads as such; without, all layers are alike.
+    With "layer_types" it is the model that transformers calls and loads as Ministral. Without, all layers are alike.
     """
     window = fields.size(hf, "sliding_window", WINDOW)
     config = llama.shape(hf, llama.ONLY, ("sliding_window", "layer_types"))

@@ -1,5 +1,8 @@
-"""The Qwen family: Qwen2 and 2.5, Llamas whose queries, keys and values have biases (arXiv 2407.10671); Qwen3, which
-has no biases and norms every head's queries and keys (arXiv 2505.09388)."""
+"""The Qwen family: Llamas with small differences.
+
+In Qwen2 and 2.5 queries, keys and values have biases (arXiv 2407.10671). Qwen3 has no biases, and an RMSNorm over the
+queries and keys of each head (arXiv 2505.09388).
+"""
 
 from __future__ import annotations
 
@@ -18,29 +21,29 @@ LAYER = llama.LAYER | {
 }
 
 
-# Fields of the windows, and what transformers takes where they are absent.
+# Fields of the windows, and the defaults of transformers.
 WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 
 
 def qwen2_from_hf(hf: Mapping) -> Config:
-    """The decoder from a Qwen2's config; raises what `llama.config_from_hf` does."""
+    """The decoder from a Qwen2's config. Raises the errors of `llama.config_from_hf`."""
     return llama.shape(hf, {"hidden_act": "silu"}, WINDOWS)._replace(qkv_bias=True, **_windows(hf))
 
 
 def qwen3_from_hf(hf: Mapping) -> Config:
-    """The same from a Qwen3's, which must give its head_dim."""
+    """The decoder from a Qwen3's config, which must have head_dim. Raises the errors of `llama.config_from_hf`."""
     config = llama.shape(hf, {"hidden_act": "silu", "attention_bias": False}, WINDOWS)
     return config._replace(head_dim=hf["head_dim"], qk_norm=True, **_windows(hf))
 
 
 def _windows(hf: Mapping) -> dict:
-    """Without use_sliding_window the width counts for nothing, whatever it is."""
-    used = fields.boolean(hf, "use_sliding_window", WINDOWS["use_sliding_window"])
-    window = fields.size(hf, "sliding_window", WINDOWS["sliding_window"]) if used else None
-    first = hf.get("max_window_layers", WINDOWS["max_window_layers"])
-    if window and not (type(first) is int and first >= 0):
-        raise InputError(f"config.json has max_window_layers={fields.quoted(first)}: a whole number is needed.")
-    return llama.windows(hf, window, lambda i: window is not None and i >= first)
+    """The fields `window` and `local` of a Config. Without use_sliding_window the width of the window is ignored."""
+    uses_window = fields.boolean(hf, "use_sliding_window", WINDOWS["use_sliding_window"])
+    window = fields.size(hf, "sliding_window", WINDOWS["sliding_window"]) if uses_window else None
+    first_local = hf.get("max_window_layers", WINDOWS["max_window_layers"])
+    if window and not (type(first_local) is int and first_local >= 0):
+        raise InputError(f"config.json has max_window_layers={fields.quoted(first_local)}: a whole number is needed.")
+    return llama.windows(hf, window, lambda i: window is not None and i >= first_local)
 
 
 _QWEN = Config(151_936, 896, 24, 14, 2, 64, 4864, 1e6, 1e-6)

@@ -1,8 +1,8 @@
-"""Renders a chat template in a process of its own, where time, memory and output are bounded; `templates.py` runs it.
+"""Renders a chat template in a process of its own with bounded time, memory and output; `templates.py` starts it.
 
-It reads {"template", "tokens"} as JSON from standard input and ends with 0, or with TOO_MUCH where a bound is crossed
-(a processor limit kills it). That a template refuses a chat is no matter of this file. It imports nothing of the
-project, so that it starts in a tenth of a second.
+It reads {"template", "tokens"} as JSON from standard input. It ends with 0, or with TOO_MUCH if the template needs too
+much memory or output; the limit on processor time kills it. A template that refuses a chat is no error here. The file
+imports nothing of the project, so it starts in a tenth of a second.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-SECONDS = 2  # of the processor
+SECONDS = 2  # of processor time
 BYTES = 1 << 30  # of memory
 CHARACTERS = 2_000_000  # of output
 TOO_MUCH = 3
@@ -22,7 +22,7 @@ LONG = "Is a long question as good as a short one?\n" * 200
 
 
 class Generation(jinja2.ext.Extension):
-    """The tag {% generation %}, which templates put around an assistant's turn for training."""
+    """The tag {% generation %}: some templates put it around an assistant's turn for training."""
 
     tags = {"generation"}
 
@@ -36,7 +36,7 @@ def refuse(message: str):
 
 
 def chats():
-    """Chats of one turn and of many, with a system turn and without, short and long."""
+    """Chats with one turn and with many, with and without a system turn, short and long."""
     user, answer = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}
     system, long = {"role": "system", "content": "Be brief."}, {"role": "user", "content": LONG}
     return [user], [system, user], [user, answer], [long], [system, *[user, answer] * 20, user]
@@ -49,8 +49,8 @@ def render(template: str, tokens: dict[str, str]) -> None:
     )
     env.globals |= {"raise_exception": refuse, "strftime_now": str}
     parsed = env.from_string(template)
-    for chat, goes_on, thinks in itertools.product(chats(), (True, False), (True, False)):
-        variables = tokens | {"add_generation_prompt": goes_on, "enable_thinking": thinks, "thinking": thinks}
+    for chat, add_prompt, thinking in itertools.product(chats(), (True, False), (True, False)):
+        variables = tokens | {"add_generation_prompt": add_prompt, "enable_thinking": thinking, "thinking": thinking}
         length = 0
         try:
             for piece in parsed.generate(messages=chat, tools=None, documents=None, **variables):
@@ -70,7 +70,7 @@ def main() -> int:
         render(**json.load(sys.stdin))
     except MemoryError:
         return TOO_MUCH
-    except Exception:  # no Jinja at all
+    except Exception:  # the template is no valid Jinja
         return 0
     return 0
 

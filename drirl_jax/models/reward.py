@@ -1,7 +1,7 @@
 """The reward bank: C category rewards on one shared trunk, any mix of categories scored in one pass.
 
-r_c(q, y) = w_c · h_last + b_c, h_last the final hidden state of the last non-padding token of y under the
-trunk with adapter c; then standardised by the category's mean and deviation. (DR-IRL section 2)
+r_c(q, y) = w_c · h_last + b_c. h_last is the final hidden state of the last non-padding token of y under the trunk
+with adapter c. The category's mean and deviation then standardise the reward. (DR-IRL section 2)
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from drirl_jax.types import Array, Group
 
 @struct.dataclass
 class Rewards:
-    """What IRL trains: a scalar head for each category (heads [C, D], bias [C]), and by kind a bank of adapters on the
-    trunk, nothing more (an empty adapter), or models of their own, stacked on a leading axis C."""
+    """What IRL trains: a scalar head for each category (heads [C, D], bias [C]), and more by kind.
+
+    "lora" has a bank of adapters on the trunk, "head" an empty adapter, and "full" one model for each category in
+    `models`, stacked on a leading axis C.
+    """
 
     adapter: lora.Adapter
     heads: Array
@@ -32,7 +35,7 @@ class Rewards:
 
 @struct.dataclass
 class Bank:
-    """Trained rewards with each category's statistics, mean [C] and std [C], in units of raw reward."""
+    """Trained rewards with the mean [C] and std [C] of each category, in units of raw reward."""
 
     rewards: Rewards
     mean: Array
@@ -40,19 +43,21 @@ class Bank:
 
 
 def init_lora(model: Transformer, key: Array, categories: int, **options) -> Rewards:
-    """An adapter and a head for each category; every reward is 0 at first. For the options see `lora.init`."""
+    """An adapter and a head for each category. Every reward is 0 at first. The options are those of `lora.init`."""
     adapter = lora.init(model, key, bank=categories, **options)
     return dataclasses.replace(init_head(model, key, categories), adapter=adapter)
 
 
 def init_head(model: Transformer, key: Array, categories: int, **options) -> Rewards:
-    """A head for each category on the trunk as it is."""
+    """A head for each category on the unchanged trunk."""
     return Rewards({}, jnp.zeros((categories, model.config.width)), jnp.zeros(categories))
 
 
 def init_full(model: Transformer, key: Array, categories: int, **options) -> Rewards:
-    """A whole model in float32 and a head for each category, which starts from the trunk: the paper's form, C times as
-    costly."""
+    """A whole model in float32 and a head for each category; the models start from the trunk.
+
+    This is the paper's form. It costs C times as much.
+    """
     stacked = jax.tree.map(lambda w: jnp.repeat(w[None].astype(jnp.float32), categories, axis=0), model)
     stacked.config = model.config._replace(weights="float32")  # of the copy
     return dataclasses.replace(init_head(model, key, categories), models=stacked)
@@ -62,87 +67,87 @@ KINDS = {"lora": init_lora, "head": init_head, "full": init_full}
 
 
 def reward_index(rewards: Rewards, category: Array) -> Array:
-    """The reward of each category: its own, or the only one that there is."""
+    """The index of each category's reward: the category itself, or 0 if there is only one reward."""
     return category if rewards.bias.shape[0] > 1 else jnp.zeros_like(category)
 
 
-def _scored(hidden_PGTD: Array, head_PD: Array, bias_P: Array) -> Array:
+def _head_scores(hidden_PGTD: Array, head_PD: Array, bias_P: Array) -> Array:
     return jnp.einsum("pgtd,pd->pgt", hidden_PGTD.astype(jnp.float32), head_PD) + bias_P[:, None, None]
 
 
-def _by_own_models(rewards: Rewards, group: Group) -> Array:
-    """[C, P, G, T] raw rewards of every model of its own, one after the other."""
+def _own_model_scores(rewards: Rewards, group: Group) -> Array:
+    """[C, P, G, T] raw rewards of every category's own model, computed one model after the other."""
     P = group.prompt.shape[0]
 
-    def by_one(of_category):
-        model, head_D, bias = of_category
+    def score_by_model(model_and_head):
+        model, head_D, bias = model_and_head
         head_PD, bias_P = jnp.broadcast_to(head_D, (P, *head_D.shape)), jnp.broadcast_to(bias, (P,))
-        return _scored(transformer.apply(model, group)[1], head_PD, bias_P)
+        return _head_scores(transformer.apply(model, group)[1], head_PD, bias_P)
 
-    return jax.lax.map(by_one, (rewards.models, rewards.heads, rewards.bias))
+    return jax.lax.map(score_by_model, (rewards.models, rewards.heads, rewards.bias))
 
 
 def token_scores(model: Transformer, rewards: Rewards, group: Group, begun: TrunkStates | None = None) -> Array:
-    """[P, G, T] float32 raw rewards of every beginning of the responses: at t, of the tokens up to and with t.
+    """[P, G, T] float32 raw rewards of every beginning of each response: entry t is of the tokens 0 to t.
 
-    For `begun` see `transformer.apply`; models of their own begin anew.
+    For `begun` see `transformer.apply`; categories with their own models do not use it.
     """
     c = reward_index(rewards, group.category)
     if rewards.models is not None:
-        return jnp.take_along_axis(_by_own_models(rewards, group), c[None, :, None, None], axis=0)[0]
+        return jnp.take_along_axis(_own_model_scores(rewards, group), c[None, :, None, None], axis=0)[0]
     _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, c, begun=begun)
-    return _scored(hidden_PGTD, rewards.heads[c], rewards.bias[c])
+    return _head_scores(hidden_PGTD, rewards.heads[c], rewards.bias[c])
 
 
 def reward_at(score_PGT: Array, length_PG: Array) -> Array:
-    """[P, G] the rewards of the first `length` tokens."""
+    """[P, G] the score of the first `length` tokens of each response."""
     return jnp.take_along_axis(score_PGT, (length_PG - 1)[..., None], axis=-1)[..., 0]
 
 
 def raw_score(model: Transformer, rewards: Rewards, group: Group, begun: TrunkStates | None = None) -> Array:
-    """[P, G] float32 rewards of the responses before standardising, each by its prompt's category."""
+    """[P, G] float32 raw rewards of the responses, each from the reward of its prompt's category."""
     return reward_at(token_scores(model, rewards, group, begun), group.response_len)
 
 
 def score(model: Transformer, bank: Bank, group: Group, begun: TrunkStates | None = None) -> Array:
-    """[P, G] standardised rewards."""
+    """[P, G] standardised rewards of the responses, each from the reward of its prompt's category."""
     c = reward_index(bank.rewards, group.category)
     return zscore(raw_score(model, bank.rewards, group, begun), bank.mean[c][:, None], bank.std[c][:, None])
 
 
 def standardise(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
-    """The bank with mean and deviation of each category's raw rewards, 0 and 1 of one without any.
+    """The bank with mean and standard deviation of each category's raw rewards; 0 and 1 for a category without rewards.
 
-    They are computed in float64: the mean's rounding in float32 may be more than the spread. A spread below 1e-6, or
-    below that share of the mean, is rounding itself, and counts as that much.
+    They are computed in float64: in float32 the rounding of the mean may be larger than the deviation. A deviation
+    below max(1e-6, 1e-6·|mean|) is only rounding, so this bound takes its place.
     """
     mean_C, std_C = np.zeros(rewards.bias.shape[0]), np.ones(rewards.bias.shape[0])
     category_N, reward_N = np.asarray(reward_index(rewards, category_N)), np.asarray(reward_N, np.float64)
     for c in np.unique(category_N):
-        own = reward_N[category_N == c]
-        mean_C[c] = own.mean()
-        std_C[c] = max(own.std(), 1e-6 * max(1.0, abs(mean_C[c])))
+        own_rewards = reward_N[category_N == c]
+        mean_C[c] = own_rewards.mean()
+        std_C[c] = max(own_rewards.std(), 1e-6 * max(1.0, abs(mean_C[c])))
     return Bank(rewards, jnp.asarray(mean_C, jnp.float32), jnp.asarray(std_C, jnp.float32))
 
 
 def keep_raw(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
-    """The bank whose rewards are the raw ones."""
+    """The bank that leaves rewards raw: mean 0 and standard deviation 1."""
     return Bank(rewards, jnp.zeros_like(rewards.bias), jnp.ones_like(rewards.bias))
 
 
-# How raw rewards become comparable between categories: (rewards, [N] raw, [N] category) -> Bank.
+# Ways to make raw rewards comparable between categories: (rewards, [N] raw, [N] category) -> Bank.
 NORMALIZE = {"zscore": standardise, "none": keep_raw}
 
 
 def score_by_all(model: Transformer, bank: Bank, group: Group, begun: TrunkStates | None = None) -> Array:
-    """[P, G, C] standardised rewards of every category, whatever the prompts' own."""
+    """[P, G, C] standardised rewards of every response by every category, not only by its prompt's."""
     rewards = bank.rewards
 
-    def by_one(c):
+    def score_by_category(c):
         return raw_score(model, rewards, dataclasses.replace(group, category=jnp.full_like(group.category, c)), begun)
 
     if rewards.models is not None:
-        raw_CPG = jax.vmap(reward_at, in_axes=(0, None))(_by_own_models(rewards, group), group.response_len)
+        raw_CPG = jax.vmap(reward_at, in_axes=(0, None))(_own_model_scores(rewards, group), group.response_len)
     else:
-        raw_CPG = jax.lax.map(by_one, jnp.arange(bank.mean.size))
+        raw_CPG = jax.lax.map(score_by_category, jnp.arange(bank.mean.size))
     return zscore(jnp.moveaxis(raw_CPG, 0, -1), bank.mean, bank.std)

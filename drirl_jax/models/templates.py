@@ -1,7 +1,7 @@
-"""Chat templates: which one of a tokenizer is meant, and what it writes, on every day the same and within bounds.
+"""Chat templates: chooses the one for chats and renders it, with the same date every day and within bounds.
 
-A template is a program that comes with a model. It runs in Jinja's sandbox, once in a process of its own with bounded
-time and memory before it runs here.
+A template is a program that comes with a model. It runs in Jinja's sandbox. Before it runs here, it runs once in a
+process of its own with bounded time and memory.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 
-# Some templates write today's date; a fixed one keeps a prompt's ids the same on every day of a run.
+# Some templates write today's date. A fixed date keeps a prompt's ids the same on every day of a run.
 DAY = datetime.datetime(2024, 7, 26)
 DATE = DAY.strftime("%d %b %Y")
 LARGEST = 1_000_000  # characters of a template
-USER, ANSWER = "0MARK0", "0MARK1"  # stand for the user's words and the assistant's
+USER, ANSWER = "0MARK0", "0MARK1"  # marks in the place of the user's and the assistant's words
 ADVICE = "take the model's own chat template, or correct this one"
 
 Chat = Sequence[dict[str, str]]
 
 
 class TemplateRefusal(InputError):
-    """The chat template does not write this chat."""
+    """The chat template cannot render this chat."""
 
 
 class ChatTemplate:
     """The chat template of a tokenizer.
 
     Attributes:
-        given: what the tokenizer has as its chat template.
-        opened: the mark of the thought in which every prompt ends; "": prompts end in none.
-        before_answer: what stands between a prompt and an answer without a thought; "" if nothing does.
+        given: the chat template as the tokenizer holds it.
+        opened: the mark that opens the thought in which every prompt ends; "" if prompts do not end in a thought.
+        before_answer: the text between a prompt and an answer without a thought; "" if there is none.
 
     Args:
         tokenizer: a fast transformers tokenizer.
         enable_thinking: whether a reasoning model thinks before it answers. The template takes the value under the
-            names `enable_thinking` and `thinking`. Where a prompt would still end in an open thought, as DeepSeek-R1's
-            and QwQ's do, False closes that thought in the prompt, and True closes it before a demonstration.
+            names `enable_thinking` and `thinking`. If a prompt still ends in an open thought, as with DeepSeek-R1 and
+            QwQ, False closes that thought in the prompt, and True closes it before a demonstration.
 
     Raises:
-        InputError: there is no template, it takes too much time or memory, leaves out the user's words, writes
-            something else each time, or knows no thoughts that could be enabled.
+        InputError: there is no template, it takes too much time or memory, it leaves out the user's words, its output
+            changes from call to call, or thoughts are enabled and it has none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool = False):
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
         self.given = getattr(tokenizer, "chat_template", None)
-        self.source = _dated(chosen(tokenizer))
-        known = ("enable_thinking", "thinking", *thoughts.MARKS)
-        if enable_thinking and not any(name in self.source for name in known):
+        self.source = _with_fixed_date(chosen(tokenizer))
+        thought_names = ("enable_thinking", "thinking", *thoughts.MARKS)
+        if enable_thinking and not any(name in self.source for name in thought_names):
             raise InputError(
                 "config.policy.enable_thinking is True, but the chat template knows no thoughts: set it to False, or "
                 "take a reasoning model."
@@ -73,13 +73,13 @@ class ChatTemplate:
                 "the chat template leaves thoughts open: with config.policy.enable_thinking = False every prompt ends "
                 "with %r after it; serve the aligned model with the same prompts", self.before_answer,
             )  # fmt: skip
-            # Jinja leaves out one line end at a template's end: it must not come back.
-            closed = "{% if add_generation_prompt %}{{ " + json.dumps(self.before_answer, ensure_ascii=False)
-            self.source = self.source.removesuffix("\n") + closed + " }}{% endif %}"
+            # Jinja drops one newline at the end of a template. With more text after it the newline would stay.
+            suffix = "{% if add_generation_prompt %}{{ " + json.dumps(self.before_answer, ensure_ascii=False)
+            self.source = self.source.removesuffix("\n") + suffix + " }}{% endif %}"
             self.opened = self.before_answer = ""
 
     def text(self, chat: Chat, prompt: bool = True) -> str:
-        """The chat as the template writes it; with `prompt` up to where the assistant's turn begins.
+        """The chat as the template renders it; with `prompt` it ends where the assistant's turn begins.
 
         Raises:
             TemplateRefusal: the template raises an error.
@@ -87,7 +87,9 @@ class ChatTemplate:
         return self._apply(chat, prompt, tokenize=False)
 
     def ids(self, chat: Chat) -> list[int]:
-        """The ids of the chat up to where the assistant's turn begins; control tokens in its turns stay text.
+        """The ids of the chat up to the place where the assistant's turn begins.
+
+        Control tokens that users or assistants write stay plain text.
 
         Raises:
             TemplateRefusal: the template raises an error, or leaves out or changes the words of a turn. It may leave
@@ -95,60 +97,61 @@ class ChatTemplate:
         """
         text = self.text(chat)
         for turn in chat:
-            words = turn["content"]
-            words = (thoughts.without_thought(words) if turn["role"] == "assistant" else words).strip()
-            if words not in text:
+            turn_text = turn["content"]
+            turn_text = (thoughts.without_thought(turn_text) if turn["role"] == "assistant" else turn_text).strip()
+            if turn_text not in text:
                 raise TemplateRefusal(
-                    f"the chat template leaves out or changes what the {turn['role']} says ({words[:40]!r}): {ADVICE}."
+                    f"the chat template leaves out or changes what the {turn['role']} says "
+                    f"({turn_text[:40]!r}): {ADVICE}."
                 )
         return self._apply(chat, prompt=True, tokenize=True)
 
     def turn_end(self) -> int | None:
-        """The special token that the template writes right after an assistant's turn, if it is one."""
-        _, mark, end = self.text(_CHAT, prompt=False).rpartition(ANSWER)
-        ids = self.tokenizer.encode(end, add_special_tokens=False) if mark else []
+        """The id of the token that the template writes right after an assistant's turn; None unless it is special."""
+        _, mark, ending = self.text(_MARKED_CHAT, prompt=False).rpartition(ANSWER)
+        ids = self.tokenizer.encode(ending, add_special_tokens=False) if mark else []
         token = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
         return ids[0] if token is not None and token.special else None
 
     def _apply(self, chat: Chat, prompt: bool, tokenize: bool):
         try:
-            # A transformers older than 5.22 may ignore sanitize_control_tokens in silence, hence the bound in setup.py.
+            # Before version 5.22 transformers may ignore sanitize_control_tokens silently: setup.py asks for 5.22.
             return self.tokenizer.apply_chat_template(
                 list(chat), chat_template=self.source, add_generation_prompt=prompt, tokenize=tokenize,
                 sanitize_control_tokens=tokenize, return_dict=False, date_string=DATE,
                 enable_thinking=self.enable_thinking, thinking=self.enable_thinking,
             )  # fmt: skip
-        except Exception as error:  # a template is a program of others, which raises what it likes
+        except Exception as error:  # a template is a foreign program and may raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            asks = next((turn["content"] for turn in reversed(chat) if turn["role"] == "user"), "")[:40]
-            about = "" if asks == USER else f", whose last question begins {asks!r}"
-            raise TemplateRefusal(f"the chat template refuses this chat ({reason}){about}: {ADVICE}") from error
+            question = next((turn["content"] for turn in reversed(chat) if turn["role"] == "user"), "")[:40]
+            question_hint = "" if question == USER else f", whose last question begins {question!r}"
+            raise TemplateRefusal(f"the chat template refuses this chat ({reason}){question_hint}: {ADVICE}") from error
 
     def _thought(self) -> tuple[str, str]:
-        """`opened` and `before_answer`, by what the template writes around marks."""
-        prompts = {self.text(_CHAT[:1]) for _ in range(8)}
+        """`opened` and `before_answer`, from what the template writes around the marks."""
+        prompts = {self.text(_MARKED_CHAT[:1]) for _ in range(8)}
         if len(prompts) > 1:
-            raise InputError(f"the chat template writes something else each time: {ADVICE}.")
+            raise InputError(f"the chat template writes a different text each time: {ADVICE}.")
         prompt = prompts.pop()
         if USER not in prompt:
             raise InputError(f"the chat template leaves out what the user says: {ADVICE}.")
         opened = thoughts.open_mark(prompt.rpartition(USER)[2])
-        chat = self.text(_CHAT, prompt=False)
+        chat = self.text(_MARKED_CHAT, prompt=False)
         between = chat.removeprefix(prompt).partition(ANSWER)[0] if chat.startswith(prompt) else ""
-        closes = not thoughts.without_thought(opened + between) and not thoughts.open_mark(opened + between)
-        if between and closes:
+        is_closed = not thoughts.without_thought(opened + between) and not thoughts.open_mark(opened + between)
+        if between and is_closed:
             return opened, between
         return opened, f"\n{thoughts.closing(opened)}\n\n" if opened else ""
 
 
-_CHAT = ({"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER})
+_MARKED_CHAT = ({"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER})
 
 
 def chosen(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for chats: the only one, or of several the one named "default".
+    """The template for chats: the only one, or the one named "default" if there are several.
 
     Raises:
-        InputError: there is none, or it is no text, or too long.
+        InputError: there is none, it is no text, or it is too long.
     """
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict) and template and "default" not in template:
@@ -169,14 +172,20 @@ def chosen(tokenizer: PreTrainedTokenizerBase) -> str:
     return template
 
 
-def _dated(template: str) -> str:
-    """The template with a `strftime_now` of its own, which writes DAY."""
+def _with_fixed_date(template: str) -> str:
+    """The template with its own `strftime_now`, which always writes DAY."""
     if "strftime_now" not in template:
         return template
-    fields = [f"%{flag}{letter}" for letter in string.ascii_letters for flag in ("", "-")]
-    replaced = "".join(f"|replace({field!r}, {DAY.strftime(field)!r})" for field in fields if field in template)
-    # Jinja leaves out the line end after the tag.
-    return "{% macro strftime_now(format) %}{{ format" + replaced + "|replace('%%', '%') }}{% endmacro %}\n" + template
+    formats = [f"%{flag}{letter}" for letter in string.ascii_letters for flag in ("", "-")]
+    replacements = "".join(
+        f"|replace({date_format!r}, {DAY.strftime(date_format)!r})"
+        for date_format in formats
+        if date_format in template
+    )
+    # Jinja drops the newline after the tag.
+    return (
+        "{% macro strftime_now(format) %}{{ format" + replacements + "|replace('%%', '%') }}{% endmacro %}\n" + template
+    )
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -185,11 +194,11 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=256)
 def need_bounded(template: str, tokens: tuple[tuple[str, str], ...]) -> None:
-    """Raises InputError where the template takes too much time, memory or output for chats of usual length."""
-    given = json.dumps({"template": template, "tokens": dict(tokens)})
-    # By -P modules beside the file are not on the path, where one is called like a library.
+    """Raises InputError if the template takes too much time, memory or output for chats of usual length."""
+    request = json.dumps({"template": template, "tokens": dict(tokens)})
+    # With -P the folder of the file is not on the path: a module there may have the name of a library.
     command = [sys.executable, "-P", rendering.__file__]
-    if subprocess.run(command, input=given, capture_output=True, text=True).returncode:
+    if subprocess.run(command, input=request, capture_output=True, text=True).returncode:
         raise InputError(
             f"the chat template takes more than {rendering.SECONDS} s, {rendering.BYTES >> 30} GiB or "
             f"{rendering.CHARACTERS:,} characters for one chat: {ADVICE}."

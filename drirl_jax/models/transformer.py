@@ -1,7 +1,7 @@
-"""The decoder: layers in which a prompt passes once for its whole group.
+"""The decoder: a prompt passes through its layers once for the whole group of responses.
 
-Weight matrices are [out, in] as in torch, stacked over layers on a leading axis and scanned. Everything here
-is a pure function of a `Transformer`, which is a Flax NNX module used as an immutable pytree.
+Weight matrices are [out, in] as in torch. They are stacked over layers on a leading axis, and a scan runs over it.
+Everything here is a pure function of a `Transformer`: a Flax NNX module that is used as an immutable pytree.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from drirl_jax.types import Array, Group
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
-LINEAR = "linear"  # what the backward pass finds again: see `apply`
+LINEAR = "linear"  # the name of results that the backward pass reuses: see `apply`
 
 
 class Frozen(nnx.Module):
-    """An NNX module that is only ever a value: `replace` gives a changed copy."""
+    """An NNX module that never changes: `replace` gives a changed copy."""
 
     def replace(self, **arrays):
-        """A copy whose named Params hold other arrays (or whose named submodules are others)."""
-        graph = jax.tree.map(lambda x: x, self)
+        """A copy in which the named Params hold the new arrays, and the named submodules are the new modules."""
+        changed = jax.tree.map(lambda x: x, self)
         for name, value in arrays.items():
-            setattr(graph, name, value if isinstance(value, nnx.Module) else nnx.Param(value))
-        return graph
+            setattr(changed, name, value if isinstance(value, nnx.Module) else nnx.Param(value))
+        return changed
 
 
 def param(config: Config, x: Array) -> nnx.Param:
-    """A Param in the type of the weights."""
+    """A Param of x in the dtype of the weights."""
     return nnx.Param(x.astype(config.weights))
 
 
 def norms(config: Config) -> dict[str, int]:
-    """The RMSNorms of one layer, and their sizes."""
+    """The name and the size of each RMSNorm of one layer."""
     sizes = {"attn_norm": config.width, "mlp_norm": config.width}
     if config.post_norms:
         sizes |= {"attn_post_norm": config.width, "mlp_post_norm": config.width}
@@ -63,7 +63,7 @@ def norms(config: Config) -> dict[str, int]:
 
 
 class Block(Frozen):
-    """One layer: attention and a gated MLP, each behind an RMSNorm and a residual; a config may ask for more norms."""
+    """One layer: attention and a gated MLP, each with an RMSNorm before it and a residual; a config may add norms."""
 
     def __init__(self, config: Config, key: Array):
         d, hd = config.width, config.head_dim
@@ -79,23 +79,23 @@ class Block(Frozen):
         for i, (name, shape) in enumerate(shapes.items()):
             scale = shape[1] ** -0.5
             setattr(self, name, param(config, scale * jax.random.normal(jax.random.fold_in(key, i), shape)))
-        for name, length in norms(config).items():
-            setattr(self, name, param(config, jnp.full(length, 1 - config.norm_offset)))
+        for name, size in norms(config).items():
+            setattr(self, name, param(config, jnp.full(size, 1 - config.norm_offset)))
         for name in "qkv" if config.qkv_bias else "":
             setattr(self, f"{name}_bias", param(config, jnp.zeros(shapes[name][0])))
 
-    # Rows of all prompts are one axis M = P·N from norm to residual: over [P, N, width] XLA's CPU code for what is
-    # elementwise is slow, and an MLP's gradient takes a quarter more time.
+    # From norm to residual the rows of all prompts are one axis M = P·N. Over [P, N, width] XLA's CPU code is slow for
+    # elementwise operations, and the gradient of an MLP takes a quarter more time.
 
     def linear(self, name: str, x_MI: Array, adapter, route_P) -> Array:
-        """W x, plus the bias if there is one, plus the adapter's ΔW x where it has one for this matrix, [M, out]."""
+        """W x, plus the bias if there is one, plus ΔW x if the adapter changes this matrix, [M, out]."""
         y_MO = jnp.einsum("mi,oi->mo", x_MI, getattr(self, name)[...])
         if hasattr(self, f"{name}_bias"):
             y_MO += getattr(self, f"{name}_bias")[...]
         return checkpoint_name(y_MO + adapter[name](x_MI, route_P) if name in adapter else y_MO, LINEAR)
 
     def qkv(self, config: Config, x_PND, turns, adapter, route_P):
-        """Rotated queries [P, N, H, hd] and keys, and values, [P, N, KV, hd]."""
+        """Rotated queries [P, N, H, hd], rotated keys and values [P, N, KV, hd]."""
         x_MD = rms_norm(rearrange(x_PND, "p n d -> (p n) d"), self.attn_norm[...], config)
         q, k, v = (
             rearrange(
@@ -120,7 +120,7 @@ class Block(Frozen):
 
 
 class Transformer(Frozen):
-    """Decoder weights: embed [V, D], blocks stacked over layers, norm [D], head [V, D] (the embedding if tied)."""
+    """Decoder weights: embed [V, D], blocks stacked over layers, norm [D], head [V, D] (none if tied to embed)."""
 
     def __init__(self, config: Config, key: Array):
         self.config = config
@@ -133,12 +133,12 @@ class Transformer(Frozen):
 
     @property
     def unembed(self) -> Array:
-        """[V, D] matrix of the vocabulary product."""
+        """[V, D] the matrix that turns hidden states into logits."""
         return self.embed[...] if self.config.tied else self.head[...]
 
 
 def cast(tree, config: Config):
-    """The weights in the type of the computation; where that is theirs, the weights themselves."""
+    """The weights in the dtype of the computation; the weights themselves where they already have it."""
     return jax.tree.map(lambda x: x.astype(config.dtype), tree)
 
 
@@ -152,14 +152,22 @@ def rms_norm(x: Array, weight: Array, config: Config) -> Array:
 
 
 def embed(model: Transformer, ids: Array) -> Array:
-    """[..., D] token embeddings, scaled as the config asks."""
-    found = constrain(model.embed[...][ids], *("weights_stay", *(None,) * (ids.ndim - 1), "width"))
-    x, scale = constrain(cast(found, model.config), "prompts"), model.config.embed_scale
+    """[..., D] token embeddings times the config's embed_scale."""
+    embedding = constrain(model.embed[...][ids], *("weights_stay", *(None,) * (ids.ndim - 1), "width"))
+    x, scale = constrain(cast(embedding, model.config), "prompts"), model.config.embed_scale
     return x if scale == 1 else x * scale
 
 
 def prompt_layer(config: Config, block: Block, x_PSD, turns, local, before, adapter, route_P):
-    """Prompts [P, S, D] through one layer, perhaps behind a prefix: their new states, and keys and values of both."""
+    """Runs prompts [P, S, D] through one layer, after a prefix or not.
+
+    Args:
+        turns: (cos, sin) of `attention.rope_cos_sin`.
+        before: keys and values of the prefix; None without one.
+
+    Returns:
+        (new states, (keys, values) of prefix and prompt).
+    """
     q, k, v = block.qkv(config, x_PSD, layer_cos_sin(config, turns, local), adapter, route_P)
     k, v = with_prefix(before, heads_first(k), heads_first(v))
     return block.finish(config, x_PSD, prompt_attention(config, q, k, v, local), adapter, route_P), (k, v)
@@ -167,9 +175,10 @@ def prompt_layer(config: Config, block: Block, x_PSD, turns, local, before, adap
 
 @struct.dataclass
 class TrunkStates:
-    """A group on its way through the trunk: residual streams behind the first `layers`.
+    """The residual streams of a group after the trunk's first `layers` layers.
 
-    [P, R, D] of the prefix (the same for all P, which only carry it through micro-batches), [P, S, D] and [P, G, T, D].
+    prefix is [P, R, D], prompt [P, S, D], response [P, G, T, D]. The prefix is the same for all P prompts: the axis P
+    only lets micro-batches cut it.
     """
 
     prefix: Array
@@ -178,19 +187,19 @@ class TrunkStates:
     layers: int = struct.field(pytree_node=False)
 
     def members(self, chosen: slice) -> "TrunkStates":
-        """The same for some of each prompt's responses."""
+        """The states of some of each prompt's responses."""
         return dataclasses.replace(self, response=self.response[:, chosen])
 
     def take(self, index_PM: Array) -> "TrunkStates":
-        """The same for responses chosen for each prompt, [P, M]."""
+        """The states of M responses of each prompt; index_PM says which."""
         return dataclasses.replace(self, response=jnp.take_along_axis(self.response, index_PM[..., None, None], axis=1))
 
 
 def run_trunk(model: Transformer, group: Group, layers: int) -> TrunkStates:
-    """The group behind the trunk's first `layers`: once for all adapters that leave these layers as they are."""
+    """Runs the group through the trunk's first `layers` layers, once for all adapters that do not change them."""
     prefix_RD = embed(model, jnp.array(group.prefix, jnp.int32))
     prefix_PRD = jnp.broadcast_to(prefix_RD, (group.prompt.shape[0], *prefix_RD.shape))
-    return _through(
+    return _run_layers(
         model, group, TrunkStates(prefix_PRD, embed(model, group.prompt), embed(model, group.response), 0), layers
     )
 
@@ -212,71 +221,72 @@ def apply(
         adapter: a LoRA adapter of all layers or of the last ones, or a bank of them with `route_P`; None for the trunk
             alone.
         route_P: [P] int32, which adapter of the bank each prompt uses.
-        begun: what `begin` made of the same group, with no adapted layer; None to start from the tokens.
-        remat: recompute activations in the backward pass, keeping what the matrices (with their adapters) and a kernel
-            of attention gave.
+        begun: the states that `run_trunk` gives for the same group, before the first adapted layer; None to start from
+            the tokens.
+        remat: recompute activations in the backward pass. Only the results of the matrices (with their adapters) and
+            of an attention kernel are kept.
 
     Returns:
-        ([P, S, D] prompt, [P, G, T, D] response) hidden states after the final norm; values at padding are
-        finite and meaningless.
+        ([P, S, D] prompt, [P, G, T, D] response) hidden states after the final norm. Values at padding are
+        finite and have no meaning.
     """
     layers = model.config.layers
     begun = run_trunk(model, group, 0) if begun is None else begun
     if adapter:
-        adapted = jax.tree.leaves(adapter)[0].shape[0]
-        begun = _through(model, group, begun, layers - adapted)
-    begun = _through(model, group, begun, layers, adapter, route_P, remat)
+        adapted_layers = jax.tree.leaves(adapter)[0].shape[0]
+        begun = _run_layers(model, group, begun, layers - adapted_layers)
+    begun = _run_layers(model, group, begun, layers, adapter, route_P, remat)
     return tuple(rms_norm(x, model.norm[...], model.config) for x in (begun.prompt, begun.response))
 
 
-def _through(
-    model: Transformer, group: Group, begun: TrunkStates, last: int, adapter=None, route_P=None, remat=True
+def _run_layers(
+    model: Transformer, group: Group, states: TrunkStates, end: int, adapter=None, route_P=None, remat=True
 ) -> TrunkStates:
-    """The group behind the first `last` layers; the adapter's layers are those that it passes here."""
+    """Runs the group from layer `states.layers` up to layer `end`; the adapter has exactly these layers."""
     config, adapter = model.config, adapter or {}
-    if not begun.layers <= last <= config.layers:
-        raise ValueError(f"a group behind layer {begun.layers} cannot go on to layer {last} of {config.layers}")
-    if begun.layers == last:
-        return begun
+    if not states.layers <= end <= config.layers:
+        raise ValueError(f"a group after layer {states.layers} cannot go on to layer {end} of {config.layers}")
+    if states.layers == end:
+        return states
     (_, S), (_, G, T), R = group.prompt.shape, group.response.shape, len(group.prefix)
     layout = Layout(R, S, G, T, group.prompt_len)
-    turns, prefix_turns = rope_cos_sin(config, layout.position_PN()), rope_cos_sin(config, jnp.arange(R)[None])
+    cos_sin, prefix_cos_sin = rope_cos_sin(config, layout.position_PN()), rope_cos_sin(config, jnp.arange(R)[None])
     attention = ATTENTION[config.attention].function
-    # Without a bank all prompts share one adapter, so that one prefix serves them all.
-    prefix = begun.prefix if route_P is not None else begun.prefix[:1]
+    # Without a bank all prompts share one adapter, so one prefix is enough for them all.
+    prefix = states.prefix if route_P is not None else states.prefix[:1]
 
-    def layer(carry, inputs):
+    def run_layer(carry, inputs):
         prefix, x_PND = constrain(carry[0], "prompts"), constrain(carry[1], "prompts")
         *block_and_adapter, local = inputs
-        block, low = cast(block_and_adapter, config)
-        before = None
+        block, layer_adapter = cast(block_and_adapter, config)
+        prefix_kv = None
         if R:
-            prefix, before = prompt_layer(config, block, prefix, prefix_turns, local, None, low, route_P)
-        q, k, v = block.qkv(config, x_PND, layer_cos_sin(config, turns, local), low, route_P)
-        attended = attention(config, layout, q, k, v, before, local)
-        return (prefix, block.finish(config, x_PND, attended, low, route_P)), None
+            prefix, prefix_kv = prompt_layer(config, block, prefix, prefix_cos_sin, local, None, layer_adapter, route_P)
+        q, k, v = block.qkv(config, x_PND, layer_cos_sin(config, cos_sin, local), layer_adapter, route_P)
+        attended = attention(config, layout, q, k, v, prefix_kv, local)
+        return (prefix, block.finish(config, x_PND, attended, layer_adapter, route_P)), None
 
     if remat:
-        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENDED))
+        run_layer = jax.checkpoint(run_layer, policy=jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENDED))
     blocks = model.blocks
-    if (begun.layers, last) != (0, config.layers):
-        blocks = jax.tree.map(lambda w: w[begun.layers : last], blocks)
-    inputs = (blocks, adapter, local_layers(config, slice(begun.layers, last)))
-    (prefix, x_PND), _ = jax.lax.scan(layer, (prefix, layout.joined(begun.prompt, begun.response)), inputs)
-    return TrunkStates(jnp.broadcast_to(prefix, begun.prefix.shape), *layout.split(x_PND), layers=last)
+    if (states.layers, end) != (0, config.layers):
+        blocks = jax.tree.map(lambda w: w[states.layers : end], blocks)
+    inputs = (blocks, adapter, local_layers(config, slice(states.layers, end)))
+    (prefix, x_PND), _ = jax.lax.scan(run_layer, (prefix, layout.joined(states.prompt, states.response)), inputs)
+    return TrunkStates(jnp.broadcast_to(prefix, states.prefix.shape), *layout.split(x_PND), layers=end)
 
 
 def last_token(x: Array, length: Array) -> Array:
-    """x [..., N, D] at position length - 1 of each row: [..., D]."""
+    """[..., D] the entry of x [..., N, D] at position length - 1 of each row."""
     return jnp.take_along_axis(x, (length - 1)[..., None, None], axis=-2)[..., 0, :]
 
 
 def predicting_states(hidden, group: Group) -> Array:
-    """[P, G, T, D] the states that predict each response token: the last prompt token's, then response token t - 1's.
+    """[P, G, T, D] the state that predicts each response token: of the last prompt token, then of response token t - 1.
 
     Args:
         hidden: the pair that `apply` returns.
-        group: the same group.
+        group: the group that `apply` was given.
     """
     prompt_PSD, response_PGTD = hidden
     first_PD = last_token(prompt_PSD, group.prompt_len)
