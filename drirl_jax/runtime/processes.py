@@ -141,7 +141,7 @@ def map_shares(items: Sequence, do: Callable[[Sequence], Iterable[JSON]]) -> lis
     return [result for share in gather_json(own_results) for result in share]
 
 
-# Options of glibc's mallopt (malloc.h): no array gets its own mapping, no memory is returned, all threads share one heap.
+# Options of glibc's mallopt (malloc.h): no array has its own mapping, no memory is returned, all threads share a heap.
 KEEP = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 
 
