@@ -107,9 +107,9 @@ def default() -> ConfigDict:
     c.sampler.harmless_share = 0.5  # share of harmless prompts, for batch="kinds"
     # Another mesh of the same devices, used only while responses are sampled; tensor=0: config.mesh is used.
     c.sampler.mesh = ConfigDict()
-    c.sampler.mesh.data = 0
-    c.sampler.mesh.fsdp = 1
-    c.sampler.mesh.tensor = 0
+    c.sampler.mesh.data = 0  # like mesh.data
+    c.sampler.mesh.fsdp = 1  # like mesh.fsdp
+    c.sampler.mesh.tensor = 0  # like mesh.tensor
 
     c.reward = ConfigDict()
     # irl: rewards learned from demonstrations | rules: 1 if a harmful prompt is refused or a harmless one answered,
@@ -139,7 +139,7 @@ def default() -> ConfigDict:
     # frozen: samples of the initial policy | alternate: samples of an inner policy, which is trained with config.align
     # on the rewards for `policy_steps` steps before each round but the first; the align stage starts from policy.init
     c.irl.policy = "frozen"
-    c.irl.policy_steps = 4
+    c.irl.policy_steps = 4  # for policy="alternate"
     c.irl.rounds = 1  # at the start of each round the samples are drawn again
     c.irl.samples = 2  # K: samples of the policy for each prompt and round
     # none: the sequence losses (logistic, linear) read whole texts, as in the method | common (ours): they and the
@@ -153,7 +153,7 @@ def default() -> ConfigDict:
     c.irl.batch = 8  # prompts in a step
     c.irl.accumulate = 1  # micro-batches of prompts in one update
     c.irl.eval_every = 20  # steps between two evaluations on the validation split
-    c.irl.optimizer = _optimizer(1e-3)
+    c.irl.optimizer = _optimizer(1e-3)  # the argument is the learning rate
 
     # How hardness gives the coefficient α of each response: see equations.py and scaling.py.
     c.scaling = ConfigDict()
@@ -188,7 +188,7 @@ def default() -> ConfigDict:
     # weight of these prompts (ours: equations.of_the_other_kind, which needs the reward of `contrast`, and kind_weight)
     c.grpo.harmless_wrong = 1.0  # 1: all prompts have the same weight
     c.grpo.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    c.grpo.clip_high = 0.2
+    c.grpo.clip_high = 0.2  # see clip_low
     c.grpo.beta_kl = 0.04  # weight of the KL divergence from the reference policy
     # How tokens become one loss. sequence | token | constant | discounted: earlier tokens weigh more (ours)
     c.grpo.reduce = "sequence"
@@ -211,13 +211,13 @@ def default() -> ConfigDict:
 
     c.align = ConfigDict()
     c.align.objective = "grpo"  # grpo | ppo | dpo | sft: see stages/objectives.py
-    c.align.steps = 50
+    c.align.steps = 50  # steps of the align stage
     c.align.epochs = 1  # passes over the samples of a step
     c.align.minibatches = 1  # updates in a pass, each on an equal part of the prompts
     c.align.batch = 8  # P: prompts in a step
     c.align.group = 8  # G: responses to a prompt
     c.align.accumulate = 1  # micro-batches of prompts in one update
-    c.align.optimizer = _optimizer(1e-3)
+    c.align.optimizer = _optimizer(1e-3)  # the argument is the learning rate
 
     c.evals = ConfigDict()
     c.evals.split = "test"  # the split of the data whose prompts are answered before and after the alignment
@@ -263,11 +263,11 @@ def default() -> ConfigDict:
 def _optimizer(learning_rate: float) -> ConfigDict:
     o = ConfigDict()
     o.name = "adamw"  # adamw is the only optimiser
-    o.learning_rate = learning_rate
+    o.learning_rate = learning_rate  # the rate at the end of the warm-up
     o.warmup = 5  # steps of linear warm-up
     o.schedule = "constant"  # learning rate after the warm-up: constant | cosine
     o.b1, o.b2 = 0.9, 0.99  # decay of Adam's two running means
-    o.weight_decay = 0.0
+    o.weight_decay = 0.0  # of AdamW
     o.clip_norm = 1.0  # gradients are scaled down to this global norm
     # The result of training is the mean of the parameters over this share of the steps, the last ones
     o.average = 0.0  # 0: the parameters after the last step

@@ -117,8 +117,8 @@ def require_rewards(config: ConfigDict, workdir: bucket.Path) -> None:
     reward_config = workdirs.load_config(workdir)
     # Where the hashes of the policy's contents are recorded, they are compared instead: see `require_same_policy`.
     for key in COMMON if workdirs.recorded_contents(workdir) else (*COMMON, "policy.init"):
-        here, there = (config_lib.get_option(either, key) for either in (config, reward_config))
-        config_lib.require(here == there, f"the rewards in {folder} are of config.{key} = {there!r}, not {here!r}.")
+        own, theirs = (config_lib.get_option(either, key) for either in (config, reward_config))
+        config_lib.require(own == theirs, f"the rewards in {folder} are of config.{key} = {theirs!r}, not {own!r}.")
 
 
 def require_same_policy(context: Context, workdir: bucket.Path) -> None:

@@ -165,13 +165,13 @@ def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
         print(usage())
         sys.exit(0)
     try:
-        rest = flags.FLAGS([_home_in_full(argument, files) for argument in argv])
+        remaining = flags.FLAGS([_home_in_full(argument, files) for argument in argv])
         console.set_mode("quiet" if QUIET.value else LOG.value)
         for file in files:
             if file.value is not None:
                 file.value.lock()  # a file that failed to load raises its error at the first access
         processes.keep_freed_memory()
-        return rest
+        return remaining
     except flags.Error as error:  # its text is the whole traceback where a config file raises
         leave(str(error).strip().splitlines()[-1])
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:

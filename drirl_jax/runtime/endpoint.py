@@ -152,8 +152,10 @@ class Endpoint:
             self.known = _load_replies(self.memory)
         readable_replies: dict[int, Reply] = {}
         for requests in rounds:
-            kept = {i: self.known[name] for i, name in enumerate(map(_request_hash, requests)) if name in self.known}
-            answers = {i: _drop_thought(reply) for i, reply in kept.items() if i not in readable_replies}
+            kept_replies = {
+                i: self.known[name] for i, name in enumerate(map(_request_hash, requests)) if name in self.known
+            }
+            answers = {i: _drop_thought(reply) for i, reply in kept_replies.items() if i not in readable_replies}
             readable_replies |= {i: answer for i, answer in answers.items() if readable(answer.text)}
         last_replies = dict(readable_replies)
         for requests in rounds:

@@ -83,7 +83,7 @@ def beside(out: pathlib.Path, what: str) -> pathlib.Path:
 
 def is_beside(path: pathlib.Path) -> bool:
     """Whether the path is a file of `beside`, judged by its name and its first line, and so not the user's own data."""
-    if not (path.is_file() and path.name.endswith(tuple(f".{what}.jsonl" for what in KEPT_BESIDE))):
+    if not (path.is_file() and path.name.endswith(tuple(f".{kind}.jsonl" for kind in KEPT_BESIDE))):
         return False
     with path.open("rb") as file:
         return file.readline().startswith(b'{"request":')

@@ -119,7 +119,10 @@ def check_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, st
             )
         return False
     tree = _config_in(workdir)
-    before, after = _flat({key: value for key, value in tree.items() if key != "contents"}), flat(config)
+    recorded_options, present_options = (
+        _flat({key: value for key, value in tree.items() if key != "contents"}),
+        flat(config),
+    )
     recorded, now = tree.get("contents", {}), dict(now or {})
     same = {name for name in now if recorded.get(name) == now[name]}
     changed = [name for name in now if name in recorded and name not in same]
@@ -129,16 +132,20 @@ def check_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, st
             f"{workdir} was begun with other contents of {inputs}: put back what was there then, or take another "
             "--workdir."
         )
-    if unshared := sorted(before.keys() ^ after.keys()):
+    if unshared := sorted(recorded_options.keys() ^ present_options.keys()):
         raise InputError(
             f"{workdir} was begun by another version of drirl_jax, whose options are others "
             f"({', '.join(unshared[:5])}): go on with that version, or take another --workdir."
         )
-    changed_options = [key for key in sorted(before) if before[key] != after[key]]
-    changed_options = [key for key in changed_options if not (may_change(key, before) and may_change(key, after))]
+    changed_options = [key for key in sorted(recorded_options) if recorded_options[key] != present_options[key]]
+    changed_options = [
+        key for key in changed_options if not (may_change(key, recorded_options) and may_change(key, present_options))
+    ]
     changed_options = [key for key in changed_options if not (key in PLACES and set(PLACES[key]) <= same)]
     if changed_options:
-        changes = "; ".join(f"{key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in changed_options)
+        changes = "; ".join(
+            f"{key}: {recorded_options.get(key)!r} there, {present_options.get(key)!r} now" for key in changed_options
+        )
         raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
     return True
 
@@ -186,8 +193,10 @@ def _config_in(workdir: bucket.Path) -> dict:
     """The value of config.json; its "contents" holds the hash of each input by name."""
     path = workdir / "config.json"
     tree = json_files.load(path, hint="put a whole copy of the file there, or take another --workdir")
-    if why := json_files.fault(tree.get("contents", {}), {...: str}, "contents"):
-        raise InputError(f"{path} is damaged ({why}): put a whole copy of the file there, or take another --workdir.")
+    if reason := json_files.fault(tree.get("contents", {}), {...: str}, "contents"):
+        raise InputError(
+            f"{path} is damaged ({reason}): put a whole copy of the file there, or take another --workdir."
+        )
     return tree
 
 
