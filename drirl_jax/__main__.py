@@ -13,34 +13,36 @@ import sys
 COMMANDS = {
     "train": ("drirl_jax.main", "align a policy, from a config to a report"),
     "evaluate": ("drirl_jax.commands.evaluate", "run benchmarks on a policy"),
-    "attack": ("drirl_jax.commands.attack", "attack a policy and count what it answers"),
+    "attack": ("drirl_jax.commands.attack", "attack a policy and count how often it answers"),
     "study": ("drirl_jax.commands.study", "compare variants over seeds"),
     "score": ("drirl_jax.commands.score", "score responses with a run's rewards, or take the best of n"),
     "demos": ("drirl_jax.commands.demos", "write demonstrations for prompts"),
     "convert": ("drirl_jax.commands.convert", "convert published data sets"),
     "judge": ("drirl_jax.commands.judge", "fit a judge, or compare judges with labels"),
     "bench": ("drirl_jax.commands.bench", "time the phases of a step"),
-    "plan": ("drirl_jax.commands.plan", "plan a run on accelerators, by their compilers"),
+    "plan": ("drirl_jax.commands.plan", "plan a run on accelerators with their compilers"),
     "report": ("drirl_jax.commands.report", "write a run's report, or compare runs"),
-    "status": ("drirl_jax.commands.status", "say where a run is"),
+    "status": ("drirl_jax.commands.status", "show how far a run is"),
 }
 
 
 def usage() -> str:
-    """The page that lists the commands."""
+    """The text of --help: all commands with their meanings."""
     width = max(map(len, COMMANDS))
-    return "\n".join([__doc__.strip(), "", *(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())])
+    return "\n".join(
+        [__doc__.strip(), "", *(f"  {name:{width}}  {meaning}" for name, (_, meaning) in COMMANDS.items())]
+    )
 
 
 def main() -> None:
-    """Runs the command that the command line names."""
+    """Runs the command whose name is the first argument."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
         print(usage())
         return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        matches = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {matches[0]}? " if matches else ""
         sys.exit(f"drirl_jax: no command {name!r}: {hint}There are {', '.join(COMMANDS)}.")
     sys.argv = sys.argv[1:]
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
 """The checks of a config that need no data.
 
-Options that name a choice are rows of the table that implements it (TABLES).
+An option that is a choice must name a row of the table that implements the choice (TABLES).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from drirl_jax.runtime import endpoint, names, ranges, sinks
 from drirl_jax.stages import base, irl, objectives, optimizer
 from drirl_jax.stages.rewards import sources
 
-# Options that name a choice, and the table whose rows they may be.
+# Option that is a choice -> the table whose rows it can name.
 TABLES: dict[str, Collection[str]] = {
     "data.long_prompts": ("error", "drop"),
     "policy.tune": base.POLICIES,
@@ -51,7 +51,7 @@ TABLES: dict[str, Collection[str]] = {
     "evals.judge": judges.judges_of_kind("refusal"),
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
-# Options that are tuples of words; those of numbers stand in ranges.RANGES.
+# Options that are tuples of words; tuples of numbers are in ranges.RANGES.
 WORDS = (
     "schedule data.categories data.harmless policy.targets reward.targets evals.benchmarks evals.judges metrics.sinks"
 )
@@ -63,17 +63,17 @@ def needs_rewards(config: ConfigDict) -> bool:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises InputError with one sentence for a value that cannot be run."""
+    """Raises InputError with one sentence for the first value that is not allowed."""
     for check in CHECKS:
         check(config)
 
 
 def _values(config: ConfigDict) -> None:
-    """Each value alone: its type, its table, its range."""
+    """Checks each value alone: its type, its table, its range."""
     ranges.check(config, ranges.RANGES, "config")
     for key in WORDS.split():
-        given = get_option(config, key)
-        require(all(isinstance(x, str) for x in given), f"config.{key} is {given}: give words alone.")
+        words = get_option(config, key)
+        require(all(isinstance(word, str) for word in words), f"config.{key} is {words}: give only words.")
     for key, rows in TABLES.items():
         require(
             get_option(config, key) in rows,
@@ -91,7 +91,7 @@ def _values(config: ConfigDict) -> None:
 
 
 def _schedule(config: ConfigDict) -> None:
-    """The stages, and the rewards that they need."""
+    """Checks the stages, and the rewards that they need."""
     stages, schedule = default().schedule, tuple(config.schedule)
     require(
         schedule and schedule == tuple(stage for stage in stages if stage in schedule),
@@ -100,26 +100,26 @@ def _schedule(config: ConfigDict) -> None:
     require(
         "evals" not in schedule or "align" in schedule, "config.schedule has 'evals', which needs 'align' before it."
     )
-    learned = "irl" in schedule
+    learns_rewards = "irl" in schedule
     require(
-        learned or config.reward.init or "align" not in schedule or not needs_rewards(config),
+        learns_rewards or config.reward.init or "align" not in schedule or not needs_rewards(config),
         f"config.schedule is {schedule}, but config.reward.source={config.reward.source!r} needs rewards: put 'irl' "
         "first, or name a finished run in config.reward.init.",
     )
     require(
-        not (learned and config.reward.init),
+        not (learns_rewards and config.reward.init),
         f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
     )
     benchmarks.validate(config.evals)
     require(
-        "rewards" not in config.evals.judges or learned or config.reward.init,
+        "rewards" not in config.evals.judges or learns_rewards or config.reward.init,
         "config.evals.judges has 'rewards', which the IRL stage learns: put 'irl' into the schedule, or name a run in "
         "config.reward.init.",
     )
 
 
 def _data(config: ConfigDict) -> None:
-    """Categories, their shares and kinds."""
+    """Checks the categories, their shares and their kinds (harmful, harmless)."""
     require(
         len(set(config.data.categories)) == len(config.data.categories),
         "config.data.categories repeats a name.",
@@ -133,17 +133,17 @@ def _data(config: ConfigDict) -> None:
     )
     unknown = set(config.data.harmless) - set(config.data.categories)
     require(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
-    two_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
-    contrasted = config.irl.contrast > 0 or objectives.ROLES[config.grpo.contrast].counts
+    has_both_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
+    uses_contrast = config.irl.contrast > 0 or objectives.ROLES[config.grpo.contrast].counts
     require(
-        two_kinds or not (contrasted or config.sampler.batch == "kinds"),
+        has_both_kinds or not (uses_contrast or config.sampler.batch == "kinds"),
         "config.irl.contrast, grpo.contrast and sampler.batch='kinds' need harmful and harmless categories: see "
         "config.data.harmless.",
     )
 
 
-def _elsewhere(config: ConfigDict) -> None:
-    """Other processes and endpoints."""
+def _connections(config: ConfigDict) -> None:
+    """Checks how other processes and servers are reached."""
     d = config.distributed
     require(
         d.auto or d.process < d.processes,
@@ -164,41 +164,41 @@ def _elsewhere(config: ConfigDict) -> None:
 
 
 def _weights(config: ConfigDict) -> None:
-    """In which type the policy's weights may lie."""
-    half, policy = config.policy.weights == "bfloat16", config.policy
+    """Checks the type of the policy's weights."""
+    is_bfloat16, policy = config.policy.weights == "bfloat16", config.policy
     require(
-        not half or policy.tune == "lora",
+        not is_bfloat16 or policy.tune == "lora",
         f"config.policy.weights is 'bfloat16', but config.policy.tune is {policy.tune!r}, which trains the weights, "
         "and bfloat16 would lose most of an update: set weights to 'float32', or tune to 'lora'.",
     )
     require(
-        not half or policy.dtype == "bfloat16",
-        f"config.policy.weights is 'bfloat16', but config.policy.dtype is {policy.dtype!r}: adapters merged for "
-        "sampling would be rounded as those that are trained are not; set both to 'bfloat16', or weights to 'float32'.",
+        not is_bfloat16 or policy.dtype == "bfloat16",
+        f"config.policy.weights is 'bfloat16', but config.policy.dtype is {policy.dtype!r}: sampling would round the "
+        "merged adapters, while training does not; set both to 'bfloat16', or weights to 'float32'.",
     )
 
 
 def _rewards(config: ConfigDict) -> None:
-    """The rewards and what reads them."""
+    """Checks the rewards and the options that depend on them."""
     require(
         not config.reward.one_for_all or config.reward.route == "category",
         f"config.reward.route is {config.reward.route!r}, but config.reward.one_for_all leaves no choice: set it to "
         "'category'.",
     )
-    weights = len(config.reward.weights)
+    weight_count = len(config.reward.weights)
     require(
-        weights in (0, len(config.data.categories)),
-        f"config.reward.weights has {weights} numbers: give one for each of the {len(config.data.categories)} "
+        weight_count in (0, len(config.data.categories)),
+        f"config.reward.weights has {weight_count} numbers: give one for each of the {len(config.data.categories)} "
         "categories, or () for equal ones.",
     )
     require(
-        not weights or max(config.reward.weights) > 0,
+        not weight_count or max(config.reward.weights) > 0,
         f"config.reward.weights is {config.reward.weights}: every reward would be 0, and nothing could be learned; "
         "give one of them a weight above 0.",
     )
-    for key, adapted in (("policy", config.policy.tune), ("reward", config.reward.kind)):
+    for key, training in (("policy", config.policy.tune), ("reward", config.reward.kind)):
         require(
-            adapted != "lora" or config[key].targets,
+            training != "lora" or config[key].targets,
             f"config.{key}.targets is (), so that nothing would be trained: name some of {', '.join(ADAPTED)}.",
         )
         unknown = set(config[key].targets) - set(ADAPTED)
@@ -214,22 +214,22 @@ def _rewards(config: ConfigDict) -> None:
 
 
 def _alignment(config: ConfigDict) -> None:
-    """The objective, its groups and coefficients."""
-    own, other = (objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast"))
+    """Checks the objective, its groups and coefficients."""
+    own_role, contrast_role = (objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast"))
     require(
-        other <= own,
-        f"config.grpo.contrast is {config.grpo.contrast!r}: it may have no part that config.grpo.demonstration "
-        f"({config.grpo.demonstration!r}) has not.",
+        contrast_role <= own_role,
+        f"config.grpo.contrast is {config.grpo.contrast!r}, but config.grpo.demonstration is only "
+        f"{config.grpo.demonstration!r}: set contrast to the same value.",
     )
     require(
-        config.grpo.harmless_wrong == 1 or other.counts,
-        f"config.grpo.harmless_wrong is {config.grpo.harmless_wrong}, but it takes the reward of a demonstration of "
-        "the other kind to tell: set config.grpo.contrast to 'baseline' or 'member'.",
+        config.grpo.harmless_wrong == 1 or contrast_role.counts,
+        f"config.grpo.harmless_wrong is {config.grpo.harmless_wrong}, which needs the reward of a demonstration of "
+        "the other kind: set config.grpo.contrast to 'baseline' or 'member'.",
     )
     require(
         config.scaling.baseline != "group" or config.scaling.per == "response",
-        "config.scaling.baseline='group' compares a response with its own group, so that the mean over the group says "
-        "nothing: set config.scaling.per to 'response'.",
+        "config.scaling.baseline='group' compares a response with its own group, so the mean over the group has no "
+        "meaning: set config.scaling.per to 'response'.",
     )
     objective = config.align.objective
     require(
@@ -254,15 +254,17 @@ def _alignment(config: ConfigDict) -> None:
 
 
 def _batches(config: ConfigDict) -> None:
-    """What must divide what."""
-    batch, parts = config.align.batch, config.align.minibatches
-    require(batch % parts == 0, f"config.align.minibatches ({parts}) must divide config.align.batch ({batch}).")
-    for key, batch in (("irl", config.irl.batch), ("align", config.align.batch // config.align.minibatches)):
+    """Checks that batches and steps divide evenly."""
+    prompts, parts = config.align.batch, config.align.minibatches
+    require(prompts % parts == 0, f"config.align.minibatches ({parts}) must divide config.align.batch ({prompts}).")
+    for key, prompts in (("irl", config.irl.batch), ("align", config.align.batch // config.align.minibatches)):
         parts = config[key].accumulate
-        require(batch % parts == 0, f"config.{key}.accumulate ({parts}) must divide the {batch} prompts of an update.")
+        require(
+            prompts % parts == 0, f"config.{key}.accumulate ({parts}) must divide the {prompts} prompts of an update."
+        )
     rounds, steps = config.irl.rounds, config.irl.steps
     require(steps % rounds == 0, f"config.irl.rounds ({rounds}) must divide config.irl.steps ({steps}).")
 
 
-# In this order: a later one may rely on what an earlier one has found.
-CHECKS = (_values, _schedule, _data, _elsewhere, _weights, _rewards, _alignment, _batches)
+# The order matters: a check may rely on the ones before it.
+CHECKS = (_values, _schedule, _data, _connections, _weights, _rewards, _alignment, _batches)

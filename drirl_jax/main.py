@@ -1,17 +1,17 @@
 """python -m drirl_jax.main --config configs/quickstart.py --workdir runs/quickstart [--config.align.steps=10]
 
-    ... --dry_run                       # checks all, tells steps, shapes, memory and time; starts nothing
+    ... --dry_run                       # checks everything, prints steps, shapes, memory and time; starts nothing
     ... --config.data.path=mine.jsonl   # any option of drirl_jax/config.py is a flag
-    ... --quiet                         # warnings and the result alone
-    ... --log=json                      # one JSON object a line on stdout, for scripts
+    ... --quiet                         # prints only warnings and the result
+    ... --log=json                      # prints one JSON object a line on stdout, for scripts
     python -m drirl_jax status runs/quickstart      # where a run is, and how long it will take
 
-The same command again goes on where the run was. Exit codes:
+The same command again resumes the run. Exit codes:
 
     0    all is done
-    1    what you gave is wrong, or a guard has stopped the run: one sentence says what to do; a traceback is a bug
-    75   asked to end by SIGTERM: started again, it goes on
-    130  interrupted (Ctrl-C): started again, it goes on from its last checkpoint
+    1    your input is wrong, or a guard has stopped the run: one sentence says what to do; a traceback is a bug
+    75   ended by SIGTERM: the same command resumes the run
+    130  interrupted (Ctrl-C): the same command resumes the run from its last checkpoint
 """
 
 from __future__ import annotations
@@ -38,39 +38,41 @@ from drirl_jax.runtime import bucket, console, preemption, processes
 from drirl_jax.runtime.files import expand_path
 from drirl_jax.types import InputError
 
-INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
+INTERRUPTED = 128 + signal.SIGINT  # the exit code that shells use
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, or file:variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints, metrics, model and report.")
-DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check all and print the plan of the run; start and write nothing.")
-QUIET = flags.DEFINE_boolean("quiet", False, "No bars, only warnings and the result: the same as --log=quiet.")
-LOG = flags.DEFINE_enum("log", "text", console.MODES, "How to speak; json: one object a line on stdout, for scripts.")
-REPLAY = flags.DEFINE_string("replay", None, "Run only the step that a guard has kept in this folder.")
+DRY_RUN = flags.DEFINE_boolean(
+    "dry_run", False, "Check everything and print the plan of the run; start and write nothing."
+)
+QUIET = flags.DEFINE_boolean("quiet", False, "Print only warnings and the result, no bars: the same as --log=quiet.")
+LOG = flags.DEFINE_enum("log", "text", console.MODES, "Form of the output; json: one object a line on stdout.")
+REPLAY = flags.DEFINE_string("replay", None, "Repeat only the step that a guard saved in this folder.")
 
-# Of a file system, not of the program: what to do about them. Orbax and safetensors tell of them in words alone.
+# Errors of a file system -> what to do. Orbax and safetensors name them only in the error's text.
 DISK = {
     errno.ENOSPC: "make room and start the same command again",
     errno.EDQUOT: "make room and start the same command again",
-    errno.EROFS: "take a place that can be written",
-    errno.EACCES: "take a place that can be read and written",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose a place that can be read and written",
 }
 
 
 def start(do: Callable[[list[str]], None], resumes: bool = True, files: tuple = (CONFIG,)) -> None:
-    """A command: its flags, config files among them, then `main`."""
+    """Runs a command: parses its flags and config files, then calls `main`."""
     console.outlive_readers()
     app.run(lambda argv: main(argv, do, resumes), flags_parser=partial(parse, files=files))
 
 
 def main(argv: list[str], do: Callable[[list[str]], None] | None = None, resumes: bool = True) -> None:
-    """Does this, `run` if nothing is named, and ends the process with the exit code of how it went.
+    """Calls `do`, or `run` if it is None. On failure ends the process with one of the exit codes above.
 
     Args:
-        argv: what is left of the command line.
-        do: the command's own part; raises InputError for what the user gave.
-        resumes: whether the same command goes on where it was; one that does not ends by SIGTERM at once.
+        argv: the rest of the command line after the flags.
+        do: the command's own part; raises InputError for wrong input of the user.
+        resumes: whether the same command can resume its work; SIGTERM ends any other command at once.
     """
-    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells of every file at INFO
+    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax logs every file at INFO
     if resumes:
         signal.signal(signal.SIGTERM, preemption.raise_preempted)
     try:
@@ -87,17 +89,17 @@ def main(argv: list[str], do: Callable[[list[str]], None] | None = None, resumes
         if WORKDIR.value and "://" not in WORKDIR.value and isinstance(error, FileNotFoundError):
             if not pathlib.Path(WORKDIR.value).exists():
                 leave(f"the workdir {WORKDIR.value} was removed or moved meanwhile: put it back, and start again.")
-        disk = [code for code in DISK if code == getattr(error, "errno", None) or os.strerror(code) in str(error)]
-        if not disk:
+        codes = [code for code in DISK if code == getattr(error, "errno", None) or os.strerror(code) in str(error)]
+        if not codes:
             raise
-        where = getattr(error, "filename", None) or WORKDIR.value
-        leave(f"{where}: {os.strerror(disk[0])}: {DISK[disk[0]]}.")
+        path = getattr(error, "filename", None) or WORKDIR.value
+        leave(f"{path}: {os.strerror(codes[0])}: {DISK[codes[0]]}.")
     if console.mode() == "json":
         console.print_event("end", exit=0)
 
 
 def run(argv: list[str]) -> None:
-    """The run, its plan or the one step that the flags ask for. Raises InputError."""
+    """Starts the run, prints its plan (--dry_run) or repeats one step (--replay). Raises InputError."""
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: options are written --name=value.")
     if CONFIG.value is None:
@@ -108,15 +110,15 @@ def run(argv: list[str]) -> None:
     if REPLAY.value:
         train.replay(CONFIG.value, workdir, bucket.parse_path(REPLAY.value))
     elif DRY_RUN.value:
-        found = dry_run.plan_run(CONFIG.value, bucket.local_folder(WORKDIR.value))
+        plan = dry_run.plan_run(CONFIG.value, bucket.local_folder(WORKDIR.value))
         if processes.is_writer():
-            console.print_result(dry_run.text(found), **found)
+            console.print_result(dry_run.text(plan), **plan)
     else:
         train.run(CONFIG.value, workdir)
 
 
 def leave(sentence: str, code: int = 1) -> NoReturn:
-    """Ends the process with this code, after the sentence that says why."""
+    """Prints the sentence and ends the process with this exit code."""
     if console.mode() == "json":
         console.print_event("end", exit=code, message=sentence)
     if code == 1:
@@ -140,38 +142,38 @@ def config_files(command: str = "main") -> dict[str, ModuleType]:
 
 
 def usage() -> str:
-    """What --help prints: the command's own page, the config files with their variants, the flags."""
+    """The text of --help: the command's own page, the config files with their variants, the flags."""
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Config files:"]
     for path, module in (config_files(pathlib.Path(sys.argv[0]).stem) or config_files()).items():
         lines.append(f"    {path}: {module.__doc__.splitlines()[0]}")
         if parts := getattr(module, "PARTS", None):
             lines.append(f"        variants, as {path}:{next(iter(parts))}: {', '.join(parts)}")
-    known = flags.FLAGS.flags_by_module_dict()
-    modules = [module for module in (sys.argv[0], "drirl_jax.main") if module in known]
+    flags_by_module = flags.FLAGS.flags_by_module_dict()
+    modules = [module for module in (sys.argv[0], "drirl_jax.main") if module in flags_by_module]
     return "\n".join([*lines, "", *(flags.FLAGS.module_help(module) for module in modules)])
 
 
-def _home_in_full(word: str, files: tuple) -> str:
-    """A flag of a config file, its ~ as a path: the file is read while the flags are, and by others."""
-    name, _, value = word.partition("=")
+def _home_in_full(argument: str, files: tuple) -> str:
+    """The argument; if it names a config file, with ~ expanded. absl itself reads config files while it parses."""
+    name, _, value = argument.partition("=")
     is_file = name.lstrip("-") in {file.name for file in files} and value.startswith("~")
-    return f"{name}={expand_path(value)}" if is_file else word
+    return f"{name}={expand_path(value)}" if is_file else argument
 
 
 def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
-    """Absl's flags, config files among them; what is wrong with them is one sentence, as everywhere."""
+    """Parses absl's flags, with those of config files. A wrong flag ends the process with one sentence."""
     if {"--help", "-help", "-h", "-?"} & set(argv[1:]):
         print(usage())
         sys.exit(0)
     try:
-        rest = flags.FLAGS([_home_in_full(word, files) for word in argv])
+        remaining = flags.FLAGS([_home_in_full(argument, files) for argument in argv])
         console.set_mode("quiet" if QUIET.value else LOG.value)
         for file in files:
             if file.value is not None:
-                file.value.lock()  # a file that failed to load says so when it is first touched
+                file.value.lock()  # a file that failed to load raises its error at the first access
         processes.keep_freed_memory()
-        return rest
-    except flags.Error as error:  # of a config file that raises, the whole traceback
+        return remaining
+    except flags.Error as error:  # its text is the whole traceback where a config file raises
         leave(str(error).strip().splitlines()[-1])
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
         leave(f"the config or a --config flag is wrong: {' '.join(str(error).split())}")

@@ -332,7 +332,10 @@ BAD_FLAGS = {
     "no model": ("--config.policy.init=./nowhere", "no model at ./nowhere"),
     "long prompts": ("--config.data.max_prompt=20", "above config.data.max_prompt = 20"),
     "more layers than there are": ("--config.policy.layers=3", "config.policy.layers is 3, but .* has 2 layers"),
-    "a part without the first": ("--config.grpo.contrast=member", "grpo.contrast is 'member': it may have no part"),
+    "a part without the first": (
+        "--config.grpo.contrast=member",
+        "grpo.contrast is 'member', but config.grpo.demonstration is only 'apart'",
+    ),
     "nothing to tell refusals by": ("--config.grpo.contrast=apart", "grpo.harmless_wrong is 0.5, but it takes"),
     "group of one": (
         "--config.align.group=1 --config.grpo.harmless_wrong=1.0 --config.grpo.contrast=apart "

@@ -1,7 +1,7 @@
-"""Workdirs in buckets (gs://): orbax writes its checkpoints there itself, all else passes through a folder here.
+"""Workdirs in buckets (gs://): orbax writes checkpoints directly there, all other files pass through a local folder.
 
-An object of a bucket appears whole or not at all, but nothing can be appended to it. So files are written here and
-uploaded whole before each checkpoint: what a lost machine takes with it is what the run repeats from there on.
+An object in a bucket appears whole or not at all, but nothing can be appended to it. So files are written locally and
+uploaded whole before each checkpoint. If the machine is lost, the run repeats the steps since that checkpoint anyway.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from drirl_jax.runtime import files, lock, names, processes
 from drirl_jax.types import InputError
 
 SCHEME = "gs://"
-# What a run that goes on reads again. A model that was exported may lack files, so it is written anew.
+# Files that a resumed run reads. An exported model is not among them: it may lack files, so it is written again.
 READ_AGAIN = ("*.json", "*.jsonl", "evals/*.json")
 
 Path: TypeAlias = pathlib.Path | epath.Path
 
 
 def parse_path(name: str | Path) -> Path:
-    """The folder or the place in a bucket of this name.
+    """The local folder or the place in a bucket of this name.
 
     Raises:
-        InputError: it is neither, no run can have it (`names.need_place_of_run`), or what reads buckets is not
-            installed.
+        InputError: it is neither, it cannot be a run's workdir (`names.need_place_of_run`), or the package that reads
+            buckets is not installed.
     """
     if "://" not in str(name):
-        folder_here = files.expand_path(name)
-        names.need_place_of_run(folder_here.absolute())
-        return folder_here
+        folder = files.expand_path(name)
+        names.need_place_of_run(folder.absolute())
+        return folder
     names.need_place_of_run(name)
     if not re.fullmatch(r"gs://[^/]+/.*[^/].*", str(name)):
         raise InputError(f"{name} is neither a folder nor a place in a bucket: those are written gs://BUCKET/PATH.")
@@ -46,7 +46,7 @@ def parse_path(name: str | Path) -> Path:
 
 
 def local_folder(name: str | Path) -> pathlib.Path:
-    """The folder of this name, for what works in no bucket. Raises InputError for a place in one."""
+    """The local folder of this name. Raises InputError for a place in a bucket."""
     if "://" in str(name):
         raise InputError(f"{name} is no folder, and this command takes no bucket: give a folder here.")
     return files.expand_path(name)
@@ -54,7 +54,7 @@ def local_folder(name: str | Path) -> pathlib.Path:
 
 @functools.cache
 def _files() -> fsspec.AbstractFileSystem:
-    # Of epath's and orbax's clients too: tensorstore and other processes change folders that these have listed.
+    # Holds for the clients of epath and orbax too: tensorstore and other processes change folders after a listing.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
         return fsspec.filesystem("gcs")
@@ -63,7 +63,7 @@ def _files() -> fsspec.AbstractFileSystem:
 
 
 def rename_folder(source: Path, target: Path) -> None:
-    """Gives a folder another name, in a bucket object by object."""
+    """Renames a folder; in a bucket one object after the other."""
     if isinstance(source, pathlib.Path):
         target.parent.mkdir(exist_ok=True)
         source.replace(target)
@@ -72,10 +72,10 @@ def rename_folder(source: Path, target: Path) -> None:
 
 
 def local_copy(source: Path) -> pathlib.Path:
-    """The folder itself, or a copy here of one in a bucket, which is kept until the process ends.
+    """The folder itself if it is local; else a local copy of it, which is removed when the process ends.
 
     Raises:
-        InputError: there is none in the bucket.
+        InputError: the bucket has no such folder.
     """
     if isinstance(source, pathlib.Path):
         return source
@@ -94,19 +94,19 @@ def _copy(url: str) -> pathlib.Path:
 
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory:
-    """A folder of this process, which goes when it ends."""
+    """A temporary folder, which is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="drirl_jax-")
 
 
 class Workdir:
-    """Where a run keeps what it makes.
+    """The place where a run keeps its files.
 
     Args:
         name: a folder, or gs://BUCKET/PATH.
 
     Attributes:
-        kept: that place; what orbax writes goes there, by all processes alike.
-        local: the same folder; for a bucket one here, which `take` fills and `push` uploads.
+        kept: that place; the orbax of each process writes there.
+        local: the same folder; for a bucket a local folder, which `take` fills and `push` uploads.
     """
 
     def __init__(self, name: str | Path):
@@ -118,7 +118,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """`take` for what is done inside; an error that comes of a folder that was removed meanwhile says so."""
+        """Holds the workdir (see `take`) during the block. If the folder was removed meanwhile, an error says so."""
         lock = self.take()
         try:
             yield
@@ -131,17 +131,17 @@ class Workdir:
                 lock.close()
 
     def require(self) -> None:
-        """Raises InputError where this process has the workdir no longer, or its folder is gone."""
+        """Raises InputError if this process no longer has the workdir, or its folder is gone."""
         if self.lock:
             self.lock.require()
         elif self.remote and _files().cat_file(f"{self.kept}/.owner") != self.owner:
-            raise InputError(f"a newer run is at work in {self.kept}: this one ends, and leaves it to that.")
+            raise InputError(f"a newer run is at work in {self.kept}: this one ends.")
 
     def take(self) -> lock.Lock | None:
-        """Takes the workdir for this process, and fetches from a bucket what a run that goes on reads again.
+        """Takes the workdir for this process, and downloads from a bucket the files that a resumed run reads.
 
-        A folder is locked until what is returned is closed or the process dies. A bucket knows no locks: there the
-        newest run has the workdir, and the one before it finds that at its next `push`.
+        A folder is locked until the returned lock is closed or the process dies. A bucket has no locks: there the
+        newest run has the workdir, and the run before it notices that at its next `push`.
 
         Raises:
             InputError: another run has the folder, or nothing can be written there.
@@ -152,22 +152,22 @@ class Workdir:
         self.local.mkdir(parents=True)
         try:
             _files().pipe_file(f"{self.kept}/.owner", self.owner)
-            for found in [name for glob in READ_AGAIN for name in _files().glob(f"{self.kept}/{glob}")]:
-                target = self.local / found.removeprefix(str(self.kept).removeprefix(SCHEME)).lstrip("/")
+            for source in [name for glob in READ_AGAIN for name in _files().glob(f"{self.kept}/{glob}")]:
+                target = self.local / source.removeprefix(str(self.kept).removeprefix(SCHEME)).lstrip("/")
                 target.parent.mkdir(exist_ok=True)
-                _files().get_file(found, str(target))
+                _files().get_file(source, str(target))
                 self._pushed[target] = _state(target)
         except Exception as error:  # the client raises many kinds: HTTP, credentials, network
-            why = " ".join(f"{type(error).__name__} {error}".split())[:200]
+            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
             raise InputError(
-                f"the workdir {self.kept} cannot be read and written ({why}): is the bucket there, and may this "
+                f"the workdir {self.kept} cannot be read and written ({reason}): is the bucket there, and may this "
                 "account write to it?"
             ) from error
         return None
 
     def push(self) -> None:
-        """Sees that the workdir is still this process's, and uploads to a bucket what has changed here since the last
-        time, each file whole; only from the process that writes.
+        """Checks that this process still has the workdir, and uploads to a bucket each file that has changed since the
+        last time, whole. Only the process that writes does this.
 
         Raises:
             InputError: another run has taken the workdir, or its folder is gone.
@@ -184,5 +184,5 @@ class Workdir:
 
 
 def _state(file: pathlib.Path) -> tuple[int, int]:
-    """What differs once a file has changed: its bytes and nanoseconds."""
+    """Values that differ after a change of the file: its size in bytes, its time of change in nanoseconds."""
     return file.stat().st_size, file.stat().st_mtime_ns

@@ -1,10 +1,10 @@
 """Orbax checkpoints: all that a resumed run needs, in one place.
 
-Any pytree is stored flat, by the path of each leaf, and restored into a template of the same shape: so that what
-is on disk does not depend on the classes that hold it in memory.
+Any pytree is stored flat, by the path of each leaf, and restored into a template of the same shape. So the files do not
+depend on the classes that hold the tree in memory.
 
 A checkpoint is written in the background, from copies that are made before `save` returns, and appears whole or not at
-all. Beside it stand checksums that were computed on the devices, so that what comes back is known to be what was there.
+all. It comes with checksums that were computed on the devices: they show whether a restored tree is the saved one.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from drirl_jax.types import Array, InputError, PyTree
 
 log = logging.getLogger(__name__)
 
-# Folders made in the background would leave threads that wait for 20 minutes where one cannot be made.
+# With folders made in the background, a folder that cannot be made would leave threads that wait for 20 minutes.
 ASYNC = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
 def _flat(tree: PyTree) -> dict:
-    """The leaves by path, but for those of no elements, which orbax does not store."""
+    """The leaves by path, without empty ones, which orbax does not store."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if np.size(leaf)}
 
 
 @jax.jit
 def _checksums(flat: dict) -> dict[str, Array]:
-    """uint32 of each leaf: Σ_i (2i + 1) bits_i mod 2^32, bits_i those of element i, in any layout on any mesh.
+    """uint32 of each leaf: Σ_i (2i + 1) bits_i mod 2^32, with the bits of element i; the same for any mesh and layout.
 
-    An odd factor has an inverse mod 2^32, so no change of one element goes unseen, and other damage once in 2^32 times.
+    An odd factor has an inverse mod 2^32. So every change of a single element is detected; other damage is missed once
+    in 2^32 times.
     """
 
-    def of(x):
+    def checksum(x):
         x = x.astype(jnp.uint8) if x.dtype == bool else x
         bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
         index, stride = jnp.zeros(x.shape, jnp.uint32), 1
@@ -51,7 +52,7 @@ def _checksums(flat: dict) -> dict[str, Array]:
             stride *= x.shape[axis]
         return jnp.sum((2 * index + 1) * bits, dtype=jnp.uint32)
 
-    return jax.tree.map(of, flat)
+    return jax.tree.map(checksum, flat)
 
 
 def checksums(flat: dict) -> dict[str, int]:
@@ -60,14 +61,14 @@ def checksums(flat: dict) -> dict[str, int]:
 
 
 def _unreadable(folder: bucket.Path) -> dict[int, str]:
-    """The checkpoints whose metadata is no JSON object with another in it, and why."""
-    found = {}
+    """The checkpoints whose metadata is no JSON object with an object `custom_metadata`, and why."""
+    errors = {}
     for step in (path for path in folder.iterdir() if path.name.isdigit()):
         try:
             json_files.load(step / "_CHECKPOINT_METADATA", {"custom_metadata": dict})
         except InputError as error:
-            found[int(step.name)] = str(error)
-    return found
+            errors[int(step.name)] = str(error)
+    return errors
 
 
 class Checkpoints:
@@ -76,12 +77,12 @@ class Checkpoints:
     def __init__(self, folder: bucket.Path, keep: int):
         self.folder = folder.absolute() if isinstance(folder, pathlib.Path) else folder
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=ASYNC)
-        # Without a handler named here orbax looks into the newest checkpoint, however damaged, how to read all others.
+        # Without this handler orbax reads from the newest checkpoint, even a damaged one, how to read all others.
         handler = ocp.StandardCheckpointHandler()
         open_folder = partial(ocp.CheckpointManager, self.folder, item_handlers=handler, options=options)
         try:
             self.manager = open_folder()
-        except ValueError:  # metadata of another type, over which orbax stumbles here already
+        except ValueError:  # orbax already fails here on metadata of another type
             self._rename(_unreadable(self.folder))
             self.manager = open_folder()
 
@@ -91,49 +92,49 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, tree: PyTree) -> None:
-        """Begins to write the tree as that of `step` finished steps, once the save before it has ended.
+        """Begins to write the tree of `step` finished steps, after the save before it has ended.
 
-        Its arrays may be donated or changed as soon as this returns.
+        The tree's arrays may be donated or changed as soon as this returns.
         """
         flat = _flat(tree)
         metadata = {"checksums": checksums(flat)}
         self.manager.save(step, args=ocp.args.StandardSave(flat), custom_metadata=metadata, force=True)
 
     def saved(self) -> dict[str, int]:
-        """The checksums that were kept with the newest checkpoint: they identify it, wherever it was copied.
+        """The checksums of the newest checkpoint: they identify it, also in a copy.
 
         Raises:
-            InputError: there is none, or it has none.
+            InputError: there is no checkpoint, or it has no checksums.
         """
         step = self.latest()
         try:
             return self._checksums(step)
-        except Exception as error:  # what a changed byte breaks is not known beforehand
+        except Exception as error:  # a changed byte may break anything
             raise InputError(f"the newest checkpoint in {self.folder} is damaged ({error}): copy it anew.") from error
 
     def restore(self, template: PyTree, wrong: Callable[[int], str | None] = lambda step: None) -> tuple[int, PyTree]:
-        """The newest checkpoint that is whole: its number of steps, and its tree in the template's structure, types and
-        shardings. Newer ones that are damaged are told of and put aside.
+        """The newest undamaged checkpoint: its number of steps, and its tree in the template's structure, types and
+        shardings. Newer ones are damaged: it warns of them and renames them.
 
         Args:
-            wrong: number of steps -> why such a checkpoint cannot be taken, or None; the same on all processes.
+            wrong: number of steps -> why such a checkpoint cannot be used, or None; the same on all processes.
 
         Raises:
-            InputError: there is none, or it does not have the template's leaves or shapes.
+            InputError: there is no such checkpoint with the template's leaves and shapes.
         """
         self.manager.wait_until_finished()
         flat, damaged = _flat(template), {}
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                if why := wrong(step):
-                    raise ValueError(why)
-                found = self._whole(step, flat)
-            except Exception as error:  # what a changed byte breaks is not known beforehand: JSON, zstd, an index
+                if reason := wrong(step):
+                    raise ValueError(reason)
+                leaves = self._whole(step, flat)
+            except Exception as error:  # a changed byte may break anything: JSON, zstd, an index
                 damaged[step] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 continue
             self._put_aside(damaged)
             return step, jax.tree_util.tree_map_with_path(
-                lambda path, leaf: found.get(jax.tree_util.keystr(path), leaf), template
+                lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), template
             )
         raise InputError(
             f"no checkpoint in {self.folder} fits this run ({damaged}): damage, or another version of drirl_jax wrote "
@@ -141,16 +142,16 @@ class Checkpoints:
         )
 
     def _whole(self, step: int, flat: dict) -> dict:
-        """The leaves of a checkpoint. Raises whatever orbax does, or ValueError for other numbers than were saved."""
+        """The leaves of a checkpoint. Raises any error of orbax, or ValueError if the checksums differ."""
         saved = self._checksums(step)
-        found = self.manager.restore(step, args=ocp.args.StandardRestore(flat))
-        if (now := checksums(found)) != saved:
-            differ = sorted(path for path in now.keys() | saved.keys() if now.get(path) != saved.get(path))
-            raise ValueError(f"other numbers than were saved in {differ}")
-        return found
+        leaves = self.manager.restore(step, args=ocp.args.StandardRestore(flat))
+        if (restored := checksums(leaves)) != saved:
+            paths = sorted(path for path in restored.keys() | saved.keys() if restored.get(path) != saved.get(path))
+            raise ValueError(f"other numbers than were saved in {paths}")
+        return leaves
 
     def _checksums(self, step: int | None) -> dict[str, int]:
-        """Those that `save` kept. Raises ValueError where there are none: what cannot be checked counts as damaged."""
+        """The checksums that `save` wrote. Raises ValueError if there are none: such a checkpoint counts as damaged."""
         saved = None if step is None else (self.manager.metadata(step).custom_metadata or {}).get("checksums")
         if not saved:
             raise ValueError("it has no checksums: a part of it was not copied, or it was never finished")
@@ -163,22 +164,22 @@ class Checkpoints:
             self.manager.reload()
 
     def _rename(self, damaged: dict[int, str]) -> None:
-        for step, why in damaged.items():
+        for step, reason in damaged.items():
             if processes.is_writer():
-                aside = self._free_name(step)
+                target = self._free_name(step)
                 log.warning(
-                    "%s/%d is damaged (%s): put aside as %s; one before it is taken", self.folder, step, why, aside
+                    "%s/%d is damaged (%s): put aside as %s; one before it is taken", self.folder, step, reason, target
                 )
-                bucket.rename_folder(self.folder / str(step), aside)
+                bucket.rename_folder(self.folder / str(step), target)
         if damaged:
-            processes.writers_value(True)  # that is, no process reads the folder before that is done
+            processes.writers_value(True)  # a barrier: no process reads the folder before the renaming is done
 
     def _free_name(self, step: int) -> bucket.Path:
-        """Where nothing was put aside yet."""
+        """An unused folder name for a damaged checkpoint of this step."""
         folder = self.folder.with_name(f"{self.folder.name}.damaged")
         names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
         return next(path for path in (folder / name for name in names) if not path.exists())
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Waits until everything is written."""
         self.manager.close()

@@ -1,4 +1,4 @@
-"""How a command speaks: text and bars, only warnings and the result, or one JSON object a line on stdout."""
+"""The output of a command: text and bars; only warnings and the result; or one JSON object a line on stdout."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from typing import Any, Iterator, TextIO
 
 MODES = ("text", "quiet", "json")
 _mode = "text"
-# What a terminal or a page would obey: controls, and marks that turn the direction of writing.
+# Characters that control a terminal or a page: control characters, and marks that turn the direction of writing.
 CONTROLS = {
     code: "\ufffd"
     for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
     if chr(code) not in "\t\n\r"
 }
-COLOUR = re.compile("(\033\\[[0-9;]*m)")  # as rich writes it; it cannot move the cursor or write elsewhere
+COLOUR = re.compile("(\033\\[[0-9;]*m)")  # rich's colour codes; they cannot move the cursor or write elsewhere
 
 
 def printable(text: str) -> str:
-    """The text with a sign for each of CONTROLS and for half a character: names and texts come from others."""
+    """The text with a sign in place of each of CONTROLS and of half characters. Names and texts come from others."""
     return text.translate(CONTROLS).encode("utf-8", "replace").decode("utf-8")
 
 
 def mode() -> str:
-    """The row of MODES in which this process speaks."""
+    """The row of MODES that this process uses."""
     return _mode
 
 
 def set_mode(as_: str) -> None:
-    """Chooses how this process speaks from now on, its log records too.
+    """Sets the mode of this process's output and of its log records.
 
     Args:
         as_: a row of MODES. In "json" stdout has one object a line, each with "event": "log", "progress", "result" or
-            "end"; what a number is that is not finite is null.
+            "end"; null stands for NaN and infinity.
     """
     global _mode
     _mode = as_
     handler = _Lines() if as_ == "json" else _Sentences(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    for name in ("drirl_jax", "__main__"):  # the latter is the command's own module
+    for name in ("drirl_jax", "__main__"):  # __main__ is the command's own module
         logging.getLogger(name).setLevel(logging.WARNING if as_ == "quiet" else logging.INFO)
 
 
 class _Output:
-    """A stream that outlives its reader: what is written once nobody reads it any longer, as after `| head -1`, is
-    dropped. A run does not end because a pager did."""
+    """A stream that outlives its reader: once nobody reads it, as after `| head -1`, output is dropped. So a run does
+    not end because a pager has ended."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -71,27 +71,27 @@ class _Output:
         try:
             yield
         except BrokenPipeError:
-            # What the stream still holds is written nowhere, also when Python ends.
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+            # The rest of the stream's buffer goes to devnull, also when Python ends.
+            with open(os.devnull, "w") as devnull:
+                os.dup2(devnull.fileno(), self._stream.fileno())
 
 
 def outlive_readers() -> None:
-    """Lets this process go on when nobody reads its stdout or stderr any longer, or where one was closed from the
-    beginning. Every command calls it first."""
+    """Lets this process continue when nobody reads its stdout or stderr any longer, or when one of them was closed from
+    the start. Every command calls it first."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         setattr(sys, name, open(os.devnull, "w") if stream is None else _Output(stream))
 
 
 def print_event(event: str, **facts: Any) -> None:
-    """One object on stdout, whatever the mode."""
+    """Prints one JSON object on stdout, in any mode."""
     line = json.dumps({"event": event} | _finite(facts), ensure_ascii=False)
     print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line), flush=True)
 
 
 def print_result(text: str, **facts: Any) -> None:
-    """What the command was asked for: the text, or in mode "json" the facts."""
+    """Prints the command's result: the text, or in mode "json" the facts."""
     if _mode == "json":
         print_event("result", **facts)
     else:
@@ -100,7 +100,7 @@ def print_result(text: str, **facts: Any) -> None:
 
 
 def wants_colour(file: TextIO) -> bool:
-    """Whether colours are wanted there: on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    """Whether to print colours: only on a terminal, and not if NO_COLOR is set (https://no-color.org)."""
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -117,7 +117,7 @@ class _Sentences(logging.StreamHandler):
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(sub) for key, sub in value.items()}
+        return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(sub) for sub in value]
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

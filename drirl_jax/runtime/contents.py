@@ -1,7 +1,7 @@
-"""What identifies contents: a hash of what a file, a model, a tokenizer or a data set holds, wherever it lies.
+"""Hashes of the contents of files, models, tokenizers and data sets.
 
-A path, a name or a date identifies nothing: the same contents copied elsewhere have the same hash, and a file that was
-edited in place has another one. Each file is hashed once in a process, and again once its size, times or inode change.
+A hash does not depend on a path, a name or a date: a copy has the same hash, and a file that was edited in place has
+another one. A process hashes each file once, and again if its size, times or inode change.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
 
-BYTES = 16  # of a hash
-# What config.json holds beside the model.
+BYTES = 16  # size of a hash
+# Entries of config.json that do not describe the model.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
 
 
@@ -28,7 +28,7 @@ def of_bytes(data: bytes | memoryview) -> str:
 
 
 def of_value(value: Any) -> str:
-    """The hash of what JSON can say, in whatever order its names stand."""
+    """The hash of a value that JSON can hold. The order of an object's names does not matter."""
     return of_bytes(json.dumps(value, sort_keys=True, default=str).encode("utf-8"))
 
 
@@ -42,31 +42,31 @@ def of_folder(folder: pathlib.Path, patterns: Sequence[str]) -> str:
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     with concurrent.futures.ThreadPoolExecutor() as pool:
         hashes = pool.map(of_file, files)
-        return of_value([[file.relative_to(folder).as_posix(), of] for file, of in zip(files, hashes)])
+        return of_value([[file.relative_to(folder).as_posix(), digest] for file, digest in zip(files, hashes)])
 
 
 def of_records(records: Iterable[Sequence[str]]) -> str:
-    """The hash of rows of text, in whatever order they stand."""
+    """The hash of rows of text. Their order does not matter."""
     return of_value(sorted(list(row) for row in records))
 
 
 def of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
-    """The hash of arrays by name, in however many files they lie; one of them at a time is in memory for each core."""
+    """The hash of arrays by name. The number of files does not matter. Each core has one array at a time in memory."""
 
-    def of(name: str) -> list:
+    def entry(name: str) -> list:
         array = np.ascontiguousarray(tensors[name])
         return [name, array.dtype.name, list(array.shape), of_bytes(memoryview(array.reshape(-1).view(np.uint8)))]
 
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return of_value(list(pool.map(of, sorted(tensors))))
+        return of_value(list(pool.map(entry, sorted(tensors))))
 
 
 def of_weights(path: pathlib.Path, tensors: Mapping[str, np.ndarray] | None) -> str:
     """The hash of a model's weights.
 
     Args:
-        path: the model's folder or file; while its files stay as they are, their tensors are not hashed again.
-        tensors: by name; None for a file that is hashed as it stands.
+        path: the model's folder or file; while its files do not change, their tensors are not hashed again.
+        tensors: by name; None to hash the file itself.
     """
     if tensors is None:
         return of_file(path)
@@ -77,13 +77,13 @@ def of_weights(path: pathlib.Path, tensors: Mapping[str, np.ndarray] | None) -> 
 
 
 def of_model_config(config: Mapping[str, Any]) -> str:
-    """The hash of a model's config.json as Hugging Face writes it, without what does not change the model."""
+    """The hash of a model's config.json in Hugging Face's form, without the entries NOT_THE_MODEL."""
     return of_value({name: value for name, value in config.items() if name not in NOT_THE_MODEL})
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """The hash of a transformers tokenizer in its serialised form, without the state that calls leave in it; computed
-    once for each."""
+    """The hash of a transformers tokenizer in its serialised form, without the state that calls change. It is computed
+    once for each tokenizer."""
     if tokenizer not in _tokenizers:
         _tokenizers[tokenizer] = _of_tokenizer(tokenizer)
     return _tokenizers[tokenizer]
@@ -98,7 +98,7 @@ def _of_tokenizer(tokenizer: Any) -> str:
 
 
 def of_template(tokenizer: Any) -> str:
-    """The hash of the text of its chat template, or of each by name; special tokens, which templates write, count."""
+    """The hash of the tokenizer's chat template, or templates by name, and of the special tokens that they write."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return of_value([tokenizer.chat_template, special])
 
@@ -108,7 +108,7 @@ _tokenizers: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def _state(path: pathlib.Path) -> tuple:
-    """What differs once a file has been changed; a file that was replaced has another inode or another change time."""
+    """Values that differ after a change of the file. A replaced file has another inode or another change time."""
     stat = path.stat()
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 

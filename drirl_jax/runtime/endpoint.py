@@ -1,7 +1,7 @@
-"""Replies of a language model behind an OpenAI-compatible endpoint: many at once, tried again where it may help, kept.
+"""Asks a language model behind an OpenAI-compatible endpoint: many requests at once, retries, replies kept in a file.
 
-The key is read from the environment and stands in no file, no log and no message (`runtime/secrets.py`). What a reader
-cannot use of the replies is not kept: to ask again reaches the server.
+The key comes from the environment and appears in no file, log or message (`runtime/secrets.py`). A reply that its
+reader cannot use is not kept, so the same request goes to the server again.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 
-# A server that is busy, restarting or limits the rate; other errors stay errors however often one asks.
+# Status codes of a server that is busy, restarting or limits the rate. A retry does not help against other errors.
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT = 60.0  # seconds
-LARGEST = 2**24  # bytes of an answer
-# Parameters that newer models refuse -> their name there; None: there is none, and the server decides.
+LARGEST = 2**24  # most bytes of an answer
+# Parameters that newer models refuse -> the new name; None: there is none, and the server uses its own value.
 RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 _REFUSED = re.compile(
     r"unsupported|unknown|unrecogni[sz]ed|unexpected|deprecated|extra[_ ](?:forbidden|inputs|fields)|only the default"
@@ -46,13 +46,13 @@ Chat = Sequence[dict[str, str]]  # turns {"role", "content"}
 
 
 class Reply(NamedTuple):
-    """What the model said.
+    """A reply of the model.
 
     Attributes:
-        text: of the reply, without a thought before it; "" where the thought has no end.
-        tokens: of the reply, as the server counts them; -1 if it does not say.
-        finish: "stop", "length" or another word of the server's.
-        seconds: from the request to the reply, the last try alone.
+        text: the text without a thought before it; "" if the thought has no end.
+        tokens: the number of tokens, as the server counts them; -1 if it gives none.
+        finish: "stop", "length" or another word of the server.
+        seconds: from the request to the reply, in the last try only.
     """
 
     text: str
@@ -62,7 +62,7 @@ class Reply(NamedTuple):
 
 
 def check_endpoint(section: ConfigDict) -> None:
-    """Raises InputError unless the section says how to reach a model."""
+    """Raises InputError unless the section describes how to reach a model."""
     try:
         url = httpx.URL(section.url)
     except httpx.InvalidURL:
@@ -89,13 +89,13 @@ class Endpoint:
 
     Args:
         section: url (such as http://localhost:8000/v1), model, key_env (an environment variable with the key, sent if
-            it is set), concurrency, timeout (seconds, of a whole answer), retries (tries after the first) and backoff
-            (seconds before the first of them; doubled for each).
-        memory: a JSONL file in which every reply that can be read is kept: the same request is not sent again, also by
-            a later process. Of several processes that make a run only the first one asks and keeps.
+            it is set), concurrency, timeout (seconds for a whole answer), retries (tries after the first) and backoff
+            (seconds before the first retry; doubled for each).
+        memory: a JSONL file that keeps every readable reply. The same request is not sent again, also not by a later
+            process. In a run of several processes only the first one asks and writes.
 
     Raises:
-        InputError: see `check`; or the key is none.
+        InputError: see `check_endpoint`; or the key has characters that no key has.
     """
 
     def __init__(self, section: ConfigDict, memory: pathlib.Path | None = None):
@@ -107,8 +107,8 @@ class Endpoint:
                 f"the key in the environment variable {section.key_env} has blanks or odd characters in it."
             )
         self.hidden = secrets.hider(self.key)
-        self.known: dict[str, Reply] = None  # until it is asked
-        self.refused: set[str] = set()  # parameters that the server does not take
+        self.known: dict[str, Reply] = None  # read from `memory` at the first call
+        self.refused: set[str] = set()  # parameters that the server does not accept
 
     def __call__(
         self,
@@ -119,14 +119,13 @@ class Endpoint:
         seed: int = 0,
         readable: Callable[[str], Any] = lambda text: True,
     ) -> list[Reply]:
-        """One reply to each chat, in their order; all processes of a run call it alike.
+        """One reply to each chat, in their order. Every process of a run must call it.
 
         Args:
-            readable: text of a reply -> whether its reader can use it; others are not kept.
+            readable: text of a reply -> whether its reader can use it; other replies are not kept.
 
         Raises:
-            InputError: the server refuses a request, does not answer in the tries that it has, or answers something
-                else.
+            InputError: the server refuses a request, does not answer in any try, or its answer is no reply.
         """
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         return self.until_read(chats, [options], readable)
@@ -134,11 +133,11 @@ class Endpoint:
     def until_read(
         self, chats: Sequence[Chat], tries: Sequence[Mapping[str, Any]], readable: Callable[[str], Any]
     ) -> list[Reply]:
-        """Of each chat the first reply that can be read, or the last one where none can.
+        """For each chat the first readable reply, or the last reply if none is readable.
 
         Args:
-            tries: max_tokens, temperature and seed of the first request, of the second one where the reply to that
-                cannot be read, and so on. A reply to any of them that is kept already is taken.
+            tries: max_tokens, temperature and seed of the first request; of the second one, which is sent if the first
+                reply is not readable; and so on. A kept readable reply to any of them is used first.
             readable, and raises: as above.
         """
         rounds = [[self._request(chat, options) for chat in chats] for options in tries]
@@ -150,84 +149,86 @@ class Endpoint:
 
     def _asked(self, rounds: list[list[dict]], readable: Callable[[str], Any]) -> list[Reply]:
         if self.known is None:
-            self.known = _remembered(self.memory)
-        found: dict[int, Reply] = {}
+            self.known = _load_replies(self.memory)
+        readable_replies: dict[int, Reply] = {}
         for requests in rounds:
-            known = {i: self.known[name] for i, name in enumerate(map(_name, requests)) if name in self.known}
-            answers = {i: _answer(reply) for i, reply in known.items() if i not in found}
-            found |= {i: answer for i, answer in answers.items() if readable(answer.text)}
-        last = dict(found)
+            kept_replies = {
+                i: self.known[name] for i, name in enumerate(map(_request_hash, requests)) if name in self.known
+            }
+            answers = {i: _drop_thought(reply) for i, reply in kept_replies.items() if i not in readable_replies}
+            readable_replies |= {i: answer for i, answer in answers.items() if readable(answer.text)}
+        last_replies = dict(readable_replies)
         for requests in rounds:
-            missing = {i: request for i, request in enumerate(requests) if i not in found}
+            missing = {i: request for i, request in enumerate(requests) if i not in readable_replies}
             if not missing:
                 break
             try:
                 replies = asyncio.run(self._all(list(missing.values()), readable))
-            except ExceptionGroup as several:  # of a task group; the first is as good as all
-                raise several.exceptions[0] from None
-            last |= dict(zip(missing, map(_answer, replies)))
-            found |= {i: last[i] for i in missing if readable(last[i].text)}
-        return [last[i] for i in range(len(rounds[0]))]
+            except ExceptionGroup as group:  # from the task group; the first error is enough
+                raise group.exceptions[0] from None
+            last_replies |= dict(zip(missing, map(_drop_thought, replies)))
+            readable_replies |= {i: last_replies[i] for i in missing if readable(last_replies[i].text)}
+        return [last_replies[i] for i in range(len(rounds[0]))]
 
     async def _all(self, requests: list[dict], readable: Callable[[str], Any]) -> list[Reply]:
-        names = list(map(_name, requests))
-        missing, replies = dict(zip(names, requests)), {}
-        at_once = asyncio.Semaphore(self.section.concurrency)
+        hashes = list(map(_request_hash, requests))
+        missing, replies = dict(zip(hashes, requests)), {}
+        semaphore = asyncio.Semaphore(self.section.concurrency)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         bar = Progress("replies", len(missing), shown=processes.is_writer(), unit="reply", brief=True)
         client = httpx.AsyncClient(headers=headers, timeout=self.section.timeout)
 
-        async def one(name: str, request: dict) -> None:
-            async with at_once:
-                replies[name] = await self._ask(client, request)
-                if readable(_answer(replies[name]).text):
-                    self._keep(name, replies[name])
+        async def ask_and_keep(request_hash: str, request: dict) -> None:
+            async with semaphore:
+                replies[request_hash] = await self._ask(client, request)
+                if readable(_drop_thought(replies[request_hash]).text):
+                    self._keep(request_hash, replies[request_hash])
             bar.show()
 
         with contextlib.closing(bar):
-            async with client, asyncio.TaskGroup() as group:  # the first error ends the others
-                for name, request in missing.items():
-                    group.create_task(one(name, request))
-        return [replies[name] for name in names]
+            async with client, asyncio.TaskGroup() as group:  # the first error cancels the other tasks
+                for request_hash, request in missing.items():
+                    group.create_task(ask_and_keep(request_hash, request))
+        return [replies[request_hash] for request_hash in hashes]
 
     async def _ask(self, client: httpx.AsyncClient, request: dict) -> Reply:
-        url, why = f"{self.section.url.rstrip('/')}/chat/completions", ""
+        url, reason = f"{self.section.url.rstrip('/')}/chat/completions", ""
         for attempt in range(1 + self.section.retries):
             start = time.perf_counter()
             wait = min(self.section.backoff * 2**attempt, LONGEST_WAIT)
             try:
                 answer, text = await self._post(client, url, request)
             except (httpx.TransportError, httpx.DecodingError, TimeoutError) as error:
-                why = self.hidden(f"{type(error).__name__} {error}".strip())
+                reason = self.hidden(f"{type(error).__name__} {error}".strip())
             else:
                 if answer.is_success:
                     return self._parsed(answer, text, time.perf_counter() - start)
-                why = f"status {answer.status_code}: {_shown(text)}"
+                reason = f"status {answer.status_code}: {_excerpt(text)}"
                 if answer.status_code not in PASSING:
-                    raise InputError(f"{url} refuses the request ({why}): check the url, the model and the key.")
+                    raise InputError(f"{url} refuses the request ({reason}): check the url, the model and the key.")
                 wait = min(_seconds(answer.headers.get("retry-after", ""), wait), LONGEST_WAIT)
             if attempt < self.section.retries:
                 await asyncio.sleep(wait)
-        raise InputError(f"{url} did not answer in {1 + self.section.retries} tries (at last {why}): is it running?")
+        raise InputError(f"{url} did not answer in {1 + self.section.retries} tries (at last {reason}): is it running?")
 
     async def _post(self, client: httpx.AsyncClient, url: str, request: dict) -> tuple[httpx.Response, str]:
-        """The server's answer and its text; asked anew for each parameter that the server says it does not take."""
+        """The server's answer and its text; asks again for each parameter that the server does not accept."""
         while True:
-            sent = self._in_its_terms(request)
-            async with asyncio.timeout(self.section.timeout), client.stream("POST", url, json=sent) as answer:
+            body = self._in_its_terms(request)
+            async with asyncio.timeout(self.section.timeout), client.stream("POST", url, json=body) as answer:
                 text = await self._read(answer)
             if answer.status_code not in (400, 422):
                 return answer, text
-            if sent == self._in_its_terms(request) and not self._learn(sent, text):
+            if body == self._in_its_terms(request) and not self._learn(body, text):
                 return answer, text
 
     def _in_its_terms(self, request: dict) -> dict:
-        """The request with the parameters that the server takes, as it calls them."""
+        """The request with only the parameters that the server accepts, by the server's names."""
         names = {name: RENAMED[name] if name in self.refused else name for name in request}
-        return {name: request[ours] for ours, name in names.items() if name is not None}
+        return {name: request[own_name] for own_name, name in names.items() if name is not None}
 
     def _learn(self, sent: dict, text: str) -> bool:
-        """Whether an error says that a parameter which was sent is not known there: it is sent no more."""
+        """True if the error is about a sent parameter that the server does not accept; later requests leave it out."""
         mentioned = re.findall(rf"(?<!\w)(?:{'|'.join(RENAMED)})(?!\w)", text) if _REFUSED.search(text) else []
         name = next((name for name in mentioned if name in sent), None)
         if name is None:
@@ -238,7 +239,7 @@ class Endpoint:
         return True
 
     async def _read(self, answer: httpx.Response) -> str:
-        """The answer's text, without the key. Raises InputError where it is larger than any reply."""
+        """The answer's text, without the key. Raises InputError if it has more than LARGEST bytes."""
         body = bytearray()
         async for piece in answer.aiter_bytes():
             body += piece
@@ -257,8 +258,8 @@ class Endpoint:
             content, finish = (self.hidden(mended(part)) for part in (content, finish))
             return Reply(content, tokens if type(tokens) is int else -1, finish, seconds)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            why = f"{type(error).__name__} in {_shown(text)}"
-            raise InputError(f"{answer.url} answers what is no chat completion ({why}).") from error
+            reason = f"{type(error).__name__} in {_excerpt(text)}"
+            raise InputError(f"{answer.url} answers what is no chat completion ({reason}).") from error
 
     def _keep(self, name: str, reply: Reply) -> None:
         self.known[name] = reply
@@ -268,23 +269,24 @@ class Endpoint:
                 file.write(json.dumps({"request": name} | reply._asdict(), ensure_ascii=False) + "\n")
 
 
-def _shown(text: str) -> str:
-    """The beginning of a text for a sentence, in one line and without what a terminal would obey."""
+def _excerpt(text: str) -> str:
+    """The beginning of a text for a message, in one line and without characters that control a terminal."""
     return "".join(c if c.isprintable() else " " for c in text[:200])
 
 
-def _name(request: dict) -> str:
-    """The request's name in the memory: a hash of all of it."""
+def _request_hash(request: dict) -> str:
+    """A hash of the whole request; it names the request in the memory file."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def _answer(reply: Reply) -> Reply:
-    """The reply as its readers have it: what follows the thought."""
+def _drop_thought(reply: Reply) -> Reply:
+    """The reply as its reader gets it: only the text after the thought."""
     return reply._replace(text=without_thought(reply.text))
 
 
 def _text_of(content: Any) -> str:
-    """The text of a message's content: a text, a number that the server took for JSON, or parts of which some are text.
+    """The text of a message's content: a text, a number, or a list of parts, of which the text parts count. (Some
+    servers send a text that looks like a number as a JSON number.)
 
     Raises:
         KeyError, TypeError: it is something else.
@@ -299,7 +301,7 @@ def _text_of(content: Any) -> str:
 
 
 def _seconds(header: str, otherwise: float) -> float:
-    """Seconds from now that a Retry-After header asks for, by a number or a date (RFC 9110, 10.2.3)."""
+    """Seconds from now in a Retry-After header, which holds a number or a date (RFC 9110, 10.2.3); or `otherwise`."""
     if re.fullmatch(r"\d+(?:\.\d+)?", header.strip(), re.ASCII):
         return float(header)
     try:
@@ -310,31 +312,31 @@ def _seconds(header: str, otherwise: float) -> float:
     return max((date - datetime.datetime.now(datetime.timezone.utc)).total_seconds(), 0.0)
 
 
-def _remembered(memory: pathlib.Path | None) -> dict[str, Reply]:
-    """The replies in the file; a last line that a killed process left unfinished is cut off.
+def _load_replies(memory: pathlib.Path | None) -> dict[str, Reply]:
+    """The replies in the file. An incomplete last line of a killed process is cut off.
 
-    Another line that is no reply is left out with a warning: what it answered is asked for again.
+    Another line that is no reply is left out with a warning; its request will be sent again.
     """
     if memory is None or not memory.exists():
         return {}
-    whole = memory.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if kept != whole:
-        os.truncate(memory, len(kept))
-    found, damaged = {}, []
-    for number, line in enumerate(kept.split(b"\n")[:-1], start=1):  # a reply may hold other line ends
+    data = memory.read_bytes()
+    complete_lines = data[: data.rfind(b"\n") + 1]
+    if complete_lines != data:
+        os.truncate(memory, len(complete_lines))
+    replies, damaged = {}, []
+    for number, line in enumerate(complete_lines.split(b"\n")[:-1], start=1):  # a reply may hold other line ends
         try:
             row = json.loads(line.decode("utf-8"))
             reply = Reply(mended(row["text"]), row["tokens"], mended(row["finish"]), row["seconds"])
             texts, numbers = (row["request"], row["text"], row["finish"]), (reply.tokens, reply.seconds)
             if {*map(type, texts)} != {str} or not {*map(type, numbers)} <= {int, float}:
                 raise TypeError("a field of another type")
-            found[row["request"]] = reply
+            replies[row["request"]] = reply
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             damaged.append(number)
     if damaged:
         log.warning(
-            "%s: %d lines are no replies, the first is line %d: what they answered is asked for again",
+            "%s: %d lines are no replies, the first is line %d: their requests are sent again",
             memory, len(damaged), damaged[0],
         )  # fmt: skip
-    return found
+    return replies

@@ -1,4 +1,4 @@
-"""Files and folders that a user names: which path is meant, and how a file is replaced."""
+"""Paths that a user gives, and functions that replace files and folders as a whole."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ KEPT_BESIDE = ("replies", "judgements")
 
 
 def expand_path(name: str | os.PathLike) -> pathlib.Path:
-    """The path that this name means; a `~` or `~user` at its beginning is a home folder, as in a shell.
+    """The path of this name. `~` or `~user` at its beginning is a home folder, as in a shell.
 
-    Every option that names a file or a folder passes through here: a shell expands `--workdir ~/x` but not
+    Every option that names a file or a folder uses this function, because a shell expands `--workdir ~/x` but not
     `--workdir=~/x`.
 
     Raises:
-        InputError: the name is blank or holds a NUL, or there is no such home.
+        InputError: the name is blank or holds a NUL, or there is no such home folder.
     """
     if not str(name).strip() or "\0" in str(name):
         raise InputError(f"{str(name)!r} is no path: name a file or a folder.")
     try:
         return pathlib.Path(name).expanduser()
     except RuntimeError as error:  # no such user
-        raise InputError(f"{name} is in no home folder that is known here: write the path in full.") from error
+        raise InputError(f"{name} is in a home folder that does not exist here: write the path in full.") from error
 
 
 def replace_file(path: pathlib.Path, text: str, errors: str = "strict") -> None:
-    """Writes a text file, in UTF-8, that appears whole: what was there stays until then, also where writing fails.
+    """Writes a text file in UTF-8 and puts it in place as a whole. If writing fails, the old file stays.
 
-    Folders above it are made. Of a link the file behind it is replaced; what is no file (/dev/stdout) is written to.
+    Missing folders above it are made. If the path is a link, its target is replaced. If it is no regular file
+    (/dev/stdout), the text is written to it directly.
 
     Args:
         path: the file.
-        text: what it holds then; line ends are written as they are.
-        errors: what to do with what UTF-8 cannot hold, as `str.encode` has it.
+        text: the new contents; line ends are written unchanged.
+        errors: how to handle characters that UTF-8 cannot hold, as for `str.encode`.
 
     Raises:
-        InputError: there is a folder of this name.
+        InputError: the path is a folder.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file in it.")
@@ -65,7 +66,7 @@ def replace_file(path: pathlib.Path, text: str, errors: str = "strict") -> None:
 
 
 def need_apart(out: pathlib.Path, *sources: pathlib.Path) -> None:
-    """Checks that a command does not write over what it reads.
+    """Checks that a command does not overwrite a file that it reads.
 
     Raises:
         InputError: `out` is one of the sources.
@@ -76,13 +77,13 @@ def need_apart(out: pathlib.Path, *sources: pathlib.Path) -> None:
 
 
 def beside(out: pathlib.Path, what: str) -> pathlib.Path:
-    """The file in which a command that writes `out` keeps what servers answered; `what` is one of KEPT_BESIDE."""
+    """The file beside `out` in which a command keeps the answers of servers; `what` is one of KEPT_BESIDE."""
     return out.with_suffix(f".{what}.jsonl")
 
 
 def is_beside(path: pathlib.Path) -> bool:
-    """Whether it is a file of `beside`, by its name and its first line: the product's own, and no data of a user's."""
-    if not (path.is_file() and path.name.endswith(tuple(f".{what}.jsonl" for what in KEPT_BESIDE))):
+    """Whether the path is a file of `beside`, judged by its name and its first line, and so not the user's own data."""
+    if not (path.is_file() and path.name.endswith(tuple(f".{kind}.jsonl" for kind in KEPT_BESIDE))):
         return False
     with path.open("rb") as file:
         return file.readline().startswith(b'{"request":')
@@ -90,12 +91,12 @@ def is_beside(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def replace_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty folder that takes the other's place and name at the end, unless writing into it was cut."""
+    """An empty folder that replaces `folder` at the end of the block. If the block fails, the old folder stays."""
     new, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     yield new
-    # Renames alone touch the folder's name, so that no kill leaves half a model, new or old, under it.
+    # Only renames touch the folder's name. So a killed process never leaves half a model, new or old, under this name.
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.replace(old)
@@ -104,5 +105,5 @@ def replace_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(file: pathlib.Path, value: dict) -> None:
-    """Writes what is read by people and by Hugging Face: indented, not escaped."""
+    """Writes a JSON file for people and for Hugging Face: indented, not escaped."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

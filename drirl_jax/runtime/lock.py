@@ -1,4 +1,4 @@
-"""One run at a time has a workdir."""
+"""Locks a workdir, so that only one run at a time uses it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ TAKEN = "another run is at work in {}: wait until it has ended, or take another 
 
 
 def require_free(workdir: pathlib.Path) -> None:
-    """Raises InputError where `lock` would, but takes and makes nothing."""
-    place = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
+    """Raises InputError where `acquire` would, but locks and makes nothing."""
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise InputError(f"the workdir {workdir} cannot be written: take another --workdir.")
     if is_locked(workdir):
         raise InputError(TAKEN.format(workdir))
 
 
 class Lock:
-    """A workdir that this process has taken, until `close` or its death.
+    """The lock of a workdir by this process, until `close` or until the process dies.
 
-    The folder itself is locked, so that no one who removes files in it lets a second run in. So is .lock in it: some
-    file systems lock files alone, and older versions know no other lock.
+    The folder itself is locked, so that a user who removes its files does not let a second run in. The file .lock in it
+    is locked too: some file systems lock only files, and older versions lock only this file.
 
     Raises:
-        InputError: another process has it, or nothing can be written there.
+        InputError: another process has the lock, or nothing can be written there.
     """
 
     def __init__(self, workdir: pathlib.Path):
@@ -44,17 +44,17 @@ class Lock:
                 f"the workdir {workdir} cannot be written ({error.strerror}): take another --workdir."
             ) from error
         try:
-            alone = self._taken(self.folder)
+            folder_is_locked = self._taken(self.folder)
             self.file = self._file()
-            if not (alone or self._taken(self.file.fileno())):
-                log.warning("%s cannot be locked: see that no second run is started there", workdir)
+            if not (folder_is_locked or self._taken(self.file.fileno())):
+                log.warning("%s cannot be locked: do not start a second run there", workdir)
         except BaseException:
             os.close(self.folder)
             raise
 
     def require(self) -> None:
-        """Takes .lock again where it was removed. Raises InputError where the folder is no longer there, or another run
-        has taken it."""
+        """Makes and locks .lock again if it was removed. Raises InputError if the folder is gone, or if another run has
+        locked it."""
         if not _is_same(self.workdir, self.folder):
             raise InputError(
                 f"the workdir {self.workdir} was removed or moved during the run: put it back, and start the same "
@@ -65,7 +65,7 @@ class Lock:
             self.file = self._file()
 
     def close(self) -> None:
-        """Leaves the workdir to others."""
+        """Releases the lock."""
         self.file.close()
         os.close(self.folder)
 
@@ -84,8 +84,8 @@ class Lock:
         return file
 
     def _taken(self, descriptor: int) -> bool:
-        """Whether it is locked now; False on a file system that locks no such thing. Raises InputError where another
-        process has it."""
+        """Locks an open file or folder. False if the file system cannot lock it. Raises InputError if another process
+        has locked it."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -96,7 +96,7 @@ class Lock:
 
 
 def _is_same(path: pathlib.Path, descriptor: int) -> bool:
-    """Whether the path still leads to what was opened."""
+    """Whether the path still leads to the file or folder that was opened."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except OSError:
@@ -104,12 +104,12 @@ def _is_same(path: pathlib.Path, descriptor: int) -> bool:
 
 
 def acquire(workdir: pathlib.Path) -> Lock:
-    """Makes the workdir and takes it for this process. Raises InputError like `Lock`."""
+    """Makes the workdir and locks it for this process. Raises InputError like `Lock`."""
     return Lock(workdir)
 
 
 def is_locked(workdir: pathlib.Path) -> bool:
-    """Whether a process of this machine has taken the workdir, as `Lock` does."""
+    """Whether a process of this machine has locked the workdir, as `Lock` does."""
     return any(_locked(path) for path in (workdir, workdir / ".lock"))
 
 

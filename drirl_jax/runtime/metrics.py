@@ -1,7 +1,7 @@
-"""Scalars to JSONL and to sinks, TensorBoard by default, samples to JSONL, and the progress bar.
+"""Writes scalars to JSONL files and to sinks (TensorBoard by default), and samples to a JSONL file.
 
-metrics.jsonl and samples.jsonl hold nothing that depends on the clock or the machine's load, so that two runs can be
-compared bit for bit; seconds go to timing.jsonl.
+metrics.jsonl and samples.jsonl hold nothing that depends on the clock or the load of the machine. So two runs can be
+compared bit for bit. Seconds go to timing.jsonl.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class MetricWriter:
-    """The scalars of one workdir: metrics.jsonl, timing.jsonl and sinks; and samples.jsonl. Nothing without `writes`.
+    """Writes the scalars of one workdir (metrics.jsonl, timing.jsonl, sinks) and its samples (samples.jsonl).
 
-    A sink that fails is left out from then on, with one warning: the run goes on as it would without.
+    A sink that fails gets no more scalars: there is one warning, and the run continues without the sink.
 
     Args:
-        workdir: made if it is not there.
-        writes: whether this process is the one that writes.
-        names: of `sinks.SINKS`.
+        workdir: made if it does not exist.
+        writes: whether this process is the one that writes; if False, nothing is written.
+        names: keys of `sinks.SINKS`.
         project, options: see `sinks.Start`.
     """
 
@@ -58,68 +58,70 @@ class MetricWriter:
         self.close(failed=kind is not None)
 
     def write(self, stage: str, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends {"stage", "step", ...} to metrics.jsonl, in full precision; null for what is not finite."""
+        """Appends {"stage", "step", ...} to metrics.jsonl, in full precision, with null for NaN and infinity."""
         self.rows += self.writes
         self._append(self.metrics, stage, step, scalars)
 
     def timing(self, stage: str, step: int, seconds: Mapping[str, float]) -> None:
-        """Appends {"stage", "step", "NAME_s", ...} to timing.jsonl, after the step's scalars were written."""
+        """Appends {"stage", "step", "NAME_s", ...} to timing.jsonl; call it after `write` of the same step."""
         self._append(self.seconds, stage, step, {f"{key}_s": value for key, value in seconds.items()})
 
     def keep(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends {"stage", "step", ...} for each row to samples.jsonl, before the step's scalars are written."""
+        """Appends {"stage", "step", ...} for each row to samples.jsonl; call it before `write` of the same step."""
         if self.writes:
             lines = [json.dumps({"stage": stage, "step": step} | dict(row)) + "\n" for row in rows]
             with self.samples.open("a") as file:
                 file.write("".join(lines))
 
     def read(self) -> list[dict]:
-        """The lines of metrics.jsonl."""
+        """The rows of metrics.jsonl."""
         return read_jsonl(self.metrics)
 
     def whole_until(self, stage: str) -> int:
-        """The last step of the stage up to which metrics.jsonl has every step; 0 where it lacks the first."""
+        """The last step of the stage up to which metrics.jsonl has every step; 0 if it lacks the first step."""
         steps = {row["step"] for row in self.read() if row["stage"] == stage}
         return next(step for step in itertools.count() if step + 1 not in steps)
 
     def rewind(self, stage_order: Sequence[str], stage: str, step: int, sampled: Iterable[int] = ()) -> None:
-        """Drops what was written after this step of this stage, so that a run that goes on repeats no line.
+        """Drops all rows after this step of this stage, so that a resumed run does not write a row twice.
 
-        Each file is replaced whole, so a run killed here loses nothing; TensorBoard hides the dropped steps.
+        Each file is replaced whole, so a run that is killed here loses nothing. TensorBoard hides the dropped steps.
 
         Args:
-            stage_order: the schedule's stages in turn.
-            stage, step: the state that the run goes on from; a torn last line is dropped too.
-            sampled: the stage's steps whose samples samples.jsonl should have, as far as they are done.
+            stage_order: the schedule's stages in their order.
+            stage, step: the state from which the run resumes. An incomplete last line is dropped too.
+            sampled: the steps of the stage whose samples samples.jsonl should have; later steps are ignored.
 
         Raises:
-            InputError: a file is damaged, or of a stage that is not in the schedule.
+            InputError: a file is damaged, or has rows of a stage that is not in the schedule.
         """
         if not self.writes:
             return
-        turn = {name: i for i, name in enumerate(stage_order)}
-        at = (turn[stage], step)
+        stage_index = {name: i for i, name in enumerate(stage_order)}
+        last_position = (stage_index[stage], step)
         for path in (self.metrics, self.seconds, *filter(pathlib.Path.exists, (self.samples,))):
-            whole = json_files.lines(path, json_files.ROW)
-            if unknown := {row["stage"] for row, _ in whole} - turn.keys():
+            lines = json_files.lines(path, json_files.ROW)
+            if unknown := {row["stage"] for row, _ in lines} - stage_index.keys():
                 raise InputError(f"{path} has rows of {', '.join(sorted(unknown))}, no stage of config.schedule.")
-            replace_file(path, "".join(line for row, line in whole if (turn[row["stage"]], row["step"]) <= at))
+            replace_file(
+                path, "".join(line for row, line in lines if (stage_index[row["stage"]], row["step"]) <= last_position)
+            )
         rows = self.read()
         self.rows = len(rows)
         done = {(row["stage"], row["step"]) for row in rows}
-        for path, wanted in ((self.seconds, done), (self.samples, {(stage, n) for n in sampled if n <= step})):
-            there = {(row["stage"], row["step"]) for row in json_files.rows(path)}
-            if lost := sorted(n for of, n in wanted - there):
-                steps = ", ".join(map(str, lost[:5])) + ", ..." * (len(lost) > 5)
-                log.warning("%s lacks %d steps that are done (%s): the report does too", path, len(lost), steps)
+        for path, expected in ((self.seconds, done), (self.samples, {(stage, n) for n in sampled if n <= step})):
+            present = {(row["stage"], row["step"]) for row in json_files.rows(path)}
+            if missing := sorted(n for _, n in expected - present):
+                steps = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
+                log.warning("%s lacks %d steps that are done (%s): the report does too", path, len(missing), steps)
         for name in tuple(self.sinks):
             self._try(name, lambda: self.sinks[name].rewind(stage, step))
 
     def close(self, failed: bool = False) -> None:
-        """Closes the sinks, which hold all that was written.
+        """Closes the sinks; they have all that was written.
 
         Args:
-            failed: whether the run ended before it was done.
+            failed: whether the run ended before its last step.
         """
         for name in tuple(self.sinks):
             self._try(name, lambda: self.sinks[name].close(failed))
@@ -132,20 +134,20 @@ class MetricWriter:
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         with path.open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step} | dict.fromkeys(values) | finite) + "\n")
-        named = {scalar_name(key): value for key, value in finite.items()}
+        sink_scalars = {scalar_name(key): value for key, value in finite.items()}
         for name in tuple(self.sinks):
-            self._try(name, lambda: self.sinks[name].write(self.rows - 1, stage, step, named))
+            self._try(name, lambda: self.sinks[name].write(self.rows - 1, stage, step, sink_scalars))
 
     def _try(self, name: str, call: Callable[[], Any]) -> None:
-        """Calls a sink; one that raises is left out from then on."""
+        """Calls a sink; removes it if it raises."""
         try:
             call()
-        except Exception as error:  # a tool of others, and the network: any kind, and never worth a run
+        except Exception as error:  # other people's tools and the network raise anything; none of it may end the run
             self.sinks.pop(name, None)
             log.warning("%s takes no more scalars of this start: %s", name, sinks.described(error))
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """The rows of metrics.jsonl or timing.jsonl in order; a torn last line, which a killed run leaves, is not among
-    them. Raises InputError where another one is damaged."""
+    """The rows of metrics.jsonl or timing.jsonl in order, without an incomplete last line of a killed run. Raises
+    InputError if another line is damaged."""
     return json_files.rows(path, json_files.SCALARS)

@@ -1,8 +1,8 @@
-"""What a name may be: of a category, a variant of a study, a run; and which names they have as files and as scalars.
+"""Checks the names of categories, study variants and runs, and derives their file names and scalar names.
 
 Published data sets call their categories `hate/threatening` or `drug_abuse,weapons,banned_substance`. So a name may
-hold every character that prints. `file_name` and `scalar_name` write what a path or a tool cannot hold in another form.
-Both leave a plain name as it is, and two names that pass `check` never get the same form.
+have every printable character. `file_name` and `scalar_name` escape the characters that a path or a tool cannot hold.
+Both leave a plain name unchanged, and two names that pass `check` never get the same form.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from urllib.parse import unquote
 
 from drirl_jax.errors import InputError
 
-LONGEST = 100  # characters of a name
-LONGEST_FILE = 200  # bytes of a file's name: file systems take 255, and temporary names are longer
-# What stands for all categories in metrics, tables and figures.
+LONGEST = 100  # most characters of a name
+LONGEST_FILE = 200  # most bytes of a file name: file systems allow 255, and temporary names are longer
+# Names that stand for all categories in metrics, tables and figures.
 AGGREGATES = ("all", "all categories", "overall")
-# Separators of paths here and on Windows, marks of patterns, and the escape itself.
+# Path separators of Unix and Windows, characters of patterns, and the escape character.
 UNSAFE = frozenset('/\\:*?"<>|[]%')
-DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # of Windows, in every folder
-WHILE_WRITING = (".tmp", ".old")  # what a folder is called while another one takes its place
-PATTERN = "[]*?"  # of these orbax makes patterns of file names, which find other files or none
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows devices, in every folder
+WHILE_WRITING = (".tmp", ".old")  # endings of a folder while another one takes its place
+PATTERN = "[]*?"  # orbax takes these for patterns of file names, which match other files or none
 
 
 def folded(name: str) -> str:
-    """The name without what readers, file systems and tools do not tell apart: case, Unicode form, blanks and `_`."""
+    """The name without differences that readers, file systems or tools ignore: case, Unicode form, blanks, `_`."""
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     return " ".join(plain.replace("_", " ").split())
 
 
 def check(what: str, names: Iterable[str], reserved: Collection[str] = ()) -> None:
-    """Checks names that stand beside each other.
+    """Checks the names of one list.
 
     Args:
-        what: what has these names, as `config.data.categories`.
-        names: all of them; each may stand there once.
-        reserved: names that mean something else there, in any case and Unicode form.
+        what: the list, such as `config.data.categories`, for messages.
+        names: all names of the list; each may appear once.
+        reserved: names with another meaning there, in any case and Unicode form.
 
     Raises:
-        InputError: a name is empty, overlong or reserved, does not print, or can be taken for another one.
+        InputError: a name is empty, too long, reserved or not printable, or can be confused with another one.
     """
-    taken = {folded(name) for name in reserved}
-    before: dict[str, str] = {}
+    folded_reserved = {folded(name) for name in reserved}
+    name_by_folded: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str):
             raise InputError(f"{what} has the name {name!r}, which is no text: put it in quotes.")
@@ -57,49 +57,49 @@ def check(what: str, names: Iterable[str], reserved: Collection[str] = ()) -> No
                 f"{what} has the name {ascii(name)}: a name has no line end, no character that does not print, and no "
                 "blank at its ends."
             )
-        if folded(name) in taken:
+        if folded(name) in folded_reserved:
             raise InputError(f"{what} has the name {name!r}, which means something else there: choose another one.")
-        other = before.setdefault(folded(name), name)
+        other = name_by_folded.setdefault(folded(name), name)
         if other is not name:
             raise InputError(
                 f"{what} has the names {other!r} and {name!r}, which differ in nothing, or only in case, blanks or "
-                "Unicode form: change one."
+                "Unicode form: change one of them."
             )
         file_name(name)
 
 
 def file_name(name: str) -> str:
-    """The name of the name's file or folder: itself, with percent signs and numbers for what a path cannot hold.
+    """The file name for this name: the name itself, with `%` and hexadecimal numbers for unsafe characters.
 
-    `urllib.parse.unquote` gives the name again. The result is no path: it has no separator, is neither "." nor "..",
-    and is no device of Windows.
+    `urllib.parse.unquote` restores the name. The result has no path separator, is neither "." nor "..", and is no
+    Windows device.
 
     Raises:
-        InputError: the name is empty, or its file's name too long for a file system.
+        InputError: the name is empty, or the result is too long for a file system.
     """
     if not name:
         raise InputError("an empty name is no name of a file: give it a name.")
-    odd = {i for i, c in enumerate(name) if c in UNSAFE or not c.isprintable()}
-    odd |= {i for i in (0, len(name) - 1) if name[i] in ". "}
-    odd |= {len(name) - len(end) for end in WHILE_WRITING if name.casefold().endswith(end)}
-    odd |= {0} if DEVICES.fullmatch(name) else set()
-    out = "".join(_escaped(c, "%") if i in odd else c for i, c in enumerate(name))
-    if len(os.fsencode(out)) > LONGEST_FILE:
+    unsafe = {i for i, c in enumerate(name) if c in UNSAFE or not c.isprintable()}
+    unsafe |= {i for i in (0, len(name) - 1) if name[i] in ". "}
+    unsafe |= {len(name) - len(end) for end in WHILE_WRITING if name.casefold().endswith(end)}
+    unsafe |= {0} if DEVICES.fullmatch(name) else set()
+    escaped = "".join(_escaped(c, "%") if i in unsafe else c for i, c in enumerate(name))
+    if len(os.fsencode(escaped)) > LONGEST_FILE:
         raise InputError(f"the name {name[:30]!r}... is too long for a file of its name: shorten it.")
-    return out
+    return escaped
 
 
 def name_of_file(file: str) -> str:
-    """The name whose `file_name` this is."""
+    """The name for which `file_name` returns `file`."""
     return unquote(file, errors="surrogatepass")
 
 
 def scalar_name(key: str) -> str:
-    """A key of metrics.jsonl, METRIC or METRIC/NAME, as TensorBoard, W&B and MLflow take it.
+    """A key of metrics.jsonl, METRIC or METRIC/NAME, in a form that TensorBoard, W&B and MLflow accept.
 
-    They replace or refuse what is neither a letter nor a digit nor one of `_`, `-`, `.` and `/`. Two categories would
-    become one curve, or the sink would fail. So other characters of NAME are written as `.` and the hexadecimal numbers
-    of their bytes, and so are `.` and `/` in it.
+    They replace or refuse every character but letters, digits, `_`, `-`, `.` and `/`. Two categories could become one
+    curve, or the sink could fail. So other characters of NAME, and `.` and `/` in it, become `.` and the hexadecimal
+    numbers of their bytes.
     """
     metric, slash, name = key.partition("/")
     return metric + slash + "".join(c if c.isalnum() or c in "_-" else _escaped(c, ".") for c in name)
@@ -109,16 +109,16 @@ def need_place_of_run(place: object) -> None:
     """Checks the whole path of a run's workdir, with the folders above it.
 
     Raises:
-        InputError: it holds what orbax takes for a pattern, or what does not print.
+        InputError: the path has a character that orbax takes for a pattern, or that is not printable.
     """
-    text = str(place)
-    if odd := [c for c in text if c in PATTERN or not c.isprintable()]:
+    path = str(place)
+    if unsafe := [c for c in path if c in PATTERN or not c.isprintable()]:
         raise InputError(
-            f"the workdir {text} holds {ascii(odd[0])}: checkpoints in such a place cannot be read again; take another "
-            "folder, also of those above it."
+            f"the workdir {path} holds {ascii(unsafe[0])}: checkpoints in such a place cannot be read again; take "
+            "another folder, also of those above it."
         )
 
 
 def _escaped(c: str, mark: str) -> str:
-    """The character's bytes as hexadecimal numbers, the mark before each."""
+    """The character's bytes as hexadecimal numbers, each after the mark."""
     return "".join(f"{mark}{byte:02X}" for byte in c.encode("utf-8", "surrogatepass"))

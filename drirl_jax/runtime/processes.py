@@ -1,6 +1,6 @@
-"""What several processes of one run do together: one writes and asks servers, all know the results.
+"""How several processes of one run work together: one writes files and asks servers, all get the results.
 
-All of them run the same program. The first one writes files and speaks (`is_writer`) and asks servers (`ask_once`).
+All processes run the same program. Only the first one writes files, prints (`is_writer`) and asks servers (`ask_once`).
 They share long work on separate items (`map_shares`). An error of one process is raised on all (`all_or_none`).
 """
 
@@ -23,13 +23,13 @@ from drirl_jax.types import InputError
 JSON = Any  # what a JSON file can hold
 
 
-LONGEST_WAIT = 24 * 60 * 60 * 1000  # milliseconds that processes wait for the last of them
+LONGEST_WAIT = 24 * 60 * 60 * 1000  # milliseconds that processes wait for the last one
 
 
-MOST_AT_ONCE = 1 << 22  # bytes of each process that lie on every device while they are gathered
+MOST_AT_ONCE = 1 << 22  # bytes of each process that every device holds at a time while results are gathered
 
 
-_turn = itertools.count()  # the same on all processes
+_gather_number = itertools.count()  # the same on all processes
 
 
 def connect(section: ConfigDict) -> None:
@@ -41,112 +41,116 @@ def connect(section: ConfigDict) -> None:
 
 
 def is_writer() -> bool:
-    """Whether this process is the one of all that writes files and speaks."""
+    """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def writers_value(value: bool) -> bool:
-    """What the process that writes has found, on all: files may appear on the others a moment later."""
+    """The value of the process that writes, on all processes: the others may see its files a moment later."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
 def gather_json(value: JSON) -> list[JSON]:
-    """What each process says, on all of them, in their order; they wait a day for the last. All call it alike.
+    """The value of each process, on all of them, in their order. They wait a day for the last one.
+
+    Every process must call it.
 
     Args:
-        value: what JSON can say.
+        value: anything that JSON can hold.
     """
-    if not jax.distributed.is_initialized():  # which, unlike the number of processes, needs no devices
+    if not jax.distributed.is_initialized():  # unlike the number of processes, this needs no devices
         return [value]
-    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    # A server may take minutes, and the first collective of some processes waits for 30 seconds alone.
-    ocp.multihost.get_barrier_sync_fn()(key=f"gathered {next(_turn)}", timeout_ms=LONGEST_WAIT)
-    sizes = multihost_utils.process_allgather(np.array(len(said)))
+    message = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    # A server may take minutes, but the first collective of some processes waits for only 30 seconds.
+    ocp.multihost.get_barrier_sync_fn()(key=f"gathered {next(_gather_number)}", timeout_ms=LONGEST_WAIT)
+    sizes = multihost_utils.process_allgather(np.array(len(message)))
     longest = int(sizes.max())
-    piece = min(1 << longest.bit_length(), MOST_AT_ONCE)  # few sizes, each of which is compiled for
+    piece = min(1 << longest.bit_length(), MOST_AT_ONCE)  # only few sizes, because each one is compiled
     padded = np.zeros(-(-longest // piece) * piece, np.uint8)
-    padded[: len(said)] = said
+    padded[: len(message)] = message
     pieces = [multihost_utils.process_allgather(part) for part in padded.reshape(-1, piece)]
-    return [json.loads(row[:n].tobytes()) for row, n in zip(np.concatenate(pieces, axis=1), sizes)]
+    return [json.loads(row[:size].tobytes()) for row, size in zip(np.concatenate(pieces, axis=1), sizes)]
 
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """What is done inside is done by all processes, or by none: an error of one is raised on all, once all are there.
+    """All processes complete the block, or none does: an error of one is raised on all, once all have reached the end.
 
-    Else the others would wait, in what they do together next, for one that has ended. Inside nothing is gathered: one
-    that had failed before would not take part.
+    Otherwise the others would wait, at the next thing that they do together, for a process that has ended. Nothing may
+    be gathered inside the block: a process that had failed before would not take part.
 
     Raises:
         InputError: that of the first process which has one.
-        RuntimeError: another process failed otherwise; that one raises its own error.
+        RuntimeError: another process failed with another error; that process raises its own error.
     """
     if not jax.distributed.is_initialized():
         yield
         return
-    own = None
+    own_error = None
     try:
         yield
     except Exception as error:
-        own = error
-    wrong = isinstance(own, InputError)
-    found = gather_json(None if own is None else [wrong, str(own) if wrong else repr(own)])
-    if own is not None and not wrong:
-        raise own
-    for process, (is_input, why) in ((i, error) for i, error in enumerate(found) if error):
-        raise (InputError(why) if is_input else RuntimeError(f"process {process} failed: {why}")) from own
+        own_error = error
+    is_own_input = isinstance(own_error, InputError)
+    errors = gather_json(
+        None if own_error is None else [is_own_input, str(own_error) if is_own_input else repr(own_error)]
+    )
+    if own_error is not None and not is_own_input:
+        raise own_error
+    for process, (is_input, reason) in ((i, error) for i, error in enumerate(errors) if error):
+        raise (InputError(reason) if is_input else RuntimeError(f"process {process} failed: {reason}")) from own_error
 
 
 def ask_once(ask: Callable[[], JSON]) -> JSON:
-    """What `ask` gives on the process that writes, on all of them: so that a server is asked once, not by each.
+    """Calls `ask` on the process that writes, and returns the result on all of them. So a server is asked only once.
 
-    All processes call it alike.
+    Every process must call it.
 
     Args:
-        ask: gives what JSON can say.
+        ask: returns anything that JSON can hold.
 
     Raises:
-        InputError: as `ask` does, then on all.
+        InputError: that of `ask`, then on all processes.
     """
     if not jax.distributed.is_initialized():
         return ask()
-    found = None
+    result = None
     with all_or_none():
         if is_writer():
-            found = ask()
-    return gather_json(found)[0]
+            result = ask()
+    return gather_json(result)[0]
 
 
 def map_shares(items: Sequence, do: Callable[[Sequence], Iterable[JSON]]) -> list[JSON]:
-    """One result for each of the items, in their order, on all processes, each of which does an equal range of them.
+    """One result for each item, in their order, on all processes. Each process works on an equal range of the items.
 
-    All processes call it alike, with the same items; only its own are read.
+    Every process must call it, with the same items; each reads only the items of its own range.
 
     Args:
-        do: items -> for each of them what JSON can say (a tuple comes back as a list).
+        do: items -> for each of them anything that JSON can hold (a tuple comes back as a list).
 
     Raises:
-        InputError: as `do` does for the first bad item of the first process that meets one, then on all.
+        InputError: that of `do` for the first bad item of the first process that has one, then on all processes.
     """
     if not jax.distributed.is_initialized():
         return list(do(items))
     first, last = (len(items) * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
-    mine: list[JSON] = []
+    own_results: list[JSON] = []
     with all_or_none():
-        mine = list(do(items[first:last]))
-    return [result for part in gather_json(mine) for result in part]
+        own_results = list(do(items[first:last]))
+    return [result for share in gather_json(own_results) for result in share]
 
 
-# glibc's mallopt: no array in a mapping of its own, nothing given back, one heap for all threads. (malloc.h)
+# Options of glibc's mallopt (malloc.h): no array has its own mapping, no memory is returned, all threads share a heap.
 KEEP = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it has freed, for what it allocates next; does nothing without glibc.
+    """Makes this process reuse the memory that it has freed; does nothing without glibc.
 
-    XLA allocates a function's temporary arrays at every call. glibc would map them and give them back each time, and
-    the kernel clear every page again: a third of an update on two CPU cores (docs/PERFORMANCE.md). To be called
-    before JAX has started its threads.
+    XLA allocates a function's temporary arrays at every call. By default glibc maps and unmaps them each time, and the
+    kernel clears every page again. This takes a third of an update on two CPU cores (docs/PERFORMANCE.md). Call it
+    before JAX starts its threads.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for option in KEEP.values() if mallopt else ():

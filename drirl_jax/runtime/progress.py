@@ -14,20 +14,20 @@ from drirl_jax.types import PyTree
 
 
 class Clock:
-    """Seconds of the phases of a step: `mark` ends the phase that began at the mark before.
+    """Seconds of the phases of a step: `mark` ends the phase that began at the previous mark.
 
-    A run leaves `wait` off, as waiting would end the overlap of host and device; nothing is recorded then.
+    In a run `wait` is off and nothing is recorded, because waiting would end the overlap of host and device.
     """
 
     def __init__(self):
         self.restart(wait=False)
 
     def restart(self, wait: bool) -> None:
-        """Forgets all phases; with `wait` a mark waits for its value, so that work counts where it was asked for."""
+        """Clears all phases. With `wait` a mark waits for its value, so each phase counts the work that it started."""
         self.wait, self.seconds, self.last = wait, {}, time.perf_counter()
 
     def mark(self, phase: str, value: PyTree) -> PyTree:
-        """The value, once it is there; the time since the last mark is this phase's."""
+        """Returns the value, once it is computed, and adds the time since the last mark to this phase."""
         if self.wait:
             jax.block_until_ready(value)
             now = time.perf_counter()
@@ -37,50 +37,50 @@ class Clock:
 
 
 class Progress:
-    """A bar on stderr with the rate, the time left and the scalars that matter; every 10 s where that is no terminal.
+    """A bar on stderr with the rate, the time left and some scalars; updated every 10 s if stderr is no terminal.
 
-    None where the console is quiet, and an object a step on stdout where it speaks JSON.
+    In console mode "quiet" there is no bar. In mode "json" there is one object a step on stdout instead.
 
     Args:
-        stage: what is done.
-        total, start: how many steps there are, and how many are done already.
-        shown: whether this process speaks.
-        unit: of the steps.
-        brief: for what belongs to something greater: shown only once it has taken 2 s, and gone when it ends.
+        stage: the label of the bar.
+        total, start: the number of all steps, and of the steps that are already done.
+        shown: whether this process prints.
+        unit: the name of a step.
+        brief: for a part of a larger task: the bar appears only after 2 s, and disappears at the end.
     """
 
     def __init__(
         self, stage: str, total: int, start: int = 0, shown: bool = True, *, unit: str = "step", brief: bool = False
     ):
-        patience = 0.1 if sys.stderr.isatty() else 10
+        interval = 0.1 if sys.stderr.isatty() else 10
         self.objects = shown and console.mode() == "json"
         self.brief, self.started, self.told = brief, time.monotonic(), time.monotonic()
         self.bar = tqdm.tqdm(
-            desc=stage, total=total, initial=start, unit=unit, mininterval=patience, dynamic_ncols=True,
+            desc=stage, total=total, initial=start, unit=unit, mininterval=interval, dynamic_ncols=True,
             disable=not shown or console.mode() != "text", delay=2 if brief else 0, leave=not brief,
         )  # fmt: skip
         self.stage, self.total, self.start, self.done = stage, total, start, start
 
     def show(self, scalars: Mapping[str, float] | None = None) -> None:
-        """One step on, with these scalars beside the bar in 3 significant digits."""
+        """Advances the bar by one step, with these scalars beside it in 3 significant digits."""
         self.done += 1
         now = time.monotonic()
         if self.objects and (not self.brief or now - self.told > 10):
             self.told = now
-            left = (now - self.started) / (self.done - self.start) * (self.total - self.done)
-            facts = {"stage": self.stage, "done": self.done, "of": self.total, "seconds_left": round(left, 1)}
-            console.print_event("progress", **facts, **(scalars or {}))
+            seconds_left = (now - self.started) / (self.done - self.start) * (self.total - self.done)
+            fields = {"stage": self.stage, "done": self.done, "of": self.total, "seconds_left": round(seconds_left, 1)}
+            console.print_event("progress", **fields, **(scalars or {}))
         if scalars:
             self.bar.set_postfix({key: f"{value:.3g}" for key, value in scalars.items()}, refresh=False)
         self.bar.update()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops the bar; a brief one disappears."""
         self.bar.close()
 
 
 def with_progress(items: Sequence, doing: str, unit: str) -> Iterator:
-    """The items one by one, with a bar once they have taken a while."""
+    """The items one by one, with a bar that appears after 2 s."""
     progress = Progress(doing, len(items), shown=processes.is_writer(), unit=unit, brief=True)
     try:
         for item in items:

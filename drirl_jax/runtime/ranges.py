@@ -1,7 +1,7 @@
-"""What each number of a config may be: one table (RANGES), and the check of a section against a table.
+"""The range of each number of a config, in one table (RANGES), and the check of a section against a table.
 
-Every number is finite. Computations are in float32, so what is too small or too large for it is refused like 0 and
-infinity, which it would become.
+Every number must be finite. Computations are in float32, where a number that is too small or too large becomes 0 or
+infinity; so such a number is refused too.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Range(NamedTuple):
     """An interval of finite numbers.
 
     Attributes:
-        low, high: its ends, which belong to it unless `above` or `below` says otherwise.
-        above, below: whether a number must lie above `low`, below `high`.
-        whole: whether only whole numbers are meant.
-        zero: whether 0 is allowed beside it.
+        low, high: its ends, which belong to it unless `above` or `below` is True.
+        above, below: whether a number must be above `low`, below `high`.
+        whole: whether only whole numbers are allowed.
+        zero: whether 0 is allowed besides the interval.
     """
 
     low: float
@@ -33,7 +33,7 @@ class Range(NamedTuple):
     zero: bool = False
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value, as the end of a sentence; None if it is in the range."""
+        """The reason why a value is not in the range, as the end of a sentence; None if it is in the range."""
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return "give a number"
         if not math.isfinite(value):
@@ -62,18 +62,18 @@ class Range(NamedTuple):
         return f"{interval}, or be 0" if self.zero else interval
 
 
-LARGEST = 1e6  # of a number without a bound of its own: beyond, products leave float32
+LARGEST = 1e6  # upper bound of numbers without a special one: above it, products overflow float32
 
 COUNT = Range(1, 2**31 - 1, whole=True)
 INDEX = Range(0, 2**31 - 1, whole=True)  # 0 often stands for all, or for none
-SEED = Range(0, 2**32 - 1, whole=True)  # higher bits are lost in a key, so that two seeds would be one
+SEED = Range(0, 2**32 - 1, whole=True)  # a key loses higher bits, so two seeds would be the same
 SHARE = Range(0, 1)
 BELOW_ONE = Range(0, 1, below=True)
 POSITIVE = Range(1e-6, LARGEST)
 WEIGHT = Range(1e-6, LARGEST, zero=True)
 SECONDS = Range(0, LARGEST, above=True)
-TEMPERATURE = Range(0.01, 100)  # below, the most likely token alone; above, all tokens alike
-LIMIT = Range(0, 1e9, above=True)  # of a guard; so high a one never speaks
+TEMPERATURE = Range(0.01, 100)  # below: always the most likely token; above: all tokens equally likely
+LIMIT = Range(0, 1e9, above=True)  # limit of a guard; at the upper end it never stops or warns
 
 
 def _rows(prefixes: str, table: Mapping[str, Range]) -> dict[str, Range]:
@@ -81,12 +81,12 @@ def _rows(prefixes: str, table: Mapping[str, Range]) -> dict[str, Range]:
     return {f"{prefix}.{key}": row for prefix in prefixes.split() for key, row in table.items()}
 
 
-def _alike(row: Range, keys: str) -> dict[str, Range]:
+def _same_range(row: Range, keys: str) -> dict[str, Range]:
     return dict.fromkeys(keys.split(), row)
 
 
 OPTIMIZER = {
-    "learning_rate": Range(1e-9, 1),  # Adam moves every weight by about this: less is lost in rounding
+    "learning_rate": Range(1e-9, 1),  # Adam moves each weight by about this much; rounding would remove smaller moves
     "warmup": INDEX,
     "b1": BELOW_ONE,
     "b2": BELOW_ONE,
@@ -96,28 +96,28 @@ OPTIMIZER = {
 }
 ENDPOINT = {"concurrency": COUNT, "retries": INDEX, "timeout": SECONDS, "backoff": Range(0, LARGEST)}
 
-# Every number in `config.default`, and of a tuple each of its numbers.
+# Range of each number in `config.default`; of a tuple, the range of each of its numbers.
 RANGES: dict[str, Range] = {
     "seed": SEED,
-    **_alike(COUNT, "distributed.processes mesh.fsdp mesh.tensor sampler.mesh.fsdp"),
-    **_alike(INDEX, "distributed.process mesh.data sampler.mesh.data sampler.mesh.tensor"),
-    **_alike(COUNT, "policy.rank reward.rank"),
-    **_alike(POSITIVE, "policy.alpha reward.alpha"),
-    **_alike(INDEX, "policy.layers reward.layers"),
+    **_same_range(COUNT, "distributed.processes mesh.fsdp mesh.tensor sampler.mesh.fsdp"),
+    **_same_range(INDEX, "distributed.process mesh.data sampler.mesh.data sampler.mesh.tensor"),
+    **_same_range(COUNT, "policy.rank reward.rank"),
+    **_same_range(POSITIVE, "policy.alpha reward.alpha"),
+    **_same_range(INDEX, "policy.layers reward.layers"),
     "encoder.max_tokens": Range(3, 2**31 - 1, whole=True),  # [CLS], [SEP] and one token between them
-    **_alike(COUNT, "data.minimum data.max_prompt"),
+    **_same_range(COUNT, "data.minimum data.max_prompt"),
     "data.shares": SHARE,
-    **_alike(COUNT, "demos.per_category demos.attempts demos.step_words demos.max_new demos.batch"),
+    **_same_range(COUNT, "demos.per_category demos.attempts demos.step_words demos.max_new demos.batch"),
     "demos.echo_words": INDEX,
     "demos.duplicate": SHARE,
-    **_alike(TEMPERATURE._replace(zero=True), "demos.temperature evals.temperature"),
+    **_same_range(TEMPERATURE._replace(zero=True), "demos.temperature evals.temperature"),
     "sampler.temperature": TEMPERATURE,
     "sampler.max_new": COUNT,
     "sampler.harmless_share": Range(0, 1, above=True, below=True),
     "reward.weights": WEIGHT,
     "reward.router_temperature": Range(1e-3, 1e3),
-    **_alike(POSITIVE, "irl.beta irl.penalty"),
-    **_alike(COUNT, "irl.policy_steps irl.rounds irl.samples irl.steps irl.batch irl.accumulate irl.eval_every"),
+    **_same_range(POSITIVE, "irl.beta irl.penalty"),
+    **_same_range(COUNT, "irl.policy_steps irl.rounds irl.samples irl.steps irl.batch irl.accumulate irl.eval_every"),
     "irl.contrast": WEIGHT,
     "scaling.drop": BELOW_ONE,
     "scaling.threshold": POSITIVE,
@@ -128,28 +128,28 @@ RANGES: dict[str, Range] = {
     "grpo.clip_high": POSITIVE,
     "grpo.beta_kl": WEIGHT,
     "grpo.eps": SHARE,
-    **_alike(SHARE, "ppo.gamma ppo.lam"),
+    **_same_range(SHARE, "ppo.gamma ppo.lam"),
     "ppo.value_weight": WEIGHT,
     "ppo.value_clip": POSITIVE,
     "dpo.beta": POSITIVE,
-    **_alike(COUNT, "align.steps align.epochs align.minibatches align.batch align.group align.accumulate"),
+    **_same_range(COUNT, "align.steps align.epochs align.minibatches align.batch align.group align.accumulate"),
     **_rows("irl.optimizer align.optimizer", OPTIMIZER),
     **_rows("judge scaling.endpoint demos.endpoint evals.endpoint", ENDPOINT),
-    **_alike(COUNT, "evals.max_new evals.batch"),
-    **_alike(INDEX, "evals.every evals.limit evals.shots evals.benchmark_max_new"),
+    **_same_range(COUNT, "evals.max_new evals.batch"),
+    **_same_range(INDEX, "evals.every evals.limit evals.shots evals.benchmark_max_new"),
     "guards.skips": COUNT,
-    **_alike(LIMIT, "guards.sampler_gap guards.kl guards.reward_drift"),
+    **_same_range(LIMIT, "guards.sampler_gap guards.kl guards.reward_drift"),
     "metrics.samples": INDEX,
-    **_alike(COUNT, "checkpoint.every checkpoint.keep"),
+    **_same_range(COUNT, "checkpoint.every checkpoint.keep"),
 }
 
 
 def check(section: ConfigDict, table: Mapping[str, Range], name: str) -> None:
-    """Raises InputError with one sentence for the first number of the section that is not in its range.
+    """Raises InputError for the first number of the section that is not in its range.
 
     Args:
-        table: dotted keys of the section -> ranges; a tuple's is that of each of its numbers.
-        name: of the section in the sentence, such as "config".
+        table: dotted keys of the section -> ranges; for a tuple, the range of each of its numbers.
+        name: the section's name in the message, such as "config".
     """
     for key, row in table.items():
         value = section

@@ -1,4 +1,4 @@
-"""A secret cut out of texts in every form that a server may repeat it in: as it is, escaped, in capitals, in base64."""
+"""Removes a secret from texts in every form in which a server may repeat it: plain, escaped, in capitals, in base64."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import html
 import re
 from typing import Callable
 
-SHORTEST = 8  # characters; what is shorter guards nothing, and other forms of it stand in usual texts
+SHORTEST = 8  # characters; a shorter key protects nothing, and its other forms appear in ordinary texts
 COVER = "***"
 
 
 def hider(secret: str) -> Callable[[str], str]:
-    """A function that puts COVER in the place of an ASCII secret wherever a text holds it.
+    """A function that replaces an ASCII secret in a text with COVER.
 
-    From SHORTEST characters on also where it is escaped (in JSON, URLs, HTML, Python, once or twice), in other case,
-    or in base64 or hexadecimal, alone or amid other bytes.
+    A secret of at least SHORTEST characters is also found in other case, escaped (in JSON, URLs, HTML or Python, once
+    or twice), and in base64 or hexadecimal, alone or among other bytes.
     """
     if not secret:
         return lambda text: text
@@ -26,7 +26,7 @@ def hider(secret: str) -> Callable[[str], str]:
 
 
 def _character(character: str) -> str:
-    """A pattern of one character as it is and in its escapes."""
+    """A pattern of one character, plain and in its escapes."""
     code = ord(character)
     slashes = r"\\*" if character in "/\"'\\" else ""
     return (
@@ -36,11 +36,11 @@ def _character(character: str) -> str:
 
 
 def _encoded(secret: bytes) -> list[str]:
-    """Patterns of the secret in hexadecimal and in base64, as far as the bytes beside it do not change it."""
+    """Patterns of the secret in hexadecimal and in base64, without the characters that neighbouring bytes change."""
     patterns = [secret.hex()]
-    for before in range(3):
-        for kind in (base64.b64encode, base64.urlsafe_b64encode):
-            text = kind(bytes(before) + secret).decode().rstrip("=")
-            first, whole = -(-before * 8 // 6), (before + len(secret)) * 8 // 6
-            patterns.append(re.escape(text[first:whole]))
+    for offset in range(3):
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            text = encode(bytes(offset) + secret).decode().rstrip("=")
+            first, end = -(-offset * 8 // 6), (offset + len(secret)) * 8 // 6
+            patterns.append(re.escape(text[first:end]))
     return patterns

@@ -1,11 +1,11 @@
-"""The mesh of devices, and the one table of what lies where on it: logical axis -> mesh axes.
+"""The mesh of devices, and the one table that says how arrays are sharded on it: logical axis -> mesh axes.
 
-`place` puts parameters on the mesh by their paths, `deal` a batch's prompts, and `constrain` says inside a jitted
-function where a value lies. All else follows from these by XLA's propagation. With one device nothing changes.
+`place` puts parameters on the mesh by their paths, and `shard_prompts` puts a batch's prompts there. `constrain` gives
+the sharding of a value inside a jitted function. XLA derives all other shardings from these. With one device nothing
+changes.
 
-Several processes run the same program on one mesh: what the host computes, all of them compute alike from `fetch`ed
-values, and only the first one writes (`writes`) and asks servers (`told`). What takes long and is one item's alone they
-share (`shared`); where one may fail alone, all hear of it (`together`).
+Several processes run the same program on one mesh. Each of them does all computations of the host, from values that
+`fetch` returns alike on all. What they do together is in processes.py.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from drirl_jax.types import Array, InputError, PyTree
 log = logging.getLogger(__name__)
 
 
-# data: weights whole on each; fsdp: weights cut, and gathered layer by layer; tensor: the products themselves are cut.
+# data: every device has whole weights; fsdp: weights are cut, and gathered layer by layer; tensor: matrix products are
+# cut.
 AXES = ("data", "fsdp", "tensor")
 RULES = {
     "prompts": ("data", "fsdp"),
-    "weights_stay": ("data",),  # prompts where it is they that are gathered, not the weights: if a prompt has few rows
+    "weights_stay": ("data",),  # prompts, where a prompt has few rows: these are gathered instead of the weights
     "width": ("fsdp",),
-    "spread_width": ("data", "fsdp"),  # on the way from one mesh to another
+    "spread_width": ("data", "fsdp"),  # the width on the way from one mesh to another
     "heads": ("tensor",),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
-    "spread_vocab": ("fsdp", "tensor"),  # of the sampler's logits, whose rows are few
-    "categories": ("data",),  # of rewards; where they are not divisible, every device holds all
+    "spread_vocab": ("fsdp", "tensor"),  # the vocabulary of the sampler's logits, which have few rows
+    "categories": ("data",),  # of rewards; if their number is not divisible, every device has all of them
 }
 MATRICES = {  # [out, in]
     "q": ("heads", "width"),
@@ -56,101 +57,106 @@ MATRICES = {  # [out, in]
 def make_mesh(
     section: ConfigDict, prompts: Sequence[int], devices: Sequence[jax.Device], name: str = "config.mesh"
 ) -> jax.sharding.Mesh:
-    """The mesh that config.mesh asks for, or another section of this name.
+    """The mesh that config.mesh, or another section, describes.
 
     Args:
         section: data, fsdp and tensor; data = 0 takes as many of the remaining devices as can share the prompts.
-        prompts: of how many prompts the micro-batches of the run are, each of which is dealt out evenly.
-        devices: all that there are.
+        prompts: the numbers of prompts in the micro-batches of the run; each is shared out evenly.
+        devices: all available devices.
+        name: of the section, for messages.
 
     Raises:
-        InputError: there are too few devices, or prompts cannot be dealt out.
+        InputError: there are too few devices, or prompts cannot be shared out evenly.
     """
-    count, cut = len(devices), section.fsdp * section.tensor
+    count, model_devices = len(devices), section.fsdp * section.tensor
     if section.data == 0:
-        fit = [n for n in range(1, count // cut + 1) if all(of % (n * section.fsdp) == 0 for of in prompts)]
-        data = max(fit, default=1)
+        sizes = [
+            n for n in range(1, count // model_devices + 1) if all(batch % (n * section.fsdp) == 0 for batch in prompts)
+        ]
+        data = max(sizes, default=1)
     else:
         data = section.data
-    if data * cut > count:
+    if data * model_devices > count:
         raise InputError(
             f"{name} asks for {data} x {section.fsdp} x {section.tensor} devices and there are {count}: lower one."
         )
-    for of in prompts:
-        if of % (data * section.fsdp):
+    for batch in prompts:
+        if batch % (data * section.fsdp):
             raise InputError(
-                f"{name} deals prompts out to {data * section.fsdp} (data x fsdp), which does not divide the {of} "
+                f"{name} deals prompts out to {data * section.fsdp} (data x fsdp), which does not divide the {batch} "
                 "of a micro-batch: change it, or align.batch, align.minibatches, irl.batch or an accumulate."
             )
-    if data * cut < count:
-        log.warning("%d of %d devices are used: %s and the batch sizes allow no more", data * cut, count, name)
-    grid = np.array(devices[: data * cut]).reshape(data, section.fsdp, section.tensor)
+    if data * model_devices < count:
+        log.warning(
+            "%d of %d devices are used: %s and the batch sizes allow no more", data * model_devices, count, name
+        )
+    grid = np.array(devices[: data * model_devices]).reshape(data, section.fsdp, section.tensor)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def sampling_mesh(section: ConfigDict, prompts: int, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | None:
-    """The mesh of the same devices that config.sampler.mesh asks for; None where it leaves them as they are.
+    """The mesh of config.sampler.mesh, on the same devices; None if that section has tensor = 0.
 
     Raises:
-        InputError: it is not of all of them, or the prompts cannot be dealt out.
+        InputError: it does not use all devices of `mesh`, or the prompts cannot be shared out evenly.
     """
     if section.tensor == 0:
         return None
-    other = make_mesh(section, [prompts], list(mesh.devices.flat), "config.sampler.mesh")
-    if other.size != mesh.size:
+    sampler = make_mesh(section, [prompts], list(mesh.devices.flat), "config.sampler.mesh")
+    if sampler.size != mesh.size:
         raise InputError(
-            f"config.sampler.mesh is of {other.size} devices, config.mesh of {mesh.size}: they must be the same ones."
+            f"config.sampler.mesh is of {sampler.size} devices, config.mesh of {mesh.size}: they must be the same ones."
         )
-    return other
+    return sampler
 
 
 def axis_size(axis: str | None) -> int:
-    """On how many devices a logical axis is cut, on the mesh that is set."""
-    of = jax.sharding.get_abstract_mesh().shape
-    return math.prod(of.get(name, 1) for name in RULES.get(axis, ()))
+    """The number of pieces into which the current mesh cuts a logical axis."""
+    mesh_shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(mesh_shape.get(name, 1) for name in RULES.get(axis, ()))
 
 
 def round_up_prompts(prompts: int) -> int:
-    """The least number of prompts, at least so many, that can be dealt out evenly."""
+    """The least number of prompts, not less than `prompts`, that the mesh can share out evenly."""
     return prompts + -prompts % axis_size("prompts")
 
 
 def partition_spec(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
-    """Where an array lies whose first axes have these logical names; an axis that is not divisible lies whole."""
+    """The sharding of an array whose first axes have these logical names. An axis that is not divisible is not cut."""
     return PartitionSpec(
         *(RULES[axis] if axis_size(axis) > 1 and n % axis_size(axis) == 0 else None for n, axis in zip(shape, axes))
     )
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """x, which lies as its logical axes say, inside a jitted function; further axes lie whole."""
+    """x, inside a jitted function, sharded by its logical axes; further axes are not cut."""
     if jax.sharding.get_abstract_mesh().size < 2:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes))
 
 
 def logical_axes(path: Sequence, rank: int) -> tuple[str | None, ...]:
-    """The logical axes of a parameter, or of what an optimiser keeps beside it, by its path in any tree."""
+    """The logical axes of a parameter, or of its optimiser state, by its path in any tree."""
     names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-    names = [name for name in names if name != "value"]  # nnx's own
+    names = [name for name in names if name != "value"]  # added by nnx
     matrix = next((name for name in reversed(names) if name in MATRICES), None)
     if matrix is None:
         return ()
     out, into = MATRICES[matrix]
-    if names[-1] in ("a", "b"):  # a LoRA pair, [r, in] and [r, out]; a bank has [L, C, ...]
-        last = (None, into if names[-1] == "a" else out)
-        first = (None, "categories")[: rank - 2]
+    if names[-1] in ("a", "b"):  # a LoRA pair, [r, in] and [r, out]; in a bank [L, C, ...]
+        last_axes = (None, into if names[-1] == "a" else out)
+        first_axes = (None, "categories")[: rank - 2]
     else:
-        last = (out, into)
-        first = ("categories",) if "models" in names else ()
-    return (*first, *(None,) * (rank - len(first) - len(last)), *last)
+        last_axes = (out, into)
+        first_axes = ("categories",) if "models" in names else ()
+    return (*first_axes, *(None,) * (rank - len(first_axes) - len(last_axes)), *last_axes)
 
 
 def place(tree: PyTree) -> PyTree:
-    """The tree with its jax arrays where they belong; numpy arrays stay with the host.
+    """The tree with its jax arrays sharded on the mesh; numpy arrays stay on the host.
 
-    Committed to their devices, as the results of jitted functions are: else each function would be compiled twice, for
-    the first step's free arrays and for all others.
+    The arrays are committed to their devices, as results of jitted functions are. Otherwise each function would be
+    compiled twice: for the first step, whose arrays are not committed, and for all others.
 
     Raises:
         InputError: a matrix cannot be cut as config.mesh says.
@@ -163,7 +169,7 @@ def place(tree: PyTree) -> PyTree:
 
 
 def _cut(path: Sequence, x) -> tuple[str | None, ...]:
-    """`axes_of` a parameter. Raises InputError where the mesh does not divide it."""
+    """The `logical_axes` of a parameter. Raises InputError where the mesh does not divide its size."""
     axes = logical_axes(path, x.ndim)
     for n, axis in zip(x.shape, axes):
         if axis != "categories" and n % axis_size(axis):
@@ -175,7 +181,7 @@ def _cut(path: Sequence, x) -> tuple[str | None, ...]:
 
 
 def sharded_zeros(shapes: PyTree) -> PyTree:
-    """Zeros in the shapes and types of a tree, made where they belong."""
+    """Zeros in the shapes and types of a tree, made directly on their devices."""
     return jax.jit(lambda: constrain_tree(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)))()
 
 
@@ -188,10 +194,10 @@ def _put(x: Array | np.ndarray, axes: Sequence[str | None]) -> Array:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.device_put(x, jax.devices()[0])
-    where = NamedSharding(mesh, partition_spec(x.shape, axes))
+    sharding = NamedSharding(mesh, partition_spec(x.shape, axes))
     if jax.process_count() > 1 and (isinstance(x, np.ndarray) or x.is_fully_addressable):
-        return jax.make_array_from_callback(x.shape, where, lambda part: np.asarray(x[part]))
-    return jax.device_put(x, where)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index]))
+    return jax.device_put(x, sharding)
 
 
 def constrain_tree(tree: PyTree) -> PyTree:
@@ -200,38 +206,41 @@ def constrain_tree(tree: PyTree) -> PyTree:
 
 
 def sharded_shapes(tree: PyTree, axes: Callable = _cut) -> PyTree:
-    """Shapes and types of a tree with their places on the mesh that is set: parameters by their paths, or as `axes`
-    (path, leaf) -> logical axes says.
+    """Shapes and types of a tree with their shardings on the current mesh.
+
+    Args:
+        axes: (path, leaf) -> logical axes; by default those of parameters.
 
     Raises:
         InputError: see `place`.
     """
     mesh = jax.sharding.get_mesh()
 
-    def one(path, x):
-        where = NamedSharding(mesh, partition_spec(x.shape, axes(path, x)))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    def sharded_shape(path, x):
+        sharding = NamedSharding(mesh, partition_spec(x.shape, axes(path, x)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(sharded_shape, tree)
 
 
 def bytes_per_device(tree: PyTree) -> float:
-    """Bytes on each device of what is described."""
-    placed = [x for x in jax.tree.leaves(tree) if getattr(x, "sharding", None) is not None]  # not the few random keys
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in placed))
+    """Bytes that the tree's arrays, or shapes of arrays, take on each device."""
+    # The few random keys have no sharding.
+    sharded = [x for x in jax.tree.leaves(tree) if getattr(x, "sharding", None) is not None]
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in sharded))
 
 
 def shard_prompts(x: Array | np.ndarray) -> Array:
-    """A batch's array on the devices, its first axis, the prompts, dealt out."""
+    """A batch's array on the devices, with the prompts, its first axis, shared out among them."""
     return _put(x, ("prompts",))
 
 
 def fetch(tree: PyTree) -> PyTree:
     """The whole tree as numpy arrays, on every process."""
 
-    def fetched(x):
+    def fetch_leaf(x):
         if isinstance(x, Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             return multihost_utils.process_allgather(x, tiled=True)
         return jax.device_get(x)
 
-    return jax.tree.map(fetched, tree)
+    return jax.tree.map(fetch_leaf, tree)

@@ -1,8 +1,8 @@
-"""Where scalars go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
+"""Sends scalars to TensorBoard, Weights & Biases and MLflow, besides metrics.jsonl.
 
-A run that goes on repeats the steps since its last checkpoint with the same bits, so a sink that holds a row already is
-not told it again; one that lacks rows of the starts before gets them from metrics.jsonl. Keys come from the environment
-or from the tool's own login, and stand in no file and no message of ours.
+A resumed run repeats the steps since its last checkpoint with the same bits. So a sink does not get a row again that it
+already has; rows of earlier starts that it lacks come from metrics.jsonl. Keys come from the environment or from the
+tool's own login, and appear in none of our files and messages.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from drirl_jax.runtime.names import scalar_name
 from drirl_jax.types import InputError
 
 SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")  # environment variables
-PATIENCE = 60  # seconds that a server may take at the start and at the end of a run
+PATIENCE = 60  # most seconds to wait for a server at the start and at the end of a run
 
 
 class Start(NamedTuple):
-    """What a sink is opened with.
+    """The arguments with which a sink is opened.
 
     Attributes:
-        workdir: of the run, which exists.
-        project: the project of W&B, the experiment of MLflow.
-        options: of the run's config, by dotted key.
-        rows: those of metrics.jsonl that the starts before this one wrote.
+        workdir: the run's workdir, which exists.
+        project: the project in W&B, the experiment in MLflow.
+        options: the options of the run's config, by dotted key.
+        rows: the rows of metrics.jsonl that earlier starts wrote.
     """
 
     workdir: pathlib.Path
@@ -46,31 +46,31 @@ class Start(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the run: its folder's, also where that is called "."."""
+        """The run's name: that of its folder, also if the user wrote "."."""
         return pathlib.Path(os.path.abspath(self.workdir)).name
 
 
 class Sink(Protocol):
-    """Takes the scalars of a run, in turn. Whatever it raises ends the sink and not the run."""
+    """Receives the scalars of a run in their order. If it raises an error, the sink ends but not the run."""
 
     def __init__(self, start: Start): ...
 
     @staticmethod
     def require() -> None:
-        """Raises InputError where a package or a login is missing."""
+        """Raises InputError if a package or a login is missing."""
 
     def rewind(self, stage: str, step: int) -> None:
-        """The run goes on from this step of this stage."""
+        """Prepares for a run that resumes from this step of this stage."""
 
     def write(self, row: int, stage: str, step: int, scalars: Mapping[str, float]) -> None:
-        """Finite scalars of a step; `row` is the number of lines before its own in metrics.jsonl."""
+        """Sends the finite scalars of a step; `row` is the number of lines before its line in metrics.jsonl."""
 
     def close(self, failed: bool) -> None:
-        """The run has ended, or this start of it."""
+        """Ends the sink, when the run or this start of it has ended."""
 
 
 class TensorBoard:
-    """Event files in workdir/tensorboard, a folder a stage."""
+    """Event files in workdir/tensorboard, in one folder for each stage."""
 
     def __init__(self, start: Start):
         self.folder = start.workdir / "tensorboard"
@@ -78,16 +78,16 @@ class TensorBoard:
 
     @staticmethod
     def require() -> None:
-        """It comes with the package."""
+        """Does nothing: TensorBoard's writer is installed with drirl_jax."""
 
     def rewind(self, stage: str, step: int) -> None:
-        """TensorBoard hides the steps after this one."""
+        """Lets TensorBoard hide the steps after this one."""
         if stage in self.events:
             self.events.pop(stage).close()
         self._open(stage, first=step + 1)
 
     def write(self, row: int, stage: str, step: int, scalars: Mapping[str, float]) -> None:
-        """On disk when it returns."""
+        """Writes the scalars; they are on disk when it returns."""
         if stage not in self.events:
             self._open(stage, first=step)
         for key, value in scalars.items():
@@ -96,16 +96,16 @@ class TensorBoard:
         self.events[stage].flush()
 
     def close(self, failed: bool) -> None:
-        """Closes the files, which hold all that was written."""
+        """Closes the files; they have all that was written."""
         for events in self.events.values():
             events.close()
         self.events.clear()
 
     def _open(self, stage: str, first: int) -> None:
-        # A folder a stage, since a purge hides the later steps of everything in its folder. The first step is
-        # in the file's name, which else has only the time in seconds: a run started again at once must not
-        # overwrite its past. Not tensorboardX's SummaryWriter: its thread dies when the clock jumps back by weeks,
-        # and the run then waits for it without end.
+        # Each stage has its own folder, because a purge hides the later steps of everything in its folder. The file's
+        # name has the first step besides the time in seconds, so that a run that starts again at once does not
+        # overwrite its own file. tensorboardX's SummaryWriter is not used: its thread dies when the clock jumps back by
+        # weeks, and the run would wait for it forever.
         folder = self.folder / stage
         folder.mkdir(parents=True, exist_ok=True)
         events = self.events[stage] = EventsWriter(str(folder / "events"), f".{first}")
@@ -113,17 +113,17 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, the same one over all starts; its step is the row, which only grows.
+    """A run of Weights & Biases, the same one for all starts. Its step is the row number, which only grows.
 
-    Offline (WANDB_MODE=offline) each start writes a folder with the whole history, as W&B cannot go on with one: the
-    newest is the one for `wandb sync`.
+    Offline (WANDB_MODE=offline) each start writes a new folder with the whole history, because W&B cannot continue an
+    old one. Use the newest one for `wandb sync`.
     """
 
     def __init__(self, start: Start):
         import wandb
 
         run_id = _kept_id(start.workdir, "wandb") or uuid.uuid4().hex[:12]
-        _keep_id(start.workdir, "wandb", run_id)  # before W&B hears of it: a run killed in between has it too
+        _keep_id(start.workdir, "wandb", run_id)  # saved before W&B gets it, in case the run is killed in between
         self.run = wandb.init(
             dir=start.workdir, project=start.project, name=start.name, config=dict(start.options),
             id=run_id, resume="allow", reinit="create_new",
@@ -132,7 +132,7 @@ class WandB:
                 init_timeout=PATIENCE, finish_timeout=PATIENCE,
             ),
         )  # fmt: skip
-        self.held = self.run.step  # rows that the server has
+        self.held = self.run.step  # number of rows that the server has
         self.stages: set[str] = set()
         for row, line in enumerate(start.rows):
             self.write(row, *_parts(line))
@@ -140,21 +140,21 @@ class WandB:
 
     @staticmethod
     def require() -> None:
-        """A key or another login is there, unless W&B is offline."""
+        """Raises InputError unless there is a login, or W&B is offline."""
         wandb = _package("wandb")
         try:
             mode = wandb.setup().settings.mode
-            known = mode in ("offline", "disabled", "dryrun") or wandb.login(verify=False, prompt=False)
-        except Exception:  # a key of another form, a settings file that cannot be read: its text may show the key
-            known = False
-        if not known:
+            can_log = mode in ("offline", "disabled", "dryrun") or wandb.login(verify=False, prompt=False)
+        except Exception:  # a malformed key or an unreadable settings file: the error's text may show the key
+            can_log = False
+        if not can_log:
             raise InputError(
                 "config.metrics.sinks has 'wandb', which has no valid login here: run `wandb login` once, set "
                 "WANDB_API_KEY, or set WANDB_MODE=offline."
             )
 
     def rewind(self, stage: str, step: int) -> None:
-        """Steps that come again are known by their row."""
+        """Does nothing: `write` recognises repeated steps by their row number."""
 
     def write(self, row: int, stage: str, step: int, scalars: Mapping[str, float]) -> None:
         """Hands the scalars to W&B's own process, which waits for the network."""
@@ -166,17 +166,17 @@ class WandB:
         self.run.log({f"{stage}/step": step} | {f"{stage}/{key}": x for key, x in scalars.items()}, step=row)
 
     def close(self, failed: bool) -> None:
-        """Waits for the upload, a minute at most; what is left `wandb sync` uploads."""
+        """Waits for the upload, at most a minute; `wandb sync` can upload the rest."""
         self.run.finish(exit_code=int(failed))
 
 
 class MLflow:
-    """A run of MLflow, the same one over all starts, at MLFLOW_TRACKING_URI or in workdir/mlflow.db."""
+    """A run of MLflow, the same one for all starts, at MLFLOW_TRACKING_URI or in workdir/mlflow.db."""
 
-    ROWS = "drirl_jax.rows"  # the tag with the number of rows that the run holds
+    ROWS = "drirl_jax.rows"  # the tag with the number of rows in the MLflow run
 
     def __init__(self, start: Start):
-        # Its defaults would hold a step up for minutes where the server is away, and tell its makers of the run.
+        # By default MLflow would delay a step for minutes if the server is away, and send usage data to its makers.
         for name, value in {
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -186,20 +186,20 @@ class MLflow:
         from mlflow import MlflowClient, entities
 
         self.entities = entities
-        local = f"sqlite:///{start.workdir.absolute() / 'mlflow.db'}"
-        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or local)
+        local_uri = f"sqlite:///{start.workdir.absolute() / 'mlflow.db'}"
+        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or local_uri)
         self.held, run_id = 0, _kept_id(start.workdir, "mlflow")
         if run_id:
             self.held = int(self.client.get_run(run_id).data.tags.get(self.ROWS, 0))
             self.client.update_run(run_id, status="RUNNING")
         else:
-            known = self.client.get_experiment_by_name(start.project)
-            experiment = known.experiment_id if known else self.client.create_experiment(start.project)
-            run_id = self.client.create_run(experiment, run_name=start.name).info.run_id
+            experiment = self.client.get_experiment_by_name(start.project)
+            experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(start.project)
+            run_id = self.client.create_run(experiment_id, run_name=start.name).info.run_id
             _keep_id(start.workdir, "mlflow", run_id)
-            options = [entities.Param(key, str(value)) for key, value in start.options.items()]
-            for first in range(0, len(options), 100):  # MLflow's own limit
-                self.client.log_batch(run_id, params=options[first : first + 100])
+            params = [entities.Param(key, str(value)) for key, value in start.options.items()]
+            for first in range(0, len(params), 100):  # MLflow's limit for one call
+                self.client.log_batch(run_id, params=params[first : first + 100])
         self.run_id = run_id
         for row, line in enumerate(start.rows):
             self.write(row, *_parts(line))
@@ -207,7 +207,7 @@ class MLflow:
 
     @staticmethod
     def require() -> None:
-        """The server's address has no password in it, or the local store's package is there."""
+        """Raises InputError if the server's address has a password in it, or a package is missing."""
         _package("mlflow")
         address = os.environ.get("MLFLOW_TRACKING_URI", "")
         if urllib.parse.urlsplit(address).password:
@@ -219,18 +219,18 @@ class MLflow:
             _package("sqlalchemy")
 
     def rewind(self, stage: str, step: int) -> None:
-        """Steps that come again are known by their row."""
+        """Does nothing: `write` recognises repeated steps by their row number."""
 
     def write(self, row: int, stage: str, step: int, scalars: Mapping[str, float]) -> None:
-        """At the server when it returns."""
+        """Sends the scalars; the server has them when it returns."""
         if row < self.held:
             return
-        now, of = int(time.time() * 1000), self.entities
-        metrics = [of.Metric(f"{stage}/{key}", value, now, step) for key, value in scalars.items()]
-        self.client.log_batch(self.run_id, metrics=metrics, tags=[of.RunTag(self.ROWS, str(row + 1))])
+        now, mlflow_entities = int(time.time() * 1000), self.entities
+        metrics = [mlflow_entities.Metric(f"{stage}/{key}", value, now, step) for key, value in scalars.items()]
+        self.client.log_batch(self.run_id, metrics=metrics, tags=[mlflow_entities.RunTag(self.ROWS, str(row + 1))])
 
     def close(self, failed: bool) -> None:
-        """Says how the run has ended."""
+        """Sets the status of the MLflow run."""
         self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
@@ -238,7 +238,7 @@ SINKS: dict[str, type[Sink]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlf
 
 
 def described(error: Exception) -> str:
-    """What an error says, in one line, without the keys that the environment holds."""
+    """The error's type and text in one line, without the keys in the environment."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     for name in SECRETS:
         text = text.replace(os.environ.get(name) or "\0", "***")
@@ -246,7 +246,7 @@ def described(error: Exception) -> str:
 
 
 def _package(name: str) -> ModuleType:
-    """The package; InputError if it is not there."""
+    """The imported package. Raises InputError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -262,12 +262,12 @@ def _parts(line: dict) -> tuple[str, int, dict[str, float]]:
 
 
 def _kept_id(workdir: pathlib.Path, sink: str) -> str | None:
-    """The sink's name for this run, if a start before has kept it."""
+    """The sink's id of this run, if an earlier start has saved it."""
     path = workdir / "sinks.json"
     return json.loads(path.read_text()).get(sink) if path.exists() else None
 
 
 def _keep_id(workdir: pathlib.Path, sink: str, run_id: str) -> None:
     path = workdir / "sinks.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    replace_file(path, json.dumps(known | {sink: run_id}) + "\n")
+    run_ids = json.loads(path.read_text()) if path.exists() else {}
+    replace_file(path, json.dumps(run_ids | {sink: run_id}) + "\n")

@@ -1,16 +1,16 @@
-"""Thoughts: what a reasoning model writes before its answer, between two marks. No thought is part of the answer.
+"""Removes thoughts from texts. A reasoning model writes a thought between two marks, before its answer.
 
-The table MARKS is the only place that names the marks.
+The marks are only in the table MARKS.
 """
 
 from __future__ import annotations
 
 import re
 
-# The mark that opens a thought and the mark that closes it.
+# Mark that opens a thought -> mark that closes it.
 MARKS = {
     "<think>": "</think>",  # DeepSeek-R1, Qwen3, QwQ, GLM, Hunyuan, Nemotron
-    "<thinking>": "</thinking>",  # Reflection-Llama and many system prompts, as are the next five
+    "<thinking>": "</thinking>",  # Reflection-Llama; system prompts often ask for this one or the next five
     "<thought>": "</thought>",  # EXAONE Deep
     "<thoughts>": "</thoughts>",
     "<reasoning>": "</reasoning>",
@@ -28,12 +28,12 @@ MARKS = {
 }
 _TAG = re.compile(r"</?([\w:]+)>")
 _QUOTES = "`'\"‘’“”"
-# gpt-oss's channels where a tokenizer left the marks out: its special tokens vanish, the channels' names stay.
+# gpt-oss's channels in a text whose tokenizer dropped the special tokens: only the names of the channels remain.
 _BARE_CHANNELS = re.compile(r"\s*analysis(?=.*assistantfinal).*?assistantfinal", re.DOTALL)
 
 
 def _pattern(mark: str) -> str:
-    """The regular expression of a mark: a tag may have capitals and attributes, a channel has a <|message|>."""
+    """The regular expression of a mark. A tag may have capitals and attributes; a channel may have a <|message|>."""
     if tag := _TAG.fullmatch(mark):
         slash = "/" if mark.startswith("</") else ""
         return rf"<\s?{slash}(?i:{re.escape(tag[1])})(?:\s[^<>]{{0,200}})?>"
@@ -47,7 +47,7 @@ _MARK = re.compile(
 
 
 def _marks(text: str) -> list[re.Match]:
-    """The marks in a text, but for those in quotation marks or backticks, which only mention a mark."""
+    """The marks in a text, without marks in quotation marks or backticks, which are only mentioned."""
     marks = []
     for mark in _MARK.finditer(text):
         before, after = text[mark.start() - 1 : mark.start()], text[mark.end() : mark.end() + 1]
@@ -57,56 +57,56 @@ def _marks(text: str) -> list[re.Match]:
 
 
 def without_thought(text: str) -> str:
-    """The answer alone: `text` without its thoughts.
+    """`text` without its thoughts: only the answer.
 
-    - A text without marks of a thought comes back unchanged, to the character.
-    - A closed thought, wherever it stands, is left out; what stands before and after it stays.
-    - A thought that no mark closes reaches to the end: what stood before it stays, which mostly is nothing.
-      "" therefore means silence: the model never answered.
-    - A mark that closes a thought which no mark opened (the prompt opened it, as DeepSeek's template does) makes
-      all before it thought. Where several such marks stand, the last one counts.
-    - Any closing mark ends a thought, as models mix them up: "<think>...</thinking>Paris" is "Paris".
-    - An empty thought, "<think/>" or "<think>\\n\\n</think>", is left out.
-    - A mark between quotation marks or backticks is a mention, no mark.
-    - What remains of a text that had a mark is stripped of surrounding blanks.
+    - A text without marks comes back exactly unchanged.
+    - A closed thought is removed anywhere in the text; the text before and after it stays.
+    - A thought without a closing mark reaches to the end. The text before it stays, which is mostly empty. So ""
+      means silence: the model never answered.
+    - If a mark closes a thought that no mark opened (the prompt opened it, as in DeepSeek's template), everything
+      before the mark is thought. If there are several such marks, the last one counts.
+    - Any closing mark ends a thought, because models mix them up: "<think>...</thinking>Paris" is "Paris".
+    - An empty thought, "<think/>" or "<think>\\n\\n</think>", is removed.
+    - A mark between quotation marks or backticks is only mentioned and does not count.
+    - If the text had a mark, surrounding blanks are stripped from the result.
 
-    A text that begins inside a thought and never closes it has no mark to tell by: `Text.decode` puts the mark
-    that the prompt ends with before such a response, so that it is silence here.
+    A text that begins inside a thought and never closes it has no mark. For such a response `ChatTokens.decode` puts
+    the mark at the end of the prompt before the text, so it is silence here.
 
     Args:
         text: a response, or a judge's reply.
 
     Returns:
-        The answer; "" where there is none.
+        The answer; "" if there is none.
     """
-    if bare := _BARE_CHANNELS.match(text):
-        return text[bare.end() :].strip()
-    kept, position, inside = [], 0, False
+    if channels := _BARE_CHANNELS.match(text):
+        return text[channels.end() :].strip()
+    answer_parts, position, in_thought = [], 0, False
     marks = _marks(text)
     for mark in marks:
-        if not inside:
-            kept.append(text[position : mark.start()])
-        if mark.lastgroup == "close" and not inside:
-            kept.clear()
+        if not in_thought:
+            answer_parts.append(text[position : mark.start()])
+        if mark.lastgroup == "close" and not in_thought:
+            answer_parts.clear()
         if mark.lastgroup != "empty":
-            inside = mark.lastgroup == "open"
+            in_thought = mark.lastgroup == "open"
         position = mark.end()
     if not marks:
         return text
-    return "".join(kept if inside else [*kept, text[position:]]).strip()
+    return "".join(answer_parts if in_thought else [*answer_parts, text[position:]]).strip()
 
 
 def open_mark(text: str) -> str:
-    """The mark that opens the thought in which `text`, a prompt, ends; "" where it ends in none."""
+    """The mark that opens the thought at the end of `text`, a prompt; "" if the prompt does not end in a thought."""
     marks = [mark for mark in _marks(text) if mark.lastgroup != "empty"]
     return marks[-1][0] if marks and marks[-1].lastgroup == "open" else ""
 
 
 def begins_mark(token: str) -> bool:
-    """Whether a mark of the table begins with this token: it then says more than that a text is over."""
+    """Whether a mark of the table begins with this token. Such a token does not only end a text."""
     return any(mark.startswith(token) for pair in MARKS.items() for mark in pair)
 
 
 def closing(mark: str) -> str:
-    """The mark that closes a thought which `mark`, of `open_mark`, opened."""
+    """The mark that closes a thought opened by `mark`, a result of `open_mark`."""
     return next(close for opening, close in MARKS.items() if re.fullmatch(_pattern(opening), mark))

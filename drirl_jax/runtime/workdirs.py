@@ -1,4 +1,4 @@
-"""What a workdir remembers of its run: the config, and what the files that it names hold."""
+"""What a workdir records about its run: the config, and hashes of the contents of the files that it names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 
-# What a run is made of beside its config: in words. A workdir keeps a hash of each.
+# The inputs of a run besides its config -> their names in messages. A workdir keeps a hash of each.
 CONTENTS = {
     "data": "the records of config.data.path",
     "weights": "the weights of config.policy.init",
@@ -33,7 +33,7 @@ CONTENTS = {
     "demonstrations": "the file options.selfcipher.demonstrations",
 }
 POLICY = ("weights", "model", "tokenizer", "template", "ends")
-# Options that only say where something lies: once its contents are known, they decide.
+# Options that only say where an input lies -> that input. Where its hash is recorded, the hash is compared instead.
 PLACES: dict[str, Sequence[str]] = {
     "data.path": ("data",),
     "policy.init": POLICY,
@@ -41,25 +41,25 @@ PLACES: dict[str, Sequence[str]] = {
     "reward.init": ("rewards",),
     "evals.data": ("benchmarks",),
     "evals.classifier": ("classifier",),
-    "model.init": POLICY,  # of an attack
+    "model.init": POLICY,  # an option of attacks
     "options.autodan.templates": ("templates",),
     "options.selfcipher.demonstrations": ("demonstrations",),
 }
-# Options on which no number of a run depends.
+# Options that change no number of a run.
 ANYWHERE = (
     "mesh.", "sampler.mesh.", "distributed.", "guards.", "metrics.", "demos.endpoint.", "compilation_cache",
     "debug_nans",
 )  # fmt: skip
 TRANSPORT = re.compile(r"(^|\.)(endpoint|judge|attacker)\.(key_env|concurrency|timeout|retries|backoff)$")
-# Files by which a folder is known to hold a run, even without a config.
+# Files that show that a folder holds a run, even without config.json.
 TRACES = ("metrics.jsonl", "checkpoints", "rewards", "aligned")
 
 
 def may_change(key: str, config: Mapping[str, Any]) -> bool:
-    """Whether an option may change without another workdir: nothing that a run keeps depends on it.
+    """Whether an option may change in the same workdir, because nothing that a run saves depends on it.
 
-    A judge that only evaluates may change, since what another judge has judged is judged anew. A judge that gives
-    rewards, or figures while the policy learns, belongs to the run.
+    A judge that only evaluates may change, because the new judge judges everything again. A judge that gives rewards,
+    or figures while the policy learns, belongs to the run.
 
     Args:
         key: dotted.
@@ -71,82 +71,89 @@ def may_change(key: str, config: Mapping[str, Any]) -> bool:
         return config.get("reward.source") != "judge"
     if key.startswith("scaling.endpoint."):
         return config.get("scaling.split") != "llm"
-    learns = bool(config.get("evals.every") and config.get("evals.benchmarks"))
+    evaluates_during_training = bool(config.get("evals.every") and config.get("evals.benchmarks"))
     if key == "evals.judge" or key.startswith("evals.endpoint."):
-        return config.get("reward.source") != "rules" and not learns
-    return key in ("evals.judges", "evals.classifier") and not learns
+        return config.get("reward.source") != "rules" and not evaluates_during_training
+    return key in ("evals.judges", "evals.classifier") and not evaluates_during_training
 
 
 def record_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | None = None) -> None:
-    """Writes workdir/config.json, or checks that it says the same: a workdir belongs to one config and to what the
-    files that it names hold, on any machines and at any paths.
+    """Writes workdir/config.json, or checks that it is the same. A workdir belongs to one config and to the contents of
+    the files that the config names, on any machine and at any path.
 
     Args:
-        now: the hash of each thing that the config names: see CONTENTS.
+        now: the present hash of each input that the config names: see CONTENTS.
 
     Raises:
-        InputError: the workdir holds a run of a different config or of other contents; names which. Or it holds a run
-            whose config.json is missing or damaged.
+        InputError: the workdir holds a run of a different config or of other contents; the message names them. Or it
+            holds a run whose config.json is missing or damaged.
     """
-    path, plain = workdir / "config.json", json.loads(config.to_json_best_effort(sort_keys=True))
+    path, record = workdir / "config.json", json.loads(config.to_json_best_effort(sort_keys=True))
     if check_config(config, workdir, now):
-        before = json_files.load(path)
-        if now and "contents" not in before:
+        recorded = json_files.load(path)
+        if now and "contents" not in recorded:
             log.warning(
-                "%s was begun by a version of drirl_jax that kept no hashes of data, model and tokenizer: those of now "
-                "are taken for those of its beginning.", workdir,
+                "%s was begun by a version of drirl_jax that kept no hashes of data, model and tokenizer: they are "
+                "assumed to be unchanged since.", workdir,
             )  # fmt: skip
-        plain["contents"] = before.get("contents", {}) | dict(now or {})
-        if plain == before:
+        record["contents"] = recorded.get("contents", {}) | dict(now or {})
+        if record == recorded:
             return
     else:
-        plain["contents"] = dict(now or {})
-    if not plain["contents"]:
-        del plain["contents"]
+        record["contents"] = dict(now or {})
+    if not record["contents"]:
+        del record["contents"]
     workdir.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
+    replace_file(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def check_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | None = None) -> bool:
-    """Whether the workdir has this config and these contents; False where it holds no run. Raises InputError like
-    `remember`."""
+    """True if the workdir has this config and these contents, False if it holds no run. Raises InputError like
+    `record_config`."""
     path = workdir / "config.json"
     if not path.exists():
         if traces := [name for name in TRACES if (workdir / name).exists()]:
             raise InputError(
-                f"{workdir} holds {', '.join(traces)} of a run, but no config.json that says of which: put that file "
-                "back, or take another --workdir."
+                f"{workdir} holds {', '.join(traces)} of a run, but no config.json: put that file back, or take "
+                "another --workdir."
             )
         return False
     tree = _config_in(workdir)
-    before, after = _flat({key: value for key, value in tree.items() if key != "contents"}), flat(config)
-    known, now = tree.get("contents", {}), dict(now or {})
-    same = {name for name in now if known.get(name) == now[name]}
-    changed = [name for name in now if name in known and name not in same]
+    recorded_options, present_options = (
+        _flat({key: value for key, value in tree.items() if key != "contents"}),
+        flat(config),
+    )
+    recorded, now = tree.get("contents", {}), dict(now or {})
+    same = {name for name in now if recorded.get(name) == now[name]}
+    changed = [name for name in now if name in recorded and name not in same]
     if changed:
-        what = ", ".join(CONTENTS[name].rstrip(",") for name in changed)
+        inputs = ", ".join(CONTENTS[name].rstrip(",") for name in changed)
         raise InputError(
-            f"{workdir} was begun with other contents of {what}: put back what was there then, or take another "
+            f"{workdir} was begun with other contents of {inputs}: put back what was there then, or take another "
             "--workdir."
         )
-    if only := sorted(before.keys() ^ after.keys()):
+    if unshared := sorted(recorded_options.keys() ^ present_options.keys()):
         raise InputError(
-            f"{workdir} was begun by another version of drirl_jax, whose options are others ({', '.join(only[:5])}): "
-            "go on with that version, or take another --workdir."
+            f"{workdir} was begun by another version of drirl_jax, whose options are others "
+            f"({', '.join(unshared[:5])}): go on with that version, or take another --workdir."
         )
-    differ = [key for key in sorted(before) if before[key] != after[key]]
-    differ = [key for key in differ if not (may_change(key, before) and may_change(key, after))]
-    differ = [key for key in differ if not (key in PLACES and set(PLACES[key]) <= same)]
-    if differ:
-        changes = "; ".join(f"{key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ)
+    changed_options = [key for key in sorted(recorded_options) if recorded_options[key] != present_options[key]]
+    changed_options = [
+        key for key in changed_options if not (may_change(key, recorded_options) and may_change(key, present_options))
+    ]
+    changed_options = [key for key in changed_options if not (key in PLACES and set(PLACES[key]) <= same)]
+    if changed_options:
+        changes = "; ".join(
+            f"{key}: {recorded_options.get(key)!r} there, {present_options.get(key)!r} now" for key in changed_options
+        )
         raise InputError(f"{workdir} holds a run of a different config ({changes}): take another --workdir.")
     return True
 
 
 def require_same(workdir: bucket.Path, now: Mapping[str, str]) -> None:
-    """Raises InputError unless the run in the workdir was made of these contents, as far as it has noted any."""
-    known = _config_in(workdir).get("contents", {})
-    changed = [CONTENTS[name].rstrip(",") for name in now if name in known and known[name] != now[name]]
+    """Raises InputError if a hash that the run in the workdir has recorded differs from the present one."""
+    recorded = _config_in(workdir).get("contents", {})
+    changed = [CONTENTS[name].rstrip(",") for name in now if name in recorded and recorded[name] != now[name]]
     if changed:
         raise InputError(
             f"the run in {workdir} was made with other contents of {', '.join(changed)}: put back what was there then, "
@@ -155,17 +162,17 @@ def require_same(workdir: bucket.Path, now: Mapping[str, str]) -> None:
 
 
 def recorded_contents(workdir: bucket.Path) -> dict[str, str]:
-    """The hashes that the workdir keeps of what its run is made of; {} of an older version's."""
+    """The recorded hashes of the run's inputs; {} if an older version made the workdir."""
     return _config_in(workdir).get("contents", {})
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
-    """The options by dotted key, as JSON has them."""
+    """The options by dotted key, with their values in JSON's types."""
     return _flat(json.loads(config.to_json_best_effort(sort_keys=True)))
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
-    """The config that `remember` wrote. Raises InputError if there is none, or one that this version does not know."""
+    """The config that `record_config` wrote. Raises InputError if there is none, or another version's."""
     path = workdir / "config.json"
     if not path.is_file():
         raise InputError(f"no config.json in {workdir}: name the workdir of a run.")
@@ -183,25 +190,27 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
 
 
 def _config_in(workdir: bucket.Path) -> dict:
-    """What config.json says; "contents" in it is the hash of each thing by name."""
+    """The value of config.json; its "contents" holds the hash of each input by name."""
     path = workdir / "config.json"
     tree = json_files.load(path, hint="put a whole copy of the file there, or take another --workdir")
-    if why := json_files.fault(tree.get("contents", {}), {...: str}, "contents"):
-        raise InputError(f"{path} is damaged ({why}): put a whole copy of the file there, or take another --workdir.")
+    if reason := json_files.fault(tree.get("contents", {}), {...: str}, "contents"):
+        raise InputError(
+            f"{path} is damaged ({reason}): put a whole copy of the file there, or take another --workdir."
+        )
     return tree
 
 
 def is_finished_run(path: pathlib.Path) -> bool:
-    """Whether it is the workdir of a run that has come to its end."""
+    """Whether the path is the workdir of a run that has written its aligned model."""
     return (path / "aligned").is_dir()
 
 
 def policy_config(model: str, given: ConfigDict | None = None) -> ConfigDict:
-    """The config under which a policy is measured or attacked.
+    """The config with which a policy is evaluated or attacked.
 
     Args:
-        model: the workdir of a finished run, whose aligned policy is meant, or whatever config.policy.init may be.
-        given: of a run only its evals are taken; the rest is the run's own.
+        model: the workdir of a finished run, for its aligned policy; or any value that config.policy.init can have.
+        given: the user's config. For a run only its section evals is used; the rest is the run's own.
     """
     run = expand_path(model)
     if is_finished_run(run):
@@ -214,19 +223,19 @@ def policy_config(model: str, given: ConfigDict | None = None) -> ConfigDict:
 
 
 def _tuples(tree):
-    """JSON has lists where a config has tuples."""
+    """The tree with tuples instead of JSON's lists, as configs have them."""
     if isinstance(tree, dict):
-        return {name: _tuples(sub) for name, sub in tree.items()}
+        return {name: _tuples(subtree) for name, subtree in tree.items()}
     return tuple(tree) if isinstance(tree, list) else tree
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The dotted keys under which the two do not say the same."""
-    one, other = _flat(before), _flat(now)
-    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    """The dotted keys whose values differ between the two, or that only one of them has."""
+    flat_before, flat_now = _flat(before), _flat(now)
+    return sorted(key for key in flat_before.keys() | flat_now.keys() if flat_before.get(key) != flat_now.get(key))
 
 
 def _flat(tree, prefix=""):
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}{name}.").items()}
+    return {key: value for name, subtree in tree.items() for key, value in _flat(subtree, f"{prefix}{name}.").items()}
