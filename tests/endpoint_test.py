@@ -331,7 +331,7 @@ def test_a_damaged_line_of_the_memory_costs_that_reply_alone(tmp_path, line, cap
     first, second = ((whole % name).encode() for name in ("one", "two"))
     memory.write_bytes(b"\n".join([first, line.encode("utf-8", "surrogateescape"), second, b'{"torn']))
     reply = endpoint.Reply("a", -1, "", 1)
-    assert endpoint._remembered(memory) == {"one": reply, "two": reply}
+    assert endpoint._load_replies(memory) == {"one": reply, "two": reply}
     assert "1 lines are no replies, the first is line 2" in caplog.text
     assert memory.read_bytes().endswith(second + b"\n")
 
