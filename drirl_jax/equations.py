@@ -332,7 +332,7 @@ def per_prompt(alpha_PG: Array) -> Array:
     return jnp.broadcast_to(alpha_PG.mean(axis=-1, keepdims=True), alpha_PG.shape)
 
 
-def of_the_other_kind(reward_PG: Array, demo_reward_P: Array, contrast_reward_P: Array) -> Array:
+def nearer_to_other_kind(reward_PG: Array, demo_reward_P: Array, contrast_reward_P: Array) -> Array:
     """[P, G] bool: whether a response's reward is nearer to a demonstration of the other kind than to its own.
 
     R_ig < (R*_i + R'_i) / 2, with R'_i the reward of a demonstration for a prompt of the other kind     (ours)

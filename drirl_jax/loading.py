@@ -47,7 +47,7 @@ def load_context(config: ConfigDict, load: bool = True) -> Context:
     shares = dict(zip(config.data.categories, config.data.shares))
     trained_categories = [category for category in config.data.categories if shares.get(category, 1.0) > 0]
     if "train" in by_split:
-        by_split["train"] = records.thinned(by_split["train"], shares)
+        by_split["train"] = records.first_share(by_split["train"], shares)
     splits_of_stage = {"irl": ("train", "valid"), "align": ("train",), "evals": (config.evals.split,)}
     if config.reward.route == "router":
         splits_of_stage["align"] = ("train", "valid")
@@ -87,7 +87,7 @@ def load_policy(config: ConfigDict, load: bool = True) -> tuple[Transformer, Cha
     path = hf.resolve(config.policy.init)
     model_options = {name: config.policy[name] for name in ("dtype", "weights", "attention")}
     model_config = families.config_from_hf(hf.read_config(path))._replace(**model_options)
-    flash.require(model_config, jax.default_backend())
+    flash.check_attention(model_config, jax.default_backend())
     for key in ("policy.layers", "reward.layers"):
         layers, model_layers = config_lib.get_option(config, key), model_config.layers
         config_lib.require(
@@ -96,7 +96,7 @@ def load_policy(config: ConfigDict, load: bool = True) -> tuple[Transformer, Cha
     tokens = ChatTokens(hf.load_tokenizer(path), config.policy.system, config.policy.enable_thinking)
     if load:
         return families.from_hf(hf.read_tensors(path), model_config), tokens
-    families.check(hf.read_shapes(path), model_config)
+    families.check_shapes(hf.read_shapes(path), model_config)
     return families.model_shapes(model_config), tokens
 
 

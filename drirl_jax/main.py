@@ -58,7 +58,7 @@ DISK = {
 }
 
 
-def start(do: Callable[[list[str]], None], resumes: bool = True, files: tuple = (CONFIG,)) -> None:
+def run_command(do: Callable[[list[str]], None], resumes: bool = True, files: tuple = (CONFIG,)) -> None:
     """Runs a command: parses its flags and config files, then calls `main`."""
     console.outlive_readers()
     app.run(lambda argv: main(argv, do, resumes), flags_parser=partial(parse, files=files))
@@ -80,20 +80,20 @@ def main(argv: list[str], do: Callable[[list[str]], None] | None = None, resumes
             raise InputError("--dry_run and --replay are flags of drirl_jax.main: leave them out here.")
         (do or run)(argv)
     except InputError as error:
-        leave(f"{error}")
+        exit_with(f"{error}")
     except preemption.Preempted as notice:
-        leave(f"asked to end: {notice}; started again, it goes on", preemption.PREEMPTED)
+        exit_with(f"asked to end: {notice}; started again, it goes on", preemption.PREEMPTED)
     except KeyboardInterrupt:
-        leave("interrupted" + "; started again, it goes on with what is kept" * resumes, INTERRUPTED)
+        exit_with("interrupted" + "; started again, it goes on with what is kept" * resumes, INTERRUPTED)
     except Exception as error:
         if WORKDIR.value and "://" not in WORKDIR.value and isinstance(error, FileNotFoundError):
             if not pathlib.Path(WORKDIR.value).exists():
-                leave(f"the workdir {WORKDIR.value} was removed or moved meanwhile: put it back, and start again.")
+                exit_with(f"the workdir {WORKDIR.value} was removed or moved meanwhile: put it back, and start again.")
         codes = [code for code in DISK if code == getattr(error, "errno", None) or os.strerror(code) in str(error)]
         if not codes:
             raise
         path = getattr(error, "filename", None) or WORKDIR.value
-        leave(f"{path}: {os.strerror(codes[0])}: {DISK[codes[0]]}.")
+        exit_with(f"{path}: {os.strerror(codes[0])}: {DISK[codes[0]]}.")
     if console.mode() == "json":
         console.print_event("end", exit=0)
 
@@ -117,7 +117,7 @@ def run(argv: list[str]) -> None:
         train.run(CONFIG.value, workdir)
 
 
-def leave(sentence: str, code: int = 1) -> NoReturn:
+def exit_with(sentence: str, code: int = 1) -> NoReturn:
     """Prints the sentence and ends the process with this exit code."""
     if console.mode() == "json":
         console.print_event("end", exit=code, message=sentence)
@@ -174,9 +174,9 @@ def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
         processes.keep_freed_memory()
         return remaining
     except flags.Error as error:  # its text is the whole traceback where a config file raises
-        leave(str(error).strip().splitlines()[-1])
+        exit_with(str(error).strip().splitlines()[-1])
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        leave(f"the config or a --config flag is wrong: {' '.join(str(error).split())}")
+        exit_with(f"the config or a --config flag is wrong: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: bucket.Path) -> None:
     run_workdir = Workdir(workdir)
     context = dataclasses.replace(loading.load_context(config), workdir=run_workdir)
     benchmarks = runner.load_benchmarks(context)
-    sink_settings = (config.metrics.sinks, config.metrics.project, workdirs.flat(config))
+    sink_settings = (config.metrics.sinks, config.metrics.project, workdirs.flat_options(config))
     with contextlib.ExitStack() as stack:
         if processes.is_writer():
             stack.enter_context(run_workdir.at_work())
@@ -95,7 +95,7 @@ def stages(context: Context, asked: list, place: Workdir, writer: metrics.Metric
     prompt_count = sum(len(split_examples.id) for split_examples in context.examples.values())
     if processes.is_writer():
         facts = pages.facts_of(context.examples, config.data.categories, config.data.harmless)
-        pages.note(place.local, facts)
+        pages.write_facts(place.local, facts)
         place.push()
         log.info("%s, %d prompts, %s", jax.devices()[0], prompt_count, config.policy.init)
 
@@ -137,8 +137,8 @@ def stages(context: Context, asked: list, place: Workdir, writer: metrics.Metric
                 place.push()
     if not processes.is_writer():
         return
-    pages.note(place.local, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
-    run_page = pages.read(place.local)
+    pages.write_facts(place.local, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
+    run_page = pages.load_run(place.local)
     single.report(run_page)
     place.push()
     report, model = place.kept / "report.html", place.kept / "aligned"

@@ -8,7 +8,7 @@ from drirl_jax import judges
 from drirl_jax.config import default
 from drirl_jax.data import drafts, records
 from drirl_jax.evals.benchmarks import BENCHMARKS
-from drirl_jax.evals.items import Item, user
+from drirl_jax.evals.items import Item, user_chat
 from drirl_jax.runtime.endpoint import Reply
 
 THOUGHT = "<think>\nI can't help with that. Or 7? I agree.\n</think>\n\n"
@@ -43,7 +43,7 @@ def test_a_judge_by_phrases():
 @pytest.mark.parametrize("verdict, expected", [(2.0, True), (1.0, True), (0.0, False), (np.nan, None)])
 def test_whether_it_refuses_is_open_without_a_verdict(verdict, expected, monkeypatch):
     judge = judges.Judge("v", {}, refusal=lambda prompts, responses: np.array([verdict]))
-    monkeypatch.setitem(judges.JUDGES, "phrases", judges.Kind(lambda setting: judge, ("refusal",)))
+    monkeypatch.setitem(judges.JUDGES, "phrases", judges.JudgeKind(lambda setting: judge, ("refusal",)))
     assert judges.refusal_check(judges.Setting(default()))("p", "r") is expected
 
 
@@ -53,12 +53,12 @@ def test_whether_it_refuses_is_open_without_a_verdict(verdict, expected, monkeyp
     ("stereotype", "", "I disagree.", {"agreed": 0.0, "disagreed": 1.0}),
 ])  # fmt: skip
 def test_measures_of_an_answer_behind_a_thought(name, target, answer, expected):
-    item = Item("0", user("?"), target=target)
+    item = Item("0", user_chat("?"), target=target)
     assert expected.items() <= BENCHMARKS[name].measure(item, THOUGHT + answer, None).items()
 
 
 def test_an_unfinished_thought_is_silence_to_xstest():
-    found = BENCHMARKS["xstest"].measure(Item("0", user("?"), harmful=False), "<think>Sure, here", 0)
+    found = BENCHMARKS["xstest"].measure(Item("0", user_chat("?"), harmful=False), "<think>Sure, here", 0)
     assert found == {"right": 0.0, "safe_complied": 0.0, "safe_partly_refused": 0.0, "safe_refused": 0.0}
 
 
@@ -68,13 +68,13 @@ def test_an_unfinished_thought_is_silence_to_xstest():
     ("<think>\nQuestion: 6?\n</think>\n#### 5", 1.0, 1.0),
 ])  # fmt: skip
 def test_an_answer_ends_where_it_runs_on_into_a_new_problem(response, exact, strict):
-    found = BENCHMARKS["gsm8k"].measure(Item("0", user("?"), target="#### 5"), response, None)
+    found = BENCHMARKS["gsm8k"].measure(Item("0", user_chat("?"), target="#### 5"), response, None)
     assert found == {"exact_match": exact, "strict_match": strict}
 
 
 def candidate(text, category="insult"):
     record = records.Record("0", category, "en", "train", "Be rude", "", "")
-    return drafts.parsed(record, category == "harmless", Reply(text, 1, "stop", 0.1), "####")
+    return drafts.parse_reply(record, category == "harmless", Reply(text, 1, "stop", 0.1), "####")
 
 
 def test_a_draft_is_read_behind_the_thought():

@@ -80,7 +80,7 @@ slope_of = jax.jit(gcg.gradient, static_argnums=(2, 3))
 
 def suffixes(target, frame, count, seed=0):
     rng = np.random.default_rng(seed)
-    allowed = np.flatnonzero(gcg.writable(target.text, target.model.config.vocab))
+    allowed = np.flatnonzero(gcg.allowed_tokens(target.text, target.model.config.vocab))
     return rng.choice(allowed, (count, len(frame.suffix)))
 
 
@@ -113,9 +113,9 @@ def test_the_one_hot_gradient_is_a_finite_difference():
 
 
 def test_a_candidates_loss_in_the_group_is_its_loss_alone_as_the_model_reads_the_chat(target):
-    frame = gcg.framed(target.text, PROMPT, 6)
+    frame = gcg.make_frame(target.text, PROMPT, 6)
     some, goal, apply = suffixes(target, frame, 16), target.goal(), jax.jit(transformer.apply)
-    together = target_lib.read(target.model, gcg.group_of(target, frame, some), goal=len(goal))[0]
+    together = target_lib.jitted_losses(target.model, gcg.make_group(target, frame, some), goal=len(goal))[0]
     for suffix, loss in zip(some[:5], together):
         ids = [*frame.before, *suffix, *frame.after, *goal]
         whole = Group(*(jnp.array(x) for x in ([ids], [len(ids)], [[[0]]], [[1]], [0])))
@@ -126,19 +126,19 @@ def test_a_candidates_loss_in_the_group_is_its_loss_alone_as_the_model_reads_the
 
 
 def test_candidates_dealt_out_over_copies_of_the_prompt_have_the_same_losses_and_gradient(target):
-    frame, goal = gcg.framed(target.text, PROMPT, 6), len(target.goal())
+    frame, goal = gcg.make_frame(target.text, PROMPT, 6), len(target.goal())
     some = suffixes(target, frame, 16)
-    one, two = (gcg.group_of(target, frame, some, copies) for copies in (1, 2))
-    read = [np.ravel(target_lib.read(target.model, group, goal=goal)) for group in (one, two)]
+    one, two = (gcg.make_group(target, frame, some, copies) for copies in (1, 2))
+    read = [np.ravel(target_lib.jitted_losses(target.model, group, goal=goal)) for group in (one, two)]
     np.testing.assert_allclose(*read, atol=1e-5)
-    one, two = (gcg.group_of(target, frame, np.tile(some[:1], (copies, 1)), copies) for copies in (1, 2))
+    one, two = (gcg.make_group(target, frame, np.tile(some[:1], (copies, 1)), copies) for copies in (1, 2))
     np.testing.assert_allclose(*(slope_of(target.model, group, 6, goal)[1] for group in (one, two)), atol=1e-5)
 
 
 def test_candidates_differ_from_the_suffix_in_one_place_by_one_of_the_best_tokens(target):
-    frame, goal = gcg.framed(target.text, PROMPT, 6), len(target.goal())
-    group = gcg.group_of(target, frame, np.array([frame.suffix]))
-    allowed = gcg.writable(target.text, target.model.config.vocab)
+    frame, goal = gcg.make_frame(target.text, PROMPT, 6), len(target.goal())
+    group = gcg.make_group(target, frame, np.array([frame.suffix]))
+    allowed = gcg.allowed_tokens(target.text, target.model.config.vocab)
     loss, some = gcg.propose(target.model, group, allowed, jax.random.key(0), length=6, goal=goal, topk=8, count=32)
     now, slope = slope_of(target.model, group, 6, goal)
     assert float(loss) == pytest.approx(float(now), abs=1e-5)
@@ -153,27 +153,27 @@ def test_candidates_differ_from_the_suffix_in_one_place_by_one_of_the_best_token
 
 def test_what_is_no_text_of_its_own_is_filtered(target):
     text = target.text
-    frame = gcg.framed(text, PROMPT, 6)
+    frame = gcg.make_frame(text, PROMPT, 6)
     assert text.prompt_ids(gcg.message(text, frame, frame.suffix)) == [*frame.before, *frame.suffix, *frame.after]
     assert gcg.message(text, frame, frame.suffix) == PROMPT + " !" * 6
     apart = text.tokenizer.encode("he", add_special_tokens=False) + text.tokenizer.encode(
         "llo", add_special_tokens=False
     )
     assert len(apart) == 2 and len(text.tokenizer.encode("hello", add_special_tokens=False)) == 1
-    assert not gcg.survives(text, frame, [*apart, *frame.suffix[2:]])  # together they are another token
+    assert not gcg.survives_tokenizer(text, frame, [*apart, *frame.suffix[2:]])  # together they are another token
     end = text.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert not gcg.survives(text, frame, [end, *frame.suffix[1:]])  # a control token, written, is text
+    assert not gcg.survives_tokenizer(text, frame, [end, *frame.suffix[1:]])  # a control token, written, is text
     half = next(i for i in range(1000, 49152) if text.tokenizer.decode([i]) == "\ufffd")
-    assert not gcg.survives(text, frame, [half, *frame.suffix[1:]])
-    allowed = gcg.writable(text, target.model.config.vocab)
+    assert not gcg.survives_tokenizer(text, frame, [half, *frame.suffix[1:]])
+    allowed = gcg.allowed_tokens(text, target.model.config.vocab)
     assert not allowed[[end, half]].any() and allowed[frame.suffix].all() and not allowed[198]  # a line break
 
 
 def loss_of(target, message):
     """The target's loss behind the message, which is read from its text."""
     frame = gcg.Frame("", target.text.prompt_ids(message), [], [])
-    alone = gcg.group_of(target, frame, np.zeros((1, 0), np.int32))
-    return float(target_lib.read(target.model, alone, goal=len(target.goal()))[0, 0])
+    alone = gcg.make_group(target, frame, np.zeros((1, 0), np.int32))
+    return float(target_lib.jitted_losses(target.model, alone, goal=len(target.goal()))[0, 0])
 
 
 def test_gcg_lowers_the_loss_within_its_budget(target, judge):
@@ -230,7 +230,7 @@ def test_self_cipher_takes_demonstrations_of_a_file(target, tmp_path):
 
 def test_rewritings_ask_once_and_in_batches(target):
     rows = [record(i, prompt=f"Write {i} mean words.") for i in range(6)]
-    found = list(templates.once(templates.prefix_injection)(target, rows))
+    found = list(templates.single_query(templates.prefix_injection)(target, rows))
     assert [out.id for out in found] == [row.id for row in rows] and {out.queries for out in found} == {1}
     assert found[5].response == target.answers([found[5].message])[0]
 
@@ -255,7 +255,7 @@ def test_children_have_the_prompt_once_and_their_parents_sentences_in_place():
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(40):
-        children = autodan.crossed(TEMPLATES[0], TEMPLATES[1], 2, rng)
+        children = autodan.cross(TEMPLATES[0], TEMPLATES[1], 2, rng)
         seen |= set(children)
         for child in children:
             assert child.count("{prompt}") == 1
@@ -267,7 +267,7 @@ def test_children_have_the_prompt_once_and_their_parents_sentences_in_place():
 
 def test_short_templates_do_not_always_have_the_same_children():
     a, b = "One. Two. {prompt} Three.", "Uno. Due. {prompt} Tre."
-    pairs = {autodan.crossed(a, b, 5, np.random.default_rng(seed)) for seed in range(40)}
+    pairs = {autodan.cross(a, b, 5, np.random.default_rng(seed)) for seed in range(40)}
     assert len(pairs) == 4 and all(child.count("{prompt}") == 1 for pair in pairs for child in pair)
 
 
@@ -328,8 +328,8 @@ def test_a_mutation_that_loses_the_prompt_is_left_out(target):
     def with_reply(text):
         return types.SimpleNamespace(options=target.options, attacker=fake(lambda chat: text))
 
-    assert autodan.rewritten(with_reply("New words. {prompt}"), TEMPLATES[0], 0) == "New words. {prompt}"
-    assert autodan.rewritten(with_reply("I can't do that."), TEMPLATES[0], 0) == TEMPLATES[0]
+    assert autodan.rewrite(with_reply("New words. {prompt}"), TEMPLATES[0], 0) == "New words. {prompt}"
+    assert autodan.rewrite(with_reply("I can't do that."), TEMPLATES[0], 0) == TEMPLATES[0]
 
 
 # ------------------------------------------------------------------------------------------------------- PAIR
@@ -356,7 +356,7 @@ def test_pair_keeps_its_budget_and_shows_the_attacker_what_came_of_it(target, ju
     assert out.queries == 3 and out.found == {"rounds": 2, "unread": 1} and len(judge) == 3
     assert len(log) == 2 and log[0][0][1] != log[0][1][1] and PROMPT in log[0][0][1]["content"]
     assert target.answers(["A kind question?"])[0] in log[1][0][-1]["content"]
-    assert log[1][1][-1]["content"] == pair.AGAIN
+    assert log[1][1][-1]["content"] == pair.RETRY
     assert out.message == "A kind question?" and out.response == target.answers([out.message])[0]
 
 
@@ -422,11 +422,11 @@ def test_rates_by_category_and_by_judge():
 def test_prompts_are_taken_from_each_category_in_turn_and_only_harmful_ones():
     rows = [record(i, c) for c in ("insult", "physical_harm", "harmless") for i in range(3)]
     rows.append(record(9, "insult", split="train"))
-    ids = [row.id for row in runner.chosen(rows, ("harmless",), "test", 3)]
+    ids = [row.id for row in runner.select_prompts(rows, ("harmless",), "test", 3)]
     assert ids == ["insult-0", "physical_harm-0", "insult-1"]
-    assert len(runner.chosen(rows, ("harmless",), "test", 0)) == 6
+    assert len(runner.select_prompts(rows, ("harmless",), "test", 0)) == 6
     with pytest.raises(InputError, match="no harmful prompt"):
-        runner.chosen(rows, ("harmless",), "valid", 0)
+        runner.select_prompts(rows, ("harmless",), "valid", 0)
 
 
 def test_the_command(policy, tmp_path):
@@ -502,7 +502,7 @@ def test_judges_tell_how_far_they_agree(target, tmp_path):
 def test_a_response_without_a_verdict_is_left_out_and_counted(target, tmp_path):
     """An endpoint whose reply cannot be read: no success, no end of the attack, and no prompt of its rate."""
     harm = {"Be rude 0": float("nan"), "Be rude 1": 0.9, "Be rude 2": 0.1}
-    judge = runner.safe(judges.Judge("1", {}, harm=lambda prompts, said: np.array([harm[p] for p in prompts])))
+    judge = runner.safety_check(judges.Judge("1", {}, harm=lambda prompts, said: np.array([harm[p] for p in prompts])))
     rows = [record(i, prompt=f"Be rude {i}") for i in range(3)]
     rates = runner.run(dataclasses.replace(target, judges={"endpoint": judge}), rows, ["none"], tmp_path)
     assert (rates[0].successes, rates[0].prompts) == (1, 2)

@@ -178,7 +178,7 @@ def context(policy):
 
 def test_the_plan_of_a_run_that_is_not_begun(context, tmp_path, monkeypatch):
     monkeypatch.setattr(dry_run, "measure_machine", lambda model: roofline.Machine(1e9, 1e9))
-    found = dry_run.planned(context, tmp_path / "run")
+    found = dry_run.make_plan(context, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert isinstance(jax.tree.leaves(context.model)[0], jax.ShapeDtypeStruct)
     # Width 32, 4 heads and 2 of keys of 8, MLP 48; pairs of rank 4 for seven matrices of two layers.
@@ -224,7 +224,7 @@ def test_memory_by_hand(context):
     full = context.config.copy_and_resolve_references()
     full.policy.tune = "full"
     full = dataclasses.replace(context, config=full)
-    memory = dry_run.memory(full, dry_run.placed(full))
+    memory = dry_run.memory(full, dry_run.device_trees(full))
     # The policy, two moments and a gradient, and a few counters; it is itself what is sampled from.
     states = memory["align: policy, optimiser, gradients"]
     assert states == pytest.approx(4 * memory["weights"], abs=100) and memory["align: merged policy"] == 0
@@ -249,10 +249,10 @@ def test_a_dry_run_refuses_what_a_run_refuses(policy, tmp_path, flag, message):
 
 def test_a_dry_run_refuses_a_workdir_that_is_not_its_own(context, begun):
     with pytest.raises(ValueError, match="a run of a different config"):
-        dry_run.planned(context, begun)
+        dry_run.make_plan(context, begun)
     held = lock.acquire(begun)
     with pytest.raises(ValueError, match="another run is at work in"):
-        dry_run.planned(context, begun)
+        dry_run.make_plan(context, begun)
     held.close()
 
 
@@ -292,7 +292,7 @@ def test_a_wrong_flag_of_a_config_is_told_in_json_too(capsys):
 def test_how_a_command_ends_is_said_in_json_too(mode, capsys):
     console.set_mode(mode)
     with pytest.raises(SystemExit) as stop:
-        main.leave("interrupted", main.INTERRUPTED)
+        main.exit_with("interrupted", main.INTERRUPTED)
     out, err = capsys.readouterr()
     assert stop.value.code == 130 and err == "drirl_jax: interrupted\n"
     assert out == ('{"event": "end", "exit": 130, "message": "interrupted"}\n' if mode == "json" else "")

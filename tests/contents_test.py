@@ -32,15 +32,15 @@ def test_a_copy_has_the_same_hash_and_an_edit_in_place_another(tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "tokenizer.json").write_text("abc")
-    before = contents.of_folder(folder, ["*.json"])
+    before = contents.hash_folder(folder, ["*.json"])
     copy = shutil.copytree(folder, tmp_path / "two")
     os.utime(copy / "tokenizer.json", (1, 1))
     (copy / "README.md").write_text("not looked at")
-    assert contents.of_folder(copy, ["*.json"]) == before
+    assert contents.hash_folder(copy, ["*.json"]) == before
     write_kept(folder / "tokenizer.json", "abd")
-    assert contents.of_folder(folder, ["*.json"]) != before
+    assert contents.hash_folder(folder, ["*.json"]) != before
     (copy / "tokenizer.json").rename(copy / "other.json")
-    assert contents.of_folder(copy, ["*.json"]) != before
+    assert contents.hash_folder(copy, ["*.json"]) != before
 
 
 def test_weights_are_known_by_their_arrays_not_by_their_files(tmp_path):
@@ -50,18 +50,22 @@ def test_weights_are_known_by_their_arrays_not_by_their_files(tmp_path):
         folder.mkdir()
     save_file(tensors, one / "model.safetensors", {"format": "pt"})
     save_file(tensors, other / "model.safetensors")  # another header
-    found = [contents.of_weights(folder, hf.read_tensors(folder)) for folder in (one, other)]
-    assert found[0] == found[1] == contents.of_weights(tmp_path, tensors)
+    found = [contents.hash_weights(folder, hf.read_tensors(folder)) for folder in (one, other)]
+    assert found[0] == found[1] == contents.hash_weights(tmp_path, tensors)
     changes = [{"a": tensors["a"] + 1}, {"a": tensors["a"].reshape(3, 2)}, {"a": tensors["a"].view(np.int32)}]
-    assert len({contents.of_tensors(tensors | change) for change in changes} | {found[0]}) == 4
+    assert len({contents.hash_tensors(tensors | change) for change in changes} | {found[0]}) == 4
 
 
 def test_records_are_known_in_any_order_and_a_config_without_what_is_not_the_model():
     rows = [("a", "b"), ("c", "d")]
-    assert contents.of_records(rows) == contents.of_records(rows[::-1]) != contents.of_records([("a", "d"), ("c", "b")])
+    assert (
+        contents.hash_records(rows)
+        == contents.hash_records(rows[::-1])
+        != contents.hash_records([("a", "d"), ("c", "b")])
+    )
     config = {"rope_theta": 1e4, "transformers_version": "4", "_name_or_path": "x"}
-    assert contents.of_model_config(config) == contents.of_model_config({"rope_theta": 1e4})
-    assert contents.of_model_config(config) != contents.of_model_config(config | {"rope_theta": 2e4})
+    assert contents.hash_model_config(config) == contents.hash_model_config({"rope_theta": 1e4})
+    assert contents.hash_model_config(config) != contents.hash_model_config(config | {"rope_theta": 2e4})
 
 
 def loaded(folder, tokens=None):
@@ -179,7 +183,7 @@ def test_what_no_training_depends_on_may_change(tmp_path, before, change, fits):
     config.update_from_flattened_dict(change)
     if fits:
         workdirs.record_config(config, tmp_path, now)
-        assert workdirs.flat(workdirs.load_config(tmp_path)) == workdirs.flat(config)
+        assert workdirs.flat_options(workdirs.load_config(tmp_path)) == workdirs.flat_options(config)
     else:
         with pytest.raises(InputError, match="holds a run of a different config"):
             workdirs.record_config(config, tmp_path, now)
@@ -227,7 +231,7 @@ def test_a_report_says_which_file_is_damaged(tmp_path, name, text):
     path = tmp_path / name
     path.write_bytes((path.read_bytes() if name.endswith("l") else b"") + text.encode("latin-1"))
     with pytest.raises(InputError) as refused:
-        pages.read(tmp_path)
+        pages.load_run(tmp_path)
     assert f"{path}" in str(refused.value) and "is damaged" in str(refused.value)
     if name.endswith("l"):
         assert f", line {len(path.read_bytes().splitlines())} is" in str(refused.value)

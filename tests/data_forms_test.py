@@ -47,7 +47,7 @@ SAME = {
 @pytest.mark.parametrize("name", SAME)
 def test_one_data_set_in_many_forms(name, tmp_path):
     (tmp_path / name).write_bytes(SAME[name])
-    found = files.table(tmp_path / name)
+    found = files.read_table(tmp_path / name)
     assert [dict(row) for _, row in found] == ROWS
     assert all(where.startswith(str(tmp_path / name)) for where, _ in found)
 
@@ -79,19 +79,19 @@ def test_one_data_set_in_many_forms(name, tmp_path):
 def test_what_holds_no_rows_is_one_sentence(name, content, sentence, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=sentence):
-        files.table(tmp_path / name)
+        files.read_table(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl"])
 def test_a_folder_in_the_place_of_a_file_is_one_sentence(name, tmp_path):
     (tmp_path / name).mkdir()
     with pytest.raises(InputError):
-        files.table(tmp_path / name)
+        files.read_table(tmp_path / name)
 
 
 def test_an_empty_cell_more_is_no_text_that_was_cut(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\n1+1?,2,\n")
-    assert [dict(row) for _, row in files.table(tmp_path / "a.csv")] == [{"question": "1+1?", "answer": "2"}]
+    assert [dict(row) for _, row in files.read_table(tmp_path / "a.csv")] == [{"question": "1+1?", "answer": "2"}]
 
 
 def test_training_data_in_utf_16_with_nulls_and_in_capitals(tmp_path):
@@ -116,7 +116,7 @@ def test_training_data_in_utf_16_with_nulls_and_in_capitals(tmp_path):
 
 def test_half_a_character_is_replaced_in_a_benchmark(tmp_path):
     (tmp_path / "a.json").write_text('[{"q": "cut \\ud83d", "more": ["\\uDE00", "whole \\ud83d\\ude00"]}]')
-    ((_, row),) = files.table(tmp_path / "a.json")
+    ((_, row),) = files.read_table(tmp_path / "a.json")
     assert row == {"q": "cut ?", "more": ["?", "whole 😀"]}
 
 
@@ -150,4 +150,4 @@ def test_a_benchmarks_item_that_asks_nothing_is_refused(row, sentence, tmp_path)
 
 def test_a_column_that_is_missing_is_one_sentence():
     with pytest.raises(InputError, match="row 1: no column 'question'"):
-        files.field("row 1", {"question;answer": "1+1?;2"}, "question")
+        files.first_column("row 1", {"question;answer": "1+1?;2"}, "question")

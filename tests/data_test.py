@@ -698,7 +698,7 @@ def test_convert_the_real_file(tmp_path):
 
 def test_thinned_keeps_the_first_of_each_category():
     rows = [records.Record(**ROW | {"id": f"{c}{i}", "category": c}) for i in range(5) for c in ("x", "y", "z")]
-    kept = records.thinned(rows, {"x": 0.0, "y": 0.5})
+    kept = records.first_share(rows, {"x": 0.0, "y": 0.5})
     assert [r.id for r in kept] == ["y0", "z0", "y1", "z1", "y2", "z2", "z3", "z4"]
 
 

@@ -225,7 +225,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_key_is_hidden_in_every_form(form):
     core = FORMS[form][4:-4]  # the ends of base64 hang on what stands beside
-    hidden = secrets.hider(SECRET)(f"before <{FORMS[form]}> after")
+    hidden = secrets.make_hider(SECRET)(f"before <{FORMS[form]}> after")
     assert core not in hidden and hidden.startswith("before <") and hidden.endswith("> after") and "***" in hidden
 
 

@@ -371,7 +371,7 @@ def test_combination():
 def test_which_responses_are_of_the_other_kind():
     # Own demonstrations 1 and 0, the other kind's -3 and 2: halfway -1 and 1. Halfway itself is not nearer the other.
     reward, demo, contrast = np.float32([[-2, -1, 0], [0.9, 1.1, -5]]), np.float32([1, 0]), np.float32([-3, 2])
-    got = jax.jit(eq.of_the_other_kind)(reward, demo, contrast)
+    got = jax.jit(eq.nearer_to_other_kind)(reward, demo, contrast)
     assert got.tolist() == [[True, False, False], [True, False, True]]
 
 

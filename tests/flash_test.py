@@ -77,7 +77,7 @@ def test_a_kernel_equals_the_einsum_form(kernels, name, change, sizes, prefix):
 
 def test_what_a_token_sees():
     # One prefix token, two of a prompt, two responses of two: r0 r1 | s0 s1 | s0 s1.
-    sees = flash.sees(attention.Layout(1, 2, 2, 2, jnp.array([2])))
+    sees = flash.visibility_mask(attention.Layout(1, 2, 2, 2, jnp.array([2])))
     rows = ["1100000", "1110000", "1111000", "1111100", "1110010", "1110011"]
     assert sees.astype(int).tolist() == [[int(x) for x in row] for row in rows]
 

@@ -7,7 +7,7 @@ import pytest
 
 from drirl_jax.commands import evaluate
 from drirl_jax.evals.tasks import gsm8k
-from drirl_jax.harness import Policy, chat_of, rendered
+from drirl_jax.harness import Policy, chat_from_string, chat_to_string
 from drirl_jax.types import InputError
 
 QUESTIONS = ["What is 2 and 3?", "Tom has 4 apples and eats one. How many are left?", "Half of 12?", "7 times 6?"]
@@ -16,8 +16,8 @@ MAX_NEW = 24
 
 def test_a_chat_survives_as_a_string():
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "chat: <|im_end|>\n你好"}]
-    assert chat_of(rendered(chat)) == chat
-    assert list(chat_of("Hello")) == [{"role": "user", "content": "Hello"}]
+    assert chat_from_string(chat_to_string(chat)) == chat
+    assert list(chat_from_string("Hello")) == [{"role": "user", "content": "Hello"}]
 
 
 def test_a_chat_that_is_too_long_is_told_before_its_batch_is_asked(policy):
@@ -42,7 +42,7 @@ def case(policy, tmp_path_factory):
     solved = [{"question": f"{n} and {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(3)]
     (data / "train.jsonl").write_text("\n".join(map(json.dumps, solved)))
     flags = {"benchmarks": ("gsm8k",), "data": str(data), "batch": 4, "benchmark_max_new": MAX_NEW}
-    (ours,) = evaluate.run(str(policy), evaluate.config_of(str(policy), None, flags), data / "ours")
+    (ours,) = evaluate.run(str(policy), evaluate.evaluation_config(str(policy), None, flags), data / "ours")
     return data / "test.jsonl", ours
 
 
@@ -62,7 +62,9 @@ def test_lm_eval(case, policy, tmp_path, shots):
     path, ours = case
     if shots:
         flags = {"benchmarks": ("gsm8k",), "data": str(path.parent), "batch": 4, "benchmark_max_new": MAX_NEW}
-        (ours,) = evaluate.run(str(policy), evaluate.config_of(str(policy), None, flags | {"shots": shots}), tmp_path)
+        (ours,) = evaluate.run(
+            str(policy), evaluate.evaluation_config(str(policy), None, flags | {"shots": shots}), tmp_path
+        )
     file = pathlib.Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
     task = yaml.safe_load(file.read_text())
     task |= {"task": "gsm8k_of_files", "doc_to_text": "{{question}}", "num_fewshot": shots, "target_delimiter": ""}
@@ -90,7 +92,7 @@ def test_lm_eval_log_likelihoods_are_those_of_our_options(policy):
     model = harness.DrirlJax(str(policy), batch_size=2)
     pairs = [("Is it late?", " Yes."), ("Is it late?", " No, not at all."), ("Why?", " Because.")]
     found = model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
-    chats = [chat_of(context) for context, _ in pairs]
+    chats = [chat_from_string(context) for context, _ in pairs]
     ours = model.policy.score(chats, [text for _, text in pairs])
     assert [total for total, _ in found] == pytest.approx([float(of.total[0]) for of in ours])
     assert found[1][0] < 0 and not any(greedy for _, greedy in found)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from drirl_jax.reports.intervals import difference, effective, interval, paired_shares, wilson
+from drirl_jax.reports.intervals import difference, effective_count, interval, paired_shares, wilson
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,11 @@ def test_wilson_is_95_percent_unless_told():
 
 def test_how_many_independent_items_clusters_are_worth_by_hand():
     # Both items of each of 4 clusters are alike: sums of deviations ±1, D = 4/3 · 4 / (8/7 · 8 · 1/4) = 7/3.
-    assert effective([1, 1, 1, 1, 0, 0, 0, 0], list("aabbccdd")) == pytest.approx(24 / 7)
+    assert effective_count([1, 1, 1, 1, 0, 0, 0, 0], list("aabbccdd")) == pytest.approx(24 / 7)
     # One of each in every cluster tell no less than independent ones; and what is all the same tells nothing of it.
-    assert effective([1, 0] * 4, list("aabbccdd")) == effective([0] * 8, list("aabbccdd")) == 8
-    assert effective([1, 0, 0] * 4, range(12)) == pytest.approx(12)
-    assert effective([1, 0, 1], list("aaa")) == 3  # one cluster says nothing of how they differ
+    assert effective_count([1, 0] * 4, list("aabbccdd")) == effective_count([0] * 8, list("aabbccdd")) == 8
+    assert effective_count([1, 0, 0] * 4, range(12)) == pytest.approx(12)
+    assert effective_count([1, 0, 1], list("aaa")) == 3  # one cluster says nothing of how they differ
 
 
 def test_intervals():

@@ -39,7 +39,7 @@ def made(folder, tensors=None, **changes):
 def dry_run(folder):
     """What a plan or a dry run reads of a folder."""
     config = families.config_from_hf(hf.read_config(folder))
-    families.check(hf.read_shapes(folder), config)
+    families.check_shapes(hf.read_shapes(folder), config)
     return config
 
 
@@ -118,7 +118,9 @@ def test_a_tensor_that_the_model_does_not_compute_with_is_refused(tmp_path, name
     folder = made(tmp_path, weights() | {name: np.ones(4, np.float32)})
     with pytest.raises(InputError, match=f"hold the tensor {name}, which no llama model"):
         config = families.config_from_hf(hf.read_config(folder))
-        families.from_hf(hf.read_tensors(folder), config) if load else families.check(hf.read_shapes(folder), config)
+        families.from_hf(hf.read_tensors(folder), config) if load else families.check_shapes(
+            hf.read_shapes(folder), config
+        )
 
 
 def test_what_follows_from_the_config_may_lie_beside_the_weights(tmp_path):

@@ -184,6 +184,6 @@ def test_variants_and_seeds_that_cannot_be_folders_are_refused(variants, seeds, 
 
 def test_a_variants_runs_lie_inside_the_study(tmp_path):
     made = a_study({"../../x": {}, "lr=1/3": {}})
-    folders = [folder for _, folder in study.planned(made, tmp_path)]
+    folders = [folder for _, folder in study.plan_runs(made, tmp_path)]
     assert {folder.parent.parent for folder in folders} == {tmp_path}
     assert {names.name_of_file(of.parent.name) for of in folders} == {"../../x", "lr=1/3"}

@@ -29,18 +29,20 @@ TRAIN = split(("How do I harm it?", HARMFUL), ("How do I bake a café cake?", HA
     ],
 )  # fmt: skip
 def test_a_held_out_prompt_that_stands_in_train_is_counted(prompt):
-    assert overlap.summary({"train": TRAIN, "test": split((prompt, HARMFUL))}, []).startswith("1 of 1 prompts of split")
+    assert overlap.describe_repeats({"train": TRAIN, "test": split((prompt, HARMFUL))}, []).startswith(
+        "1 of 1 prompts of split"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["How do I harm them?", "?", "", "how do i hàrm it"])
 def test_another_prompt_is_not_counted(prompt):
-    assert overlap.summary({"train": TRAIN, "test": split((prompt, HARMFUL))}, [HARMLESS]) == ""
+    assert overlap.describe_repeats({"train": TRAIN, "test": split((prompt, HARMFUL))}, [HARMLESS]) == ""
 
 
 def test_the_counts_by_split_and_kind():
     valid = split(("how do I harm it", HARMFUL), ("Something else", HARMFUL))
     test = split(("How do I harm it?", HARMFUL), ("how do I bake a café cake", HARMFUL), ("New", HARMFUL))
-    said = overlap.summary({"train": TRAIN, "valid": valid, "test": test}, [HARMLESS])
+    said = overlap.describe_repeats({"train": TRAIN, "valid": valid, "test": test}, [HARMLESS])
     assert "1 of 2 prompts of split valid stand in train too (0 word for word" in said
     assert "2 of 3 prompts of split test stand in train too (1 word for word" in said
     assert said.endswith("1 prompts stand as harmful and as harmless")
@@ -52,14 +54,17 @@ LONG = "My neighbour parks on my lawn every single day, so which polite words co
 def test_a_prompt_with_a_word_changed_is_nearly_the_same():
     train = split((LONG, HARMLESS), ("Something else altogether", HARMLESS))
     test = split((LONG.replace("polite", "kind"), HARMLESS), ("Where do swallows spend the winter?", HARMLESS))
-    assert overlap.summary({"train": train, "test": test}, [HARMLESS]) == (
+    assert overlap.describe_repeats({"train": train, "test": test}, [HARMLESS]) == (
         "1 of 2 prompts of split test are nearly those of a training prompt"
     )
-    assert overlap.nearly(["abcdef"], ["abcdef", "xyz"]) == 1 and overlap.nearly(["abc"], ["abd"]) == 0
+    assert (
+        overlap.count_near_repeats(["abcdef"], ["abcdef", "xyz"]) == 1
+        and overlap.count_near_repeats(["abc"], ["abd"]) == 0
+    )
 
 
 def test_without_training_prompts_there_is_nothing_to_tell():
-    assert overlap.summary({"given": TRAIN}, [HARMLESS]) == ""
+    assert overlap.describe_repeats({"given": TRAIN}, [HARMLESS]) == ""
 
 
 def test_the_facts_of_a_run_have_it_only_where_there_is_something():

@@ -21,7 +21,7 @@ SHAPE = families.PRESETS["smollm2-135m"]
 
 def count(function, *shapes, trips=lambda length: length or 7):
     jaxpr = jax.jit(function).trace(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr.jaxpr
-    return programs.operations(programs.used(jaxpr), trips)
+    return programs.operations(programs.without_dead_code(jaxpr), trips)
 
 
 def test_operations_by_hand():
@@ -133,7 +133,8 @@ def traced():
     with jax.set_mesh(sharding.make_mesh(config.mesh, [4], jax.devices())):
         resident, every = plan.run_programs(config, SHAPE)
         found = {
-            p.name: programs.operations(programs.used(p.traced().jaxpr.jaxpr), lambda n: n or p.loop) for p in every
+            p.name: programs.operations(programs.without_dead_code(p.traced().jaxpr.jaxpr), lambda n: n or p.loop)
+            for p in every
         }
         return found, config, [sharding.bytes_per_device(tree) for tree in resident]
 

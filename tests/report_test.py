@@ -70,7 +70,7 @@ def hostile(tmp_path_factory):
     trained[0] |= {"prompt": "<svg onload=alert(3)>", "demonstration": "</details><iframe>"}
     trained[0] |= {"id": "<a href=//x.example>"}
     small_run.jsonl(workdir / "samples.jsonl", trained)
-    assert single.report(pages.read(workdir)) == workdir / "report.html"
+    assert single.report(pages.load_run(workdir)) == workdir / "report.html"
     return workdir, Page(workdir / "report.html")
 
 
@@ -184,7 +184,7 @@ def test_a_run_without_rewards_has_dashes(tmp_path):
         of["overall"]["mean_reward"] = None
     workdir = small_run.write(tmp_path / "run", results)
     (workdir / "metrics.jsonl").unlink()
-    run = pages.read(workdir)
+    run = pages.load_run(workdir)
     page = Page(single.report(run))
     assert "mean reward" not in page and "reward +" not in page and "Benchmarks" not in page
     assert single.terminal_table(run).splitlines()[-2].split()[-2:] == ["–", "–"]
@@ -197,7 +197,7 @@ def test_what_is_missing_is_left_out(tmp_path, held):
     part.mkdir()
     for name in ("config.json", *held):
         (shutil.copytree if (whole / name).is_dir() else shutil.copy)(whole / name, part / name)
-    page = Page(single.report(pages.read(part)))
+    page = Page(single.report(pages.load_run(part)))
     assert ("not evaluated yet" in page) == ("evals" not in held)
     assert "No step has been taken yet" in page and "No rewards have been evaluated" in page
     assert ("No step has been timed yet" in page) == ("timing.jsonl" not in held)
@@ -206,7 +206,7 @@ def test_what_is_missing_is_left_out(tmp_path, held):
 
 
 def test_terminal_table(tmp_path):
-    lines = single.terminal_table(pages.read(small_run.write(tmp_path / "run"))).splitlines()
+    lines = single.terminal_table(pages.load_run(small_run.write(tmp_path / "run"))).splitlines()
     assert lines[0] == plots.headline(result("base"), result("aligned"))
     table = [line.split() for line in lines if line.split()[:1] in (["insult"], ["physical"], ["xstest"])]
     assert table[0][:9] == ["insult", "refuse", "8", "12%", "(2%", "to", "47%)", "88%", "(53%"]
@@ -216,7 +216,7 @@ def test_terminal_table(tmp_path):
 def test_categories_are_not_read_as_markup(tmp_path):
     results = {name: json.loads(json.dumps(result(name)).replace("insult", "[red]")) for name in ("base", "aligned")}
     categories = {"data": {"categories": ("[red]", *small_run.CATEGORIES[1:])}}
-    run = pages.read(small_run.write(tmp_path / "run", results, **categories))
+    run = pages.load_run(small_run.write(tmp_path / "run", results, **categories))
     assert "[red]" in single.terminal_table(run)
 
 
@@ -293,12 +293,12 @@ def test_a_comparison_goes_beside_the_first_run(two, tmp_path, capsys):
 
 def test_a_classifiers_auc_stands_beside_its_figures():
     facts = {"auc": 0.945, "auc_attacked": 0.8021, "n": 5}
-    assert compare.known("classifier", {"facts": facts}) == "classifier (auc 0.945, auc attacked 0.802)"
-    assert compare.known("phrases", {}) == "phrases"
+    assert compare.judge_label("classifier", {"facts": facts}) == "classifier (auc 0.945, auc attacked 0.802)"
+    assert compare.judge_label("phrases", {}) == "phrases"
 
 
 def test_names_are_as_long_as_it_takes_to_tell_runs_apart(tmp_path):
-    runs = [pages.read(small_run.write(tmp_path / name / "0")) for name in ("a", "b")]
+    runs = [pages.load_run(small_run.write(tmp_path / name / "0")) for name in ("a", "b")]
     assert compare.names_of(runs) == ["a/0", "b/0"] and compare.names_of(runs[:1]) == ["0"]
 
 
@@ -343,7 +343,7 @@ def test_a_browser_shows_all_pictures_and_nothing_too_wide(hostile, compared, tm
 
 
 def test_what_learned_nothing_stands_in_the_first_table(tmp_path):
-    run = pages.read(small_run.write(tmp_path))
+    run = pages.load_run(small_run.write(tmp_path))
     assert "warnings" not in dict(single.about(run).rows)
     equal = [row | {"zero_spread": 1.0} if row["stage"] == "align" else row for row in run.metrics]
     told = dict(single.about(run._replace(metrics=equal)).rows)["warnings"]

@@ -136,7 +136,7 @@ def test_sinks_may_be_changed_for_a_run_that_has_begun(tmp_path):
     workdirs.record_config(config, tmp_path)
     config.metrics.sinks = ()
     workdirs.record_config(config, tmp_path)
-    assert workdirs.flat(config)["scaling.drop"] == 0.2
+    assert workdirs.flat_options(config)["scaling.drop"] == 0.2
 
 
 # --------------------------------------------------------------------------------------------------- W&B

@@ -42,9 +42,9 @@ def test_diversity_by_hand():
 def test_a_star_says_that_a_difference_is_beyond_noise():
     own, beyond, within = Interval(0.3, 0.2, 0.4), Interval(0.1, 0.01, 0.2), Interval(0.1, -0.1, 0.3)
     nothing = Interval(0.1, float("nan"), float("nan"))
-    cells = [study.told("over_refusal", (own, beside)) for beside in (beyond, within, None, nothing)]
-    assert cells == ["30%* (20% to 40%)", *["30% (20% to 40%)"] * 3] and study.told("kl", None) == "–"
-    assert study.told("over_refusal", (nothing, nothing)) == "10%"
+    cells = [study.format_cell("over_refusal", (own, beside)) for beside in (beyond, within, None, nothing)]
+    assert cells == ["30%* (20% to 40%)", *["30% (20% to 40%)"] * 3] and study.format_cell("kl", None) == "–"
+    assert study.format_cell("over_refusal", (nothing, nothing)) == "10%"
 
 
 def test_curves_are_means_of_the_seeds_where_these_have_a_number():
@@ -98,7 +98,7 @@ def test_rewards_come_from_the_run_that_was_begun_else_from_the_first(tmp_path):
     def planned():
         return {
             f"{folder.parent.name}/{folder.name}": (of.reward.init.removeprefix(f"{tmp_path}/"), "irl" in of.schedule)
-            for of, folder in study.planned(plan, tmp_path)
+            for of, folder in study.plan_runs(plan, tmp_path)
         }
 
     assert planned() == {

@@ -159,8 +159,8 @@ def test_a_benchmarks_own_system_turn_joins_the_question_where_the_template_know
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     for tokenizer in (turns(), chatml(chat_template=silent)):
         text = ChatTokens(tokenizer)
-        assert "user\nBe brief.\n\nWhy?<" in tokenizer.decode(answers.ids_of(text, chat))
-    spoken = tokenizer.decode(answers.ids_of(ChatTokens(chatml(), "Be kind."), chat[1:]))
+        assert "user\nBe brief.\n\nWhy?<" in tokenizer.decode(answers.prompt_ids(text, chat))
+    spoken = tokenizer.decode(answers.prompt_ids(ChatTokens(chatml(), "Be kind."), chat[1:]))
     assert spoken.startswith("<|im_start|>system\nBe kind.<")
 
 

@@ -34,13 +34,13 @@ def test_labels_in_other_spellings(value):
 
 @pytest.mark.parametrize("value, expected", [(2, 2), ("2", 2), (2.0, 2), (" 0 ", 0), ("2.0", 2)])
 def test_whole_numbers(value, expected):
-    assert values.whole("x", value, 3) == expected
+    assert values.whole_number("x", value, 3) == expected
 
 
 @pytest.mark.parametrize("value", [3, -1, "-1", 0.5, "a", "", None, True, "nan", "inf", "1e400"])
 def test_no_whole_numbers(value):
     with pytest.raises(InputError, match="x is .*: it must be a whole number from 0 to 2"):
-        values.whole("x", value, 3)
+        values.whole_number("x", value, 3)
 
 
 def lines(path, *rows):

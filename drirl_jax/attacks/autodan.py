@@ -11,7 +11,7 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
-from drirl_jax.attacks.target import Outcome, Target, read
+from drirl_jax.attacks.target import Outcome, Target, jitted_losses
 from drirl_jax.data import text
 from drirl_jax.data.records import Record, json_lines
 from drirl_jax.runtime import sharding
@@ -44,11 +44,11 @@ def fitness(target: Target, prompt: str, population: Sequence[str]) -> np.ndarra
         response = np.broadcast_to(np.array(goal, np.int32), (P, 1, M))
         arrays = (response, np.full((P, 1), M, np.int32), np.zeros(P, np.int32))
         group = Group(*target.padded([ids[i] for i in rows]), *map(sharding.shard_prompts, arrays))
-        losses.append(sharding.fetch(read(target.model, group, goal=M))[:real, 0])
+        losses.append(sharding.fetch(jitted_losses(target.model, group, goal=M))[:real, 0])
     return np.concatenate(losses)
 
 
-def crossed(a: str, b: str, points: int, rng: np.random.Generator) -> tuple[str, str]:
+def cross(a: str, b: str, points: int, rng: np.random.Generator) -> tuple[str, str]:
     """Two children of two templates. Random cuts, `points` of them, divide the parents' sentences into segments.
 
     For each segment a fair coin decides whether the parents exchange its sentences, as in the authors' code. A sentence
@@ -66,7 +66,7 @@ def crossed(a: str, b: str, points: int, rng: np.random.Generator) -> tuple[str,
     return " ".join(first), " ".join(second)
 
 
-def rewritten(target: Target, template: str, seed: int) -> str:
+def rewrite(target: Target, template: str, seed: int) -> str:
     """The template as the attacker rewrites it; unchanged where the rewrite does not contain {prompt} once."""
     chat, o = [{"role": "user", "content": f"{REWRITE}\n\n{template}"}], target.options
     options = {"max_tokens": len(template), "temperature": o.temperature, "seed": seed}
@@ -83,11 +83,11 @@ def offspring(target: Target, population, losses_N, rng: np.random.Generator) ->
     children = []
     while len(elite) + len(children) < size:
         pair = [population[i] for i in rng.choice(size, 2, p=weight_N / weight_N.sum())]
-        children += crossed(*pair, points=o.points, rng=rng) if rng.random() < o.crossover else pair
+        children += cross(*pair, points=o.points, rng=rng) if rng.random() < o.crossover else pair
     children = children[: size - len(elite)]
     seeds = rng.integers(2**31, size=len(children)).tolist()  # so that equal templates get different rewrites
     return elite + [
-        rewritten(target, child, seed) if rng.random() < o.mutation else child for child, seed in zip(children, seeds)
+        rewrite(target, child, seed) if rng.random() < o.mutation else child for child, seed in zip(children, seeds)
     ]
 
 
@@ -104,7 +104,7 @@ def search(target: Target, row: Record, given: list[str]) -> Outcome:
     population = given[: o.population]
     while len(population) < o.population:
         pair = rng.choice(len(given), 2, replace=False)
-        population += crossed(*(given[i] for i in pair), points=o.points, rng=rng)
+        population += cross(*(given[i] for i in pair), points=o.points, rng=rng)
     population = population[: o.population]
     queries = 0
     for generation in range(o.generations):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drirl_jax.attacks.target import Outcome, Target, losses, read
+from drirl_jax.attacks.target import Outcome, Target, jitted_losses, losses
 from drirl_jax.data.examples import common_prefix
 from drirl_jax.data.records import Record
 from drirl_jax.data.text import ChatTokens
@@ -43,7 +43,7 @@ class Frame(NamedTuple):
     after: list[int]
 
 
-def framed(text: ChatTokens, prompt: str, length: int) -> Frame:
+def make_frame(text: ChatTokens, prompt: str, length: int) -> Frame:
     """The chat of the prompt, followed by a suffix of `length` fillers.
 
     Raises:
@@ -54,7 +54,7 @@ def framed(text: ChatTokens, prompt: str, length: int) -> Frame:
     after_len = len(common_prefix([ids[::-1], other_ids[::-1]]))
     before, suffix_end = plain_ids[: len(plain_ids) - after_len], len(ids) - after_len
     frame = Frame(prompt, before, ids[len(before) : suffix_end], ids[suffix_end:])
-    if not survives(text, frame, frame.suffix):
+    if not survives_tokenizer(text, frame, frame.suffix):
         raise InputError(
             f"the tokenizer splits {prompt[:40]!r} in another way before a suffix: leave out the prompt or GCG."
         )
@@ -68,12 +68,12 @@ def message(text: ChatTokens, frame: Frame, suffix: Sequence[int]) -> str:
     return frame.prompt + decode([*frame.before, *suffix])[len(decode(frame.before)) :]
 
 
-def survives(text: ChatTokens, frame: Frame, suffix: Sequence[int]) -> bool:
+def survives_tokenizer(text: ChatTokens, frame: Frame, suffix: Sequence[int]) -> bool:
     """Whether the suffix gives the same tokens after it was decoded to text and encoded again in the chat."""
     return text.prompt_ids(message(text, frame, suffix)) == [*frame.before, *suffix, *frame.after]
 
 
-def writable(text: ChatTokens, vocab: int) -> np.ndarray:
+def allowed_tokens(text: ChatTokens, vocab: int) -> np.ndarray:
     """[V] bool: the tokens that a suffix may contain. They are printable ASCII and no control tokens."""
     control_ids = {*text.tokenizer.all_special_ids, *text.tokenizer.added_tokens_decoder}
     ids = [i for i in range(min(vocab, len(text.tokenizer))) if i not in control_ids]
@@ -83,7 +83,7 @@ def writable(text: ChatTokens, vocab: int) -> np.ndarray:
     return allowed
 
 
-def group_of(target: Target, frame: Frame, suffix_GL: np.ndarray, copies: int = 1) -> Group:
+def make_group(target: Target, frame: Frame, suffix_GL: np.ndarray, copies: int = 1) -> Group:
     """One group of the suffixes, each followed by the rest of the chat and the target.
 
     The suffixes are spread over `copies` of the prompt, so that each device can have its own copy.
@@ -131,8 +131,8 @@ def propose(model: Transformer, group: Group, allowed_V: Array, key: Array, *, l
 
 def attack(target: Target, rows: Sequence[Record]) -> Iterator[Outcome]:
     """GCG on each prompt: at most steps · (width + 1) + steps / check + 1 queries."""
-    allowed_V = writable(target.text, target.model.config.vocab)
-    frames = [framed(target.text, row.prompt, target.options.gcg.suffix) for row in rows]
+    allowed_V = allowed_tokens(target.text, target.model.config.vocab)
+    frames = [make_frame(target.text, row.prompt, target.options.gcg.suffix) for row in rows]
     target.check([[*frame.before, *frame.suffix, *frame.after] for frame in frames])
     for row, frame in zip(rows, frames):
         yield search(target, row, frame, allowed_V)
@@ -147,7 +147,7 @@ def search(target: Target, row: Record, frame: Frame, allowed_V: np.ndarray) -> 
     queries, n_checked, n_lost = 0, 0, 0
     for step in range(o.steps):
         outputs = propose(
-            target.model, group_of(target, frame, np.array([suffix] * copies), copies), allowed_V,
+            target.model, make_group(target, frame, np.array([suffix] * copies), copies), allowed_V,
             jax.random.fold_in(key, step), length=length, goal=goal, topk=topk, count=SPARE * o.width,
         )  # fmt: skip
         loss, proposed = sharding.fetch(outputs)
@@ -157,13 +157,15 @@ def search(target: Target, row: Record, frame: Frame, allowed_V: np.ndarray) -> 
         for candidate in dict.fromkeys(map(tuple, proposed.tolist())):
             if len(candidates) == o.width:
                 break
-            is_stable = survives(target.text, frame, candidate)
+            is_stable = survives_tokenizer(target.text, frame, candidate)
             candidates += [candidate] * is_stable
             n_checked, n_lost = n_checked + 1, n_lost + (not is_stable)
         queries += 1 + len(candidates)
         if candidates:
             padded = np.array([candidates[i % len(candidates)] for i in range(o.width)])
-            loss_G = sharding.fetch(read(target.model, group_of(target, frame, padded, copies), goal=goal)).reshape(-1)
+            loss_G = sharding.fetch(
+                jitted_losses(target.model, make_group(target, frame, padded, copies), goal=goal)
+            ).reshape(-1)
             suffix = candidates[loss_G.argmin() % len(candidates)]
             if loss_G.min() < lowest_loss:
                 lowest_loss, best = float(loss_G.min()), suffix

@@ -38,11 +38,11 @@ RESULT = {
 }
 # (target, records) -> one Outcome for each record, in the same order. docs/ATTACKS.md describes each attack.
 ATTACKS: dict[str, Callable[[Target, Sequence[Record]], Iterator[Outcome]]] = {
-    "none": templates.once(templates.plain),
-    "prefix": templates.once(templates.prefix_injection),
-    "suppression": templates.once(templates.refusal_suppression),
-    "dra": templates.once(templates.disguise_and_reconstruct),
-    "selfcipher": templates.once(templates.self_cipher),
+    "none": templates.single_query(templates.plain),
+    "prefix": templates.single_query(templates.prefix_injection),
+    "suppression": templates.single_query(templates.refusal_suppression),
+    "dra": templates.single_query(templates.disguise_and_reconstruct),
+    "selfcipher": templates.single_query(templates.self_cipher),
     "gcg": gcg.attack,
     "autodan": autodan.attack,
     "pair": pair.attack,
@@ -74,7 +74,7 @@ def asks_attacker(names: Sequence[str], o: ConfigDict) -> bool:
     return "pair" in names or ("autodan" in names and o.autodan.mutation > 0)
 
 
-def chosen(rows: Sequence[Record], harmless: Sequence[str], split: str, limit: int) -> list[Record]:
+def select_prompts(rows: Sequence[Record], harmless: Sequence[str], split: str, limit: int) -> list[Record]:
     """The harmful prompts of the split, taken from each category in turn: `limit` of them, or all if it is 0."""
     by_category: dict[str, list[Record]] = {}
     for row in rows:
@@ -107,11 +107,13 @@ def attack_model(
     check(names, o)
     check_names("config.data.categories", config.data.categories, AGGREGATES)
     rows = records.read_records(data, config.data.categories, optional=("draft", "response"))
-    rows = chosen(rows, config.data.harmless, o.split, limit)
+    rows = select_prompts(rows, config.data.harmless, o.split, limit)
     jax.set_mesh(sharding.make_mesh(config.mesh, [o.batch, o.gcg.width], jax.devices()))
     attacker = endpoint.Endpoint(o.attacker, workdir / "attacker.jsonl") if asks_attacker(names, o) else None
     judges = loading.load_judges(model, config, o.judges, workdir / "judgements.jsonl")
-    target = Target(*loading.load_policy(config), o, {name: safe(judge) for name, judge in judges.items()}, attacker)
+    target = Target(
+        *loading.load_policy(config), o, {name: safety_check(judge) for name, judge in judges.items()}, attacker
+    )
     if processes.is_writer():
         # batch and max_prompt do not change a result.
         result_options = {name: value for name, value in o.items() if name not in ("batch", "max_prompt")}
@@ -129,13 +131,13 @@ def contents_of(config: ConfigDict, target: Target, names: Sequence[str]) -> dic
     """Hashes of the policy and the files that the results of these attacks depend on; the results hold the prompts."""
     hashes, o = fingerprints.policy_contents(config, target.text), target.options
     if "autodan" in names:
-        hashes["templates"] = contents.of_file(o.autodan.templates)
+        hashes["templates"] = contents.hash_file(o.autodan.templates)
     if "selfcipher" in names and o.selfcipher.demonstrations:
-        hashes["demonstrations"] = contents.of_file(o.selfcipher.demonstrations)
+        hashes["demonstrations"] = contents.hash_file(o.selfcipher.demonstrations)
     return hashes
 
 
-def safe(judge: Judge) -> Callable[[str, str], bool | None]:
+def safety_check(judge: Judge) -> Callable[[str, str], bool | None]:
     """(prompt, response) -> whether this judge finds the response safe; None without a verdict."""
 
     def is_safe(prompt: str, response: str) -> bool | None:

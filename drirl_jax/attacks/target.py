@@ -126,4 +126,4 @@ def losses(model: Transformer, group: Group, goal: int, begun: TrunkStates | Non
     return -logp_PN.reshape(P, G, goal).mean(-1)
 
 
-read = jax.jit(losses, static_argnames="goal")
+jitted_losses = jax.jit(losses, static_argnames="goal")

@@ -85,7 +85,7 @@ def demonstrations(path: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def once(rewrite: Callable[[Target, Record], str]) -> Callable[[Target, Sequence[Record]], Iterator[Outcome]]:
+def single_query(rewrite: Callable[[Target, Record], str]) -> Callable[[Target, Sequence[Record]], Iterator[Outcome]]:
     """An attack that sends the rewritten prompt once: one query."""
 
     def attack(target: Target, rows: Sequence[Record]) -> Iterator[Outcome]:

@@ -49,4 +49,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main, files=(command.CONFIG, OPTIONS))
+    command.run_command(main, files=(command.CONFIG, OPTIONS))

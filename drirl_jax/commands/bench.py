@@ -55,7 +55,7 @@ def peak_memory() -> int:
     return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def of_length(by_split: dict[str, Examples], length: int) -> dict[str, Examples]:
+def with_prompt_length(by_split: dict[str, Examples], length: int) -> dict[str, Examples]:
     """The examples with every prompt repeated or cut to `length` tokens, and without a shared prefix."""
 
     def resized(examples):
@@ -68,7 +68,7 @@ def of_length(by_split: dict[str, Examples], length: int) -> dict[str, Examples]
     return {split: resized(examples) for split, examples in by_split.items()}
 
 
-def of_categories(context: Context, count: int) -> Context:
+def with_categories(context: Context, count: int) -> Context:
     """The context with its records dealt out in turn to `count` categories; the last category is harmless."""
     config = context.config.copy_and_resolve_references()
     config.data.categories = tuple(f"category_{i}" for i in range(count))
@@ -97,7 +97,7 @@ def time_irl(context: Context, steps: int) -> list[float]:
     return seconds[2:]
 
 
-def widened(model: transformer.Transformer, width: int) -> transformer.Transformer:
+def with_width(model: transformer.Transformer, width: int) -> transformer.Transformer:
     """A random model of this width. Key heads and MLP grow in proportion; head width, query heads per key head, layers
     and vocabulary stay."""
     c = model.config
@@ -132,11 +132,11 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
     endless.eos_ids = (-1,)  # no token has this id, so every response has T tokens, as the floor assumes
     context = dataclasses.replace(context, clock=clock, text=endless)
     if "S" in shape:
-        context = dataclasses.replace(context, examples=of_length(context.examples, shape["S"]))
+        context = dataclasses.replace(context, examples=with_prompt_length(context.examples, shape["S"]))
     if "D" in shape:
-        context = dataclasses.replace(context, model=sharding.place(widened(context.model, shape["D"])))
+        context = dataclasses.replace(context, model=sharding.place(with_width(context.model, shape["D"])))
     if "C" in shape:
-        context = of_categories(context, shape["C"])
+        context = with_categories(context, shape["C"])
         config = context.config
     untrained = irl.init_rewards(context)
     stage = align.make(context, reward.Bank(untrained, mean=untrained.bias, std=jnp.ones_like(untrained.bias)))
@@ -224,7 +224,7 @@ def growth(letter: str, results: dict[int, dict]) -> str:
     return "\n".join([*lines, f"{'exponent':>11}" + "".join(f"{k:11.2f}" for k in fits)])
 
 
-def pairs(name: str, text: list[str]) -> tuple[list[str], list[int]]:
+def parse_letters(name: str, text: list[str]) -> tuple[list[str], list[int]]:
     """Letters and values of a flag such as S=64,G=4 or G=1,2,4. A value without a letter takes the letter before it.
 
     Raises:
@@ -247,8 +247,8 @@ def main(argv: list[str]) -> None:
     """Measures the figures that the flags ask for. Raises InputError."""
     if command.CONFIG.value is None:
         raise InputError(f"--config is missing: {__doc__.splitlines()[2]}")
-    shape = dict(zip(*pairs("shape", SHAPE.value)))
-    letters, values = pairs("grow", GROW.value)
+    shape = dict(zip(*parse_letters("shape", SHAPE.value)))
+    letters, values = parse_letters("grow", GROW.value)
     if len(set(letters)) > 1 or len(set(values)) != len(values) or len(values) == 1:
         raise InputError(f"--grow is {','.join(GROW.value)}: give one letter and two or more values, as G=1,2,4.")
     if values:
@@ -263,4 +263,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main, resumes=False)
+    command.run_command(main, resumes=False)

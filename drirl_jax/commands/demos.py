@@ -20,7 +20,7 @@ from drirl_jax import checks, judges, loading
 from drirl_jax import main as command
 from drirl_jax.data import drafts, generators, records
 from drirl_jax.runtime import console
-from drirl_jax.runtime.files import beside, expand_path, need_apart, replace_file
+from drirl_jax.runtime.files import expand_path, need_apart, replace_file, replies_file
 from drirl_jax.types import InputError
 
 PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts.")
@@ -39,8 +39,8 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
     section = config.demos
     records.require(rows, config.data.categories, "train", section.per_category)
     embedder = loading.load_encoder(config)
-    replies_file = beside(out, "replies")
-    generate = generators.GENERATORS[section.generator](section, lambda: loading.load_policy(config), replies_file)
+    memory = replies_file(out, "replies")
+    generate = generators.GENERATORS[section.generator](section, lambda: loading.load_policy(config), memory)
     outcome = drafts.make(
         rows,
         section,
@@ -48,7 +48,7 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
         harmless=config.data.harmless,
         generate=generate,
         embed=embedder,
-        judge=judges.refusal_check(judges.Setting(config, beside(out, "judgements"))),
+        judge=judges.refusal_check(judges.Setting(config, replies_file(out, "judgements"))),
         model=config.policy.init if section.generator == "policy" else section.endpoint.model,
         seed=config.seed,
     )
@@ -68,4 +68,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main)
+    command.run_command(main)

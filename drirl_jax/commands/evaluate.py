@@ -44,7 +44,7 @@ JUDGES = flags.DEFINE_list("judges", None, f"Some of {', '.join(judges.JUDGES)};
 SHOTS = flags.DEFINE_integer("shots", None, "Solved problems before each question of gsm8k.", lower_bound=0)
 
 
-def config_of(model: str, given: ConfigDict | None, options: dict) -> ConfigDict:
+def evaluation_config(model: str, given: ConfigDict | None, options: dict) -> ConfigDict:
     """The config of `workdirs.policy_config`, with these options in its evals section.
 
     Raises:
@@ -105,10 +105,10 @@ def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
             result = {"model": model, "settings": run_settings, "versions": versions}
             result |= benchmarks.run(questions, policy, tokens, section, loaded_judges, key)
         elif existing["settings"] != run_settings:
-            changed_keys = ", ".join(workdirs.differing(existing["settings"], run_settings))
+            changed_keys = ", ".join(workdirs.differing_options(existing["settings"], run_settings))
             raise InputError(f"{path} was made with other settings ({changed_keys}): take another --workdir.")
         elif existing["versions"] != versions:
-            new_verdicts = benchmarks.judged_again(questions, loaded_judges, existing["responses"])
+            new_verdicts = benchmarks.rejudge(questions, loaded_judges, existing["responses"])
             result = existing | {"versions": versions} | new_verdicts
         else:
             result = existing
@@ -157,7 +157,7 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
     flag_values = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in flag_values.items()}
-    config = config_of(POLICY.value, command.CONFIG.value, options)
+    config = evaluation_config(POLICY.value, command.CONFIG.value, options)
     results = run(POLICY.value, config, bucket.local_folder(command.WORKDIR.value))
     if processes.is_writer():
         judged = {result["benchmark"]: result["judges"] for result in results}
@@ -165,4 +165,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main)
+    command.run_command(main)

@@ -22,7 +22,7 @@ from drirl_jax import main as command
 from drirl_jax.judges import classifier, labels
 from drirl_jax.models import hf
 from drirl_jax.runtime import console
-from drirl_jax.runtime.files import beside, expand_path, need_apart, replace_file
+from drirl_jax.runtime.files import expand_path, need_apart, replace_file, replies_file
 from drirl_jax.types import InputError
 
 FIT = flags.DEFINE_string("fit", None, "File of labelled responses to fit the classifier on.")
@@ -74,10 +74,10 @@ def main(argv: list[str]) -> None:
     else:
         config.evals.update({"judges": tuple(RATERS.value), "classifier": CLASSIFIER.value or ""})
         checks.validate(config)
-        result = compare(config, labelled_file, beside(out, "judgements"))
+        result = compare(config, labelled_file, replies_file(out, "judgements"))
         replace_file(out, json.dumps(result, indent=1) + "\n")
     console.print_result(f"{json.dumps(result, indent=1)}\nwritten to {out}", **result, out=str(out))
 
 
 if __name__ == "__main__":
-    command.start(main, resumes=False)
+    command.run_command(main, resumes=False)

@@ -116,14 +116,14 @@ class Program(NamedTuple):
     mesh: jax.sharding.Mesh | None = None
 
 
-def dealt(tree: PyTree) -> PyTree:
+def batch_shapes(tree: PyTree) -> PyTree:
     """Shapes of a batch, sharded by their first axis, the prompts."""
     return sharding.sharded_shapes(tree, lambda path, x: ("prompts",))
 
 
 def ids(*shape: int) -> jax.ShapeDtypeStruct:
     """Shape of an int32 array of a batch."""
-    return dealt(jax.ShapeDtypeStruct(shape, jnp.int32))
+    return batch_shapes(jax.ShapeDtypeStruct(shape, jnp.int32))
 
 
 def group(P: int, S: int, G: int, T: int) -> Group:
@@ -180,7 +180,7 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
             yield Program(
                 "trunk", 1, lambda: align.run_trunk.trace(model, full_group, layers=shared.layers), (model, full_group)
             )
-            trunk_states = dealt(
+            trunk_states = batch_shapes(
                 jax.eval_shape(lambda m, g: align.run_trunk(m, g, layers=shared.layers), model, full_group)
             )
         args = (model, bank, full_group, trunk_states if shared.rewards else None)
@@ -194,7 +194,7 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
             return objective.batch(dataclasses.replace(context, model=model), model, params, scored_group)[0]
 
         def float_shape(*shape):
-            return dealt(jax.ShapeDtypeStruct(shape, jnp.float32))
+            return batch_shapes(jax.ShapeDtypeStruct(shape, jnp.float32))
 
         members = full_group.response.shape[1]
         batch = jax.eval_shape(
@@ -212,10 +212,10 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
                 model,
                 group(P, S, G, T),
                 config.sampler.temperature,
-                trunk_states and dealt(_first(trunk_states, G)),
+                trunk_states and batch_shapes(_first(trunk_states, G)),
             )
             yield Program("reference", 1, lambda: objectives.logprobs.trace(*logprob_args), logprob_args)
-        update_args = (train, model, dealt(batch))
+        update_args = (train, model, batch_shapes(batch))
         yield Program(
             "update", c.epochs, lambda: align.make_update(config, transformation).trace(*update_args), update_args
         )
@@ -253,7 +253,7 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
         with jax.set_mesh(program.mesh):
             return measure(program._replace(mesh=None), resident, chip)
     traced, chips = program.traced(), jax.sharding.get_mesh().size
-    jaxpr = programs.used(traced.jaxpr.jaxpr)
+    jaxpr = programs.without_dead_code(traced.jaxpr.jaxpr)
     flops = programs.operations(jaxpr, lambda length: length or program.loop) / chips
     figures = {"name": program.name, "times": program.times, "flops": flops}
     try:
@@ -396,7 +396,7 @@ def main(argv: list[str]) -> None:
     else:
         shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
     shape = shape._replace(**{name: config.policy[name] for name in ("dtype", "weights", "attention")})
-    flash.require(shape, chip_of(TOPOLOGY.value).platform)
+    flash.check_attention(shape, chip_of(TOPOLOGY.value).platform)
     result = plan(config, shape, TOPOLOGY.value)
     console.print_result(table(result), **result)
     if PLAN.value:
@@ -404,4 +404,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main, resumes=False)
+    command.run_command(main, resumes=False)

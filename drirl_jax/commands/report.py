@@ -14,7 +14,7 @@ import sys
 from typing import Sequence
 
 from drirl_jax.reports import compare, single
-from drirl_jax.reports.pages import read
+from drirl_jax.reports.pages import load_run
 from drirl_jax.runtime import console
 from drirl_jax.runtime.files import expand_path
 from drirl_jax.types import InputError
@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (options.run is None) == (options.compare is None):
             raise InputError("give RUN, or --compare RUN RUN ...: see python -m drirl_jax report --help.")
         if options.run:
-            console.print_result(f"report: {single.report(read(expand_path(options.run)))}")
+            console.print_result(f"report: {single.report(load_run(expand_path(options.run)))}")
         else:
             runs = [expand_path(name) for name in options.compare]
             out = expand_path(options.out) if options.out else runs[0].parent / "compared"
-            console.print_result(compare.compare([read(workdir) for workdir in runs], out))
+            console.print_result(compare.compare([load_run(workdir) for workdir in runs], out))
     except InputError as error:
         sys.exit(f"drirl_jax: {error}")
 

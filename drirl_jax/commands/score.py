@@ -65,7 +65,7 @@ def policy(context: Context, workdir: bucket.Path, base: bool) -> Transformer:
     return families.from_hf(hf.read_tensors(bucket.local_copy(folder)), context.model.config)
 
 
-def of_responses(workdir: bucket.Path, path: pathlib.Path) -> list[dict]:
+def score_responses(workdir: bucket.Path, path: pathlib.Path) -> list[dict]:
     """The records of the file, each with its "reward"."""
     rows = records.read_records(path, workdirs.load_config(workdir).data.categories, optional=("draft",))
     context, bank = load(workdir, rows)
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     input_file = expand_path(PROMPTS.value if RESPONSES.value is None else RESPONSES.value)
     need_apart(out, input_file)
     if RESPONSES.value is not None:
-        rows = of_responses(workdir, input_file)
+        rows = score_responses(workdir, input_file)
     else:
         rows = best_of(workdir, input_file, BEST_OF.value, BASE.value)
     replace_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -114,4 +114,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main, resumes=False)
+    command.run_command(main, resumes=False)

@@ -196,7 +196,7 @@ def take_base(source: pathlib.Path, config: ConfigDict, folder: pathlib.Path) ->
         replace_file(target_file, source_file.read_text("utf-8"))
 
 
-def planned(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, pathlib.Path]]:
+def plan_runs(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict, pathlib.Path]]:
     """Config and folder of every run. Runs that learn rewards come first; the others take theirs by reward.init."""
     learning_runs, taking_runs = [], []
     source_by_key: dict[str, pathlib.Path] = {}
@@ -264,7 +264,7 @@ def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
         Preempted: it was asked to end. After this or an error all runs stop; each has saved its last step.
     """
     check(study)
-    runs, spawn_context = planned(study, workdir), multiprocessing.get_context("spawn")
+    runs, spawn_context = plan_runs(study, workdir), multiprocessing.get_context("spawn")
     free_cores: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
     for job in range(study.jobs):
         free_cores.put(sorted(os.sched_getaffinity(0))[job :: study.jobs] if study.jobs > 1 else ())
@@ -357,15 +357,15 @@ def table(study: ConfigDict, found: dict) -> dict[str, dict[str, tuple[Interval,
     }
 
 
-def told(key: str, cell: tuple[Interval, Interval | None] | None) -> str:
+def format_cell(key: str, cell: tuple[Interval, Interval | None] | None) -> str:
     """A cell as text: mean, interval, and * if the difference from the reference is beyond noise."""
     value, change = cell or (None, None)
-    return pages.told(value, COLUMNS[key].text, "*" if pages.beyond_noise(change) else "")
+    return pages.format_interval(value, COLUMNS[key].text, "*" if pages.beyond_noise(change) else "")
 
 
-def written(rows: dict) -> pages.Table:
+def plain_table(rows: dict) -> pages.Table:
     """The table as text."""
-    text_rows = [(name, *(told(key, columns.get(key)) for key in COLUMNS)) for name, columns in rows.items()]
+    text_rows = [(name, *(format_cell(key, columns.get(key)) for key in COLUMNS)) for name, columns in rows.items()]
     return pages.Table("Final numbers", ("variant", *(column.title for column in COLUMNS.values())), text_rows)
 
 
@@ -433,7 +433,7 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
     seed_results = results(study, workdir)
     cells = table(study, seed_results)
     write_csv(cells, workdir / "study.csv")
-    text_table, note = written(cells), note_of(study)
+    text_table, note = plain_table(cells), note_of(study)
     text = f"{text_table.markdown()}\n\n{pages.markdown(note)}\n"
     replace_file(workdir / "study.md", text)
     draw(cells, workdir / "study.png")
@@ -462,4 +462,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main)
+    command.run_command(main)

@@ -38,10 +38,10 @@ def plan_run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     Raises:
         InputError: an input of the user is wrong.
     """
-    return planned(loading.load_context(config, load=False), workdir)
+    return make_plan(loading.load_context(config, load=False), workdir)
 
 
-def planned(context: Context, workdir: pathlib.Path) -> dict:
+def make_plan(context: Context, workdir: pathlib.Path) -> dict:
     """The plan of a run from its context; the context's model may be shapes only.
 
     Returns:
@@ -65,7 +65,7 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
     if config.reward.init:
         loading.require_same_policy(context, bucket.parse_path(config.reward.init))
     previous_state = status.run_status(workdir) if _is_resumed(context, workdir, question_sets) else None
-    shapes = placed(context)
+    shapes = device_trees(context)
     mesh = jax.sharding.get_mesh()
     # The rate is measured on all cores, and emulated devices share these.
     measurable = mesh.size == 1 or jax.default_backend() != "cpu"
@@ -78,7 +78,7 @@ def planned(context: Context, workdir: pathlib.Path) -> dict:
         "policy": config.policy.init,
         "parameters": {name: count(shapes[name]) for name in ("policy", "trained", "rewards", "encoder")},
         "records": _records(context),
-        "repeated_prompts": overlap.summary(context.examples, harmless),
+        "repeated_prompts": overlap.describe_repeats(context.examples, harmless),
         "stages": [_stage(name, context, shapes, previous_stages.get(name), rate) for name in config.schedule],
         "benchmarks": {questions.name: len(questions.items) for questions in question_sets},
         "memory": memory(context, shapes),
@@ -107,7 +107,7 @@ def _records(context: Context) -> dict[str, dict[str, int]]:
     return {split: {name: counter[i] for i, name in enumerate(names)} for split, counter in counters.items()}
 
 
-def placed(context: Context) -> dict[str, PyTree]:
+def device_trees(context: Context) -> dict[str, PyTree]:
     """The trees on the devices, as shapes with shardings: policy, its trained part, rewards, encoder, train states."""
     config, key = context.config, jax.random.key(0)
     policy, objective = POLICIES[config.policy.tune], objectives.OBJECTIVES[config.align.objective]

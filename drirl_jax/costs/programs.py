@@ -17,7 +17,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
-def used(jaxpr: core.Jaxpr) -> core.Jaxpr:
+def without_dead_code(jaxpr: core.Jaxpr) -> core.Jaxpr:
     """The jaxpr without operations that no result needs (gradients of frozen weights); a compiler removes these too."""
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 

@@ -14,7 +14,7 @@ from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
 from drirl_jax.runtime.files import expand_path, is_beside, need_apart
 from drirl_jax.runtime.progress import with_progress
-from drirl_jax.runtime.surrogates import torn
+from drirl_jax.runtime.surrogates import has_half_pair
 from drirl_jax.types import InputError
 
 
@@ -51,7 +51,7 @@ def demonstrations(
             for answer in answers_or_reason:
                 answer = answer._replace(prompt=answer.prompt.strip(), text=answer.text.strip())
                 texts = (answer.prompt, answer.text, answer.id, answer.by, answer.lang, *answer.labels)
-                if any(map(torn, texts)):
+                if any(map(has_half_pair, texts)):
                     left_out_counts["with half a surrogate pair, as of an emoji that was cut"] += 1
                     continue
                 answers.setdefault((answer.id, answer.prompt), []).append(answer)
@@ -107,5 +107,6 @@ def _rows(name: str, source: str, target: pathlib.Path | None) -> Iterator[tuple
         need_apart(target, *paths)
     for file in paths:
         yield from (
-            (location, file.absolute().parent.name, row) for location, row in files.table(file, whole_characters=False)
+            (location, file.absolute().parent.name, row)
+            for location, row in files.read_table(file, whole_characters=False)
         )

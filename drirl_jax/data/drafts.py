@@ -60,7 +60,7 @@ class Candidate(NamedTuple):
     reply: Reply
 
 
-def parsed(record: Record, harmless: bool, reply: Reply, separator: str) -> Candidate:
+def parse_reply(record: Record, harmless: bool, reply: Reply, separator: str) -> Candidate:
     """The steps before the first separator, without list marks, and the answer after it; a thought is dropped."""
     draft, found_separator, response = without_thought(reply.text).partition(separator)
     if not found_separator:
@@ -177,7 +177,7 @@ def make(
         chats = [template(prompts[i], prompt_harmless, section) for i, prompt_harmless in zip(attempted, is_harmless)]
         replies = generate(chats, seed + attempt)
         candidates = [
-            parsed(prompts[i], *harmless_and_reply, separator=section.separator)
+            parse_reply(prompts[i], *harmless_and_reply, separator=section.separator)
             for i, *harmless_and_reply in zip(attempted, is_harmless, replies)
         ]
         embedded = embed([candidate.response or "-" for candidate in candidates])

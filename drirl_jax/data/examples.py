@@ -108,7 +108,7 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.ChatTokens,
     prompt_size = -(-(max(map(len, prompts)) - len(prefix)) // 4) * 4
     padded = {split: _pad(batch, prefix, prompt_size, config.sampler.max_new) for split, batch in rows.items() if batch}
     harmless = [category_index[name] for name in config.data.harmless]
-    if (overlaps := overlap.summary(padded, harmless)) and processes.is_writer():
+    if (overlaps := overlap.describe_repeats(padded, harmless)) and processes.is_writer():
         log.warning("%s: the figures of these held-out prompts describe prompts that were trained on", overlaps)
     return padded
 

@@ -10,7 +10,7 @@ import pathlib
 from typing import Any, Iterable, Mapping
 
 from drirl_jax.data import contents, records
-from drirl_jax.runtime.surrogates import mended
+from drirl_jax.runtime.surrogates import without_half_pairs
 from drirl_jax.types import InputError
 
 csv.field_size_limit(2**24)  # some published prompts are longer than csv's own limit
@@ -20,7 +20,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LINES = (".jsonl", ".ndjson")
 
 
-def table(path: pathlib.Path, whole_characters: bool = True) -> list[tuple[str, Row]]:
+def read_table(path: pathlib.Path, whole_characters: bool = True) -> list[tuple[str, Row]]:
     """("file, row n", row) for each row of a JSON, JSONL, CSV, TSV or Parquet file, also compressed by gzip or xz.
 
     JSON holds a list of rows, or lists of rows by name; this name becomes the field "subset" of its rows. A file named
@@ -46,7 +46,7 @@ def table(path: pathlib.Path, whole_characters: bool = True) -> list[tuple[str, 
 
 def _replaced(value: Any) -> Any:
     if isinstance(value, str):
-        return mended(value)
+        return without_half_pairs(value)
     if isinstance(value, dict):
         return {_replaced(key): _replaced(sub) for key, sub in value.items()}
     return [_replaced(sub) for sub in value] if isinstance(value, list) else value
@@ -158,7 +158,7 @@ def from_hub(hub: str, instead: str, **options: Any) -> list[tuple[str, Row]]:
     return [(f"{hub}, row {i}", row) for i, row in enumerate(rows, start=1)]
 
 
-def field(where: str, row: Row, *names: str) -> Any:
+def first_column(where: str, row: Row, *names: str) -> Any:
     """The value of the first of these columns that the row has. Raises InputError if it has none."""
     for name in names:
         if row.get(name) is not None:

@@ -26,16 +26,18 @@ def policy_contents(config: ConfigDict, tokens: ChatTokens) -> dict[str, str]:
     return {
         "weights": weights_hash(path),
         # A .gguf file holds its config beside the weights, and parsing it takes seconds.
-        "model": contents.of_model_config(hf.read_config(path)) if path.is_dir() else contents.of_value("in the file"),
-        "tokenizer": contents.of_tokenizer(tokens.tokenizer),
-        "template": contents.of_template(tokens.tokenizer),
-        "ends": contents.of_value(list(tokens.eos_ids)),
+        "model": contents.hash_model_config(hf.read_config(path))
+        if path.is_dir()
+        else contents.hash_value("in the file"),
+        "tokenizer": contents.hash_tokenizer(tokens.tokenizer),
+        "template": contents.hash_template(tokens.tokenizer),
+        "ends": contents.hash_value(list(tokens.eos_ids)),
     }
 
 
 def weights_hash(path: pathlib.Path) -> str:
     """A hash of a model's weights: a copy has the same hash, newly trained weights have another."""
-    return contents.of_weights(path, hf.read_tensors(path) if path.is_dir() else None)
+    return contents.hash_weights(path, hf.read_tensors(path) if path.is_dir() else None)
 
 
 def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -> dict[str, str]:
@@ -50,15 +52,15 @@ def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -
     """
     rows = records.read_records(config.data.path, config.data.categories)
     hashes = policy_contents(config, tokens) | {
-        "data": contents.of_records(row._replace(provenance="") for row in rows),
-        "encoder": contents.of_folder(hf.resolve(config.encoder.init), ENCODER_FILES),
+        "data": contents.hash_records(row._replace(provenance="") for row in rows),
+        "encoder": contents.hash_folder(hf.resolve(config.encoder.init), ENCODER_FILES),
     }
     if asked:
-        hashes["benchmarks"] = contents.of_value([questions.contents for questions in asked])
+        hashes["benchmarks"] = contents.hash_value([questions.contents for questions in asked])
     if config.reward.init:
-        hashes["rewards"] = contents.of_value(
+        hashes["rewards"] = contents.hash_value(
             Checkpoints(bucket.parse_path(config.reward.init) / "rewards", keep=1).saved()
         )
     if config.evals.every and config.evals.benchmarks and config.evals.classifier:  # the metrics hold its figures
-        hashes["classifier"] = contents.of_file(config.evals.classifier)
+        hashes["classifier"] = contents.hash_file(config.evals.classifier)
     return hashes

@@ -14,7 +14,7 @@ NEAR = 0.8  # two prompts count as nearly the same from this Jaccard similarity 
 MOST_PAIRS = 200_000_000  # at most so many pairs of prompts are compared by their shingles
 
 
-def normal(prompt: str) -> str:
+def normalise(prompt: str) -> str:
     """The prompt without case, Unicode form, blanks, punctuation and unprintable characters; itself if none is left."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
     return "".join(c for c in folded if unicodedata.category(c)[0] not in "PZC") or prompt.strip()
@@ -29,7 +29,7 @@ def shingles(prompts: Sequence[str], column: dict[str, int]) -> scipy.sparse.csr
     return scipy.sparse.csr_matrix((data, np.concatenate([*columns, []]).astype(int), ends), (len(rows), len(column)))
 
 
-def nearly(prompts: Sequence[str], train: Sequence[str]) -> int:
+def count_near_repeats(prompts: Sequence[str], train: Sequence[str]) -> int:
     """Counts the prompts that have a training prompt with J >= NEAR, J = |A ∩ B| / |A ∪ B| of their shingles A and B.
 
     Args:
@@ -45,7 +45,7 @@ def nearly(prompts: Sequence[str], train: Sequence[str]) -> int:
     return len(np.unique(shared.row[jaccard >= NEAR]))
 
 
-def summary(examples: Mapping[str, Any], harmless: Sequence[int]) -> str:
+def describe_repeats(examples: Mapping[str, Any], harmless: Sequence[int]) -> str:
     """Describes the repeated prompts in words, with counts; "" if there are none.
 
     A held-out prompt is counted once: as repeated if a training prompt has the same `normal` text, otherwise as nearly
@@ -56,11 +56,11 @@ def summary(examples: Mapping[str, Any], harmless: Sequence[int]) -> str:
         harmless: the indices of the categories whose prompts should be answered.
     """
     train_texts = set(examples[TRAIN].prompt_text) if TRAIN in examples else set()
-    train_normals = {normal(prompt) for prompt in train_texts}
+    train_normals = {normalise(prompt) for prompt in train_texts}
     kinds: dict[str, set[bool]] = {}
     parts = []
     for split, rows in examples.items():
-        normal_by_prompt = {prompt: normal(prompt) for prompt in rows.prompt_text}
+        normal_by_prompt = {prompt: normalise(prompt) for prompt in rows.prompt_text}
         for prompt, is_harmless in zip(rows.prompt_text, np.isin(rows.category, harmless).tolist()):
             kinds.setdefault(normal_by_prompt[prompt], set()).add(is_harmless)
         if split == TRAIN or not train_normals:
@@ -78,7 +78,7 @@ def summary(examples: Mapping[str, Any], harmless: Sequence[int]) -> str:
             )
         if len(new_normals) * len(train_normals) > MOST_PAIRS:
             parts.append(f"split {split} has too many prompts to look for training prompts that are nearly the same")
-        elif new_normals and (near_count := nearly(new_normals, sorted(train_normals))):
+        elif new_normals and (near_count := count_near_repeats(new_normals, sorted(train_normals))):
             parts.append(f"{near_count} {split_total} are nearly those of a training prompt")
     if contradictions := sum(len(prompt_kinds) == 2 for prompt_kinds in kinds.values()):
         parts.append(f"{contradictions} prompts stand as harmful and as harmless")

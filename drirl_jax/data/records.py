@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 STARTER = "starter"  # given instead of a path, it means the packaged files
 HARMLESS = ("harmless",)  # default of the categories whose prompts should be answered
 SPLITS = ("train", "valid", "test")
-SHOWN = 80  # an error message quotes at most so many characters of a text
+MAX_QUOTED = 80  # an error message quotes at most so many characters of a text
 
 PathLike = str | os.PathLike
 
@@ -128,7 +128,7 @@ def require(records: Sequence[Record], categories: Sequence[str], split: str, mi
         )
 
 
-def thinned(records: Sequence[Record], share: dict[str, float]) -> list[Record]:
+def first_share(records: Sequence[Record], share: dict[str, float]) -> list[Record]:
     """The first ⌈share · n⌉ of each category's n records, in order; all records of a category that `share` lacks."""
     totals = collections.Counter(r.category for r in records)
     limit = {category: math.ceil(share.get(category, 1.0) * n) for category, n in totals.items()}
@@ -189,7 +189,7 @@ def _files(path: PathLike, categories: Sequence[str]) -> list[pathlib.Path]:
 
 def _quoted(text: str) -> str:
     """The text as an error message may quote it: on one line, and shortened."""
-    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")
+    return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…")
 
 
 def _record(
@@ -210,7 +210,7 @@ def _record(
             raise InputError(f"{location}: the field {field!r} holds half a surrogate pair: write valid Unicode")
     record = Record(**{field: fields[field] for field in Record._fields})
     if record.category not in categories:
-        near = difflib.get_close_matches(record.category[:SHOWN], categories, n=1)
+        near = difflib.get_close_matches(record.category[:MAX_QUOTED], categories, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(
             f"{location}: unknown category {_quoted(record.category)}: {hint}known are {', '.join(categories)}"

@@ -38,7 +38,7 @@ class ChatTokens:
         self.tokenizer, self.system = tokenizer, system
         self._template = ChatTemplate(tokenizer, enable_thinking)
         self._need_system_turn()
-        self.eos_ids = tokenizers.ends(tokenizer, self.template)
+        self.eos_ids = tokenizers.end_ids(tokenizer, self.template)
         if not self.eos_ids:
             raise InputError("the tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json")
         pad = tokenizer.pad_token_id

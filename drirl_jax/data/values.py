@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from typing import Any, Mapping, TypeVar
 
-from drirl_jax.runtime.surrogates import torn
+from drirl_jax.runtime.surrogates import has_half_pair
 from drirl_jax.types import InputError
 
 T = TypeVar("T")
 TRUTH = {"true": True, "t": True, "yes": True, "y": True, "1": True, "1.0": True}
 TRUTH |= {"false": False, "f": False, "no": False, "n": False, "0": False, "0.0": False}
-SHOWN = 60  # an error message quotes at most so many characters of a value
+MAX_QUOTED = 60  # an error message quotes at most so many characters of a value
 
 
 def label(name: str, value: Any, known: Mapping[str, T]) -> T:
@@ -41,7 +41,7 @@ def truth(name: str, value: Any, words: Mapping[str, bool] | None = None) -> boo
     return label(name, value, TRUTH | dict(words or {}))
 
 
-def whole(name: str, value: Any, below: int) -> int:
+def whole_number(name: str, value: Any, below: int) -> int:
     """A whole number n, 0 <= n < below, given as a number or as text.
 
     Raises:
@@ -56,7 +56,7 @@ def whole(name: str, value: Any, below: int) -> int:
     return int(number)
 
 
-def words(name: str, value: Any) -> str:
+def nonblank_text(name: str, value: Any) -> str:
     """The value, if it is a text that is not blank.
 
     Raises:
@@ -66,7 +66,7 @@ def words(name: str, value: Any) -> str:
         raise InputError(f"{name} is of type {type(value).__name__}: make it a text.")
     if not value.strip():
         raise InputError(f"{name} is empty: write a text or drop the row.")
-    if torn(value):
+    if has_half_pair(value):
         raise InputError(f"{name} holds half a surrogate pair: write valid Unicode.")
     return value
 
@@ -77,4 +77,4 @@ def _spelling(text: str) -> str:
 
 def _quoted(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"

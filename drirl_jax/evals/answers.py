@@ -21,8 +21,8 @@ from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.stages.base import batched_rows
 from drirl_jax.types import Array, Group, length_mask
 
-SMALLEST = 64  # tokens of the smallest bucket; each doubling is another compiled shape
-USUAL = 512  # tokens of a usual prompt with its answer; a batch takes fewer of the longer ones
+MIN_BUCKET = 64  # tokens of the smallest bucket; each doubling is another compiled shape
+USUAL_TOKENS = 512  # tokens of a usual prompt with its answer; a batch takes fewer of the longer ones
 
 
 class Answer(NamedTuple):
@@ -49,13 +49,13 @@ class Scores(NamedTuple):
 
 def bucket(length: int) -> int:
     """The padded width of a text with `length` tokens."""
-    width = SMALLEST
+    width = MIN_BUCKET
     while width < length:
         width *= 2
     return width
 
 
-def ids_of(tokens: ChatTokens, chat: Chat) -> list[int]:
+def prompt_ids(tokens: ChatTokens, chat: Chat) -> list[int]:
     """The token ids of a prompt. A chat without a system turn gets the policy's system turn.
 
     Where the model's template has no system turn (Gemma 2), its text stands at the beginning of the user's turn.
@@ -78,7 +78,7 @@ def _by_bucket(keys: Sequence, batch: int, tokens: Callable):
     """
     for key in sorted(set(keys)):
         key_rows = np.array([i for i, row_key in enumerate(keys) if row_key == key])
-        size = min(batch, max(batch * USUAL // tokens(*key), 1), 1 << (len(key_rows) - 1).bit_length())
+        size = min(batch, max(batch * USUAL_TOKENS // tokens(*key), 1), 1 << (len(key_rows) - 1).bit_length())
         for rows, real in batched_rows(len(key_rows), size, f"prompts of {key}"):
             yield key, key_rows[rows], real
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import answers
-from drirl_jax.evals.items import Benchmark, Item, reading_answers
+from drirl_jax.evals.items import Benchmark, Item, without_thoughts
 from drirl_jax.evals.tasks import (
     advglue,
     gsm8k,
@@ -28,7 +28,7 @@ from drirl_jax.evals.tasks import (
 from drirl_jax.judges import JUDGES, Judge, agreement, classifier, is_unsafe, judges_of_kind
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.reports.intervals import RESAMPLES, effective, wilson
+from drirl_jax.reports.intervals import RESAMPLES, effective_count, wilson
 from drirl_jax.runtime import contents
 from drirl_jax.types import Array, InputError
 
@@ -45,7 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gsm8k": gsm8k.GSM8K,
     "hhh": hhh.HHH,
 }
-BENCHMARKS = {name: reading_answers(benchmark) for name, benchmark in BENCHMARKS.items()}
+BENCHMARKS = {name: without_thoughts(benchmark) for name, benchmark in BENCHMARKS.items()}
 NO_JUDGE = "protocol"  # stands for a judge's name where the benchmark's own rule decides
 FEW = 30  # a bootstrap needs this many values or more
 LONGEST = 8192  # maximum tokens of an item with its answer
@@ -94,7 +94,7 @@ class Questions(NamedTuple):
     @property
     def contents(self) -> str:
         """A hash of the items. It does not depend on where their files are."""
-        return contents.of_value([self.name, *(item._asdict() for item in self.items)])
+        return contents.hash_value([self.name, *(item._asdict() for item in self.items)])
 
 
 def _items(name: str, section: ConfigDict) -> list[Item]:
@@ -129,7 +129,7 @@ def load(name: str, section: ConfigDict, tokens: ChatTokens, model: Config) -> Q
     if section.limit and section.limit < count:
         selection = np.random.default_rng(0).permutation(count)[: section.limit]
         items = [items[i] for i in sorted(selection)]
-    ids = [answers.ids_of(tokens, item.chat) for item in items]
+    ids = [answers.prompt_ids(tokens, item.chat) for item in items]
     options = [[tokens.response_ids(text, LONGEST + 1)[:-1] for text in item.options] for item in items]
     max_new = section.benchmark_max_new or BENCHMARKS[name].max_new
     answer_lens = [max(map(len, item_options), default=max_new) for item_options in options]
@@ -195,10 +195,10 @@ def run(
         "of": questions.of,
         "left_out": questions.left_out,
         "protocol": protocol,
-    } | judged(benchmark, questions.items, outputs, judges, rows)
+    } | judge_responses(benchmark, questions.items, outputs, judges, rows)
 
 
-def judged(
+def judge_responses(
     benchmark: Benchmark, items: Sequence[Item], said: Sequence, judges: Mapping[str, Judge], rows: list
 ) -> dict:
     """The part of the result of `run` that the judges decide. Adds the verdicts to each of the `rows`."""
@@ -231,7 +231,7 @@ def judged(
     return {"judge": next(iter(by_judge)), "judges": by_judge, "agreement": agreement(labels), "responses": rows}
 
 
-def judged_again(questions: Questions, judges: Mapping[str, Judge], rows: Sequence[Mapping]) -> dict:
+def rejudge(questions: Questions, judges: Mapping[str, Judge], rows: Sequence[Mapping]) -> dict:
     """The result of `judged` for responses of an earlier run; {} for options, because no judge reads them.
 
     Args:
@@ -248,7 +248,7 @@ def judged_again(questions: Questions, judges: Mapping[str, Judge], rows: Sequen
     unjudged_rows = [
         {key: row[key] for key in ("id", "subset", "prompt", "response", "tokens", "finish")} for row in rows
     ]
-    return judged(benchmark, questions.items, [row["response"] for row in rows], judges, unjudged_rows)
+    return judge_responses(benchmark, questions.items, [row["response"] for row in rows], judges, unjudged_rows)
 
 
 def by_subset(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
@@ -278,7 +278,7 @@ def interval(values: Sequence[float], cluster: Sequence[str]) -> dict:
     """
     x, n = np.asarray(values, float), len(values)
     if np.isin(x, (0.0, 1.0)).all():
-        n_effective = effective(x, cluster)
+        n_effective = effective_count(x, cluster)
         (low, high), kind = wilson(x.mean() * n_effective, n_effective), "wilson"
     elif n < FEW or np.ptp(x) == 0:
         (low, high), kind = wilson(x.sum(), n), "wilson"

@@ -6,13 +6,13 @@ import pathlib
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from drirl_jax.data import files, values
-from drirl_jax.data.files import Row, from_hub, table
+from drirl_jax.data.files import Row, from_hub, read_table
 from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.runtime.files import expand_path
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
 
-SEVERAL = "safety_prompts.jsonl"
+COMBINED_FILE = "safety_prompts.jsonl"
 
 
 class Item(NamedTuple):
@@ -82,7 +82,7 @@ class Benchmark(NamedTuple):
     max_new: int
 
 
-def reading_answers(benchmark: Benchmark) -> Benchmark:
+def without_thoughts(benchmark: Benchmark) -> Benchmark:
     """The same benchmark, but its measure reads only the part of each response after the thought."""
     if not benchmark.max_new:
         return benchmark
@@ -93,7 +93,7 @@ def reading_answers(benchmark: Benchmark) -> Benchmark:
     return benchmark._replace(measure=measure)
 
 
-def user(text: str) -> Chat:
+def user_chat(text: str) -> Chat:
     """A chat of one message."""
     return ({"role": "user", "content": text},)
 
@@ -125,8 +125,12 @@ def _from_folder(data: str, published: Published) -> list[tuple[str, Row]]:
         raise InputError(
             f"none of {', '.join(published.files)} in {data}: download it from {published.url} into this folder."
         )
-    numbered_rows = table(path)
-    return [(where, row) for where, row in numbered_rows if path.name != SEVERAL or row.get("source") == published.name]
+    numbered_rows = read_table(path)
+    return [
+        (where, row)
+        for where, row in numbered_rows
+        if path.name != COMBINED_FILE or row.get("source") == published.name
+    ]
 
 
 def _from_hub(published: Published) -> list[tuple[str, Row]]:
@@ -136,6 +140,6 @@ def _from_hub(published: Published) -> list[tuple[str, Row]]:
     return from_hub(published.hub, advice, name=published.subset, split=published.split)
 
 
-def words(where: str, row: Row, *names: str) -> str:
+def text_field(where: str, row: Row, *names: str) -> str:
     """The value of `field`, a text that is not blank. Raises InputError for any other value."""
-    return values.words(f"{where}: {names[0]}", files.field(where, row, *names))
+    return values.nonblank_text(f"{where}: {names[0]}", files.first_column(where, row, *names))

@@ -11,7 +11,7 @@ import jax
 from drirl_jax import loading
 from drirl_jax.evals import answers
 from drirl_jax.evals.answers import Answer, Scores
-from drirl_jax.evals.items import user
+from drirl_jax.evals.items import user_chat
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.runtime import workdirs
 from drirl_jax.runtime.endpoint import Chat
@@ -46,7 +46,7 @@ class Policy:
 
         The random numbers depend on the seed, the number of the call and the chat's position in it.
         """
-        ids = [answers.ids_of(self.tokens, chat) for chat in chats]
+        ids = [answers.prompt_ids(self.tokens, chat) for chat in chats]
         options = {"batch": self.batch, "max_new": max_new, "temperature": temperature, "prefix": prefix}
         key = jax.random.fold_in(jax.random.key(seed), call)
         responses = answers.respond(self.model, self.tokens, ids, key=key, **options)
@@ -54,11 +54,11 @@ class Policy:
 
     def need_room(self, chat: Chat, max_new: int) -> None:
         """Raises InputError where the chat together with an answer is too long for the model."""
-        need_positions(self.model.config, len(answers.ids_of(self.tokens, chat)), max_new)
+        need_positions(self.model.config, len(answers.prompt_ids(self.tokens, chat)), max_new)
 
     def score(self, chats: Sequence[Chat], said: Sequence[str]) -> list[Scores]:
         """For each chat the scores of its one text in `said`, as from `answers.score_options`."""
-        ids = [answers.ids_of(self.tokens, chat) for chat in chats]
+        ids = [answers.prompt_ids(self.tokens, chat) for chat in chats]
         options = [[self.tokens.response_ids(text, sys.maxsize)[:-1]] for text in said]
         return answers.score_options(self.model, ids, options, batch=self.batch)
 
@@ -73,11 +73,11 @@ def cut(text: str, until: str | Sequence[str]) -> str:
 CHAT = "chat:"  # begins a string that holds a chat as JSON, because harnesses pass strings
 
 
-def rendered(chat: Chat) -> str:
+def chat_to_string(chat: Chat) -> str:
     """A chat as a string for `chat_of`. No template is filled here: the policy's own tokenizer does that."""
     return CHAT + json.dumps(list(chat), ensure_ascii=False)
 
 
-def chat_of(context: str) -> Chat:
+def chat_from_string(context: str) -> Chat:
     """The chat in a string from `rendered`. Any other string becomes a user's message."""
-    return json.loads(context.removeprefix(CHAT)) if context.startswith(CHAT) else user(context)
+    return json.loads(context.removeprefix(CHAT)) if context.startswith(CHAT) else user_chat(context)

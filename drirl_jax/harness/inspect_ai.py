@@ -20,7 +20,7 @@ from drirl_jax.types import InputError
 MAX_NEW = 256  # tokens, where neither the task nor the command sets a limit
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """A waiting chat, with its options max_new, temperature and seed."""
 
     chat: tuple[dict[str, str], ...]
@@ -42,7 +42,7 @@ class DrirlJax(ModelAPI):
     ):
         super().__init__(model_name, base_url, api_key, [], config)
         self.policy = Policy(model_name, int(model_args.get("batch", 32)))
-        self.waiting: list[Asked] = []
+        self.waiting: list[Request] = []
         self.calls = 0
         self.busy = anyio.Lock()
 
@@ -61,7 +61,7 @@ class DrirlJax(ModelAPI):
             names = ", ".join(name for name, is_set in unsupported.items() if is_set)
             raise InputError(f"drirl_jax samples one answer from the whole softmax: leave {names} out.")
         options = (config.max_tokens or MAX_NEW, config.temperature or 0.0, config.seed or 0)
-        request = Asked(tuple({"role": turn.role, "content": turn.text} for turn in input), options, [])
+        request = Request(tuple({"role": turn.role, "content": turn.text} for turn in input), options, [])
         self.policy.need_room(request.chat, options[0])  # here, because later it would fail its whole batch
         self.waiting.append(request)
         await anyio.sleep(0)  # lets the other parallel requests join the queue

@@ -13,8 +13,8 @@ import collections
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from drirl_jax.harness import Policy, chat_of, cut, rendered
-from drirl_jax.main import leave
+from drirl_jax.harness import Policy, chat_from_string, chat_to_string, cut
+from drirl_jax.main import exit_with
 from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.types import InputError
 
@@ -40,7 +40,7 @@ class DrirlJax(LM):
     def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
         if not add_generation_prompt:
             raise InputError("drirl_jax cannot begin an answer for a policy: leave out the task's gen_prefix.")
-        return rendered(chat_history)
+        return chat_to_string(chat_history)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         text_of_request: dict[int, str] = {}
@@ -53,14 +53,14 @@ class DrirlJax(LM):
             request_temperature = float(options.get("temperature", 0.0)) if is_sampled else 0.0
             rows_of_options[int(options.get("max_gen_toks", MAX_NEW)), request_temperature].append(i)
         for (max_new, temperature), rows in rows_of_options.items():
-            chats = [chat_of(requests[i].args[0]) for i in rows]
+            chats = [chat_from_string(requests[i].args[0]) for i in rows]
             for i, answer in zip(rows, self.policy.respond(chats, max_new, temperature), strict=True):
                 text_of_request[i] = cut(answer.text, requests[i].args[1].get("until", []))
         return [text_of_request[i] for i in range(len(requests))]
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         contexts, continuations = zip(*(request.args for request in requests))
-        scores = self.policy.score([chat_of(context) for context in contexts], continuations)
+        scores = self.policy.score([chat_from_string(context) for context in contexts], continuations)
         return [(float(score.total[0]), bool(score.greedy[0])) for score in scores]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -73,4 +73,4 @@ if __name__ == "__main__":
     try:
         cli_evaluate()
     except InputError as error:
-        leave(str(error))
+        exit_with(str(error))

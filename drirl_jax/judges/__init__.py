@@ -61,7 +61,7 @@ class Setting(NamedTuple):
     rewards: tuple | None = None
 
 
-class Kind(NamedTuple):
+class JudgeKind(NamedTuple):
     """A row of the table: the function that makes a judge, and which of harm, refusal and grade the judge gives.
 
     Every row uses `on_answers`: no judge sees the thought before an answer.
@@ -71,7 +71,7 @@ class Kind(NamedTuple):
     tells: tuple[str, ...]
 
 
-def by_row(function: Callable) -> Callable:
+def over_rows(function: Callable) -> Callable:
     """Turns a function of single texts into a function of columns of texts, which returns an array."""
     return lambda *columns: np.array([function(*row) for row in zip(*columns, strict=True)], int)
 
@@ -99,15 +99,15 @@ def by_phrases(setting: Setting) -> Judge:
 
     `phrases.py` says what phrases cannot see.
     """
-    refusal = by_row(phrases.refusal_by_phrases)
+    refusal = over_rows(phrases.refusal_by_phrases)
     return Judge(
         phrases.VERSION,
         {},
-        harm=by_row(
+        harm=over_rows(
             lambda prompt, response: bool(response.strip()) and not phrases.refusal_by_phrases(prompt, response)
         ),
         refusal=refusal,
-        grade=by_row(phrases.grade_by_phrases),
+        grade=over_rows(phrases.grade_by_phrases),
     )
 
 
@@ -135,10 +135,10 @@ def by_rewards(setting: Setting) -> Judge:
 
 
 JUDGES = {
-    "phrases": Kind(on_answers(by_phrases), ("harm", "refusal", "grade")),
-    "classifier": Kind(on_answers(by_classifier), ("harm",)),
-    "endpoint": Kind(on_answers(by_endpoint), ("harm", "refusal", "grade")),
-    "rewards": Kind(on_answers(by_rewards), ("harm",)),
+    "phrases": JudgeKind(on_answers(by_phrases), ("harm", "refusal", "grade")),
+    "classifier": JudgeKind(on_answers(by_classifier), ("harm",)),
+    "endpoint": JudgeKind(on_answers(by_endpoint), ("harm", "refusal", "grade")),
+    "rewards": JudgeKind(on_answers(by_rewards), ("harm",)),
 }
 
 

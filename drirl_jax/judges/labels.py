@@ -6,11 +6,11 @@ import pathlib
 from typing import NamedTuple
 
 from drirl_jax.data import values
-from drirl_jax.data.files import Row, field, table
+from drirl_jax.data.files import Row, first_column, read_table
 
 ATTACKS = ("selfcipher",)  # these sources of responses are attacks
 CLASSES = ("1_full_compliance", "3_partial_refusal", "2_full_refusal")  # of XSTest, in the order of judges.REFUSALS
-HARMS = {"unsafe": True, "harmful": True, "jailbroken": True, "safe": False, "harmless": False}
+HARM_WORDS = {"unsafe": True, "harmful": True, "jailbroken": True, "safe": False, "harmless": False}
 SPLITS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}  # other names of our splits
 
 
@@ -37,26 +37,26 @@ def load_labels(path: pathlib.Path) -> list[Labelled]:
         InputError: the file does not exist, or a row has no such columns or a label in another spelling.
     """
     labelled: list[Labelled] = []
-    for where, row in table(path):
+    for where, row in read_table(path):
         labelled += _several_responses(where, row) if isinstance(row.get("safe"), list) else _one_response(where, row)
     return [example for example in labelled if example.response.strip()]
 
 
 def _several_responses(where: str, row: Row) -> list[Labelled]:
     """The labelled responses of a row with lists of responses."""
-    prompt, split = field(where, row, "goal", "prompt"), _split(row)
+    prompt, split = first_column(where, row, "goal", "prompt"), _split(row)
     labelled = []
     for kind in ("safe", "unsafe", "safe_under_attack"):
         for answer in row.get(kind, []):
             attacked = kind == "safe_under_attack" or answer.get("source") in ATTACKS
-            text = field(where, answer, "text")
+            text = first_column(where, answer, "text")
             labelled.append(Labelled(prompt, text, unsafe=kind == "unsafe", attacked=attacked, split=split))
     return labelled
 
 
 def _one_response(where: str, row: Row) -> list[Labelled]:
     """The labelled response of a row with one response; [] where it is blank."""
-    prompt, response = field(where, row, "goal", "prompt"), field(where, row, "response", "completion")
+    prompt, response = first_column(where, row, "goal", "prompt"), first_column(where, row, "response", "completion")
     if not response.strip():
         return []
     if "final_label" in row:
@@ -64,10 +64,10 @@ def _one_response(where: str, row: Row) -> list[Labelled]:
         refusal = values.label(f"{where}: final_label", row["final_label"], classes)
         return [Labelled(prompt, response, refusal=refusal, split=_split(row))]
     if "safe" in row or "is_safe" in row:
-        unsafe = not values.truth(f"{where}: safe", field(where, row, "safe", "is_safe"), _negate(HARMS))
+        unsafe = not values.truth(f"{where}: safe", first_column(where, row, "safe", "is_safe"), _negate(HARM_WORDS))
     else:
-        value = field(where, row, "unsafe", "human_majority", "jailbroken")
-        unsafe = values.truth(f"{where}: unsafe", value, HARMS)
+        value = first_column(where, row, "unsafe", "human_majority", "jailbroken")
+        unsafe = values.truth(f"{where}: unsafe", value, HARM_WORDS)
     attacked = values.truth(f"{where}: attacked", row.get("attacked", False))
     return [Labelled(prompt, response, unsafe=unsafe, attacked=attacked, split=_split(row))]
 

@@ -48,7 +48,7 @@ def _behind(name: str, text: str, others: Sequence[str] = ()) -> str | None:
     return line
 
 
-def grade_behind(name: str, text: str, low: int, high: int, others: Sequence[str] = ()) -> int | None:
+def grade_after(name: str, text: str, low: int, high: int, others: Sequence[str] = ()) -> int | None:
     """The whole number from `low` to `high` after the last "name:", alone or out of `high`; None where there is none.
 
     Words may follow it. Another number may follow only in parentheses. On a scale from 0 to 1 true, false, yes and no
@@ -69,7 +69,7 @@ def grade_behind(name: str, text: str, low: int, high: int, others: Sequence[str
     return _number(match[1], low, high)
 
 
-def label_behind(name: str, text: str, known: Mapping[str, T]) -> T | None:
+def label_after(name: str, text: str, known: Mapping[str, T]) -> T | None:
     """The meaning of the label after the last "name:"; None where there is none.
 
     Punctuation must follow the label directly, or its line must end: "full answer", "full?" and "full or partial" do

@@ -76,7 +76,7 @@ def heads_first(x_NKd: Array) -> Array:
     return jnp.swapaxes(x_NKd, -2, -3)
 
 
-def own_heads_first(x_PGTKd: Array) -> Array:
+def response_heads_first(x_PGTKd: Array) -> Array:
     """Keys or values of responses, [P, G, T, KV, hd], as [P, KV, G, T, hd]."""
     return rearrange(x_PGTKd, "p g t k d -> p k g t d")
 
@@ -188,6 +188,6 @@ def group_attention(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, befo
     prompt_mask_PTU = length_mask(R + prompt_len_P, R + S)[:, None]
     prompt_mask_PTU = visible(config, local, prompt_mask_PTU, position_PT, np.arange(R + S))
     own_mask_TT = visible(config, local, jnp.tril(jnp.ones((T, T), bool)), np.arange(T), np.arange(T))
-    own_k, own_v = own_heads_first(k_t), own_heads_first(v_t)
+    own_k, own_v = response_heads_first(k_t), response_heads_first(v_t)
     attended_t = response_attention(config, q_t, k_s, v_s, prompt_mask_PTU, own_k, own_v, own_mask_TT)
     return layout.joined(attended_s, attended_t)

@@ -13,13 +13,13 @@ from einops import rearrange
 from drirl_jax.models.attention import (
     layer_cos_sin,
     local_layers,
-    own_heads_first,
     response_attention,
+    response_heads_first,
     rope,
     rope_cos_sin,
     visible,
 )
-from drirl_jax.models.transformer import ACTIVATIONS, Transformer, cast, embed, norms, prompt_layer, rms_norm
+from drirl_jax.models.transformer import ACTIVATIONS, Transformer, cast, embed, norm_sizes, prompt_layer, rms_norm
 from drirl_jax.runtime.sharding import constrain
 from drirl_jax.types import Array
 
@@ -90,7 +90,7 @@ def fuse(model: Transformer) -> DecodeBlock:
         o=constrain(transposed("o"), None, "heads", "width"),
         gate_up=constrain(jnp.stack([transposed("gate"), transposed("up")], axis=2), None, "width", None, "ffn"),
         down=constrain(transposed("down"), None, "ffn", "width"),
-        norms={name: getattr(blocks, name)[...] for name in norms(config)},
+        norms={name: getattr(blocks, name)[...] for name in norm_sizes(config)},
         qkv_bias=bias,
     )
 
@@ -148,8 +148,8 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
         own_cos_sin = layer_cos_sin(config, cos_sin, local)
         q, k = rope(q, own_cos_sin), rope(k, own_cos_sin)
         start = (i, 0, 0, 0, t, 0)
-        own_k = jax.lax.dynamic_update_slice(own_k, own_heads_first(k[:, :, None])[None], start)
-        own_v = jax.lax.dynamic_update_slice(own_v, own_heads_first(v[:, :, None])[None], start)
+        own_k = jax.lax.dynamic_update_slice(own_k, response_heads_first(k[:, :, None])[None], start)
+        own_v = jax.lax.dynamic_update_slice(own_v, response_heads_first(v[:, :, None])[None], start)
         attend_by_size = [attend_to_first(size) for size in sizes]
         operands = (q[:, :, None], prompt_k, prompt_v, own_k, own_v, i, local)
         # For a branch a TPU copies the whole cache in every layer. That costs more than to read all of one layer's.

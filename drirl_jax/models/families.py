@@ -61,7 +61,7 @@ def config_from_hf(hf: Mapping) -> Config:
         raise InputError(
             f"config.json has model_type={fields.quoted(model_type)}: supported are {', '.join(FAMILIES)}."
         )
-    hf = rope.standard(hf)
+    hf = rope.standardise_config(hf)
     for name, largest in SIZES.items():
         size = hf.get(name)
         if size is not None and not (type(size) is int and 0 < size <= largest):
@@ -103,7 +103,7 @@ def model_shapes(config: Config) -> Transformer:
     return jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
 
 
-def check(shapes: Mapping[str, tuple[int, ...]], config: Config) -> None:
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: Config) -> None:
     """Raises the InputErrors of `from_hf`, from the shapes of the tensors under Hugging Face names alone."""
     wanted = wanted_shapes(config)
     for name, shape in wanted.items():

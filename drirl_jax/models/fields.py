@@ -17,7 +17,7 @@ COMPUTES = re.compile(
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 # Values of such a field that change nothing, and so are accepted.
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
-NEUTRAL_OF = {"is_causal": (None, True), "position_embedding_type": (None, "rope")}
+NEUTRAL_BY_FIELD = {"is_causal": (None, True), "position_embedding_type": (None, "rope")}
 # Families whose embeddings are tied if config.json does not say.
 TIED = ("gemma2", "gemma3_text")
 
@@ -70,7 +70,7 @@ def need_understood(hf: Mapping, understood: Collection[str]) -> None:
     for name, value in hf.items():
         if name in understood or name in ROPE or not COMPUTES.search(name):
             continue
-        neutral = value in NEUTRAL_OF.get(name, NEUTRAL)
+        neutral = value in NEUTRAL_BY_FIELD.get(name, NEUTRAL)
         neutral |= name == "sliding_window_size" and value == hf.get("sliding_window")  # some Gemma 2 have both
         neutral |= bool(re.search("multiplier|scale|scaling|factor", name)) and value == 1
         if not neutral:

@@ -24,7 +24,7 @@ LANES, BLOCK = 128, 512  # sizes of a splash kernel's blocks: multiples of the f
 BLOCKS = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
 
 
-def sees(layout: Layout) -> np.ndarray:
+def visibility_mask(layout: Layout) -> np.ndarray:
     """[N, R + N] bool, True where a query may see a key of prefix, prompt and responses; it ignores lengths."""
     R, S, G, T, _ = layout
     response = np.arange(S + G * T) - S
@@ -41,7 +41,7 @@ def _prepend_prefix(prefix_PKRd, k_PNKd: Array) -> Array:
     return jnp.concatenate([jnp.broadcast_to(prefix_PKRd, (len(k_PKNd), *prefix_PKRd.shape[1:])), k_PKNd], axis=2)
 
 
-def by_device(attend: Callable, q: Array, k: Array, v: Array, seen_P: Array, axis: int) -> Array:
+def attend_by_device(attend: Callable, q: Array, k: Array, v: Array, seen_P: Array, axis: int) -> Array:
     """attend(q, k, v, seen_P). XLA cannot cut a kernel, so each of several devices computes its own prompts and heads.
 
     Args:
@@ -67,7 +67,7 @@ def splash(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, 
     segment_PU = jnp.ones((len(k), R + N), jnp.int32).at[:, R : R + S].set(length_mask(prompt_len_P, S))
     block_size = min(BLOCK, -(-(R + N) // LANES) * LANES)
     pad_q, pad_k = -N % block_size, -(R + N) % block_size
-    mask = np.pad(sees(layout), ((0, pad_q), (0, pad_k)))
+    mask = np.pad(visibility_mask(layout), ((0, pad_q), (0, pad_k)))
     mask[N:, 0] = True  # rows of padding must see something too: a softmax over nothing is NaN
 
     def attend(q, k, v, segment_PU):
@@ -85,7 +85,7 @@ def splash(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, 
         key_segment = jnp.pad(segment_PU, ((0, 0), (0, pad_k)))
         return jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(query_segment, key_segment))
 
-    return heads_first(by_device(attend, q, k, v, segment_PU, axis=1)[:, :, :N])
+    return heads_first(attend_by_device(attend, q, k, v, segment_PU, axis=1)[:, :, :N])
 
 
 def cudnn(
@@ -98,7 +98,7 @@ def cudnn(
     position_PU = jnp.concatenate([jnp.broadcast_to(jnp.arange(R), (len(k), R)), position_PN], axis=1)
     real_PU = jnp.ones(position_PU.shape, bool).at[:, R : R + S].set(length_mask(prompt_len_P, S))
     # A prompt's padding sees itself: a softmax over nothing is NaN.
-    mask_PNU = sees(layout) & (real_PU[:, None] | ~real_PU[:, R:, None])
+    mask_PNU = visibility_mask(layout) & (real_PU[:, None] | ~real_PU[:, R:, None])
     mask_PNU = visible(config, local, mask_PNU, position_PN, position_PU[:, None])
     q, N = scale_queries(config, q_PNHd), q_PNHd.shape[1]
     pad_q, pad_k = N % 2, (R + N) % 2  # cuDNN's gradient needs even lengths
@@ -108,7 +108,7 @@ def cudnn(
     def attend(q, k, v, mask_P1NU):
         return jax.nn.dot_product_attention(q, k, v, mask=mask_P1NU, scale=1.0, implementation=implementation)
 
-    return by_device(attend, q, k, v, mask_PNU[:, None], axis=2)[:, :N]
+    return attend_by_device(attend, q, k, v, mask_PNU[:, None], axis=2)[:, :N]
 
 
 class Attention(NamedTuple):
@@ -120,7 +120,7 @@ class Attention(NamedTuple):
     softcap: bool = True
 
 
-def require(config: Config, platform: str) -> None:
+def check_attention(config: Config, platform: str) -> None:
     """Raises InputError unless the config's attention runs on this platform and supports what the layers need."""
     name, row = config.attention, ATTENTION[config.attention]
     needs = {"softcap": config.attn_softcap > 0, "windows": any(config.local)}

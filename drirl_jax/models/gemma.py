@@ -50,7 +50,7 @@ def gemma3_from_hf(hf: Mapping) -> Config:
         window_fields["local_rope_theta"] = fields.number(hf, "rope_local_base_freq", rope.LOCAL_THETA)
     # transformers never caps scores of Gemma 3, whatever the config says: no known model has a cap there.
     only = ONLY | {"attn_logit_softcapping": False}
-    return _gemma_shape(hf, only, UNDERSTOOD3, rope.THETA_OF["gemma3_text"])._replace(
+    return _gemma_shape(hf, only, UNDERSTOOD3, rope.THETA_BY_FAMILY["gemma3_text"])._replace(
         qk_norm=True,
         final_softcap=hf.get("final_logit_softcapping") or 0.0,
         **window_fields,

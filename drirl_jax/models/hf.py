@@ -95,7 +95,7 @@ def read_config(path: pathlib.Path) -> dict:
     """
     if path.suffix == ".gguf":
         return _gguf_config(path)
-    config = rope.standard(contents.read_config(path))
+    config = rope.standardise_config(contents.read_config(path))
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")
     return config

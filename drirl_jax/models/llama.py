@@ -64,7 +64,7 @@ def shape(hf: Mapping, only: Mapping, understood: Collection[str] = (), rope_the
         rope_theta=fields.number(hf, "rope_theta", rope_theta),
         norm_eps=fields.number(hf, "rms_norm_eps", 1e-6),
         tied=fields.tied(hf),
-        rope_scaling=rope.scaling_of(hf),
+        rope_scaling=rope.read_scaling(hf),
     )
 
 

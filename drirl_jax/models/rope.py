@@ -18,12 +18,12 @@ from drirl_jax.types import InputError
 BY_LAYER = ("gemma3_text",)  # families with one table for each kind of layer
 KINDS = ("full_attention", "sliding_attention")
 THETA, LOCAL_THETA = 10_000.0, 10_000.0
-THETA_OF = {"gemma3_text": 1_000_000.0}
+THETA_BY_FAMILY = {"gemma3_text": 1_000_000.0}
 # Fields of a table for which only one value is supported.
 ONLY = {"partial_rotary_factor": 1, "attention_factor": 1}
 
 
-def standard(hf: Mapping) -> dict[str, Any]:
+def standardise_config(hf: Mapping) -> dict[str, Any]:
     """The config with its RoPE at the top level, as transformers 4 writes it.
 
     Args:
@@ -46,7 +46,7 @@ def standard(hf: Mapping) -> dict[str, Any]:
             "config.json names the kind of its rope_scaling by type, which transformers 4 and 5 read differently for "
             f"{hf['model_type']}: call it rope_type."
         )
-    default = THETA_OF.get(str(hf.get("model_type")), THETA)
+    default = THETA_BY_FAMILY.get(str(hf.get("model_type")), THETA)
     readings = [_read_table(table, hf, "rope_theta", default) for table in (global_table, scaling_table) if table]
     if any(reading != readings[0] for reading in readings):
         raise InputError(
@@ -75,7 +75,7 @@ def in_both_forms(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config) | {"rope_parameters": {"full_attention": global_table, "sliding_attention": local_table}}
 
 
-def scaling_of(hf: Mapping) -> Linear | Llama3 | None:
+def read_scaling(hf: Mapping) -> Linear | Llama3 | None:
     """The scaling of the frequencies in a config of `standard`; None for plain RoPE."""
     table = hf.get("rope_scaling") or {}
     kind = table.get("rope_type", "default")

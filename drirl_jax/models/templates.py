@@ -59,7 +59,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool = False):
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
         self.given = getattr(tokenizer, "chat_template", None)
-        self.source = _with_fixed_date(chosen(tokenizer))
+        self.source = _with_fixed_date(choose_template(tokenizer))
         thought_names = ("enable_thinking", "thinking", *thoughts.MARKS)
         if enable_thinking and not any(name in self.source for name in thought_names):
             raise InputError(
@@ -147,7 +147,7 @@ class ChatTemplate:
 _MARKED_CHAT = ({"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER})
 
 
-def chosen(tokenizer: PreTrainedTokenizerBase) -> str:
+def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template for chats: the only one, or the one named "default" if there are several.
 
     Raises:

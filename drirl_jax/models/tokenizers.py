@@ -116,7 +116,9 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
 GENERATION = "generation"  # `load` sets this attribute of a tokenizer to the result of `_generation_settings`
 
 
-def ends(tokenizer: transformers.PreTrainedTokenizerBase, template: templates.ChatTemplate | None) -> tuple[int, ...]:
+def end_ids(
+    tokenizer: transformers.PreTrainedTokenizerBase, template: templates.ChatTemplate | None
+) -> tuple[int, ...]:
     """Every id that ends a turn: those of the chat template, the tokenizer and the model's files.
 
     Only this function decides where a response ends. Sampling, the end of a demonstration (the first id) and the
@@ -136,7 +138,7 @@ def generation_config(config: Mapping[str, Any], tokenizer) -> dict[str, Any]:
     """
     template = templates.ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     model_stops = config.get("eos_token_id")
-    stop_ids = [*(model_stops if isinstance(model_stops, list) else [model_stops]), *ends(tokenizer, template)]
+    stop_ids = [*(model_stops if isinstance(model_stops, list) else [model_stops]), *end_ids(tokenizer, template)]
     settings = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
     settings |= getattr(tokenizer, GENERATION, {})
     settings["eos_token_id"] = [i for i in dict.fromkeys(stop_ids) if i is not None] or None

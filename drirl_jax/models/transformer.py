@@ -52,7 +52,7 @@ def param(config: Config, x: Array) -> nnx.Param:
     return nnx.Param(x.astype(config.weights))
 
 
-def norms(config: Config) -> dict[str, int]:
+def norm_sizes(config: Config) -> dict[str, int]:
     """The name and the size of each RMSNorm of one layer."""
     sizes = {"attn_norm": config.width, "mlp_norm": config.width}
     if config.post_norms:
@@ -79,7 +79,7 @@ class Block(Frozen):
         for i, (name, shape) in enumerate(shapes.items()):
             scale = shape[1] ** -0.5
             setattr(self, name, param(config, scale * jax.random.normal(jax.random.fold_in(key, i), shape)))
-        for name, size in norms(config).items():
+        for name, size in norm_sizes(config).items():
             setattr(self, name, param(config, jnp.full(size, 1 - config.norm_offset)))
         for name in "qkv" if config.qkv_bias else "":
             setattr(self, f"{name}_bias", param(config, jnp.zeros(shapes[name][0])))

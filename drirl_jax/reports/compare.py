@@ -16,15 +16,15 @@ from drirl_jax.reports.pages import (
     Table,
     answer_of,
     change_of,
-    change_told,
     differences,
+    format_change,
+    format_interval,
+    format_option,
     key_of,
     markdown,
     mean_of,
-    told,
     values_of,
     write,
-    written,
 )
 from drirl_jax.reports.plots import words
 from drirl_jax.runtime.files import replace_file
@@ -45,7 +45,7 @@ def bounds(x: Mapping | None) -> str:
     return f"{x['value']:.3f} ({x['low']:.3f} to {x['high']:.3f})" if x else "–"
 
 
-def known(judge: str, result: Mapping) -> str:
+def judge_label(judge: str, result: Mapping) -> str:
     """A judge's name with its known facts."""
     facts = judges.describe_facts(result.get("facts", {}))
     return f"{judge} ({facts})" if facts else judge
@@ -110,10 +110,12 @@ def tables(named: Mapping[str, Run]) -> tuple[Table, Table]:
     by_row, first = results(named), next(iter(named))
 
     def mean(measure: Measure, values: Mapping[str, float] | None) -> str:
-        return told(mean_of(measure, list(values.values())), measure.text) if values else "–"
+        return format_interval(mean_of(measure, list(values.values())), measure.text) if values else "–"
 
     def change(measure: Measure, values: Mapping | None, reference: Mapping | None) -> str:
-        return change_told(change_of(values, reference, measure.share), measure.change) if values and reference else "–"
+        return (
+            format_change(change_of(values, reference, measure.share), measure.change) if values and reference else "–"
+        )
 
     head = ("run", "prompts", *(measure.title for measure in MEASURES.values()))
     final_rows = [
@@ -145,7 +147,7 @@ def benchmarks(named: Mapping[str, Run]) -> Table | None:
         for benchmark, result in run.aligned.get("benchmarks", {}).items():
             for judge, verdicts in result["judges"].items():
                 for metric, x in verdicts["metrics"].items():
-                    metric_rows.setdefault((benchmark, words(metric), known(judge, verdicts)), {})[name] = x
+                    metric_rows.setdefault((benchmark, words(metric), judge_label(judge, verdicts)), {})[name] = x
     rows = [(*key, *(bounds(by_run.get(name)) for name in named)) for key, by_run in metric_rows.items()]
     return Table("Benchmarks after alignment", ("benchmark", "metric", "judge", *named), rows) if rows else None
 
@@ -183,12 +185,12 @@ def compare(runs: Sequence[Run], out: pathlib.Path) -> str:
     named = dict(zip(names_of(runs), runs))
     first = next(iter(named))
     option_values = differences(*(run.config for run in runs))
-    rows = [(key, *map(written, values)) for key, values in option_values.items()]
+    rows = [(key, *map(format_option, values)) for key, values in option_values.items()]
     configs = Table("Options in which they differ", ("option", *named), rows, wordy=True)
     number_tables = [table for table in (*tables(named), benchmarks(named)) if table]
     note = NOTE.format(first=first)
-    paths = plots.overlaid({name: run.metrics for name, run in named.items()}, out / "plots")
-    curves = [Picture.of(path, f"{plots.told(plots.CURVES[name])}, of each run") for name, path in paths.items()]
+    paths = plots.draw_overlaid({name: run.metrics for name, run in named.items()}, out / "plots")
+    curves = [Picture.of(path, f"{plots.describe(plots.CURVES[name])}, of each run") for name, path in paths.items()]
     parts = [f"**{markdown(table.caption)}**\n\n{table.markdown()}" for table in (configs, *number_tables)]
     text = "\n\n".join([*parts, NOTE.format(first=markdown(first))]) + "\n"
     replace_file(out / "compare.md", text)

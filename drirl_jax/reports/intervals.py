@@ -32,7 +32,7 @@ def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - spread) / denominator), min(1.0, (centre + spread) / denominator)
 
 
-def effective(values: Sequence[float], cluster: Sequence[str]) -> float:
+def effective_count(values: Sequence[float], cluster: Sequence[str]) -> float:
     """The effective number of independent items; items of one cluster may be alike (L. Kish 1965).
 
     n / D, at most n, with the design effect D = m/(m - 1) Σ_c (Σ_{i in c} (x_i - p))² / (n/(n - 1) n p(1 - p)) over m

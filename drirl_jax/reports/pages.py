@@ -107,7 +107,7 @@ class Run(NamedTuple):
         return [row for row in self.metrics if row["stage"] == stage]
 
 
-def read(workdir: pathlib.Path) -> Run:
+def load_run(workdir: pathlib.Path) -> Run:
     """Reads the run of a workdir. Raises InputError if the folder holds no run, or a file is damaged."""
     config = workdirs.load_config(workdir)
 
@@ -135,7 +135,7 @@ def facts_of(examples: Mapping[str, Examples], categories: Sequence[str], harmle
             split: {name: len(rows) for name, rows in zip(categories, split_examples.rows_by_category(len(categories)))}
             for split, split_examples in examples.items()
         },
-        REPEATED: overlap.summary(examples, [categories.index(name) for name in harmless]),
+        REPEATED: overlap.describe_repeats(examples, [categories.index(name) for name in harmless]),
     }
     return {name: value for name, value in facts.items() if value}
 
@@ -151,7 +151,7 @@ def revision(source: pathlib.Path) -> str:
         return ""
 
 
-def note(workdir: pathlib.Path, facts: Mapping) -> None:
+def write_facts(workdir: pathlib.Path, facts: Mapping) -> None:
     """Writes facts.json; it describes the last start of the run."""
     replace_file(workdir / "facts.json", json.dumps(facts, indent=1) + "\n")
 
@@ -164,10 +164,10 @@ def differences(*configs: ConfigDict) -> dict[str, tuple]:
     return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
 
 
-def written(option: Any) -> str:
+def format_option(option: Any) -> str:
     """The value of an option as text."""
     if isinstance(option, list) and option:
-        return ", ".join(map(written, option))
+        return ", ".join(map(format_option, option))
     return option if isinstance(option, str) and option else json.dumps(option, ensure_ascii=False)
 
 
@@ -238,7 +238,7 @@ def change_of(values: Mapping[tuple, float], reference: Mapping[tuple, float], s
     return paired_shares(*pair) if share else difference(*([side] for side in pair))
 
 
-def told(of: Interval | None, text: Callable[[float], str], mark: str = "") -> str:
+def format_interval(of: Interval | None, text: Callable[[float], str], mark: str = "") -> str:
     """An interval as text, such as "12% (2% to 47%)", with the mark after the mean; a dash for None."""
     if of is None:
         return "–"
@@ -250,9 +250,9 @@ def beyond_noise(of: Interval | None) -> bool:
     return of is not None and (of.low > 0 or of.high < 0)
 
 
-def change_told(of: Interval | None, text: Callable[[float], str]) -> str:
+def format_change(of: Interval | None, text: Callable[[float], str]) -> str:
     """A difference as text by `told`, with a star if its interval excludes 0."""
-    return told(of, text, "*" if beyond_noise(of) else "")
+    return format_interval(of, text, "*" if beyond_noise(of) else "")
 
 
 def markdown(text: str) -> str:
@@ -314,7 +314,7 @@ class Prompt(NamedTuple):
     answers: Sequence[Answer]
 
 
-class Group(NamedTuple):
+class SampledPrompt(NamedTuple):
     """A prompt with all samples for it in one step.
 
     Attributes:

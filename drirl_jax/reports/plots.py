@@ -155,7 +155,7 @@ def training_curves(metrics: list[dict], categories: Sequence[str], folder: path
     return paths
 
 
-def overlaid(runs: Mapping[str, list[dict]], folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def draw_overlaid(runs: Mapping[str, list[dict]], folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Draws a PNG for each of CURVES that a run's metrics have, with one line a run over all categories; returns the
     paths by name.
 
@@ -283,7 +283,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
-def told(curve: Curve) -> str:
+def describe(curve: Curve) -> str:
     """The content of a curve in words."""
     title = curve.title.replace("$", "").replace("\\alpha^D", "αᴰ").replace("\\alpha^M", "αᴹ").replace("\\pi", "π")
     return f"{title} by {STEPS[curve.stage]}"

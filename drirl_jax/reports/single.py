@@ -14,23 +14,23 @@ from drirl_jax.reports.intervals import Interval, wilson
 from drirl_jax.reports.pages import (
     MEASURES,
     Answer,
-    Group,
     Picture,
     Prompt,
     Run,
+    SampledPrompt,
     Table,
     answer_of,
     change_of,
-    change_told,
     differences,
+    format_change,
+    format_interval,
+    format_option,
     key_of,
     mean_of,
     points,
     signed,
-    told,
     values_of,
     write,
-    written,
 )
 from drirl_jax.reports.plots import percent, words
 from drirl_jax.runtime import json_files
@@ -67,7 +67,7 @@ def about(run: Run) -> Table:
 def changed(run: Run) -> Table:
     """The options that differ from their defaults."""
     options = differences(config_lib.default(), run.config)
-    rows = [(key, *map(written, pair)) for key, pair in options.items()]
+    rows = [(key, *map(format_option, pair)) for key, pair in options.items()]
     return Table("Options other than the defaults", ("option", "default", "here"), rows, wordy=True)
 
 
@@ -106,7 +106,7 @@ def accuracy(run: Run) -> Table | None:
         shares = [last.get(f"{key}{suffix}") for key in ("accuracy_whole", "accuracy_contrast")]
         cells = ["–" if share is None else percent(share) for share in shares]
         numbers = [signed(last.get(f"{key}{suffix}")).removeprefix("+") for key in ("ece", "length_correlation")]
-        table_rows.append((words(name), str(pairs or "–"), told(right, percent), *cells, *numbers))
+        table_rows.append((words(name), str(pairs or "–"), format_interval(right, percent), *cells, *numbers))
     head = ("category", "pairs", "ranked right", "whole texts", "other kind", "calibration error", "with length")
     return Table("Held-out pairs of demonstration and sample", head, table_rows)
 
@@ -123,7 +123,7 @@ def _describe(curve: plots.Curve, run: Run) -> str:
     """A curve in words, with its first and its last value."""
     values = [row[curve.metric] for row in run.rows(curve.stage) if row.get(curve.metric) is not None]
     ends = f", {plots.MEAN}: from {values[0]:.3g} to {values[-1]:.3g}" if values else ""
-    return f"{plots.told(curve)} and category{ends}"
+    return f"{plots.describe(curve)} and category{ends}"
 
 
 def overall(run: Run) -> Table:
@@ -132,8 +132,10 @@ def overall(run: Run) -> Table:
     for measure in MEASURES.values():
         before, after = (values_of(measure, result, run.harmless) for result in (run.base, run.aligned))
         if before and after:
-            means = [told(mean_of(measure, list(values.values())), measure.text) for values in (before, after)]
-            change = change_told(change_of(after, before, measure.share), measure.change)
+            means = [
+                format_interval(mean_of(measure, list(values.values())), measure.text) for values in (before, after)
+            ]
+            change = format_change(change_of(after, before, measure.share), measure.change)
             unit = ", points" if measure.share else ""
             rows.append((measure.title + unit, str(len(before)), *means, change))
     return Table("Before and after, all prompts", ("", "n", "before", "after", "change"), rows)
@@ -151,8 +153,11 @@ def by_category(run: Run) -> Table:
             }
             for result in (run.aligned, run.base)
         ]
-        change = change_told(change_of(*refused, share=True), points)
-        shares = [told(Interval(side["refused"], *side["interval"]), percent) for side in (row["before"], row["after"])]
+        change = format_change(change_of(*refused, share=True), points)
+        shares = [
+            format_interval(Interval(side["refused"], *side["interval"]), percent)
+            for side in (row["before"], row["after"])
+        ]
         rewards = [signed(row[name]["reward"]) for name in ("before", "after")]
         table_rows.append((row["label"], should(run, row["category"]), str(row["n"]), *shares, change, *rewards))
     head = ("category", "should", "n", "refused before", "refused after", "change, points", "reward before", "after")
@@ -171,7 +176,7 @@ def benchmarks(run: Run) -> Table | None:
                     (
                         name,
                         words(metric),
-                        compare.known(judge, verdicts),
+                        compare.judge_label(judge, verdicts),
                         str(x["n"]),
                         compare.bounds(x),
                         compare.bounds(y),
@@ -240,7 +245,7 @@ SAMPLED = {
 }
 
 
-def samples(run: Run) -> Iterator[tuple[str, list[Group]]]:
+def samples(run: Run) -> Iterator[tuple[str, list[SampledPrompt]]]:
     """Yields (step, a group of each category, the harmful ones first) for the stored steps, the last step first."""
     order = sorted(run.config.data.categories, key=lambda name: name in run.harmless)
     for step in sorted({row["step"] for row in run.samples}, reverse=True):
@@ -248,14 +253,16 @@ def samples(run: Run) -> Iterator[tuple[str, list[Group]]]:
         yield f"Step {step} of {run.config.align.steps}", [group_of(row) for row in rows]
 
 
-def group_of(row: Mapping) -> Group:
+def group_of(row: Mapping) -> SampledPrompt:
     """The group in a row of samples.jsonl."""
     responses = [row | response for response in row["responses"]]
     columns = {key: column for key, column in SAMPLED.items() if key in responses[0]}
     cells = [["–" if r[key] is None else text(r[key]) for key, (_, text) in columns.items()] for r in responses]
     about = f"{words(row['category'])} · {row['id']} · R* {signed(row['demo_reward'])}"
     head = [name for name, _ in columns.values()]
-    return Group(about, row["prompt"], row["demonstration"], head, list(zip(cells, (r["text"] for r in responses))))
+    return SampledPrompt(
+        about, row["prompt"], row["demonstration"], head, list(zip(cells, (r["text"] for r in responses)))
+    )
 
 
 def benchmark_responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:

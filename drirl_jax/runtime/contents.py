@@ -22,46 +22,46 @@ BYTES = 16  # size of a hash
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
 
 
-def of_bytes(data: bytes | memoryview) -> str:
+def hash_bytes(data: bytes | memoryview) -> str:
     """The hash of these bytes."""
     return hashlib.blake2b(data, digest_size=BYTES).hexdigest()
 
 
-def of_value(value: Any) -> str:
+def hash_value(value: Any) -> str:
     """The hash of a value that JSON can hold. The order of an object's names does not matter."""
-    return of_bytes(json.dumps(value, sort_keys=True, default=str).encode("utf-8"))
+    return hash_bytes(json.dumps(value, sort_keys=True, default=str).encode("utf-8"))
 
 
-def of_file(path: str | os.PathLike) -> str:
+def hash_file(path: str | os.PathLike) -> str:
     """The hash of a file's bytes."""
     return _of_file(*_state(pathlib.Path(path)))
 
 
-def of_folder(folder: pathlib.Path, patterns: Sequence[str]) -> str:
+def hash_folder(folder: pathlib.Path, patterns: Sequence[str]) -> str:
     """The hash of a folder's files that match a pattern, with their names in the folder."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        hashes = pool.map(of_file, files)
-        return of_value([[file.relative_to(folder).as_posix(), digest] for file, digest in zip(files, hashes)])
+        hashes = pool.map(hash_file, files)
+        return hash_value([[file.relative_to(folder).as_posix(), digest] for file, digest in zip(files, hashes)])
 
 
-def of_records(records: Iterable[Sequence[str]]) -> str:
+def hash_records(records: Iterable[Sequence[str]]) -> str:
     """The hash of rows of text. Their order does not matter."""
-    return of_value(sorted(list(row) for row in records))
+    return hash_value(sorted(list(row) for row in records))
 
 
-def of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
+def hash_tensors(tensors: Mapping[str, np.ndarray]) -> str:
     """The hash of arrays by name. The number of files does not matter. Each core has one array at a time in memory."""
 
     def entry(name: str) -> list:
         array = np.ascontiguousarray(tensors[name])
-        return [name, array.dtype.name, list(array.shape), of_bytes(memoryview(array.reshape(-1).view(np.uint8)))]
+        return [name, array.dtype.name, list(array.shape), hash_bytes(memoryview(array.reshape(-1).view(np.uint8)))]
 
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return of_value(list(pool.map(entry, sorted(tensors))))
+        return hash_value(list(pool.map(entry, sorted(tensors))))
 
 
-def of_weights(path: pathlib.Path, tensors: Mapping[str, np.ndarray] | None) -> str:
+def hash_weights(path: pathlib.Path, tensors: Mapping[str, np.ndarray] | None) -> str:
     """The hash of a model's weights.
 
     Args:
@@ -69,19 +69,19 @@ def of_weights(path: pathlib.Path, tensors: Mapping[str, np.ndarray] | None) -> 
         tensors: by name; None to hash the file itself.
     """
     if tensors is None:
-        return of_file(path)
+        return hash_file(path)
     state = tuple(_state(file) for file in sorted(path.glob("*")) if file.is_file())
     if state not in _weights:
-        _weights[state] = of_tensors(tensors)
+        _weights[state] = hash_tensors(tensors)
     return _weights[state]
 
 
-def of_model_config(config: Mapping[str, Any]) -> str:
+def hash_model_config(config: Mapping[str, Any]) -> str:
     """The hash of a model's config.json in Hugging Face's form, without the entries NOT_THE_MODEL."""
-    return of_value({name: value for name, value in config.items() if name not in NOT_THE_MODEL})
+    return hash_value({name: value for name, value in config.items() if name not in NOT_THE_MODEL})
 
 
-def of_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Any) -> str:
     """The hash of a transformers tokenizer in its serialised form, without the state that calls change. It is computed
     once for each tokenizer."""
     if tokenizer not in _tokenizers:
@@ -92,15 +92,15 @@ def of_tokenizer(tokenizer: Any) -> str:
 def _of_tokenizer(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return of_value(tokenizer.get_vocab())
+        return hash_value(tokenizer.get_vocab())
     state = json.loads(backend.to_str())
-    return of_value({name: value for name, value in state.items() if name not in ("truncation", "padding")})
+    return hash_value({name: value for name, value in state.items() if name not in ("truncation", "padding")})
 
 
-def of_template(tokenizer: Any) -> str:
+def hash_template(tokenizer: Any) -> str:
     """The hash of the tokenizer's chat template, or templates by name, and of the special tokens that they write."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return of_value([tokenizer.chat_template, special])
+    return hash_value([tokenizer.chat_template, special])
 
 
 _weights: dict[tuple, str] = {}

@@ -24,14 +24,14 @@ from ml_collections import ConfigDict
 
 from drirl_jax.runtime import processes, ranges, secrets
 from drirl_jax.runtime.progress import Progress
-from drirl_jax.runtime.surrogates import mended
+from drirl_jax.runtime.surrogates import without_half_pairs
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 
 # Status codes of a server that is busy, restarting or limits the rate. A retry does not help against other errors.
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+RETRYABLE = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT = 60.0  # seconds
 LARGEST = 2**24  # most bytes of an answer
 # Parameters that newer models refuse -> the new name; None: there is none, and the server uses its own value.
@@ -106,7 +106,7 @@ class Endpoint:
             raise InputError(
                 f"the key in the environment variable {section.key_env} has blanks or odd characters in it."
             )
-        self.hidden = secrets.hider(self.key)
+        self.hidden = secrets.make_hider(self.key)
         self.known: dict[str, Reply] = None  # read from `memory` at the first call
         self.refused: set[str] = set()  # parameters that the server does not accept
 
@@ -144,7 +144,7 @@ class Endpoint:
         return [Reply(*reply) for reply in processes.ask_once(lambda: self._asked(rounds, readable))]
 
     def _request(self, chat: Chat, options: Mapping[str, Any]) -> dict:
-        turns = [{name: mended(text) for name, text in turn.items()} for turn in chat]
+        turns = [{name: without_half_pairs(text) for name, text in turn.items()} for turn in chat]
         return {"model": self.section.model} | dict(options) | {"messages": turns}
 
     def _asked(self, rounds: list[list[dict]], readable: Callable[[str], Any]) -> list[Reply]:
@@ -204,7 +204,7 @@ class Endpoint:
                 if answer.is_success:
                     return self._parsed(answer, text, time.perf_counter() - start)
                 reason = f"status {answer.status_code}: {_excerpt(text)}"
-                if answer.status_code not in PASSING:
+                if answer.status_code not in RETRYABLE:
                     raise InputError(f"{url} refuses the request ({reason}): check the url, the model and the key.")
                 wait = min(_seconds(answer.headers.get("retry-after", ""), wait), LONGEST_WAIT)
             if attempt < self.section.retries:
@@ -255,7 +255,7 @@ class Endpoint:
             tokens = (body.get("usage") or {}).get("completion_tokens")
             if not isinstance(finish, str):
                 raise TypeError("a field of another type")
-            content, finish = (self.hidden(mended(part)) for part in (content, finish))
+            content, finish = (self.hidden(without_half_pairs(part)) for part in (content, finish))
             return Reply(content, tokens if type(tokens) is int else -1, finish, seconds)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__} in {_excerpt(text)}"
@@ -327,7 +327,9 @@ def _load_replies(memory: pathlib.Path | None) -> dict[str, Reply]:
     for number, line in enumerate(complete_lines.split(b"\n")[:-1], start=1):  # a reply may hold other line ends
         try:
             row = json.loads(line.decode("utf-8"))
-            reply = Reply(mended(row["text"]), row["tokens"], mended(row["finish"]), row["seconds"])
+            reply = Reply(
+                without_half_pairs(row["text"]), row["tokens"], without_half_pairs(row["finish"]), row["seconds"]
+            )
             texts, numbers = (row["request"], row["text"], row["finish"]), (reply.tokens, reply.seconds)
             if {*map(type, texts)} != {str} or not {*map(type, numbers)} <= {int, float}:
                 raise TypeError("a field of another type")

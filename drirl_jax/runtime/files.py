@@ -76,7 +76,7 @@ def need_apart(out: pathlib.Path, *sources: pathlib.Path) -> None:
             raise InputError(f"{out} is read and would be written over: name another file for the result.")
 
 
-def beside(out: pathlib.Path, what: str) -> pathlib.Path:
+def replies_file(out: pathlib.Path, what: str) -> pathlib.Path:
     """The file beside `out` in which a command keeps the answers of servers; `what` is one of KEPT_BESIDE."""
     return out.with_suffix(f".{what}.jsonl")
 

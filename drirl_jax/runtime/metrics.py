@@ -144,7 +144,7 @@ class MetricWriter:
             call()
         except Exception as error:  # other people's tools and the network raise anything; none of it may end the run
             self.sinks.pop(name, None)
-            log.warning("%s takes no more scalars of this start: %s", name, sinks.described(error))
+            log.warning("%s takes no more scalars of this start: %s", name, sinks.describe_error(error))
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:

@@ -15,7 +15,9 @@ from jax.experimental import multihost_utils
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): the same command resumes the run
-ASKED = itertools.count(1)  # JAX agrees on one of these numbers, so they must not start from 1 again in each stage
+SYNC_NUMBERS = itertools.count(
+    1
+)  # JAX agrees on one of these numbers, so they must not start from 1 again in each stage
 
 
 class Preempted(BaseException):
@@ -36,7 +38,7 @@ def preemption_notice() -> Iterator[Callable[[int], bool]]:
         number of finished steps -> whether to end the run now, the same on all processes; call it once after each step.
     """
     if jax.process_count() > 1:  # jax catches the signal itself, and agrees on a step with the other processes
-        yield lambda step: multihost_utils.reached_preemption_sync_point(next(ASKED))
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(SYNC_NUMBERS))
         return
     received = threading.Event()
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: received.set())

@@ -11,7 +11,7 @@ SHORTEST = 8  # characters; a shorter key protects nothing, and its other forms 
 COVER = "***"
 
 
-def hider(secret: str) -> Callable[[str], str]:
+def make_hider(secret: str) -> Callable[[str], str]:
     """A function that replaces an ASCII secret in a text with COVER.
 
     A secret of at least SHORTEST characters is also found in other case, escaped (in JSON, URLs, HTML or Python, once

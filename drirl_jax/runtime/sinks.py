@@ -237,7 +237,7 @@ class MLflow:
 SINKS: dict[str, type[Sink]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
-def described(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The error's type and text in one line, without the keys in the environment."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     for name in SECRETS:

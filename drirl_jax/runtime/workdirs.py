@@ -121,7 +121,7 @@ def check_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, st
     tree = _config_in(workdir)
     recorded_options, present_options = (
         _flat({key: value for key, value in tree.items() if key != "contents"}),
-        flat(config),
+        flat_options(config),
     )
     recorded, now = tree.get("contents", {}), dict(now or {})
     same = {name for name in now if recorded.get(name) == now[name]}
@@ -166,7 +166,7 @@ def recorded_contents(workdir: bucket.Path) -> dict[str, str]:
     return _config_in(workdir).get("contents", {})
 
 
-def flat(config: ConfigDict) -> dict[str, Any]:
+def flat_options(config: ConfigDict) -> dict[str, Any]:
     """The options by dotted key, with their values in JSON's types."""
     return _flat(json.loads(config.to_json_best_effort(sort_keys=True)))
 
@@ -229,7 +229,7 @@ def _tuples(tree):
     return tuple(tree) if isinstance(tree, list) else tree
 
 
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differing_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The dotted keys whose values differ between the two, or that only one of them has."""
     flat_before, flat_now = _flat(before), _flat(now)
     return sorted(key for key in flat_before.keys() | flat_now.keys() if flat_before.get(key) != flat_now.get(key))

@@ -221,7 +221,9 @@ def grpo_batch(context: Context, model: Transformer, params: Params, scored: Sco
     c, sampled, info = context.config.grpo, scored.sampled, {}
     weight_P = jnp.ones(len(scored.reward))
     if ROLES[c.contrast].counts:
-        wrong_PG = eq.of_the_other_kind(scored.reward[:, :sampled], scored.demonstration, scored.reward[:, sampled + 1])
+        wrong_PG = eq.nearer_to_other_kind(
+            scored.reward[:, :sampled], scored.demonstration, scored.reward[:, sampled + 1]
+        )
         weight_P = harmless_weight(wrong_PG, scored.harmless, c.harmless_wrong)
         info = {"wrong": wrong_PG}
     advantage_PM = grpo_advantages(c, scored)

@@ -70,7 +70,7 @@ MOMENTS = {
     ),
     "irl: a checkpoint has begun": Moment("irl", "drirl_jax.runtime.checkpoint:Checkpoints.save", after),
     "irl: a checkpoint lacks its name": Moment("irl", "os:rename", before, (1, 2), unnamed),
-    "between the stages": Moment("", "drirl_jax.train:export_rewards", before),
+    "between the stages": Moment("", "drirl_jax.stages.export:export_rewards", before),
     "align: rewinding": Moment("align", "os:replace", before, (1, 2), named("metrics.jsonl.tmp", "timing.jsonl.tmp")),
     "align: sampling": Moment("align", "drirl_jax.rollout:sample", before, (1, 2, 3)),
     "align: scoring": Moment("align", "drirl_jax.stages.rewards.sources:_score", after, (1, 2, 3)),
@@ -82,7 +82,7 @@ MOMENTS = {
     "align: a checkpoint lacks its name": Moment("align", "os:rename", before, (1, 2), unnamed),
     "the stage has ended": Moment("align", "finish", before),
     "the aligned model": Moment("", "drirl_jax.models.hf:_save_tokenizer", before),
-    "evaluating": Moment("", "drirl_jax.evals.runner:rewards_of", before, (1, 2)),
+    "evaluating": Moment("", "drirl_jax.evals.runner:response_rewards", before, (1, 2)),
     "an evaluation lacks its name": Moment(
         "", "os:replace", before, (1, 2), named("base.json.tmp", "aligned.json.tmp")
     ),

@@ -7,8 +7,8 @@ policy's answer is the word with the highest log-probability, so that nothing is
 from __future__ import annotations
 
 from drirl_jax.data import values
-from drirl_jax.data.files import field
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, user
+from drirl_jax.data.files import first_column
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user_chat
 from drirl_jax.types import InputError
 
 TASKS = {  # task: (columns, question about them, words in the order of the labels)
@@ -35,14 +35,14 @@ def read(section) -> list[Item]:
     """Reads {task: [{columns of the task, label, idx}]}. In JSONL the field subset holds the task."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
-        task = field(where, row, "subset").removeprefix("adv_")
+        task = first_column(where, row, "subset").removeprefix("adv_")
         if task not in TASKS:
             raise InputError(f"{where}: unknown task {task!r}: known are {', '.join(TASKS)}.")
         columns, question, words = TASKS[task]
-        parts = [f"{name.rstrip('12').capitalize()}: {field(where, row, name)}" for name in columns]
+        parts = [f"{name.rstrip('12').capitalize()}: {first_column(where, row, name)}" for name in columns]
         text = "\n".join([*parts, f"{question} Answer with one word."])
-        label = values.whole(f"{where}: label", field(where, row, "label"), len(words))
-        items.append(Item(f"{task}-{row.get('idx', i)}-{i}", user(text), task, target=str(label), options=words))
+        label = values.whole_number(f"{where}: label", first_column(where, row, "label"), len(words))
+        items.append(Item(f"{task}-{row.get('idx', i)}-{i}", user_chat(text), task, target=str(label), options=words))
     return items
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 
 URL = "https://github.com/openai/grade-school-math (grade_school_math/data)"
 TEST = Published(("gsm8k/test.jsonl", "gsm8k_test.jsonl", "test.jsonl"), "openai/gsm8k", URL, subset="main")
@@ -25,10 +25,14 @@ def read(section) -> list[Item]:
     """Reads the fields question and answer. The last line of an answer is "#### NUMBER"."""
     shots: list[dict[str, str]] = []
     for where, row in rows(section.data, TRAIN)[: section.shots] if section.shots else []:
-        shots += [{"role": "user", "content": words(where, row, "question")}]
-        shots += [{"role": "assistant", "content": words(where, row, "answer")}]
+        shots += [{"role": "user", "content": text_field(where, row, "question")}]
+        shots += [{"role": "assistant", "content": text_field(where, row, "answer")}]
     return [
-        Item(f"gsm8k-{i}", (*shots, *user(words(where, row, "question"))), target=words(where, row, "answer"))
+        Item(
+            f"gsm8k-{i}",
+            (*shots, *user_chat(text_field(where, row, "question"))),
+            target=text_field(where, row, "answer"),
+        )
         for i, (where, row) in enumerate(rows(section.data, TEST))
     ]
 

@@ -9,8 +9,8 @@ import pathlib
 from typing import Sequence
 
 from drirl_jax.data import values
-from drirl_jax.data.files import field
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
+from drirl_jax.data.files import first_column
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 from drirl_jax.types import InputError
 
 SUBSETS = ("helpful", "honest", "harmless", "other")
@@ -34,10 +34,12 @@ def read(section) -> list[Item]:
             if "target_scores" in row:
                 options, labels = zip(*row["target_scores"].items())
             else:
-                targets = field(where, row, "targets")
-                options, labels = field(where, targets, "choices"), field(where, targets, "labels")
+                targets = first_column(where, row, "targets")
+                options, labels = first_column(where, targets, "choices"), first_column(where, targets, "labels")
             target = _right_option(where, labels)
-            items.append(Item(f"{subset}-{i}", user(words(where, row, "input")), subset, None, target, tuple(options)))
+            items.append(
+                Item(f"{subset}-{i}", user_chat(text_field(where, row, "input")), subset, None, target, tuple(options))
+            )
     return items
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from drirl_jax.data.files import field
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
+from drirl_jax.data.files import first_column
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 from drirl_jax.judges import UNSAFE
 
 DATA = Published(
@@ -20,9 +20,9 @@ def read(section) -> list[Item]:
     """Reads the columns Index, Goal and Category; in JSONL also id, prompt and source_category."""
     return [
         Item(
-            str(field(where, row, "id", "Index")),
-            user(words(where, row, "Goal", "prompt")),
-            field(where, row, "Category", "source_category"),
+            str(first_column(where, row, "id", "Index")),
+            user_chat(text_field(where, row, "Goal", "prompt")),
+            first_column(where, row, "Category", "source_category"),
             harmful=True,
         )
         for where, row in rows(section.data, DATA)

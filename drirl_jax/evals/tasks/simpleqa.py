@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from drirl_jax.data.files import field
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
+from drirl_jax.data.files import first_column
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 from drirl_jax.types import InputError
 
 DATA = Published(
@@ -20,11 +20,11 @@ def read(section) -> list[Item]:
     """Reads the columns problem, answer and metadata. The metadata holds the topic."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
-        question, answer = words(where, row, "problem"), str(field(where, row, "answer"))
+        question, answer = text_field(where, row, "problem"), str(first_column(where, row, "answer"))
         if not re.search(r"\w", answer):
             raise InputError(f"{where}: the answer {answer!r} has no letter and no digit: remove the row.")
         topic = re.search(r"'topic': '([^']*)'", row.get("metadata") or "")
-        items.append(Item(str(row.get("id", i)), user(question), topic[1] if topic else "", target=answer))
+        items.append(Item(str(row.get("id", i)), user_chat(question), topic[1] if topic else "", target=answer))
     return items
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from drirl_jax.data.files import field
+from drirl_jax.data.files import first_column
 from drirl_jax.evals.items import Benchmark, Item, Published, rows
 
 NOT = r"(?:(?:do|will|would|can|could) ?not|(?:do|wo|would|ca|could)n't)"
@@ -24,14 +24,17 @@ def read(section) -> list[Item]:
     prompts = rows(section.data, PROMPTS)
     items = []
     for system_where, system_row in rows(section.data, SYSTEMS):
-        kind, template = field(system_where, system_row, "type"), field(system_where, system_row, "system_prompt")
+        kind, template = (
+            first_column(system_where, system_row, "type"),
+            first_column(system_where, system_row, "system_prompt"),
+        )
         for i, (where, row) in enumerate(prompts):
-            system_text = template.replace("[target_group]", field(where, row, "target_group"))
+            system_text = template.replace("[target_group]", first_column(where, row, "target_group"))
             chat = (
                 {"role": "system", "content": system_text},
-                {"role": "user", "content": field(where, row, "user_prompt")},
+                {"role": "user", "content": first_column(where, row, "user_prompt")},
             )
-            items.append(Item(f"{kind}-{i}", chat, kind, cluster=field(where, row, "stereotype_topic")))
+            items.append(Item(f"{kind}-{i}", chat, kind, cluster=first_column(where, row, "stereotype_topic")))
     return items
 
 

@@ -6,8 +6,8 @@ is no language model gives its own harm; then the goodness is no StrongREJECT sc
 
 from __future__ import annotations
 
-from drirl_jax.data.files import field
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
+from drirl_jax.data.files import first_column
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 
 DATA = Published(
     ("strongreject_dataset.csv", "strongreject.jsonl", "safety_prompts.jsonl"),
@@ -23,8 +23,8 @@ def read(section) -> list[Item]:
     return [
         Item(
             str(row.get("id", f"strongreject-{i}")),
-            user(words(where, row, "forbidden_prompt", "prompt")),
-            field(where, row, "source_category", "category"),
+            user_chat(text_field(where, row, "forbidden_prompt", "prompt")),
+            first_column(where, row, "source_category", "category"),
             harmful=True,
         )
         for i, (where, row) in enumerate(rows(section.data, DATA))

@@ -7,8 +7,8 @@ first message says nothing about refusals. A message that occurs several times i
 from __future__ import annotations
 
 from drirl_jax.data import values
-from drirl_jax.data.files import field
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, user
+from drirl_jax.data.files import first_column
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, user_chat
 
 DATA = Published(
     ("wildchat.jsonl",),
@@ -25,15 +25,15 @@ def read(section) -> list[Item]:
         if "prompt" in row:
             message, subset = row["prompt"], row.get("subset", "")
         else:
-            turn = field(where, row, "conversation")[0]
-            message, subset = field(where, turn, "content"), str(turn.get("language") or "")
+            turn = first_column(where, row, "conversation")[0]
+            message, subset = first_column(where, turn, "content"), str(turn.get("language") or "")
             marks = row.get("toxic", False), turn.get("toxic", True)
             toxic = [values.truth(f"{where}: toxic", mark) for mark in marks]
             if not all(toxic) or subset.strip().lower() not in ("english", ""):
                 continue
         if message.strip() and message not in items:
             items[message] = Item(
-                str(row.get("id", row.get("conversation_hash", i))), user(message), subset, harmful=True
+                str(row.get("id", row.get("conversation_hash", i))), user_chat(message), subset, harmful=True
             )
     return list(items.values())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from drirl_jax.data import values
 from drirl_jax.data.files import Row
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, user, words
+from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 
 DATA = Published(
     ("xstest_prompts.csv", "xstest_v2_prompts.csv", "xstest.jsonl", "safety_prompts.jsonl"),
@@ -22,9 +22,11 @@ def read(section) -> list[Item]:
     """Reads the columns id (or id_v2), type, prompt and perhaps label; in JSONL also source_category and harmful."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
-        kind = words(where, row, "type", "source_category")
+        kind = text_field(where, row, "type", "source_category")
         item_id = row.get("id") or row.get("id_v2") or f"xstest-{i}"
-        items.append(Item(str(item_id), user(words(where, row, "prompt")), kind, harmful=_is_harmful(where, row, kind)))
+        items.append(
+            Item(str(item_id), user_chat(text_field(where, row, "prompt")), kind, harmful=_is_harmful(where, row, kind))
+        )
     return items
 
 
