@@ -29,7 +29,7 @@ def test_every_judge_is_shown_the_answer_alone():
         verdicts(["p"] * 3, [THOUGHT + "Yes.", "Yes.", "<think>Yes."], *columns)
     assert shown == [["Yes.", "Yes.", ""]] * 3
     made = {kind.make.__qualname__ for kind in judges.JUDGES.values()}
-    assert made == {"reading_answers.<locals>.made"}
+    assert made == {"on_answers.<locals>.make_judge"}
 
 
 def test_a_judge_by_phrases():

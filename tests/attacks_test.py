@@ -460,7 +460,7 @@ def test_what_cannot_be_run(names, changes, sentence):
 REFUSED = """
 import sys
 import commands
-from drirl_jax import attack
+from drirl_jax.commands import attack
 for sentence, flags in {
     "--workdir is missing": ["--model=here"],
     "--model is missing": ["--workdir=out"],

@@ -117,7 +117,7 @@ def test_training_data_in_utf_16_with_nulls_and_in_capitals(tmp_path):
 def test_half_a_character_is_replaced_in_a_benchmark(tmp_path):
     (tmp_path / "a.json").write_text('[{"q": "cut \\ud83d", "more": ["\\uDE00", "whole \\ud83d\\ude00"]}]')
     ((_, row),) = files.read_table(tmp_path / "a.json")
-    assert row == {"q": "cut ?", "more": ["?", "whole 😀"]}
+    assert row == {"q": "cut \ufffd", "more": ["\ufffd", "whole 😀"]}
 
 
 def test_half_a_character_in_an_answer_is_left_out_and_counted(tmp_path, capsys):
@@ -135,10 +135,10 @@ def test_half_a_character_in_an_answer_is_left_out_and_counted(tmp_path, capsys)
 @pytest.mark.parametrize(
     "row, sentence",
     [
-        ({"problem": "How many?", "answer": "!!!"}, "the right answer is empty"),
-        ({"problem": "How many?", "answer": ""}, "the right answer is empty"),
-        ({"problem": " ", "answer": "two"}, "what is asked is empty"),
-        ({"problem": 5, "answer": "two"}, "what is asked is empty or no text"),
+        ({"problem": "How many?", "answer": "!!!"}, "line 1: the answer '!!!' has no letter and no digit"),
+        ({"problem": "How many?", "answer": ""}, "line 1: the answer '' has no letter and no digit"),
+        ({"problem": " ", "answer": "two"}, "line 1: problem is empty"),
+        ({"problem": 5, "answer": "two"}, "line 1: problem is of type int"),
         ({"problem": "How many?", "answer": "two", "metadata": {"topic": "Art"}}, "of another form"),
     ],
 )

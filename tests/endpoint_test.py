@@ -340,7 +340,7 @@ ONE_OF_TWO = """
 import pathlib, sys
 import jax
 from ml_collections import ConfigDict
-from drirl_jax import endpoint
+from drirl_jax.runtime import endpoint
 from drirl_jax.runtime import secrets
 from drirl_jax.types import InputError
 

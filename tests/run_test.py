@@ -342,7 +342,7 @@ BAD_FLAGS = {
         "--config.grpo.contrast=member",
         "grpo.contrast is 'member', but config.grpo.demonstration is only 'apart'",
     ),
-    "nothing to tell refusals by": ("--config.grpo.contrast=apart", "grpo.harmless_wrong is 0.5, but it takes"),
+    "nothing to tell refusals by": ("--config.grpo.contrast=apart", "grpo.harmless_wrong is 0.5, which needs"),
     "group of one": (
         "--config.align.group=1 --config.grpo.harmless_wrong=1.0 --config.grpo.contrast=apart "
         "--config.grpo.demonstration=apart",

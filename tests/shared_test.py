@@ -63,22 +63,22 @@ def two(command):
 ONE_OF_TWO = """
 import pathlib, pickle, sys
 import jax
-from drirl_jax import sharding
+from drirl_jax.runtime import processes
 from drirl_jax.configs import tiny
 from drirl_jax.data import builder, examples
 from drirl_jax.models import hf
-from drirl_jax.data.text import Text
+from drirl_jax.data.text import ChatTokens
 from drirl_jax.types import InputError
 
 folder, tokenizer, port, number = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
-sharding.MOST_AT_ONCE = 1024  # several pieces
+processes.MOST_AT_ONCE = 1024  # several pieces
 folder, config = pathlib.Path(folder), tiny.get_config()
-tokens, read, made = Text(hf.load_tokenizer(pathlib.Path(tokenizer))), [], []
+tokens, read, made = ChatTokens(hf.load_tokenizer(pathlib.Path(tokenizer))), [], []
 to_record, prompt_ids = builder._to_record, tokens.prompt_ids
 builder._to_record = lambda example: read.append(1) or to_record(example)
 tokens.prompt_ids = lambda prompt: made.append(1) or prompt_ids(prompt)
-by_split = builder.read(folder / "all.jsonl", config.data.categories, folder / number)
+by_split = builder.read_splits(folder / "all.jsonl", config.data.categories, folder / number)
 (folder / f"{number}.pickle").write_bytes(pickle.dumps(examples.tokenise(by_split, tokens, config)))
 print(len(read), len(made))
 
@@ -88,10 +88,10 @@ def fails(do):
     except Exception as error:
         print(type(error).__name__, error)
 
-fails(lambda: builder.read(folder / f"of{number}.jsonl", config.data.categories, folder / number))
-fails(lambda: builder.read(folder / f"only{number}.jsonl", config.data.categories, folder / number))
-fails(lambda: sharding.shared(range(4), lambda share: [10 // (3 - i) for i in share]))
-fails(lambda: sharding.shared([5], lambda share: [i + 1 for i in share]))
+fails(lambda: builder.read_splits(folder / f"of{number}.jsonl", config.data.categories, folder / number))
+fails(lambda: builder.read_splits(folder / f"only{number}.jsonl", config.data.categories, folder / number))
+fails(lambda: processes.map_shares(range(4), lambda share: [10 // (3 - i) for i in share]))
+fails(lambda: processes.map_shares([5], lambda share: [i + 1 for i in share]))
 """
 
 

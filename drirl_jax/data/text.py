@@ -20,7 +20,7 @@ class ChatTokens:
 
     Attributes:
         eos_ids: the ids that end a response. The first is the one that the template writes after an assistant's turn;
-            then come all others that the tokenizer and the model's files name (`tokenizers.ends`).
+            then come all others that the tokenizer and the model's files name (`tokenizers.end_ids`).
         pad_id: the padding id. It may equal an end-of-sequence id, so mask by length.
         system: the system turn's words; None if the template has its own, or if it has no system turn and "" was given.
 

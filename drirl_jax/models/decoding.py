@@ -59,7 +59,7 @@ class DecodeBlock(NamedTuple):
         o: [L, H·hd, D].
         gate_up: [L, D, 2, F].
         down: [L, F, D].
-        norms: the norms that `transformer.norms` lists, each [L, size].
+        norms: the norms that `transformer.norm_sizes` lists, each [L, size].
         qkv_bias: [L, KV, (H / KV + 2)·hd], or None.
     """
 

@@ -39,7 +39,7 @@ def shape(hf: Mapping, only: Mapping, understood: Collection[str] = (), rope_the
     """The Config from the fields that all families have in common.
 
     Args:
-        hf: a Hugging Face config as `rope.standard` returns it.
+        hf: a Hugging Face config as `rope.standardise_config` returns it.
         only: fields that change the computation, each with the only value that is implemented for this family.
         understood: names of fields that change the computation and that the family's file reads itself.
         rope_theta: the family's default.

@@ -33,7 +33,7 @@ ENVIRONMENT = jinja2.Environment(
 )
 
 
-REPEATED = "repeated prompts"  # a key of facts.json: see `data.overlap.summary`
+REPEATED = "repeated prompts"  # a key of facts.json: see `data.overlap.describe_repeats`
 
 
 # The forms of the files in a workdir: see `json_files`.

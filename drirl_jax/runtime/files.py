@@ -45,6 +45,9 @@ def replace_file(path: pathlib.Path, text: str, errors: str = "strict") -> None:
     Raises:
         InputError: the path is a folder.
     """
+    if not isinstance(path, pathlib.Path):  # in a bucket, where an object appears as a whole anyway
+        path.write_text(text)
+        return
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file in it.")
     data = text.encode("utf-8", errors)

@@ -175,7 +175,7 @@ def harmless_weight(wrong_PG: Array, harmless_P: np.ndarray, target: float) -> A
     """[P] weights: 1 for harmful prompts; for harmless ones by the share of their samples that are wrong.
 
     Args:
-        wrong_PG: see `equations.of_the_other_kind`.
+        wrong_PG: see `equations.nearer_to_other_kind`.
         harmless_P: which prompts are harmless.
         target: config.grpo.harmless_wrong; with 1 every weight is 1.
     """
