@@ -1,8 +1,8 @@
 """GCG (Zou et al., arXiv 2307.15043): a search for a token suffix that makes the beginning of an answer likely.
 
 A step runs two jitted programs with fixed shapes. `propose` computes the gradient and samples candidates. The host then
-checks the candidates as text. `target.jitted_losses` computes their losses. All candidates are one group of one prompt, so
-the chat up to the suffix passes through the network once for all of them.
+checks the candidates as text. `target.jitted_losses` computes their losses. All candidates are one group of one prompt,
+so the chat up to the suffix passes through the network once for all of them.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def make_plan(context: Context, workdir: pathlib.Path) -> dict:
     Returns:
         {"workdir", "devices", "mesh", "policy", "parameters": {"policy", "trained", "rewards", "encoder"}, "records":
          {split: {category: n}}, "repeated_prompts": see `data.overlap.describe_repeats`, "stages": [{"stage", "steps",
-         "done", "finished", "shape": words, "operations": of a step, "seconds": left, "seconds_from": "measured" | "least" |
-         None}], "memory": {part: bytes a device}, "memory_limit": bytes or None, "rate": operations a second, or None
+         "done", "finished", "shape": words, "operations": of a step, "seconds": left,
+         "seconds_from": "measured" | "least" | None}], "memory": {part: bytes a device}, "memory_limit": bytes or None, "rate": operations a second, or None
          if it was not measured}
 
     Raises:
