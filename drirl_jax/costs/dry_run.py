@@ -45,11 +45,11 @@ def make_plan(context: Context, workdir: pathlib.Path) -> dict:
     """The plan of a run from its context; the context's model may be shapes only.
 
     Returns:
-        {"workdir", "devices", "mesh", "policy", "parameters": {"policy", "trained", "rewards", "encoder"}, "records":
-         {split: {category: n}}, "repeated_prompts": see `data.overlap.describe_repeats`, "stages": [{"stage", "steps",
-         "done", "finished", "shape": words, "operations": of a step, "seconds": left,
-         "seconds_from": "measured" | "least" | None}], "memory": {part: bytes a device}, "memory_limit": bytes or None, "rate": operations a second, or None
-         if it was not measured}
+        {"workdir", "devices", "mesh", "policy", "parameters": {"policy", "trained", "rewards", "encoder"},
+         "records": {split: {category: n}}, "repeated_prompts": see `data.overlap.describe_repeats`, "stages":
+         [{"stage", "steps", "done", "finished", "shape": words, "operations": of a step, "seconds": left,
+         "seconds_from": "measured" | "least" | None}], "memory": {part: bytes a device}, "memory_limit": bytes or
+         None, "rate": operations a second, or None if it was not measured}
 
     Raises:
         InputError: an input of the user is wrong.

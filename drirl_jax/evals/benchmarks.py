@@ -271,10 +271,10 @@ def summary(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dic
 def interval(values: Sequence[float], cluster: Sequence[str]) -> dict:
     """{"value", "low", "high", "n", "interval"}: the mean of values in [0, 1] and its 95% interval over items.
 
-    For shares, whose values are all 0 or 1: Wilson's interval over `intervals.effective_count` items. For other values:
-    the percentiles of a bootstrap with RESAMPLES resamples and a fixed seed. With fewer than FEW items, or where all
-    values are the same, the bootstrap's interval is too narrow. Then Wilson's interval is used: no value in [0, 1] varies more
-    than a share.
+    For shares, whose values are all 0 or 1: Wilson's interval over `intervals.effective_count` items. For other
+    values: the percentiles of a bootstrap with RESAMPLES resamples and a fixed seed. With fewer than FEW items, or
+    where all values are the same, the bootstrap's interval is too narrow. Then Wilson's interval is used: no value
+    in [0, 1] varies more than a share.
     """
     x, n = np.asarray(values, float), len(values)
     if np.isin(x, (0.0, 1.0)).all():
