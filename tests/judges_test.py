@@ -181,7 +181,8 @@ def test_a_refusal_far_behind_the_opening_does_not_count():
     assert not refused_by_phrases("", "Wait. Look. Listen. Think. I can't help you.")
 
 
-@pytest.mark.parametrize("words", [8, 24, None])
+# An answer may give its reason first, so that its first words alone need not refuse.
+@pytest.mark.parametrize("words", [24, None])
 @pytest.mark.parametrize("keep_draft", [True, False])
 def test_the_starter_sets_demonstrations_cut_or_whole(keep_draft, words):
     wrong = []
