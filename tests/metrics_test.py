@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from drirl_jax.runtime import progress
+from drirl_jax.runtime import json_files, progress
 from drirl_jax.runtime.metrics import MetricWriter, read_jsonl
 from drirl_jax.runtime.progress import Progress
 
@@ -149,7 +149,7 @@ def test_samples_of_a_step_that_is_repeated_are_kept_once(tmp_path):
         file.write('{"stage": "align", "step": 4}\n{"stage": "al')
     again = MetricWriter(tmp_path / "killed")
     again.rewind(STAGES, "align", 2)
-    assert [(row["step"], row["text"][0]) for row in read_jsonl(again.samples)] == [(1, "a"), (1, "b")]
+    assert [(row["step"], row["text"][0]) for row in json_files.rows(again.samples)] == [(1, "a"), (1, "b")]
     samples(again, (3, 4))
     silent = MetricWriter(tmp_path / "silent", writes=False)
     silent.keep("align", 1, [{}])
