@@ -87,7 +87,7 @@ def main(argv: list[str], do: Callable[[list[str]], None] | None = None, resumes
         exit_with("interrupted" + "; started again, it goes on with what is kept" * resumes, INTERRUPTED)
     except Exception as error:
         if WORKDIR.value and "://" not in WORKDIR.value and isinstance(error, FileNotFoundError):
-            if not pathlib.Path(WORKDIR.value).exists():
+            if not expand_path(WORKDIR.value).exists():
                 exit_with(f"the workdir {WORKDIR.value} was removed or moved meanwhile: put it back, and start again.")
         codes = [code for code in DISK if code == getattr(error, "errno", None) or os.strerror(code) in str(error)]
         if not codes:
