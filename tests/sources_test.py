@@ -52,7 +52,7 @@ def test_what_is_rated_follows_the_thought(case, server, monkeypatch):  # noqa: 
 
 def test_rules_give_no_reward_without_a_verdict(case, monkeypatch):
     context, examples, group = case
-    monkeypatch.setattr(sources.judges, "refuses", lambda setting: lambda prompt, answer: None)
+    monkeypatch.setattr(sources.judges, "refusal_check", lambda setting: lambda prompt, answer: None)
     assert np.isnan(sources.SOURCES["rules"].make(context)(None, examples, group, None)).all()
 
 
