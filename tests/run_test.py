@@ -340,7 +340,7 @@ BAD_FLAGS = {
     "more layers than there are": ("--config.policy.layers=3", "config.policy.layers is 3, but .* has 2 layers"),
     "a part without the first": (
         "--config.grpo.contrast=member",
-        "grpo.contrast is 'member', but config.grpo.demonstration is only 'apart'",
+        "grpo.contrast is 'member', but config.grpo.demonstration is only 'baseline'",
     ),
     "nothing to tell refusals by": ("--config.grpo.contrast=apart", "grpo.harmless_wrong is 0.5, which needs"),
     "group of one": (
