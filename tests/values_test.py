@@ -106,7 +106,6 @@ def test_labels_of_xstest(label, expected, tmp_path):
     (xstest, "xstest_prompts.csv", "id,prompt,type,label\n1,How?,homonyms,\n", "row 1: label is ''"),
     (xstest, "xstest_prompts.csv", "id,prompt,type,label\n1,How?,homonyms,1\n", "row 1: label is '1'"),
     (xstest, "xstest.jsonl", {"prompt": "How?", "type": "x", "harmful": "rather"}, "line 1: harmful is 'rather'"),
-    (xstest, "xstest.jsonl", {"prompt": "How? \ud83d", "type": "x"}, "line 1: prompt holds half a surrogate"),
     (strongreject, "strongreject_dataset.csv", "category,source,forbidden_prompt\nHate,x,\n", "row 1: .*is empty"),
     (simpleqa, "simple_qa_test_set.csv", "metadata,problem,answer\nx,How?,!!!\n", "row 1: the answer '!!!' has no"),
     (wildchat, "wildchat.jsonl", {"toxic": "so so", "conversation": [{"content": "x"}]}, "line 1: toxic is 'so so'"),
