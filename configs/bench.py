@@ -13,6 +13,6 @@ def get_config():
     c.policy.tune = "full"
     c.reward.layers = 10  # as the quickstart's: the reference and the rewards pass the first 20 together
     c.align.batch = 4
-    c.align.group = 8
+    c.align.group_size = 8
     c.align.optimizer.learning_rate = 1e-6
     return c

@@ -31,15 +31,15 @@ def get_config():
     c.irl.eval_every = 48
     c.irl.optimizer.schedule = "cosine"
     # The policy seldom samples a refusal at first, and once it refuses it seldom samples help: every group holds both.
-    c.grpo.demonstration = c.grpo.contrast = "member"
-    c.grpo.beta_kl = 0.03
+    c.group.demonstration = c.group.contrast = "member"
+    c.policy_loss.beta_kl = 0.03
     # The first words decide, so they weigh most; and harmless prompts weigh more while many of their samples refuse.
-    c.grpo.reduce = "discounted"
-    c.grpo.harmless_wrong = 0.1
-    c.sampler.batch = "kinds"
-    c.sampler.harmless_share = 0.625
+    c.policy_loss.reduce = "discounted"
+    c.group.harmless_refusals = 0.1
+    c.data.mixing = "kinds"
+    c.data.harmless_share = 0.625
     c.align.batch = 16
-    c.align.group = 4
+    c.align.group_size = 4
     # Four updates on the samples of a step: what a step costs is mostly sampling and scoring.
     c.align.steps = 40
     c.align.minibatches = 4

@@ -13,7 +13,10 @@ from drirl_jax.config import HARM_CATEGORIES
 from drirl_jax.configs import quickstart
 
 STATIC = {"combine": "none"}
-PLAIN = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0, "reduce": "sequence"}
+PLAIN: dict[str, dict] = {
+    "group": {"demonstration": "apart", "contrast": "apart", "harmless_refusals": 1.0},
+    "policy_loss": {"reduce": "sequence"},
+}
 HARMS = len(HARM_CATEGORIES)
 # The quickstart's rate, 1e-3, leaves DPO no language and SFT less than the others: docs/LOG.md has the rates tried.
 DPO = {"objective": "dpo", "optimizer": {"learning_rate": 3e-5}}
@@ -29,7 +32,10 @@ def without(number: int) -> dict:
 REFERENCE = {"grpo_static": {"scaling": STATIC}, "grpo_s": {}}
 PARTS: dict[str, dict] = {
     "main": {
-        "grpo_quickstart": {"grpo": {name: quickstart.get_config().grpo[name] for name in PLAIN}},
+        "grpo_quickstart": {
+            section: {name: quickstart.get_config()[section][name] for name in options}
+            for section, options in PLAIN.items()
+        },
         "ppo_static": {"align": {"objective": "ppo"}, "scaling": STATIC},
         "ppo_s": {"align": {"objective": "ppo"}},
         "dpo_static": {"align": DPO, "scaling": STATIC},
@@ -56,8 +62,7 @@ PARTS: dict[str, dict] = {
     "data": {
         # A quarter of the records of all harms but the first two, in batches that are not balanced.
         "grpo_imbalanced": {
-            "data": {"shares": (1.0, 1.0) + (0.25,) * (HARMS - 2) + (1.0,), "minimum": 4},
-            "sampler": {"batch": "natural"},
+            "data": {"shares": (1.0, 1.0) + (0.25,) * (HARMS - 2) + (1.0,), "minimum": 4, "mixing": "natural"},
         },
         **{f"grpo_without_{name}": without(i) for i, name in enumerate(HARM_CATEGORIES)},
     },
@@ -74,7 +79,7 @@ def get_config(parts: str = "+".join(PARTS)):
     study.seeds = (0, 1, 2)
     study.jobs = 1
     study.base = quickstart.get_config()
-    study.base.grpo.update(PLAIN)
+    study.base.update(PLAIN)
     study.reference = "grpo_static"
     study.variants = ConfigDict(REFERENCE | {name: change for part in chosen for name, change in PARTS[part].items()})
     return study

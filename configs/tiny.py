@@ -15,9 +15,9 @@ def get_config():
     c.irl.samples = 1
     c.irl.loss, c.irl.contrast = "token", 1.0
     c.irl.steps, c.irl.eval_every = 4, 2
-    c.align.steps, c.align.group = 4, 4
+    c.align.steps, c.align.group_size = 4, 4
     c.align.optimizer.warmup = c.irl.optimizer.warmup = 1
-    c.grpo.demonstration = c.grpo.contrast = "baseline"
-    c.grpo.harmless_wrong = 0.5
+    c.group.demonstration = c.group.contrast = "baseline"
+    c.group.harmless_refusals = 0.5
     c.checkpoint.every = 2
     return c

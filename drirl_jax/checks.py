@@ -5,7 +5,7 @@ An option that is a choice must name a row of the table that implements the choi
 
 from __future__ import annotations
 
-from typing import Collection
+from typing import Callable, Collection, Iterable, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -17,6 +17,7 @@ from drirl_jax.models import flash, reward
 from drirl_jax.runtime import endpoint, names, ranges, sinks
 from drirl_jax.stages import base, irl, objectives, optimizer
 from drirl_jax.stages.rewards import sources
+from drirl_jax.types import InputError
 
 # Option that is a choice -> the table whose rows it can name.
 TABLES: dict[str, Collection[str]] = {
@@ -28,7 +29,7 @@ TABLES: dict[str, Collection[str]] = {
     "demos.generator": generators.GENERATORS,
     "demos.form": ("explain", "direct"),
     "demos.style": ("draft", "thought"),
-    "sampler.batch": pipeline.BATCHES,
+    "data.mixing": pipeline.BATCHES,
     "reward.kind": reward.KINDS,
     "reward.source": sources.SOURCES,
     "reward.route": sources.ROUTES,
@@ -36,19 +37,16 @@ TABLES: dict[str, Collection[str]] = {
     "irl.loss": irl.LOSSES,
     "irl.cut": ("common", "none"),
     "irl.policy": ("frozen", "alternate"),
-    "irl.optimizer.name": optimizer.OPTIMIZERS,
     "irl.optimizer.schedule": optimizer.SCHEDULES,
-    "align.optimizer.name": optimizer.OPTIMIZERS,
     "align.optimizer.schedule": optimizer.SCHEDULES,
     "align.objective": objectives.OBJECTIVES,
     "dpo.pairs": objectives.PAIRS,
     "dpo.alpha_on": losses.ALPHA_ON,
     "scaling.split": (*text.SPLIT, "llm"),
-    "grpo.demonstration": objectives.ROLES,
-    "grpo.contrast": objectives.ROLES,
-    "grpo.reduce": losses.REDUCE,
-    "grpo.ratio": losses.RATIO,
-    "evals.judge": judges.judges_of_kind("refusal"),
+    "group.demonstration": objectives.ROLES,
+    "group.contrast": objectives.ROLES,
+    "policy_loss.reduce": losses.REDUCE,
+    "policy_loss.ratio": losses.RATIO,
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
 
 # Options that are tuples of words; tuples of numbers are in ranges.RANGES.
@@ -60,6 +58,60 @@ WORDS = (
 def needs_rewards(config: ConfigDict) -> bool:
     """Whether the align stage reads rewards that IRL learned."""
     return objectives.OBJECTIVES[config.align.objective].samples and sources.SOURCES[config.reward.source].bank
+
+
+class Scope(NamedTuple):
+    """Options that only some objectives read. All other objectives ignore them.
+
+    Attributes:
+        keys: what the dotted keys of these options begin with.
+        applies: (the name of an objective) -> whether it reads them.
+        reason: why another objective does not, as the end of a sentence about it.
+    """
+
+    keys: tuple[str, ...]
+    applies: Callable[[str], bool]
+    reason: str
+
+
+SCOPES = (
+    Scope(("group.",), lambda name: name == "grpo", "compares no group"),
+    Scope(("ppo.",), lambda name: name == "ppo", "has no value head"),
+    Scope(("dpo.",), lambda name: name == "dpo", "compares no pairs"),
+    Scope(
+        ("scaling.", "reward.", "align.group_size"),
+        lambda name: objectives.OBJECTIVES[name].samples,
+        "samples no responses that a reward could score",
+    ),
+    Scope(
+        ("policy_loss.clip_", "policy_loss.beta_kl", "policy_loss.ratio"),
+        lambda name: name in ("grpo", "ppo"),
+        "has no clipped ratio and no KL term",
+    ),
+)
+
+
+def refuse_ignored(config: ConfigDict, keys: Iterable[str]) -> None:
+    """Raises InputError for the first option that the user sets and that the objective would ignore.
+
+    A config file may set such an option, so that `--config.align.objective` alone chooses another objective.
+
+    Args:
+        keys: the dotted keys that the user gave as flags.
+    """
+    objective = config.align.objective
+    for key in keys:
+        for scope in SCOPES:
+            if key.startswith(scope.keys) and not scope.applies(objective) and not _is_for_irl(config, key):
+                raise InputError(
+                    f"--config.{key} has no effect: config.align.objective is {objective!r}, which {scope.reason}. "
+                    "Leave the flag out, or choose another objective."
+                )
+
+
+def _is_for_irl(config: ConfigDict, key: str) -> bool:
+    """Whether the option also describes the rewards that the IRL stage learns."""
+    return key.startswith("reward.") and "irl" in config.schedule
 
 
 def validate(config: ConfigDict) -> None:
@@ -87,7 +139,6 @@ def _values(config: ConfigDict) -> None:
     unknown = set(config.metrics.sinks) - set(sinks.SINKS)
     require(not unknown, f"config.metrics.sinks names {sorted(unknown)}: choose among {', '.join(sinks.SINKS)}.")
     require(config.metrics.project.strip(), "config.metrics.project is blank: name a project.")
-    require(config.demos.separator.strip(), "config.demos.separator is blank: it must tell the draft from the answer.")
 
 
 def _schedule(config: ConfigDict) -> None:
@@ -111,6 +162,8 @@ def _schedule(config: ConfigDict) -> None:
         f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
     )
     benchmarks.validate(config.evals)
+    if "evals" in schedule or config.reward.source == "rules":
+        judges.first_of_kind(config.evals.judges, "refusal")
     require(
         "rewards" not in config.evals.judges or learns_rewards or config.reward.init,
         "config.evals.judges has 'rewards', which the IRL stage learns: put 'irl' into the schedule, or name a run in "
@@ -134,10 +187,10 @@ def _data(config: ConfigDict) -> None:
     unknown = set(config.data.harmless) - set(config.data.categories)
     require(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
     has_both_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
-    uses_contrast = config.irl.contrast > 0 or objectives.ROLES[config.grpo.contrast].counts
+    uses_contrast = config.irl.contrast > 0 or objectives.group_roles(config)[1].counts
     require(
-        has_both_kinds or not (uses_contrast or config.sampler.batch == "kinds"),
-        "config.irl.contrast, grpo.contrast and sampler.batch='kinds' need harmful and harmless categories: see "
+        has_both_kinds or not (uses_contrast or config.data.mixing == "kinds"),
+        "config.irl.contrast, group.contrast and data.mixing='kinds' need harmful and harmless categories: see "
         "config.data.harmless.",
     )
 
@@ -154,10 +207,10 @@ def _connections(config: ConfigDict) -> None:
         f"config.distributed.coordinator is {d.coordinator!r}: give the HOST:PORT of process 0.",
     )
     for section, used in (
-        (config.judge, config.reward.source == "judge"),
+        (config.reward.endpoint, config.reward.source == "judge"),
         (config.scaling.endpoint, config.scaling.split == "llm"),
         (config.demos.endpoint, config.demos.generator == "endpoint"),
-        (config.evals.endpoint, "endpoint" in (config.evals.judge, *config.evals.judges)),
+        (config.evals.endpoint, "endpoint" in config.evals.judges),
     ):
         if used:
             endpoint.check_endpoint(section)
@@ -215,41 +268,33 @@ def _rewards(config: ConfigDict) -> None:
 
 def _alignment(config: ConfigDict) -> None:
     """Checks the objective, its groups and coefficients."""
-    own_role, contrast_role = (objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast"))
+    objective = config.align.objective
+    own_role, contrast_role = objectives.group_roles(config)
     require(
         contrast_role <= own_role,
-        f"config.grpo.contrast is {config.grpo.contrast!r}, but config.grpo.demonstration is only "
-        f"{config.grpo.demonstration!r}: set contrast to the same value.",
+        f"config.group.contrast is {config.group.contrast!r}, but config.group.demonstration is only "
+        f"{config.group.demonstration!r}: set contrast to the same value.",
     )
     require(
-        config.grpo.harmless_wrong == 1 or contrast_role.counts,
-        f"config.grpo.harmless_wrong is {config.grpo.harmless_wrong}, which needs the reward of a demonstration of "
-        "the other kind: set config.grpo.contrast to 'baseline' or 'member'.",
+        objective != "grpo" or config.group.harmless_refusals == 1 or contrast_role.counts,
+        f"config.group.harmless_refusals is {config.group.harmless_refusals}, which needs the reward of a "
+        "demonstration of the other kind: set config.group.contrast to 'baseline' or 'member'.",
     )
     require(
-        config.scaling.baseline != "group" or config.scaling.per == "response",
+        not objectives.OBJECTIVES[objective].samples
+        or config.scaling.baseline != "group"
+        or config.scaling.per == "response",
         "config.scaling.baseline='group' compares a response with its own group, so the mean over the group has no "
         "meaning: set config.scaling.per to 'response'.",
     )
-    objective = config.align.objective
     require(
-        objective == "grpo" or config.grpo.demonstration == "apart",
-        f"config.grpo.demonstration is {config.grpo.demonstration!r}, but config.align.objective is {objective!r}, "
-        "which compares no group: set it to 'apart', and grpo.contrast too.",
+        config.align.group_size > 1 or config.group.demonstration != "apart" or objective != "grpo",
+        "config.align.group_size is 1: a group-relative advantage needs at least 2 responses, or the demonstration "
+        "in the group (config.group.demonstration).",
     )
     require(
-        objectives.OBJECTIVES[objective].samples or config.scaling.combine == "none",
-        f"config.align.objective is {objective!r}, which has no samples whose hardness could scale it: set "
-        "config.scaling.combine to 'none'.",
-    )
-    require(
-        config.align.group > 1 or config.grpo.demonstration != "apart" or objective != "grpo",
-        "config.align.group is 1: a group-relative advantage needs at least 2 responses, or the demonstration in the "
-        "group (config.grpo.demonstration).",
-    )
-    require(
-        config.align.group > 1 or objective != "dpo" or config.dpo.pairs != "self",
-        "config.align.group is 1: config.dpo.pairs='self' needs a best and a worst of at least 2 responses.",
+        config.align.group_size > 1 or objective != "dpo" or config.dpo.pairs != "self",
+        "config.align.group_size is 1: config.dpo.pairs='self' needs a best and a worst of at least 2 responses.",
     )
 
 

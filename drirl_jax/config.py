@@ -86,6 +86,10 @@ def _data() -> ConfigDict:
     c.shares = ()  # for each category the share of its training records that is used, 0: none; (): all of each
     c.minimum = 8  # least number of training demonstrations in a category
     c.max_prompt = 96  # S: most tokens of a prompt, with the chat template
+    # How categories share a batch. mixed: equally | kinds: harmless categories together have `harmless_share` (ours) |
+    # single: one category a batch, in turn | natural: as in the data. See data/pipeline.py
+    c.mixing = "mixed"
+    c.harmless_share = 0.5  # share of harmless prompts, for mixing="kinds"
     c.long_prompts = "error"  # longer prompts: error | drop: leave them out and count them
     return c
 
@@ -94,7 +98,6 @@ def _demos() -> ConfigDict:
     """Demonstrations: how a run reads them, and how `python -m drirl_jax demos` writes them."""
     c = ConfigDict()
     c.keep_draft = True  # demonstrations contain the draft before the answer
-    c.separator = "####"  # between draft and answer; the judge and the sentence splitter know only this one
     # The options below are for `python -m drirl_jax demos`, which writes demonstrations.
     c.generator = "policy"  # which model writes: policy | endpoint
     c.form = "explain"  # explain: refuse with a reason | direct: only refuse
@@ -112,14 +115,10 @@ def _demos() -> ConfigDict:
 
 
 def _sampler() -> ConfigDict:
-    """How responses are sampled, and how a batch mixes prompts."""
+    """How responses are sampled."""
     c = ConfigDict()
     c.temperature = 1.0  # of the samples in both training stages
     c.max_new = 64  # T: most tokens of a response; longer demonstrations are cut
-    # How categories share a batch. mixed: equally | kinds: harmless categories together have `harmless_share` (ours) |
-    # single: one category a batch, in turn | natural: as in the data. See data/pipeline.py
-    c.batch = "mixed"
-    c.harmless_share = 0.5  # share of harmless prompts, for batch="kinds"
     # Another mesh of the same devices, used only while responses are sampled; tensor=0: config.mesh is used.
     c.mesh = ConfigDict()
     c.mesh.data = 0  # like mesh.data
@@ -132,7 +131,7 @@ def _reward() -> ConfigDict:
     """The rewards of an alignment step."""
     c = ConfigDict()
     # irl: rewards learned from demonstrations | rules: 1 if a harmful prompt is refused or a harmless one answered,
-    # otherwise 0 | judge: grades by the model of config.judge
+    # otherwise 0 | judge: grades by the model of config.reward.endpoint
     c.source = "irl"
     c.init = ""  # workdir of a run whose rewards are used; then leave "irl" out of the schedule; "": none
     # Which rewards score a prompt. category: its own category's | linear: all, with `weights` | router: all, weighted
@@ -147,6 +146,7 @@ def _reward() -> ConfigDict:
     c.alpha = 16.0  # LoRA's α of the rewards' adapters
     c.targets = ("q", "v", "gate", "up", "down")  # the matrices of a layer that have adapters
     c.layers = 0  # like policy.layers
+    c.endpoint = _endpoint()  # the server for source="judge"
     c.normalize = "zscore"  # zscore: mean 0 and standard deviation 1 | none
     return c
 
@@ -189,7 +189,7 @@ def _scaling() -> ConfigDict:
     c.endpoint = _endpoint()  # the server for split="llm"
     # What is compared with the demonstration. parts | response: whole texts | plain: whole texts, and α^D = δ
     c.similarity = "parts"
-    c.align = "response"  # the mean is over the parts of: response | demo | both
+    c.mean_over = "response"  # the mean is over the parts of: response | demo | both
     # δ̄, the mean distance. ema: running mean | batch | group | dataset: one pass of the initial policy, then fixed
     c.baseline = "ema"
     c.orientation = "formula"  # formula: α^D | inverse: 1 / α^D
@@ -207,8 +207,8 @@ def _scaling() -> ConfigDict:
     return c
 
 
-def _grpo() -> ConfigDict:
-    """Group-relative advantages, and the loss of the policy."""
+def _group() -> ConfigDict:
+    """The group of a prompt, in which GRPO compares responses."""
     c = ConfigDict()
     # The demonstration's part in its group. apart: none | baseline: its reward counts in the group's mean and std
     # (ours) | member: that, and the policy is trained on it (ours)
@@ -217,22 +217,25 @@ def _grpo() -> ConfigDict:
     c.contrast = "apart"
     # Target share of refusals among the samples for harmless prompts. The more refusals there are, the higher the
     # weight of these prompts (ours: equations.of_the_other_kind, which needs the reward of `contrast`, and kind_weight)
-    c.harmless_wrong = 1.0  # 1: all prompts have the same weight
-    c.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    c.clip_high = 0.2  # see clip_low
-    c.beta_kl = 0.04  # weight of the KL divergence from the reference policy
-    # How tokens become one loss. sequence | token | constant | discounted: earlier tokens weigh more (ours)
-    c.reduce = "sequence"
-    c.ratio = "token"  # ratio to the sampling policy, one for each: token | sequence: whole response (GSPO)
+    c.harmless_refusals = 1.0  # 1: all prompts have the same weight
     c.eps = 1e-6  # added to the group's standard deviation
     return c
 
 
-def _ppo() -> ConfigDict:
-    """PPO-S. Clip, KL term, reduction and ratio are those of config.grpo.
+def _policy_loss() -> ConfigDict:
+    """The loss of the policy, in GRPO and PPO."""
+    c = ConfigDict()
+    c.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    c.clip_high = 0.2  # see clip_low
+    c.beta_kl = 0.04  # weight of the KL divergence from the reference policy
+    # How tokens become one loss, in SFT too. sequence | token | constant | discounted: earlier tokens weigh more (ours)
+    c.reduce = "sequence"
+    c.ratio = "token"  # ratio to the sampling policy, one for each: token | sequence: whole response (GSPO)
+    return c
 
-    PPO-S also uses clip, KL, reduction and ratio of config.grpo.
-    """
+
+def _ppo() -> ConfigDict:
+    """What PPO-S has beside config.policy_loss."""
     c = ConfigDict()
     c.gamma = 1.0  # discount of later rewards
     c.lam = 0.95  # λ of generalised advantage estimation
@@ -260,7 +263,7 @@ def _align() -> ConfigDict:
     c.epochs = 1  # passes over the samples of a step
     c.minibatches = 1  # updates in a pass, each on an equal part of the prompts
     c.batch = 8  # P: prompts in a step
-    c.group = 8  # G: responses to a prompt
+    c.group_size = 8  # G: responses to a prompt
     c.accumulate = 1  # micro-batches of prompts in one update
     c.optimizer = _optimizer(1e-3)  # the argument is the learning rate
     return c
@@ -270,7 +273,6 @@ def _evals() -> ConfigDict:
     """The evaluation before and after the alignment, and benchmarks."""
     c = ConfigDict()
     c.split = "test"  # the split of the data whose prompts are answered before and after the alignment
-    c.judge = "phrases"  # which judge counts refusals: phrases | endpoint
     c.temperature = 0.0  # 0: the most likely token
     c.max_new = 64  # most tokens of a response
     c.batch = 32  # prompts in a batch
@@ -283,7 +285,8 @@ def _evals() -> ConfigDict:
     c.data = ""  # folder with the benchmarks' published files; "": from the hub, by the package `datasets`
     c.shots = 0  # solved problems before each question of gsm8k
     c.benchmark_max_new = 0  # most tokens of a response; 0: what each benchmark's protocol says
-    # phrases | classifier | endpoint | rewards. Figures come from the first of them that can judge the benchmark
+    # phrases | classifier | endpoint | rewards. Figures come from the first of them that can judge the benchmark, and
+    # refusals are counted by the first that can tell them
     c.judges = ("phrases",)
     c.classifier = ""  # file of the judge "classifier", which `python -m drirl_jax judge` fits
     c.endpoint = _endpoint()  # the server of the judge "endpoint"
@@ -321,7 +324,6 @@ def _checkpoint() -> ConfigDict:
 
 def _optimizer(learning_rate: float) -> ConfigDict:
     o = ConfigDict()
-    o.name = "adamw"  # adamw is the only optimiser
     o.learning_rate = learning_rate  # the rate at the end of the warm-up
     o.warmup = 5  # steps of linear warm-up
     o.schedule = "constant"  # learning rate after the warm-up: constant | cosine
@@ -356,7 +358,8 @@ SECTIONS = {
     "reward": _reward,
     "irl": _irl,
     "scaling": _scaling,
-    "grpo": _grpo,
+    "group": _group,
+    "policy_loss": _policy_loss,
     "ppo": _ppo,
     "dpo": _dpo,
     "align": _align,
@@ -374,7 +377,6 @@ def default() -> ConfigDict:
     c.schedule = ("irl", "align", "evals")  # the stages that run, in this order: rewards, policy, evaluation
     c.compilation_cache = "~/.cache/drirl_jax"  # folder in which XLA keeps compiled programs; "": no such folder
     c.debug_nans = False  # True: jax raises an error at the first NaN
-    c.judge = _endpoint()  # the server for reward.source="judge"
     for name, section in SECTIONS.items():
         c[name] = section()
     return c.lock()

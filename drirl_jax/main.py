@@ -32,7 +32,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 import drirl_jax.configs
-from drirl_jax import train
+from drirl_jax import checks, train
 from drirl_jax.costs import dry_run
 from drirl_jax.runtime import bucket, console, preemption, processes
 from drirl_jax.runtime.files import expand_path
@@ -106,6 +106,7 @@ def run(argv: list[str]) -> None:
         raise InputError(f"--config is missing: {__doc__.splitlines()[0]}; there are {', '.join(config_files())}.")
     if WORKDIR.value is None:
         raise InputError(f"--workdir is missing: {__doc__.splitlines()[0]}")
+    checks.refuse_ignored(CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
     workdir = bucket.parse_path(WORKDIR.value)
     if REPLAY.value:
         train.replay(CONFIG.value, workdir, bucket.parse_path(REPLAY.value))

@@ -47,7 +47,7 @@ def _responsiveness_of_mean(gap_PG, keep_PG, category_P, baseline_C):
 
 TABLES = {
     # W from the cosines of parts
-    "align": {"response": eq.align_response, "demo": eq.align_demo, "both": eq.align_both},
+    "mean_over": {"response": eq.align_response, "demo": eq.align_demo, "both": eq.align_both},
     "similarity": {
         "parts": Similarity(whole=False, ratio=True),
         "response": Similarity(whole=True, ratio=True),
@@ -150,7 +150,7 @@ def distances(options: Options, parts: Parts) -> Array:
     sign of an advantage.
     """
     cosine_PGKL = eq.part_similarity(parts.response_PGKE, parts.demo_PLE)
-    return jnp.clip(1 - options.rule("align")(cosine_PGKL, parts.response_mask_PGK, parts.demo_mask_PL), 0.0, 2.0)
+    return jnp.clip(1 - options.rule("mean_over")(cosine_PGKL, parts.response_mask_PGK, parts.demo_mask_PL), 0.0, 2.0)
 
 
 @partial(jax.jit, static_argnames="options")

@@ -69,7 +69,7 @@ def test_prompts_that_the_policy_has_no_positions_for_are_refused(policy, cache,
             tiny.__wrapped__(tmp_path, cache)
 
 
-OF_NO_GROUP = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0}
+OF_NO_GROUP = {"demonstration": "apart", "contrast": "apart", "harmless_refusals": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ OF_NO_GROUP = {"demonstration": "apart", "contrast": "apart", "harmless_wrong": 
     ids=["ppo", "dpo", "dpo_self_online", "sft"],
 )
 def test_steps_of_each_objective(policy, cache, tmp_path, objective, options):
-    sections = {"align": {"objective": objective, "epochs": 2}, "grpo": OF_NO_GROUP} | options
+    sections = {"align": {"objective": objective, "epochs": 2}, "group": OF_NO_GROUP} | options
     context, bank = prepared(policy, cache, **sections)
     kept = {}
     stage = align.make(context, bank, keep=kept.__setitem__)
@@ -159,7 +159,7 @@ def test_layers_passed_once_change_nothing(policy, cache, monkeypatch, sections,
 
 def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy, cache):
     scaled = {"split": "clause", "baseline": "dataset", "mask": "threshold", "threshold": 0.5, "drop_masked": True}
-    context, bank = prepared(policy, cache, scaling=scaled, grpo={"reduce": "token", "ratio": "sequence"})
+    context, bank = prepared(policy, cache, scaling=scaled, policy_loss={"reduce": "token", "ratio": "sequence"})
     kept = {}
     stage = align.make(context, bank, keep=kept.__setitem__)
     state, deltas = stage.init(), []
@@ -184,7 +184,7 @@ def test_steps_whose_samples_are_kept():
 
 def test_kept_samples_have_the_numbers_of_the_equations(policy, cache):
     # One prompt of each of the eight categories a step: the rows hold the whole batch.
-    context, bank = prepared(policy, cache, grpo=OF_NO_GROUP, scaling={"drop": 0.3}, metrics={"samples": 2})
+    context, bank = prepared(policy, cache, group=OF_NO_GROUP, scaling={"drop": 0.3}, metrics={"samples": 2})
     context.config.align.steps = 2
     kept = {}
     stage = align.make(context, bank, keep=kept.__setitem__)
@@ -213,7 +213,7 @@ def test_kept_samples_have_the_numbers_of_the_equations(policy, cache):
         alpha_d = ref.data_alpha(delta, np.repeat(np.array(base)[:, None], 4, axis=1), "formula")
         alpha_m = ref.model_alpha(gap, range(8), gap_base, mask, "sigma_of_mean")
         alpha = ref.combined(alpha_d, alpha_m, "product", "prompt")
-        advantage = ref.group_advantage(reward_PG, context.config.grpo.eps)
+        advantage = ref.group_advantage(reward_PG, context.config.group.eps)
         want = {"alpha_d": alpha_d, "alpha": alpha, "advantage": advantage, "scaled": alpha * advantage}
         for name, value in want.items():
             told = [[of[name] for of in row["responses"]] for row in rows]
@@ -229,7 +229,7 @@ def test_kept_samples_have_the_numbers_of_the_equations(policy, cache):
 
 def test_the_inner_policy_of_irl_moves_between_rounds(policy, cache, tmp_path):
     # The first round's samples are the initial policy's, the second's those of one that has taken a step.
-    sections = {"irl": {"rounds": 2, "steps": 2}, "grpo": OF_NO_GROUP, "align": {"optimizer": {"learning_rate": 0.1}}}
+    sections = {"irl": {"rounds": 2, "steps": 2}, "group": OF_NO_GROUP, "align": {"optimizer": {"learning_rate": 0.1}}}
     carries = {}
     for name in ("frozen", "alternate"):
         sections["irl"] |= {"policy": name, "policy_steps": 1}

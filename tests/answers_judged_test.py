@@ -74,7 +74,7 @@ def test_an_answer_ends_where_it_runs_on_into_a_new_problem(response, exact, str
 
 def candidate(text, category="insult"):
     record = records.Record("0", category, "en", "train", "Be rude", "", "")
-    return drafts.parse_reply(record, category == "harmless", Reply(text, 1, "stop", 0.1), "####")
+    return drafts.parse_reply(record, category == "harmless", Reply(text, 1, "stop", 0.1))
 
 
 def test_a_draft_is_read_behind_the_thought():

@@ -97,9 +97,9 @@ def test_the_one_hot_gradient_is_a_finite_difference():
 
     @jax.jit
     def at(onehot):  # the loss where the suffix is a mixture of tokens, spelt out
-        begun = transformer.run_trunk(model, group, 0)
-        mixed = begun.response.at[0, 0, :L].set(3.0 * onehot @ model.embed[...])
-        _, hidden = transformer.apply(model, group, begun=begun.replace(response=mixed))
+        trunk_states = transformer.run_trunk(model, group, 0)
+        mixed = trunk_states.response.at[0, 0, :L].set(3.0 * onehot @ model.embed[...])
+        _, hidden = transformer.apply(model, group, trunk_states=trunk_states.replace(response=mixed))
         logp = jax.nn.log_softmax(hidden[0, 0, L + 1 : L + 1 + M] @ model.unembed.T)
         return -logp[jnp.arange(M), response[0, 0, -M:]].mean()
 

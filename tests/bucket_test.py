@@ -116,8 +116,8 @@ def test_a_config_in_a_bucket_is_remembered_and_a_model_copied(url):
     for _ in range(2):
         workdirs.record_config(config, there)
     assert workdirs.load_config(there).to_json() == config.to_json()
-    config.align.group = 6
-    with pytest.raises(InputError, match=f"{url} holds a run of a different config .align.group: 8 there, 6 now"):
+    config.align.group_size = 6
+    with pytest.raises(InputError, match=f"{url} holds a run of a different config .align.group_size: 8 there, 6 now"):
         workdirs.record_config(config, there)
     assert (hf.resolve(url) / "config.json").read_text() == (there / "config.json").read_text()  # as of a model
     with pytest.raises(InputError, match=f"there is nothing in {url}/model"):

@@ -210,7 +210,7 @@ def test_what_a_step_costs_follows_the_objective(context):
     grpo = varied(context)
     assert {name for name, count in grpo.items() if count} == {"rollout", "reference", "rewards", "update"}
     assert varied(context, align={"epochs": 3})["update"] == 3 * grpo["update"]
-    assert "reference" not in varied(context, grpo={"beta_kl": 0.0})
+    assert "reference" not in varied(context, policy_loss={"beta_kl": 0.0})
     assert "rewards" not in varied(context, reward={"source": "rules"})
     assert varied(context, reward={"route": "linear"})["rewards"] == 8 * grpo["rewards"]
     assert varied(context, align={"objective": "ppo"})["values"] > 0

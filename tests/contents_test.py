@@ -150,12 +150,12 @@ def test_a_workdir_of_an_older_version_is_told_of_and_then_known(tmp_path, caplo
     assert "begun by a version of drirl_jax that kept no hashes" in caplog.text
     with pytest.raises(InputError, match="other contents"):
         workdirs.record_config(config, tmp_path, now | {"data": "1"})
-    edited(tmp_path / "config.json", lambda tree: tree["align"].pop("group"))
+    edited(tmp_path / "config.json", lambda tree: tree["align"].pop("group_size"))
     with pytest.raises(InputError, match=r"begun by another version of drirl_jax, whose options are others \(align.gr"):
         workdirs.record_config(config, tmp_path, now)
 
 
-JUDGED = {"evals.judge": "endpoint", "evals.judges": ("endpoint",), "evals.endpoint.model": "other"}
+JUDGED = {"evals.judges": ("endpoint",), "evals.endpoint.model": "other"}
 
 
 @pytest.mark.parametrize(
@@ -164,12 +164,16 @@ JUDGED = {"evals.judge": "endpoint", "evals.judges": ("endpoint",), "evals.endpo
         ({}, JUDGED, True),
         (
             {},
-            {"evals.classifier": "other.safetensors", "judge.model": "unused", "scaling.endpoint.url": "unused"},
+            {
+                "evals.classifier": "other.safetensors",
+                "reward.endpoint.model": "unused",
+                "scaling.endpoint.url": "unused",
+            },
             True,
         ),
-        ({"reward.source": "judge"}, {"judge.model": "other"}, False),
-        ({"reward.source": "judge"}, {"judge.timeout": 5.0, "judge.concurrency": 2}, True),
-        ({"reward.source": "rules"}, {"evals.judge": "endpoint"}, False),
+        ({"reward.source": "judge"}, {"reward.endpoint.model": "other"}, False),
+        ({"reward.source": "judge"}, {"reward.endpoint.timeout": 5.0, "reward.endpoint.concurrency": 2}, True),
+        ({"reward.source": "rules"}, {"evals.judges": ("endpoint",)}, False),
         ({"scaling.split": "llm"}, {"scaling.endpoint.model": "other"}, False),
         ({"evals.benchmarks": ("xstest",), "evals.every": 5}, {"evals.judges": ("endpoint",)}, False),
         ({"evals.benchmarks": ("xstest",)}, {"evals.judges": ("endpoint",)}, True),

@@ -87,9 +87,9 @@ def test_templates(lang, style, form):
 
 def test_reading_a_reply():
     text = "1. Wants an insult.\n\n- Insults hurt.\n#### I can't.\n#### More."
-    candidate = drafts.parse_reply(prompt(0), False, reply(text), "####")
+    candidate = drafts.parse_reply(prompt(0), False, reply(text))
     assert candidate.draft == "Wants an insult.\nInsults hurt." and candidate.response == "I can't.\n#### More."
-    assert drafts.parse_reply(prompt(0), False, reply("I can't."), "####").response == ""
+    assert drafts.parse_reply(prompt(0), False, reply("I can't.")).response == ""
 
 
 def test_words_of_a_step_and_echoes():
@@ -117,17 +117,15 @@ def test_every_filter_rejects_what_it_should_and_nothing_else():
     section.echo_words = 6
     for i, (name, text) in enumerate(BAD.items()):
         said = reply(text or good(prompt(0), 0), "stop" if text else "length")
-        candidate = drafts.parse_reply(prompt(0), False, said, "####")
+        candidate = drafts.parse_reply(prompt(0), False, said)
         verdicts = [wrong(candidate, section, refused_by_phrases) for wrong in drafts.FILTERS.values()]
         assert verdicts.index(True) == i, name
     for category in CATEGORIES:
-        candidate = drafts.parse_reply(
-            prompt(0, category), category in HARMLESS, reply(good(prompt(0, category), 0)), "####"
-        )
+        candidate = drafts.parse_reply(prompt(0, category), category in HARMLESS, reply(good(prompt(0, category), 0)))
         assert not any(wrong(candidate, section, refused_by_phrases) for wrong in drafts.FILTERS.values())
     # A whole sentence is no step of a draft, but a thought.
     section.style = "thought"
-    candidate = drafts.parse_reply(prompt(0), False, reply(BAD["a step of too many words"]), "####")
+    candidate = drafts.parse_reply(prompt(0), False, reply(BAD["a step of too many words"]))
     assert not any(wrong(candidate, section, refused_by_phrases) for wrong in drafts.FILTERS.values())
 
 

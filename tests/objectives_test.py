@@ -82,7 +82,9 @@ def test_layers_that_nobody_adapts_may_be_passed_beforehand():
     params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4, layers=1), 5)
     want = gradient(model, data, params)
     for layers in (1, 2):
-        close(gradient(model, data._replace(begun=transformer.run_trunk(model, data.group, layers)), params), want)
+        close(
+            gradient(model, data._replace(trunk_states=transformer.run_trunk(model, data.group, layers)), params), want
+        )
 
 
 @pytest.mark.parametrize("parts, reduce", [(2, "sequence"), (4, "sequence"), (4, "token"), (2, "constant")])
@@ -310,7 +312,7 @@ def test_ppo_matches_the_method(whiten):
     reward, alpha = jnp.array([[1.0, 0, 9], [2, -1, 9], [0, 1, 9]]), jnp.array([[0.5, 1], [1, 2], [1, 1]])
     head = obj.ValueHead(jnp.asarray(np.random.default_rng(0).normal(size=32), jnp.float32), jnp.array(0.1))
     options = {"whiten": whiten, "gamma": 0.9, "lam": 0.8, "value_clip": 0.05, "value_weight": 0.3}
-    context = context_of(model, ppo=options, grpo={"beta_kl": 0.0})
+    context = context_of(model, ppo=options, policy_loss={"beta_kl": 0.0})
     batch, _ = obj.ppo_batch(context, model, obj.Params({}, head), scored(group, reward, alpha))
     samples = group.members(slice(2))
     value_PGT = np.asarray(obj.values(model, head, samples), np.float64)
@@ -347,7 +349,7 @@ def test_sft_loss_is_minus_the_log_probability_of_a_demonstrations_token():
     _, entropy = vocabulary.token_logprobs(model, transformer.apply(model, group), group, 1.0)
     mask = np.asarray(length_mask(group.response_len, group.response.shape[-1]))
     np.testing.assert_allclose(told["entropy"], np.asarray(entropy)[mask].mean(), rtol=1e-5)
-    context.config.grpo.reduce = "constant"
+    context.config.policy_loss.reduce = "constant"
     batch, _ = obj.sft_batch(context, model, obj.Params({}), obj.ScoredGroup(group))
     _, other = obj.sft_loss(model, POLICIES["lora"], context.config, obj.Params(fresh), batch)
     np.testing.assert_allclose(other["entropy"], told["entropy"], rtol=1e-6)

@@ -148,7 +148,7 @@ def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced
     with jax.set_mesh(sharding.make_mesh(config.mesh, [4], jax.devices())):
         (trunk, *others), _ = plan.run_programs(config, SHAPE._replace(weights="bfloat16"))
         assert [sharding.bytes_per_device(tree) for tree in (trunk, *others)] == [resident[0] / 2, *resident[1:]]
-    shape = roofline.Shape(config.align.batch, config.data.max_prompt, config.align.group, config.sampler.max_new)
+    shape = roofline.Shape(config.align.batch, config.data.max_prompt, config.align.group_size, config.sampler.max_new)
     forward = roofline.forward_flops(SHAPE, shape)
     bottom = roofline.forward_flops(SHAPE._replace(layers=20), shape._replace(G=shape.G + 2), logits=False)
     top = roofline.forward_flops(SHAPE._replace(layers=10), shape)

@@ -77,18 +77,18 @@ def test_whole_numbers_are_whole():
         ("sampler.temperature", 0.0, r"must lie in \[0.01, 100\]"),
         ("evals.temperature", -1.0, "must not be negative"),
         ("evals.temperature", 1e-40, r"must lie in \[0.01, 100\], or be 0"),
-        ("grpo.clip_low", -0.1, r"must lie in \(0, 1\]"),
-        ("grpo.clip_low", 1.5, r"must lie in \(0, 1\]"),
-        ("grpo.clip_high", -0.2, "must be above 0"),
-        ("grpo.eps", -1.0, r"must lie in \[0, 1\]"),
-        ("grpo.beta_kl", -0.04, "must not be negative"),
+        ("policy_loss.clip_low", -0.1, r"must lie in \(0, 1\]"),
+        ("policy_loss.clip_low", 1.5, r"must lie in \(0, 1\]"),
+        ("policy_loss.clip_high", -0.2, "must be above 0"),
+        ("group.eps", -1.0, r"must lie in \[0, 1\]"),
+        ("policy_loss.beta_kl", -0.04, "must not be negative"),
         ("irl.beta", 1e-300, "must lie in"),
         ("dpo.beta", 1e300, "must lie in"),
         ("policy.alpha", 0.0, "must be above 0"),
-        ("align.group", 0, "must be above 0"),
+        ("align.group_size", 0, "must be above 0"),
         ("encoder.max_tokens", 2, "must lie in"),
         ("demos.duplicate", 1.5, r"must lie in \[0, 1\]"),
-        ("judge.timeout", 0.0, "must be above 0"),
+        ("reward.endpoint.timeout", 0.0, "must be above 0"),
         ("reward.weights", (1.0, -1.0), "must not be negative"),
         ("data.shares", (1.0, 2.0), r"must lie in \[0, 1\]"),
     ],
@@ -138,7 +138,7 @@ def test_configs_of_the_package_are_in_range():
 
 @pytest.mark.parametrize("changes", [{"timeout": math.nan}, {"backoff": math.inf}, {"concurrency": True}])
 def test_an_endpoint_s_numbers_are_checked_wherever_it_is_used(changes):
-    section = config.default().judge
+    section = config.default().reward.endpoint
     section.update({"url": "http://localhost:1/v1", "model": "m"})
     with section.unlocked(), section.ignore_type():
         section.update(changes)

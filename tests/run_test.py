@@ -207,9 +207,9 @@ def test_full_fine_tuning_runs_and_rows_that_the_tiny_config_leaves_out(policy, 
         tmp_path / "run",
         "--config.irl.loss=logistic",
         "--config.irl.contrast=0.0",
-        "--config.sampler.batch=kinds",
-        "--config.grpo.demonstration=member",
-        "--config.grpo.beta_kl=0.0",
+        "--config.data.mixing=kinds",
+        "--config.group.demonstration=member",
+        "--config.policy_loss.beta_kl=0.0",
         "--config.policy.tune=full",
         "--config.align.accumulate=2",
         "--config.irl.steps=1",
@@ -226,8 +226,8 @@ def test_adapters_on_the_last_layer_leave_the_others_as_they_are(policy, tmp_pat
         tmp_path / "run",
         "--config.policy.layers=1",
         "--config.reward.layers=1",
-        "--config.grpo.demonstration=member",
-        "--config.grpo.contrast=member",
+        "--config.group.demonstration=member",
+        "--config.group.contrast=member",
         "--config.align.accumulate=2",
         "--config.irl.steps=1",
         "--config.align.steps=1",
@@ -249,8 +249,7 @@ def test_rewards_of_another_run_and_none_at_all(whole, policy, tmp_path):
     other = ("--config.schedule=('align',)", f"--config.reward.init={whole[0]}", "--config.sampler.max_new=10")
     refused(start(policy, tmp_path / "other", *other), "are of config.sampler.max_new = 12, not 10")
     # Demonstrations alone need no rewards; the report shows none.
-    flags = "--config.grpo.demonstration=apart --config.grpo.contrast=apart --config.grpo.harmless_wrong=1.0"
-    supervised = ("--config.align.objective=sft", "--config.scaling.combine=none", *flags.split())
+    supervised = ("--config.align.objective=sft",)
     done = start(policy, tmp_path / "sft", "--config.schedule=('align','evals')", *supervised)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "sft" / "evals" / "aligned.json").read_text())
@@ -339,13 +338,13 @@ BAD_FLAGS = {
     "long prompts": ("--config.data.max_prompt=20", "above config.data.max_prompt = 20"),
     "more layers than there are": ("--config.policy.layers=3", "config.policy.layers is 3, but .* has 2 layers"),
     "a part without the first": (
-        "--config.grpo.contrast=member",
-        "grpo.contrast is 'member', but config.grpo.demonstration is only 'baseline'",
+        "--config.group.contrast=member",
+        "group.contrast is 'member', but config.group.demonstration is only 'baseline'",
     ),
-    "nothing to tell refusals by": ("--config.grpo.contrast=apart", "grpo.harmless_wrong is 0.5, which needs"),
+    "nothing to tell refusals by": ("--config.group.contrast=apart", "group.harmless_refusals is 0.5, which needs"),
     "group of one": (
-        "--config.align.group=1 --config.grpo.harmless_wrong=1.0 --config.grpo.contrast=apart "
-        "--config.grpo.demonstration=apart",
+        "--config.align.group_size=1 --config.group.harmless_refusals=1.0 --config.group.contrast=apart "
+        "--config.group.demonstration=apart",
         "at least 2 responses",
     ),
     "an inner policy that never moves": ("--config.irl.policy=alternate", "the inner policy never moves"),
@@ -358,7 +357,10 @@ BAD_FLAGS = {
         "no rewards in nowhere/rewards: name the workdir of a run",
     ),
     "stages out of order": ("--config.schedule=('align','irl')", "config.schedule is .*: give .* in this order"),
-    "a group for an objective without": ("--config.align.objective=dpo", "which compares no group: set it to 'apart'"),
+    "an option of another objective": (
+        "--config.align.objective=dpo --config.group.demonstration=member",
+        "--config.group.demonstration has no effect: config.align.objective is 'dpo', which compares no group",
+    ),
     "a weight below 0": ("--config.irl.contrast=-1.0", "config.irl.contrast is -1.0: it must not be negative"),
     "no encoder": ("--config.encoder.init=package:no_such_encoder", "pip install"),
 }
@@ -387,7 +389,7 @@ def test_a_bad_flag_is_one_clear_sentence(policy, tmp_path, kind):
 
 def test_a_workdir_of_another_config_is_refused(whole, policy):
     before = (whole[0] / "metrics.jsonl").read_text()
-    refused(start(policy, whole[0], "--config.align.group=6"), r"align.group: 4 there, 6 now")
+    refused(start(policy, whole[0], "--config.align.group_size=6"), r"align.group_size: 4 there, 6 now")
     assert (whole[0] / "metrics.jsonl").read_text() == before
 
 

@@ -39,7 +39,7 @@ def by_method(options, stats, parts, reward, demo, category):
         o = parts.demo_PLE[p][parts.demo_mask_PL[p]]
         for g in range(G):
             y = parts.response_PGKE[p, g][parts.response_mask_PGK[p, g]]
-            delta[p, g] = 1 - mn.aligned_similarity(y, o, options.align)
+            delta[p, g] = 1 - mn.aligned_similarity(y, o, options.mean_over)
     delta_now = [mn.category_mean(delta, category, c) for c in range(C)]
     baseline_C = {
         "ema": [stats[0].get(c, delta_now[c]) for c in range(C)],
@@ -77,7 +77,7 @@ def by_method(options, stats, parts, reward, demo, category):
     "changes",
     [
         {},
-        {"align": "demo", "baseline": "batch"},
+        {"mean_over": "demo", "baseline": "batch"},
         {"align": "both", "orientation": "inverse"},
         {"similarity": "response"},
         {"similarity": "plain", "per": "response"},

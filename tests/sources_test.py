@@ -43,7 +43,7 @@ def test_what_is_rated_follows_the_thought(case, server, monkeypatch):  # noqa: 
     monkeypatch.setattr(sources, "response_texts", lambda context, group: texts)
     # Silence is neither a refusal nor an answer.
     assert sources.SOURCES["rules"].make(context)(None, examples, group, None).tolist() == [[1, 0], [1, 0]]
-    context.config.judge.update(section(server, concurrency=1))
+    context.config.reward.endpoint.update(section(server, concurrency=1))
     server.script = [reply("1")] * 4
     sources.SOURCES["judge"].make(context)(None, examples, group, None)
     asked = [body["messages"][0]["content"] for _, _, body in server.asked]
@@ -92,7 +92,7 @@ def reply(text):
 
 def test_by_judge(case, server):  # noqa: F811
     context, examples, group = case
-    context.config.judge.update(section(server, concurrency=1))
+    context.config.reward.endpoint.update(section(server, concurrency=1))
     score = sources.SOURCES["judge"].make(context)
     # The second grade is missing at first, and the fourth beyond the scale: both are asked for again.
     server.script = [

@@ -142,7 +142,7 @@ def get_config():
     study.base.irl.steps = 2
     study.base.align.steps = {steps}
     study.base.irl.eval_every = 2
-    study.base.grpo.update({{"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0}})
+    study.base.group.update({{"demonstration": "apart", "contrast": "apart", "harmless_refusals": 1.0}})
     study.seeds = (0,)
     study.jobs = {min(2, len(os.sched_getaffinity(0)))}
     study.reference = "static"

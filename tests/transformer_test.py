@@ -99,9 +99,9 @@ def test_a_prefix_passed_once_is_one_in_every_prompt(kind):
     adapter = filled(lora.init(model, jax.random.key(1), rank=4, alpha=4, layers=2, **bank), 3)
     adapter, route = {"trunk": {}, "adapter": adapter, "bank": adapter}[kind], group.category if bank else None
 
-    def total(trained, group, begun_layers=0):
-        begun = transformer.run_trunk(trained[0], group, begun_layers)
-        hidden = transformer.apply(trained[0], group, trained[1], route, begun=begun)
+    def total(trained, group, shared_layers=0):
+        trunk_states = transformer.run_trunk(trained[0], group, shared_layers)
+        hidden = transformer.apply(trained[0], group, trained[1], route, trunk_states=trunk_states)
         logp, _ = vocabulary.token_logprobs(trained[0], hidden, group, 1.0)
         return logp.sum(), hidden
 
@@ -199,18 +199,18 @@ def test_an_adapter_of_the_last_layers_is_one_of_all_with_zeros_below(layers):
     adapter = filled(lora.init(model, jax.random.key(1), rank=4, alpha=8, layers=layers), 2)
     padded = jax.tree.map(lambda x: jnp.pad(x, ((3 - layers, 0), (0, 0), (0, 0))), adapter)
     want = transformer.apply(model, group, padded)
-    begun = transformer.run_trunk(model, group, 3 - layers)
+    trunk_states = transformer.run_trunk(model, group, 3 - layers)
     for got in (
         transformer.apply(model, group, adapter),
-        transformer.apply(model, group, adapter, begun=begun),
+        transformer.apply(model, group, adapter, trunk_states=trunk_states),
         transformer.apply(lora.merge(model, adapter), group),
     ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
     two = group.replace(response=group.response[:, :2], response_len=group.response_len[:, :2])
-    _, got = transformer.apply(model, two, adapter, begun=begun.members(slice(2)))
+    _, got = transformer.apply(model, two, adapter, trunk_states=trunk_states.members(slice(2)))
     np.testing.assert_allclose(got, want[1][:, :2], atol=2e-5)
     with pytest.raises(ValueError, match="after layer 3 cannot go on to layer"):
-        transformer.apply(model, group, adapter, begun=transformer.run_trunk(model, group, 3))
+        transformer.apply(model, group, adapter, trunk_states=transformer.run_trunk(model, group, 3))
 
 
 def test_bank_routes_each_prompt_to_its_adapter():

@@ -32,7 +32,7 @@ def context(folder, cache, weights, kind="lora"):
     config.policy.init, config.compilation_cache = str(folder), str(cache)
     config.policy.dtype, config.policy.weights = "bfloat16", weights
     config.align.objective, config.reward.kind = "ppo", kind
-    config.grpo.update({"demonstration": "apart", "contrast": "apart", "harmless_wrong": 1.0})
+    config.group.update({"demonstration": "apart", "contrast": "apart", "harmless_refusals": 1.0})
     return loading.load_context(config)
 
 

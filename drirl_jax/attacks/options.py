@@ -63,7 +63,9 @@ def default() -> ConfigDict:
     o.selfcipher = ConfigDict()
     o.selfcipher.demonstrations = ""  # JSONL of {"prompt", "response"}; "": the package's own, which are harmless
 
-    o.attacker = ConfigDict(config_lib.default().judge)  # the model that helps PAIR and AutoDAN, behind an endpoint
+    o.attacker = ConfigDict(
+        config_lib.default().reward.endpoint
+    )  # the model that helps PAIR and AutoDAN, behind an endpoint
     o.temperature = 1.0  # of `attacker`
     return o.lock()
 

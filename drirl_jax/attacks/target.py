@@ -108,16 +108,16 @@ class Target:
         return np.random.default_rng([self.options.seed, zlib.crc32(row.id.encode())])
 
 
-def losses(model: Transformer, group: Group, goal: int, begun: TrunkStates | None = None) -> Array:
+def losses(model: Transformer, group: Group, goal: int, trunk_states: TrunkStates | None = None) -> Array:
     """[P, G] mean cross-entropy of each response's last `goal` tokens, nats.
 
     Only the states of these tokens are multiplied with the vocabulary. Responses fill their width.
 
     Args:
-        begun: the group's embeddings, where they are not the embeddings of its tokens.
+        trunk_states: the group's embeddings, where they are not the embeddings of its tokens.
     """
     P, G, _ = group.response.shape
-    prompt_PSD, response_PGTD = transformer.apply(model, group, begun=begun)
+    prompt_PSD, response_PGTD = transformer.apply(model, group, trunk_states=trunk_states)
     goal_PGMD = transformer.predicting_states((prompt_PSD, response_PGTD), group)[:, :, -goal:]
     logp_PN, _ = vocabulary.logprobs(
         transformer.cast(model.unembed, model.config), goal_PGMD.reshape(P, G * goal, -1),

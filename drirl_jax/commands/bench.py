@@ -124,7 +124,7 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
          "device", "jax"}. "step" is timed without waiting between phases, so it may be less than their sum.
     """
     clock, shape = Clock(), shape or {}
-    keys = {"P": "align.batch", "G": "align.group", "T": "sampler.max_new"}
+    keys = {"P": "align.batch", "G": "align.group_size", "T": "sampler.max_new"}
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({keys[letter]: value for letter, value in shape.items() if letter in keys})
     context = loading.load_context(config)
@@ -158,9 +158,9 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
                 times[phase].append(clock.seconds.get(phase, 0.0))
     times["irl"] = time_irl(context, steps)
     examples = context.examples["train"]
-    roles = [objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")]
+    roles = objectives.group_roles(config)
     S, R = examples.prompt.shape[1], len(examples.prefix)
-    step_shape = Shape(config.align.batch, S, config.align.group, config.sampler.max_new, R)
+    step_shape = Shape(config.align.batch, S, config.align.group_size, config.sampler.max_new, R)
     demonstrations = {"scored": 1 + roles[1].counts, "trained": sum(role.trained for role in roles)}
     machine = measure_machine(context.model.config)
     size = sum(x.size for x in jax.tree.leaves(context.model))

@@ -60,7 +60,7 @@ def evaluation_config(model: str, given: ConfigDict | None, options: dict) -> Co
 # The form of a results file.
 RESULT = {"benchmark": str, "settings": dict, "versions": {...: str}, "responses": [dict], "judges": {...: dict}}
 # Keys of config.evals that no response depends on, and keys that say where the items are (their hash is stored).
-NO_RESPONSE = ("benchmarks", "every", "best", "split", "judge", "judges", "max_new", "endpoint", "classifier", "batch")
+NO_RESPONSE = ("benchmarks", "every", "best", "split", "judges", "max_new", "endpoint", "classifier", "batch")
 PLACES = ("data", "limit")
 
 

@@ -138,7 +138,7 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
     # Nothing here may be executed: the devices of the mesh do not exist.
     model = sharding.sharded_shapes(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
     context = Context(config, model, None, None, {})
-    policy, objective, roles = POLICIES[config.policy.tune], objectives.OBJECTIVES[c.objective], objectives.ROLES
+    policy, objective = POLICIES[config.policy.tune], objectives.OBJECTIVES[c.objective]
     transformation = align.make_transformation(config)
 
     def init(model):
@@ -174,7 +174,7 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
             yield Program("merge", 1, lambda: policy.merged.trace(*args), args)
         P, G, shared = c.batch, c.group, context.shared
         yield from sample_programs("sample", 1, merged_model, P, G, T, config.sampler.temperature)
-        full_group = group(P, S, G + 1 + roles[config.grpo.contrast].counts, T)
+        full_group = group(P, S, G + 1 + objectives.group_roles(config)[1].counts, T)
         trunk_states = None
         if shared.layers:
             yield Program(
@@ -207,7 +207,7 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
             float_shape(P, members),
             float_shape(P, G),
         )
-        if config.grpo.beta_kl > 0:
+        if config.policy_loss.beta_kl > 0:
             logprob_args = (
                 model,
                 group(P, S, G, T),

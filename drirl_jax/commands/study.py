@@ -55,7 +55,7 @@ FILES = ("curves", "study.csv", "study.md", "study.html", "study.png")  # beside
 # The sections and keys of the config that determine a run's rewards.
 REWARDS_DEPEND_ON = (
     "seed data demos irl policy.init policy.system policy.enable_thinking policy.dtype policy.weights "
-    "sampler.max_new sampler.temperature sampler.batch "
+    "sampler.max_new sampler.temperature data.mixing "
     "reward.kind reward.one_for_all reward.rank reward.alpha reward.targets reward.layers reward.normalize"
 ).split()
 

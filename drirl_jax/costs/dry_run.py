@@ -56,7 +56,7 @@ def make_plan(context: Context, workdir: pathlib.Path) -> dict:
     """
     config = context.config
     harmless = [config.data.categories.index(name) for name in config.data.harmless]
-    needs_both_kinds = {"irl": config.irl.contrast > 0, "align": objectives.ROLES[config.grpo.contrast].counts}
+    needs_both_kinds = {"irl": config.irl.contrast > 0, "align": objectives.group_roles(config)[1].counts}
     for stage, splits in {"irl": ("train", "valid"), "align": ("train",)}.items():
         for split in splits if needs_both_kinds[stage] and stage in config.schedule else ():
             require_both_kinds(context.examples[split], harmless, split)
@@ -138,7 +138,7 @@ def device_trees(context: Context) -> dict[str, PyTree]:
 def _shape(context: Context) -> Shape:
     config, examples = context.config, next(iter(context.examples.values()))
     S, R = examples.prompt.shape[1], len(examples.prefix)
-    return Shape(config.align.batch, S, config.align.group, config.sampler.max_new, R)
+    return Shape(config.align.batch, S, config.align.group_size, config.sampler.max_new, R)
 
 
 def reward_passes(config: ConfigDict) -> int:
@@ -151,7 +151,7 @@ def align_operations(context: Context, size: int, tuned: int) -> dict[str, float
     """Operations of each phase of an alignment step, from `roofline.floor`."""
     config, shape = context.config, _shape(context)
     c, objective = config.align, objectives.OBJECTIVES[config.align.objective]
-    roles = [objectives.ROLES[config.grpo[name]] for name in ("demonstration", "contrast")]
+    roles = objectives.group_roles(config)
     # Responses that DPO learns from: all G samples and the demonstration, or two of the samples.
     pairs = {"demonstration": 1, "self": 2 - c.group}
     trained = pairs[config.dpo.pairs] if c.objective == "dpo" else sum(role.trained for role in roles)
@@ -164,7 +164,7 @@ def align_operations(context: Context, size: int, tuned: int) -> dict[str, float
         return {"update": by_phase["update"]}
     if c.objective == "dpo":
         by_phase["reference"] *= (shape.G + trained) / shape.G
-    elif config.grpo.beta_kl == 0:
+    elif config.policy_loss.beta_kl == 0:
         del by_phase["reference"]
     if config.reward.source == "irl":
         by_phase["rewards"] *= reward_passes(config)

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax.data.convert import word_count
-from drirl_jax.data.records import Record
+from drirl_jax.data.records import SEPARATOR, Record
 from drirl_jax.runtime.endpoint import Chat, Reply
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
@@ -43,7 +43,7 @@ def template(record: Record, harmless: bool, section: ConfigDict) -> Chat:
     lines = (
         texts["forms"]["answer" if harmless else section.form].format(hint=hint),
         texts["styles"][section.style].format(
-            words=step_words_limit, characters=step_words_limit * CHARACTERS_OF_A_WORD, separator=section.separator
+            words=step_words_limit, characters=step_words_limit * CHARACTERS_OF_A_WORD, separator=SEPARATOR
         ),
         texts["request"].format(prompt=record.prompt),
     )
@@ -60,9 +60,9 @@ class Candidate(NamedTuple):
     reply: Reply
 
 
-def parse_reply(record: Record, harmless: bool, reply: Reply, separator: str) -> Candidate:
+def parse_reply(record: Record, harmless: bool, reply: Reply) -> Candidate:
     """The steps before the first separator, without list marks, and the answer after it; a thought is dropped."""
-    draft, found_separator, response = without_thought(reply.text).partition(separator)
+    draft, found_separator, response = without_thought(reply.text).partition(SEPARATOR)
     if not found_separator:
         return Candidate(record, harmless, "", "", reply)
     steps = [re.sub(r"^\s*(?:[-*•]|\d+[.)、])\s*", "", line).strip() for line in draft.splitlines()]
@@ -177,7 +177,7 @@ def make(
         chats = [template(prompts[i], prompt_harmless, section) for i, prompt_harmless in zip(attempted, is_harmless)]
         replies = generate(chats, seed + attempt)
         candidates = [
-            parse_reply(prompts[i], *harmless_and_reply, separator=section.separator)
+            parse_reply(prompts[i], *harmless_and_reply)
             for i, *harmless_and_reply in zip(attempted, is_harmless, replies)
         ]
         embedded = embed([candidate.response or "-" for candidate in candidates])

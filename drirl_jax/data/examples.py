@@ -72,8 +72,9 @@ def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> N
     """Raises InputError if the split lacks harmful or harmless prompts (long prompts may have been dropped)."""
     if len(set(np.isin(examples.category, harmless))) < 2:
         raise InputError(
-            f"split {split} has prompts of one kind alone, but the contrast of config.irl or config.grpo needs harmful "
-            "and harmless ones: add prompts of the missing kind, or raise config.data.max_prompt if they were dropped."
+            f"split {split} has prompts of one kind alone, but the contrast of config.irl or config.group needs "
+            "harmful and harmless ones: add prompts of the missing kind, or raise config.data.max_prompt if they were "
+            "dropped."
         )
 
 
@@ -126,7 +127,7 @@ def _ids(share: Sequence[records.Record], tokens: text.ChatTokens, config) -> It
 
 
 def _demonstration(record: records.Record, config) -> str:
-    return records.demonstration(record, config.demos.keep_draft, config.demos.separator)
+    return records.demonstration(record, config.demos.keep_draft)
 
 
 def common_prefix(prompts: list[list[int]]) -> tuple[int, ...]:

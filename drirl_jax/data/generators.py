@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import rollout
 from drirl_jax.data import text
+from drirl_jax.data.records import SEPARATOR
 from drirl_jax.models.architecture import need_positions
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.runtime.endpoint import Chat, Endpoint, Reply
@@ -65,7 +66,7 @@ def by_endpoint(section: ConfigDict, load: Callable, memory: pathlib.Path) -> Ge
     options = {"max_tokens": section.max_new, "temperature": section.temperature}
 
     def has_answer(text: str) -> bool:
-        return bool(text.partition(section.separator)[2].strip())
+        return bool(text.partition(SEPARATOR)[2].strip())
 
     return lambda chats, seed: ask(chats, **options, seed=seed, readable=has_answer)
 

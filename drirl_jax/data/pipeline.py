@@ -62,7 +62,7 @@ def natural(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.Ma
     return all_rows.batch(batch, batch_fn=list)
 
 
-# (config.sampler, sources, batch, seed, which categories are harmless) -> batches
+# (config.data, sources, batch, seed, which categories are harmless) -> batches
 BATCHES = {
     "natural": lambda c, sources, batch, seed, harmless: natural(sources, batch, seed),
     "mixed": lambda c, sources, batch, seed, harmless: balanced(sources, batch, seed),
@@ -72,9 +72,9 @@ BATCHES = {
 
 
 def batches(section, rows_C: Sequence[np.ndarray], batch: int, seed: int, harmless_C: Sequence[bool]):
-    """The batches that config.sampler asks for, from the categories that have rows."""
+    """The batches that config.data asks for, from the categories that have rows."""
     present = [c for c, rows in enumerate(rows_C) if len(rows)]
-    return BATCHES[section.batch](section, [rows_C[c] for c in present], batch, seed, [harmless_C[c] for c in present])
+    return BATCHES[section.mixing](section, [rows_C[c] for c in present], batch, seed, [harmless_C[c] for c in present])
 
 
 def _shuffled(sources: Sequence[Sequence[Any]], seed: int) -> list[grain.MapDataset]:

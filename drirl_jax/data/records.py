@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 STARTER = "starter"  # given instead of a path, it means the packaged files
 HARMLESS = ("harmless",)  # default of the categories whose prompts should be answered
+SEPARATOR = "####"  # between the draft and the answer of a demonstration
 SPLITS = ("train", "valid", "test")
 MAX_QUOTED = 80  # an error message quotes at most so many characters of a text
 
@@ -50,10 +51,10 @@ class Record(NamedTuple):
     provenance: str = ""
 
 
-def demonstration(record: Record, keep_draft: bool, separator: str = "####") -> str:
+def demonstration(record: Record, keep_draft: bool) -> str:
     """The demonstration's text: the draft, the separator and the response; or the response alone."""
     if keep_draft and record.draft.strip():
-        return f"{record.draft}\n{separator} {record.response}"
+        return f"{record.draft}\n{SEPARATOR} {record.response}"
     return record.response
 
 

@@ -67,8 +67,8 @@ def settings(
     section = context.config.evals
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
     # A version or a hash already stands for the choice of these options, or they do not change the result.
-    ignored = ("judge", "judges", "classifier", "endpoint", "data", "batch", "every", "best")
-    judge = judges.JUDGES[section.judge].make(judge_setting(context, bank))
+    ignored = ("judges", "classifier", "endpoint", "data", "batch", "every", "best")
+    judge = judges.JUDGES[judges.first_of_kind(section.judges, "refusal")].make(judge_setting(context, bank))
     return {
         "options": {key: value for key, value in options.items() if key not in ignored},
         "contents": {key: digest for key, digest in contents.items() if key not in ("rewards", "classifier")},
@@ -123,7 +123,7 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
         return None if rewards is None else float(rewards[rows].mean())
 
     texts = [context.text.decode(*row) for row in zip(samples.response[:, 0], samples.response_len[:, 0])]
-    judge = judges.JUDGES[c.judge].make(judge_setting(context, bank))
+    judge = judges.JUDGES[judges.first_of_kind(c.judges, "refusal")].make(judge_setting(context, bank))
     refusal_N = judge.refusal(examples.prompt_text, texts).astype(float)
     has_verdict_N, refused_N = ~np.isnan(refusal_N), refusal_N > 0
     is_harmless_N = np.isin(examples.category, [names.index(name) for name in config.data.harmless])

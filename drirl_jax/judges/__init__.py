@@ -147,12 +147,27 @@ def judges_of_kind(what: str) -> tuple[str, ...]:
     return tuple(name for name, kind in JUDGES.items() if what in kind.tells)
 
 
+def first_of_kind(names: Sequence[str], what: str) -> str:
+    """The first of these judges that gives the verdict `what`.
+
+    Raises:
+        InputError: none of them gives it.
+    """
+    capable = judges_of_kind(what)
+    if name := next((name for name in names if name in capable), None):
+        return name
+    raise InputError(
+        f"config.evals.judges is {tuple(names)}, but none of them gives the verdict {what!r}: add one of "
+        f"{', '.join(capable)}."
+    )
+
+
 def refusal_check(setting: Setting) -> Callable[[str, str], bool | None]:
-    """(prompt, response) -> whether the judge of config.evals.judge finds a partial or full refusal.
+    """(prompt, response) -> whether a judge finds a partial or full refusal: the first of config.evals.judges that can.
 
     The result is None where the judge gives no verdict.
     """
-    judge = JUDGES[setting.config.evals.judge].make(setting)
+    judge = JUDGES[first_of_kind(setting.config.evals.judges, "refusal")].make(setting)
 
     def is_refusal(prompt: str, response: str) -> bool | None:
         verdict = judge.refusal([prompt], [response])[0]

@@ -9,6 +9,7 @@ import hashlib
 import pathlib
 import re
 
+from drirl_jax.data.records import SEPARATOR
 from drirl_jax.runtime import thoughts
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
@@ -201,7 +202,7 @@ def refused_by_phrases(prompt: str, response: str) -> bool:
         prompt: the user's message. A bare "No." answers a yes-or-no question, and refuses any other message.
         response: the answer. It may be cut off, and may follow a thought or a draft of reasoning that "####" ends.
     """
-    draft, separator, answer = without_thought(response).partition("####")
+    draft, separator, answer = without_thought(response).partition(SEPARATOR)
     text = " ".join(_plain(answer if separator else draft).split())
     if re.match(r"(?:Dear|Subject:) ", text):
         return False

@@ -87,15 +87,15 @@ def _own_model_scores(rewards: Rewards, group: Group) -> Array:
     return jax.lax.map(score_by_model, (rewards.models, rewards.heads, rewards.bias))
 
 
-def token_scores(model: Transformer, rewards: Rewards, group: Group, begun: TrunkStates | None = None) -> Array:
+def token_scores(model: Transformer, rewards: Rewards, group: Group, trunk_states: TrunkStates | None = None) -> Array:
     """[P, G, T] float32 raw rewards of every beginning of each response: entry t is of the tokens 0 to t.
 
-    For `begun` see `transformer.apply`; categories with their own models do not use it.
+    For `trunk_states` see `transformer.apply`; categories with their own models do not use it.
     """
     c = reward_index(rewards, group.category)
     if rewards.models is not None:
         return jnp.take_along_axis(_own_model_scores(rewards, group), c[None, :, None, None], axis=0)[0]
-    _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, c, begun=begun)
+    _, hidden_PGTD = transformer.apply(model, group, rewards.adapter, c, trunk_states=trunk_states)
     return _head_scores(hidden_PGTD, rewards.heads[c], rewards.bias[c])
 
 
@@ -104,15 +104,15 @@ def reward_at(score_PGT: Array, length_PG: Array) -> Array:
     return jnp.take_along_axis(score_PGT, (length_PG - 1)[..., None], axis=-1)[..., 0]
 
 
-def raw_score(model: Transformer, rewards: Rewards, group: Group, begun: TrunkStates | None = None) -> Array:
+def raw_score(model: Transformer, rewards: Rewards, group: Group, trunk_states: TrunkStates | None = None) -> Array:
     """[P, G] float32 raw rewards of the responses, each from the reward of its prompt's category."""
-    return reward_at(token_scores(model, rewards, group, begun), group.response_len)
+    return reward_at(token_scores(model, rewards, group, trunk_states), group.response_len)
 
 
-def score(model: Transformer, bank: Bank, group: Group, begun: TrunkStates | None = None) -> Array:
+def score(model: Transformer, bank: Bank, group: Group, trunk_states: TrunkStates | None = None) -> Array:
     """[P, G] standardised rewards of the responses, each from the reward of its prompt's category."""
     c = reward_index(bank.rewards, group.category)
-    return zscore(raw_score(model, bank.rewards, group, begun), bank.mean[c][:, None], bank.std[c][:, None])
+    return zscore(raw_score(model, bank.rewards, group, trunk_states), bank.mean[c][:, None], bank.std[c][:, None])
 
 
 def standardise(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
@@ -139,12 +139,14 @@ def keep_raw(rewards: Rewards, reward_N: Array, category_N: Array) -> Bank:
 NORMALIZE = {"zscore": standardise, "none": keep_raw}
 
 
-def score_by_all(model: Transformer, bank: Bank, group: Group, begun: TrunkStates | None = None) -> Array:
+def score_by_all(model: Transformer, bank: Bank, group: Group, trunk_states: TrunkStates | None = None) -> Array:
     """[P, G, C] standardised rewards of every response by every category, not only by its prompt's."""
     rewards = bank.rewards
 
     def score_by_category(c):
-        return raw_score(model, rewards, dataclasses.replace(group, category=jnp.full_like(group.category, c)), begun)
+        return raw_score(
+            model, rewards, dataclasses.replace(group, category=jnp.full_like(group.category, c)), trunk_states
+        )
 
     if rewards.models is not None:
         raw_CPG = jax.vmap(reward_at, in_axes=(0, None))(_own_model_scores(rewards, group), group.response_len)

@@ -210,7 +210,7 @@ def apply(
     adapter=None,
     route_P: Array | None = None,
     *,
-    begun: TrunkStates | None = None,
+    trunk_states: TrunkStates | None = None,
     remat: bool = True,
 ):
     """Final hidden states of a group; the prompt is computed once for all its responses.
@@ -221,8 +221,8 @@ def apply(
         adapter: a LoRA adapter of all layers or of the last ones, or a bank of them with `route_P`; None for the trunk
             alone.
         route_P: [P] int32, which adapter of the bank each prompt uses.
-        begun: the states that `run_trunk` gives for the same group, before the first adapted layer; None to start from
-            the tokens.
+        trunk_states: the states that `run_trunk` gives for the same group, before the first adapted layer; None to
+            start from the tokens.
         remat: recompute activations in the backward pass. Only the results of the matrices (with their adapters) and
             of an attention kernel are kept.
 
@@ -231,12 +231,12 @@ def apply(
         finite and have no meaning.
     """
     layers = model.config.layers
-    begun = run_trunk(model, group, 0) if begun is None else begun
+    trunk_states = run_trunk(model, group, 0) if trunk_states is None else trunk_states
     if adapter:
         adapted_layers = jax.tree.leaves(adapter)[0].shape[0]
-        begun = _run_layers(model, group, begun, layers - adapted_layers)
-    begun = _run_layers(model, group, begun, layers, adapter, route_P, remat)
-    return tuple(rms_norm(x, model.norm[...], model.config) for x in (begun.prompt, begun.response))
+        trunk_states = _run_layers(model, group, trunk_states, layers - adapted_layers)
+    trunk_states = _run_layers(model, group, trunk_states, layers, adapter, route_P, remat)
+    return tuple(rms_norm(x, model.norm[...], model.config) for x in (trunk_states.prompt, trunk_states.response))
 
 
 def _run_layers(

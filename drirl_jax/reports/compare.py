@@ -23,6 +23,7 @@ from drirl_jax.reports.pages import (
     key_of,
     markdown,
     mean_of,
+    refusal_judge,
     values_of,
     write,
 )
@@ -162,8 +163,8 @@ def responses(named: Mapping[str, Run]) -> Iterator[tuple[str, list[Prompt]]]:
         prompts = [
             Prompt(
                 *key,
-                [answer_of("before", before[key], first.config.evals.judge)]
-                + [answer_of(name, by_key[key], named[name].config.evals.judge) for name, by_key in after.items()],
+                [answer_of("before", before[key], refusal_judge(first))]
+                + [answer_of(name, by_key[key], refusal_judge(named[name])) for name, by_key in after.items()],
             )
             for key in sorted(key for key in shared if before[key]["category"] == category)[:SHOWN]
         ]

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 import drirl_jax
 from drirl_jax.data import overlap
 from drirl_jax.data.examples import Examples
+from drirl_jax.judges import first_of_kind
 from drirl_jax.reports.intervals import Interval, difference, interval, paired_shares, wilson
 from drirl_jax.reports.plots import percent
 from drirl_jax.runtime import console, json_files, metrics, workdirs
@@ -105,6 +106,11 @@ class Run(NamedTuple):
     def rows(self, stage: str) -> list[dict]:
         """The stage's rows of metrics.jsonl."""
         return [row for row in self.metrics if row["stage"] == stage]
+
+
+def refusal_judge(run: Run) -> str:
+    """The name of the judge that counted the run's refusals."""
+    return first_of_kind(run.config.evals.judges, "refusal")
 
 
 def load_run(workdir: pathlib.Path) -> Run:

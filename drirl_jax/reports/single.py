@@ -28,6 +28,7 @@ from drirl_jax.reports.pages import (
     key_of,
     mean_of,
     points,
+    refusal_judge,
     signed,
     values_of,
     write,
@@ -208,7 +209,7 @@ def agreement(run: Run) -> Table | None:
 def responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
     """Yields (category, its coefficients, its first prompts by id). The fixed rule prevents a choice of examples."""
     after = {row["id"]: row for row in run.aligned["responses"]}
-    judge = run.config.evals.judge
+    judge = refusal_judge(run)
     for name in run.evaluated:
         rows = sorted((row for row in run.base["responses"] if row["category"] == name), key=lambda row: row["id"])
         prompts = [
@@ -337,7 +338,7 @@ def report(run: Run) -> pathlib.Path:
             "benchmarks": benchmarks(run),
             "agreement": agreement(run),
             "responses": [*responses(run), *benchmark_responses(run)],
-            "judge": run.config.evals.judge,
+            "judge": refusal_judge(run),
         }
     return write(
         "report.html.jinja",

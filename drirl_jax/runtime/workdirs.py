@@ -67,14 +67,14 @@ def may_change(key: str, config: Mapping[str, Any]) -> bool:
     """
     if key.startswith(ANYWHERE) or TRANSPORT.search(key):
         return True
-    if key.startswith("judge."):
+    if key.startswith("reward.endpoint."):
         return config.get("reward.source") != "judge"
     if key.startswith("scaling.endpoint."):
         return config.get("scaling.split") != "llm"
     evaluates_during_training = bool(config.get("evals.every") and config.get("evals.benchmarks"))
-    if key == "evals.judge" or key.startswith("evals.endpoint."):
+    if key == "evals.judges" or key.startswith("evals.endpoint."):
         return config.get("reward.source") != "rules" and not evaluates_during_training
-    return key in ("evals.judges", "evals.classifier") and not evaluates_during_training
+    return key == "evals.classifier" and not evaluates_during_training
 
 
 def record_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | None = None) -> None:

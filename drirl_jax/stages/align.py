@@ -33,7 +33,7 @@ from drirl_jax.stages.base import (
     sample_all,
     sample_batch,
 )
-from drirl_jax.stages.objectives import OBJECTIVES, ROLES, TOKEN_SHARE, ScoredGroup
+from drirl_jax.stages.objectives import OBJECTIVES, TOKEN_SHARE, ScoredGroup, group_roles
 from drirl_jax.stages.rewards.sources import SOURCES
 from drirl_jax.types import Array, TrainState
 
@@ -183,9 +183,9 @@ def make(
     transformation = make_transformation(config)
     is_harmless = [name in config.data.harmless for name in category_names]
     batches = pipeline.batches(
-        config.sampler, train.rows_by_category(len(category_names)), c.batch, config.seed, is_harmless
+        config.data, train.rows_by_category(len(category_names)), c.batch, config.seed, is_harmless
     )
-    has_contrast = ROLES[config.grpo.contrast].counts
+    has_contrast = group_roles(config)[1].counts
     harmless_categories = [category_names.index(name) for name in config.data.harmless]
     if has_contrast:
         require_both_kinds(train, harmless_categories, "train")

@@ -92,8 +92,8 @@ IDLE = (
     Idle(
         "align", "zero_spread", 1.0,
         "all samples of a prompt have one reward, so that none is better than another: raise "
-        "config.sampler.temperature or config.align.group, or check the rewards",
-        lambda config: config.align.objective == "grpo" and config.align.group > 1,
+        "config.sampler.temperature or config.align.group_size, or check the rewards",
+        lambda config: config.align.objective == "grpo" and config.align.group_size > 1,
     ),
     Idle("align", "advantage_abs", 0.0, "every advantage is 0: the rewards do not differ"),
     Idle("align", "pairs", 0.0, "no pair of responses says anything: the rewards do not differ, or all are masked"),

@@ -172,7 +172,7 @@ def make(context: Context) -> Stage:
     for split in ("train", "valid") if has_contrast else ():
         require_both_kinds(context.examples[split], harmless_categories, split)
     category_rows = [rows for rows in train.rows_by_category(len(category_names)) if len(rows)]
-    mix = pipeline.natural if config.sampler.batch == "natural" else pipeline.balanced
+    mix = pipeline.natural if config.data.mixing == "natural" else pipeline.balanced
     batches = mix(category_rows, c.batch, config.seed)
     token_scores = jax.jit(reward.token_scores)
 

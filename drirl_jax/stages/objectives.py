@@ -50,8 +50,8 @@ class ScoredGroup(NamedTuple):
         reward: [P, M].
         alpha: [P, G] coefficients.
         kept: [P, G] bool: the samples that the loss keeps.
-        begun: the group's states after the shared layers of the trunk (see `base.SharedLayers`); None without any.
-        policy_begins: whether the policy leaves those layers unchanged.
+        trunk_states: the group's states after the shared layers of the trunk (see `base.SharedLayers`); or None.
+        policy_shares_layers: whether the policy leaves those layers unchanged.
         harmless: [P] bool, numpy: which prompts the policy should answer.
     """
 
@@ -60,8 +60,8 @@ class ScoredGroup(NamedTuple):
     reward: Any = None
     alpha: Any = None
     kept: Any = None
-    begun: TrunkStates | None = None
-    policy_begins: bool = False
+    trunk_states: TrunkStates | None = None
+    policy_shares_layers: bool = False
     harmless: Any = None
 
     @property
@@ -74,11 +74,11 @@ class ScoredGroup(NamedTuple):
         """[P] rewards R* of the demonstrations."""
         return self.reward[:, self.sampled]
 
-    def begun_of(self, members: slice) -> TrunkStates | None:
-        return None if self.begun is None else self.begun.members(members)
+    def trunk_states_of(self, members: slice) -> TrunkStates | None:
+        return None if self.trunk_states is None else self.trunk_states.members(members)
 
-    def for_policy(self, begun: TrunkStates | None) -> TrunkStates | None:
-        return begun if self.policy_begins else None
+    def for_policy(self, trunk_states: TrunkStates | None) -> TrunkStates | None:
+        return trunk_states if self.policy_shares_layers else None
 
 
 class Objective(NamedTuple):
@@ -110,24 +110,24 @@ def init_params(objective: Objective, policy_params: PyTree, model: Transformer)
 
 
 @partial(jax.jit, static_argnames="temperature")
-def logprobs(model, group: Group, temperature: float, begun: TrunkStates | None = None) -> Array:
+def logprobs(model, group: Group, temperature: float, trunk_states: TrunkStates | None = None) -> Array:
     """[P, G, T] log-probabilities of the group under the model, here the reference."""
-    hidden = transformer.apply(model, group, begun=begun)
+    hidden = transformer.apply(model, group, trunk_states=trunk_states)
     return vocabulary.token_logprobs(model, hidden, group, temperature)[0]
 
 
 @jax.jit
-def values(model, head: ValueHead, group: Group, begun: TrunkStates | None = None) -> Array:
+def values(model, head: ValueHead, group: Group, trunk_states: TrunkStates | None = None) -> Array:
     """[P, G, T] values under the model."""
-    return head(transformer.apply(model, group, begun=begun), group)
+    return head(transformer.apply(model, group, trunk_states=trunk_states), group)
 
 
 def reference(context: Context, scored: ScoredGroup) -> Array | None:
     """[P, G, T] log-probabilities of the samples under the reference, at the sampler's temperature; None without KL."""
-    if context.config.grpo.beta_kl == 0:
+    if context.config.policy_loss.beta_kl == 0:
         return None
     samples = slice(scored.sampled)
-    args = scored.group.members(samples), context.config.sampler.temperature, scored.begun_of(samples)
+    args = scored.group.members(samples), context.config.sampler.temperature, scored.trunk_states_of(samples)
     return context.clock.mark("reference", logprobs(context.model, *args))
 
 
@@ -151,6 +151,16 @@ class Role(NamedTuple):
 ROLES = {"apart": Role(False, False), "baseline": Role(True, False), "member": Role(True, True)}
 
 
+def group_roles(config) -> tuple[Role, Role]:
+    """The roles of the demonstration and of the demonstration of the other kind, by config.group.
+
+    They are apart for every objective but GRPO, because no other objective compares a group.
+    """
+    compares_group = config.align.objective == "grpo"
+    names = (config.group.demonstration, config.group.contrast) if compares_group else ("apart", "apart")
+    return ROLES[names[0]], ROLES[names[1]]
+
+
 def advantages(roles: tuple[Role, Role], reward_PM: Array, sampled: int, eps: float) -> Array:
     """Group-relative advantages of the members that the loss trains on: the G samples and perhaps demonstrations.
 
@@ -165,10 +175,9 @@ def advantages(roles: tuple[Role, Role], reward_PM: Array, sampled: int, eps: fl
     return eq.group_advantage(reward_PM[:, :num_counted], eps)[:, :num_trained]
 
 
-def grpo_advantages(section, scored: ScoredGroup) -> Array:
-    """`advantages` by config.grpo, before the scaling."""
-    roles = ROLES[section.demonstration], ROLES[section.contrast]
-    return advantages(roles, scored.reward, scored.sampled, section.eps)
+def grpo_advantages(config, scored: ScoredGroup) -> Array:
+    """`advantages` by config.group, before the scaling."""
+    return advantages(group_roles(config), scored.reward, scored.sampled, config.group.eps)
 
 
 def harmless_weight(wrong_PG: Array, harmless_P: np.ndarray, target: float) -> Array:
@@ -177,7 +186,7 @@ def harmless_weight(wrong_PG: Array, harmless_P: np.ndarray, target: float) -> A
     Args:
         wrong_PG: see `equations.nearer_to_other_kind`.
         harmless_P: which prompts are harmless.
-        target: config.grpo.harmless_wrong; with 1 every weight is 1.
+        target: config.group.harmless_refusals; with 1 every weight is 1.
     """
     if target == 1 or not harmless_P.any():
         return jnp.ones(len(harmless_P))
@@ -194,7 +203,7 @@ class Batch(NamedTuple):
         old_logp, ref_logp: [P, G, T] log-probabilities of the samples under the sampler and under the reference (None
             without a KL term).
         weights: see `losses.token_weights`.
-        begun: the group's states after the trunk's layers that the policy leaves unchanged; None without any.
+        trunk_states: the group's states after the trunk's layers that the policy leaves unchanged; None without any.
         old_value, returns: [P, G, T], only for PPO-S.
     """
 
@@ -203,7 +212,7 @@ class Batch(NamedTuple):
     old_logp: Array
     ref_logp: Array | None
     weights: losses.Weights
-    begun: TrunkStates | None = None
+    trunk_states: TrunkStates | None = None
     old_value: Array | None = None
     returns: Array | None = None
 
@@ -218,15 +227,15 @@ def drop_masked(scored: ScoredGroup, members: slice) -> Group:
 
 def grpo_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
     """Group-relative advantages, scaled after the normalisation."""
-    c, sampled, info = context.config.grpo, scored.sampled, {}
+    c, sampled, info = context.config.group, scored.sampled, {}
     weight_P = jnp.ones(len(scored.reward))
-    if ROLES[c.contrast].counts:
+    if group_roles(context.config)[1].counts:
         wrong_PG = eq.nearer_to_other_kind(
             scored.reward[:, :sampled], scored.demonstration, scored.reward[:, sampled + 1]
         )
-        weight_P = harmless_weight(wrong_PG, scored.harmless, c.harmless_wrong)
+        weight_P = harmless_weight(wrong_PG, scored.harmless, c.harmless_refusals)
         info = {"wrong": wrong_PG}
-    advantage_PM = grpo_advantages(c, scored)
+    advantage_PM = grpo_advantages(context.config, scored)
     members = slice(advantage_PM.shape[1])
     other_alpha = jnp.repeat(scored.alpha.mean(axis=1, keepdims=True), advantage_PM.shape[1] - sampled, axis=1)
     alpha_PM = weight_P[:, None] * jnp.concatenate([scored.alpha, other_alpha], axis=1)
@@ -237,8 +246,8 @@ def grpo_batch(context: Context, model: Transformer, params: Params, scored: Sco
         advantage=eq.scaled_advantage(alpha_PM, advantage_PM)[..., None],
         old_logp=scored.old_logp,
         ref_logp=reference(context, scored),
-        weights=losses.token_weights(c.reduce, mask_PMT, sampled),
-        begun=scored.for_policy(scored.begun_of(members)),
+        weights=losses.token_weights(context.config.policy_loss.reduce, mask_PMT, sampled),
+        trunk_states=scored.for_policy(scored.trunk_states_of(members)),
     )
     return batch, info
 
@@ -246,7 +255,7 @@ def grpo_batch(context: Context, model: Transformer, params: Params, scored: Sco
 def grpo_response_advantages(config, scored: ScoredGroup, batch: Batch) -> dict[str, Array]:
     """See `Objective.advantages`."""
     samples = slice(scored.sampled)
-    advantage_PG = grpo_advantages(config.grpo, scored)[:, samples]
+    advantage_PG = grpo_advantages(config, scored)[:, samples]
     return {"advantage": advantage_PG, "scaled": batch.advantage[:, samples, 0]}
 
 
@@ -256,7 +265,7 @@ def grpo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
     The members that follow the samples are demonstrations: see `losses.policy_loss`.
     """
     model, adapter = policy.parts(trunk, params.policy)
-    hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
+    hidden = transformer.apply(model, batch.group, adapter, trunk_states=batch.trunk_states)
     return _surrogate(model, config, hidden, batch)
 
 
@@ -266,7 +275,7 @@ TOKEN_SHARE = "token_share"
 
 def _surrogate(model, config, hidden, batch: Batch):
     """`losses.policy_loss` of the group's hidden states, and its scalars."""
-    group, c, sampled = batch.group, config.grpo, batch.old_logp.shape[1]
+    group, c, sampled = batch.group, config.policy_loss, batch.old_logp.shape[1]
     members, T = group.response.shape[1:]
     # Demonstrations were not sampled: they have the model's own temperature, 1.
     temperature_M = jnp.where(jnp.arange(members) < sampled, config.sampler.temperature, 1.0)
@@ -306,7 +315,7 @@ def ppo_batch(context: Context, model: Transformer, params: Params, scored: Scor
     c, sampled = context.config.ppo, scored.sampled
     group = drop_masked(scored, slice(sampled))
     mask_PGT = length_mask(group.response_len, group.response.shape[-1])
-    trunk_states = scored.for_policy(scored.begun_of(slice(sampled)))
+    trunk_states = scored.for_policy(scored.trunk_states_of(slice(sampled)))
     old_value_PGT = context.clock.mark("values", values(model, params.value, group, trunk_states))
     advantage_PGT, returns_PGT = token_advantages(
         scored.reward[:, :sampled], old_value_PGT, mask_PGT, c.gamma, c.lam, c.whiten
@@ -316,8 +325,8 @@ def ppo_batch(context: Context, model: Transformer, params: Params, scored: Scor
         advantage=eq.scaled_advantage(scored.alpha[..., None], advantage_PGT),
         old_logp=scored.old_logp,
         ref_logp=reference(context, scored),
-        weights=losses.token_weights(context.config.grpo.reduce, mask_PGT, sampled),
-        begun=trunk_states,
+        weights=losses.token_weights(context.config.policy_loss.reduce, mask_PGT, sampled),
+        trunk_states=trunk_states,
         old_value=old_value_PGT,
         returns=returns_PGT,
     )
@@ -336,7 +345,7 @@ def ppo_loss(trunk, policy: Policy, config, params: Params, batch: Batch):
     The value head reads the policy's hidden states, and its gradient passes through them.
     """
     model, adapter = policy.parts(trunk, params.policy)
-    hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
+    hidden = transformer.apply(model, batch.group, adapter, trunk_states=batch.trunk_states)
     surrogate, scalars = _surrogate(model, config, hidden, batch)
     value_PGT = params.value(hidden, batch.group)
     value_loss_PGT = losses.value_loss(value_PGT, batch.old_value, batch.returns, config.ppo.value_clip)
@@ -358,7 +367,7 @@ class Preferences(NamedTuple):
         ref_logp: [P, 1 + K] log-probabilities of the whole responses under the reference.
         alpha: [P, K] coefficients.
         weight: [P, K] weights of the pairs; 0 for a pair without a preference.
-        begun: see `Batch`.
+        trunk_states: see `Batch`.
         prompts: [P] `losses.prompt_weights`, computed on the whole batch, as this may be a micro-batch of it. None:
             this is the whole batch.
     """
@@ -367,7 +376,7 @@ class Preferences(NamedTuple):
     ref_logp: Array
     alpha: Array
     weight: Array
-    begun: TrunkStates | None = None
+    trunk_states: TrunkStates | None = None
     prompts: Array | None = None
 
 
@@ -398,15 +407,15 @@ def whole_logprobs(model, hidden, group: Group) -> Array:
 
 
 @jax.jit
-def _reference_whole_logprobs(model, group: Group, begun: TrunkStates | None) -> Array:
-    return whole_logprobs(model, transformer.apply(model, group, begun=begun), group)
+def _reference_whole_logprobs(model, group: Group, trunk_states: TrunkStates | None) -> Array:
+    return whole_logprobs(model, transformer.apply(model, group, trunk_states=trunk_states), group)
 
 
 def dpo_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
     """Pairs; each has the coefficient of its rejected sample."""
     index_PM, weight_PK = PAIRS[context.config.dpo.pairs](scored)
     group = scored.group.take(index_PM)
-    trunk_states = None if scored.begun is None else scored.begun.take(index_PM)
+    trunk_states = None if scored.trunk_states is None else scored.trunk_states.take(index_PM)
     ref_logp_PM = context.clock.mark("reference", _reference_whole_logprobs(context.model, group, trunk_states))
     alpha_PK = jnp.take_along_axis(scored.alpha, index_PM[:, 1:], axis=1)
     weight_PK = weight_PK.astype(jnp.float32)
@@ -420,7 +429,7 @@ def dpo_loss(trunk, policy: Policy, config, params: Params, batch: Preferences):
     The scalars are such means too. All are 0 if no pair has a weight.
     """
     model, adapter = policy.parts(trunk, params.policy)
-    hidden = transformer.apply(model, batch.group, adapter, begun=batch.begun)
+    hidden = transformer.apply(model, batch.group, adapter, trunk_states=batch.trunk_states)
     log_ratio_PM = whole_logprobs(model, hidden, batch.group) - batch.ref_logp
     margin_PK = log_ratio_PM[:, :1] - log_ratio_PM[:, 1:]
     loss_PK = losses.preference(margin_PK, batch.alpha, config.dpo.beta, config.dpo.alpha_on)
@@ -456,7 +465,7 @@ class Demonstrations(NamedTuple):
 def sft_batch(context: Context, model: Transformer, params: Params, scored: ScoredGroup):
     """The demonstrations alone."""
     mask_P1T = length_mask(scored.group.response_len, scored.group.response.shape[-1])
-    weight, token_weight = losses.REDUCE[context.config.grpo.reduce](mask_P1T), losses.weight_by_token(mask_P1T)
+    weight, token_weight = losses.REDUCE[context.config.policy_loss.reduce](mask_P1T), losses.weight_by_token(mask_P1T)
     return Demonstrations(scored.group, weight, token_weight), {}
 
 

@@ -17,9 +17,6 @@ SCHEDULES = {
     "constant": lambda rate, warmup, steps: optax.constant_schedule(rate),
     "cosine": lambda rate, warmup, steps: optax.cosine_decay_schedule(rate, max(steps - warmup, 1), alpha=0.1),
 }
-OPTIMIZERS = {
-    "adamw": lambda rate, c: optax.adamw(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay),
-}
 
 
 class Average(NamedTuple):
@@ -57,17 +54,18 @@ def product(train: TrainState) -> PyTree:
 
 
 def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimiser; its rate follows a linear warmup and then the schedule.
+    """Clipping by global norm, then AdamW; its rate follows a linear warmup and then the schedule.
 
     Args:
-        config: a section with name, learning_rate, warmup, schedule, b1, b2, weight_decay, clip_norm, and average: the
+        config: a section with learning_rate, warmup, schedule, b1, b2, weight_decay, clip_norm, and average: the
             share of the steps, the last ones, over which `product` averages the parameters.
         steps: updates of the whole stage.
     """
     schedule = SCHEDULES[config.schedule](config.learning_rate, config.warmup, steps)
     warmup = optax.linear_schedule(config.learning_rate / (config.warmup + 1), config.learning_rate, config.warmup)
     rate = optax.join_schedules([warmup, schedule], [config.warmup])
-    chain = [optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](rate, config)]
+    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    chain = [optax.clip_by_global_norm(config.clip_norm), adamw]
     if config.average:
         chain.append(average(steps - round(config.average * steps)))
     return optax.chain(*chain)

@@ -247,8 +247,8 @@ def test_a_planted_key_is_in_no_file(runs, server, tmp_path, monkeypatch):  # no
     server.script = ["not JSON, " + KEY] + [json.dumps(REPLY)] * 200
     flags = [
         "--config.schedule=('align','evals')", "--config.align.steps=1", "--config.reward.source=judge",
-        f"--config.judge.url=http://127.0.0.1:{server.server_port}/v1", "--config.judge.model=m",
-        "--config.judge.key_env=PLANTED",
+        f"--config.reward.endpoint.url=http://127.0.0.1:{server.server_port}/v1", "--config.reward.endpoint.model=m",
+        "--config.reward.endpoint.key_env=PLANTED",
     ]  # fmt: skip
     code, told = runs(tmp_path / "run", *flags, patch=plant)
     assert code == 1 and "answers what is no chat completion" in told and KEY not in told

@@ -146,16 +146,17 @@ TRIES = (
 
 
 def by_judge(context: Context) -> Score:
-    """The grade of the model of config.judge, from 0 to 10, divided by 10; see RATE."""
-    judge = Endpoint(context.config.judge, context.workdir and context.workdir.local / "judge.jsonl")
+    """The grade of the model of config.reward.endpoint, from 0 to 10, divided by 10; see RATE."""
+    judge = Endpoint(context.config.reward.endpoint, context.workdir and context.workdir.local / "judge.jsonl")
 
     def grade(chats: list) -> list[float]:
         replies = judge.until_read(chats, TRIES, lambda text: grade_alone(text, MAX_GRADE) is not None)
         grades = [grade_alone(reply.text, MAX_GRADE) for reply in replies]
         if None in grades:
             raise InputError(
-                f"{context.config.judge.model} of config.judge gives no number from 0 to {MAX_GRADE}, asked "
-                f"{len(TRIES)} times. Its last reply: {replies[grades.index(None)].text[:80]!r}. Take another model."
+                f"{context.config.reward.endpoint.model} of config.reward.endpoint gives no number from 0 to "
+                f"{MAX_GRADE}, asked {len(TRIES)} times. Its last reply: {replies[grades.index(None)].text[:80]!r}. "
+                "Take another model."
             )
         return [value / MAX_GRADE for value in grades if value is not None]
 
