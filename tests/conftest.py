@@ -1,12 +1,9 @@
 import importlib.util
-import pathlib
-import sys
+import threading
 
 import jax
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-
+from helpers import endpoint_server
 
 from drirl_jax.models import families, hf
 from drirl_jax.models.transformer import Transformer
@@ -36,3 +33,11 @@ def policy(tmp_path_factory):
 def cache(tmp_path_factory):
     """A compilation cache that tests in one process share."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def server():
+    running = endpoint_server.Server()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+    yield running
+    running.shutdown()

@@ -22,9 +22,9 @@ GUIDES = [name for name in PAGES if name.islower() or name == "README.md"]
 # What each example's diff brings along, and the file without which it has nothing to apply to.
 EXAMPLES = {
     "scaling_rule": ("tests/harmonic_test.py", "drirl_jax/scaling.py"),
-    "objective": ("tests/raft_test.py", "drirl_jax/stages/objectives.py"),
-    "family": ("tests/families_test.py", "drirl_jax/models/families.py"),
-    "benchmark": ("tests/benchmarks_test.py", "drirl_jax/evals/benchmarks.py"),
+    "objective": ("tests/stages/raft_test.py", "drirl_jax/stages/objectives.py"),
+    "family": ("tests/models/families_test.py", "drirl_jax/models/families.py"),
+    "benchmark": ("tests/evals/benchmarks_test.py", "drirl_jax/evals/benchmarks.py"),
 }
 CHOSEN = "harmonic_test or raft_test or layers_test or published_files or (seed_oss and alone)"
 

@@ -4,9 +4,9 @@ import doctest
 
 import jax
 import jax.numpy as jnp
-import method_numpy as mn
 import numpy as np
 import pytest
+from helpers import method_numpy as mn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

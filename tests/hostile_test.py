@@ -17,11 +17,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from endpoint_test import KEY, ask, section, server  # noqa: F401  a fixture
-from gguf_tokenizer_test import tiny_gguf
+from helpers.endpoint_server import KEY, ask, section
+from helpers.tiny_tokenizers import CHATML, SPECIAL, byte_level, special_ids, tiny_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from text_test import CHATML, SPECIAL, byte_level, special_ids
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -299,7 +298,7 @@ def test_absurd_sizes_are_refused_before_room_is_made(family, changes):
 
 
 @pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
-def test_answers_are_taken_or_refused(server, monkeypatch, tmp_path, count):  # noqa: F811
+def test_answers_are_taken_or_refused(server, monkeypatch, tmp_path, count):
     monkeypatch.setenv("TEST_KEY", KEY)
     content = TEXT.map(lambda words: {"choices": [{"message": {"content": words + KEY}, "finish_reason": "stop"}]})
     choice = st.fixed_dictionaries({"choices": st.lists(st.fixed_dictionaries({"message": JSON}) | JSON, max_size=2)})
@@ -321,7 +320,7 @@ def test_answers_are_taken_or_refused(server, monkeypatch, tmp_path, count):  # 
     check()
 
 
-def test_a_huge_answer_is_not_read_to_its_end(server, monkeypatch):  # noqa: F811
+def test_a_huge_answer_is_not_read_to_its_end(server, monkeypatch):
     monkeypatch.setattr(endpoint, "LARGEST", 10_000)
     server.script = ["x" * 50_000_000]
     with pytest.raises(InputError, match="answers with more than 10000 bytes"):
@@ -354,7 +353,7 @@ def test_an_answer_that_drips_is_given_up():
 
 
 @pytest.mark.parametrize("url", ["http://user:{}@host/v1", "http://host/v1?key={}"])
-def test_a_url_that_holds_a_secret_is_refused_and_not_shown(server, url):  # noqa: F811
+def test_a_url_that_holds_a_secret_is_refused_and_not_shown(server, url):
     with pytest.raises(InputError, match="put the key into the environment variable") as caught:
         endpoint.check_endpoint(section(server, url=url.format(KEY)))
     assert KEY not in str(caught.value)

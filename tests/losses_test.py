@@ -3,9 +3,9 @@
 from functools import partial
 
 import jax
-import method_numpy as mn
 import numpy as np
 import pytest
+from helpers import method_numpy as mn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformer_test import random_group, spelt_out, tiny
+from helpers.tiny_models import random_group, spelt_out, tiny
 
 from drirl_jax import rollout
 from drirl_jax.models import transformer, vocabulary

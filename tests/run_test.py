@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
-import commands
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from helpers import commands
+from helpers.whole_runs import EIGHT_DEVICES, command, same_run, start
 from safetensors.numpy import load_file
 
 from drirl_jax import main
@@ -20,22 +21,6 @@ from drirl_jax.reports import status
 from drirl_jax.runtime import console
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def command(policy, workdir, *flags, config="configs/tiny.py"):
-    return [
-        sys.executable, "-m", "drirl_jax.main", f"--config={config}", f"--workdir={workdir}",
-        f"--config.policy.init={policy}", *flags,
-    ]  # fmt: skip
-
-
-# On few cores XLA's threads, one a core, would wait for each other in collectives without end.
-EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
-
-
-def start(*args, environment=None, **kwargs):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | (environment or {})
-    return subprocess.run(command(*args, **kwargs), cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +72,6 @@ def test_the_aligned_model_loads_in_transformers_and_is_the_merged_policy(whole,
     changed = {name for name in after if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in after if "proj" in name}
     assert transformers.AutoTokenizer.from_pretrained(aligned).chat_template
-
-
-def same_run(a: pathlib.Path, b: pathlib.Path):
-    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
-    one, other = (load_file(x / "aligned" / "model.safetensors") for x in (a, b))
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name])
-    for name in ("base", "aligned"):
-        assert (a / "evals" / f"{name}.json").read_text() == (b / "evals" / f"{name}.json").read_text()
 
 
 def same_but_for_rounding(a: pathlib.Path, b: pathlib.Path):

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import method_numpy as mn
 import numpy as np
 import pytest
+from helpers import method_numpy as mn
 
 from drirl_jax import scaling
 from drirl_jax.checks import validate

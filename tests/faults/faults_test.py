@@ -12,11 +12,11 @@ import signal
 import subprocess
 import time
 
-import moments
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from endpoint_test import KEY, server  # noqa: F401  a fixture
+from helpers import moments
+from helpers.endpoint_server import KEY
 from safetensors.numpy import load_file
 
 from drirl_jax.runtime import lock, metrics, progress
@@ -243,7 +243,7 @@ def plant():
 
 
 @pytest.mark.slow
-def test_a_planted_key_is_in_no_file(runs, server, tmp_path, monkeypatch):  # noqa: F811
+def test_a_planted_key_is_in_no_file(runs, server, tmp_path, monkeypatch):
     server.script = ["not JSON, " + KEY] + [json.dumps(REPLY)] * 200
     flags = [
         "--config.schedule=('align','evals')", "--config.align.steps=1", "--config.reward.source=judge",
