@@ -99,8 +99,10 @@ def attack_model(
 ) -> list["Rate"]:
     """Loads the model, attacks it with the prompts of `data`, and returns the rates of the attacks.
 
+    The workdir is locked meanwhile.
+
     Raises:
-        InputError: an argument is wrong.
+        InputError: an argument is wrong, or another command is at work in the workdir.
     """
     config = workdirs.policy_config(model, given)
     processes.connect(config.distributed)
@@ -108,6 +110,13 @@ def attack_model(
     check_names("config.data.categories", config.data.categories, AGGREGATES)
     rows = records.read_records(data, config.data.categories, optional=("draft", "response"))
     rows = select_prompts(rows, config.data.harmless, o.split, limit)
+    with processes.locked_by_writer(workdir):
+        return _attack_model(model, config, names, rows, o, workdir)
+
+
+def _attack_model(
+    model: str, config: ConfigDict, names: Sequence[str], rows: Sequence[Record], o: ConfigDict, workdir: pathlib.Path
+) -> list["Rate"]:
     jax.set_mesh(sharding.make_mesh(config.mesh, [o.batch, o.gcg.width], jax.devices()))
     attacker = endpoint.Endpoint(o.attacker, workdir / "attacker.jsonl") if asks_attacker(names, o) else None
     judges = loading.load_judges(model, config, o.judges, workdir / "judgements.jsonl")

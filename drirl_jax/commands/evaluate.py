@@ -83,14 +83,19 @@ def settings(model: str, config: ConfigDict, tokens: ChatTokens | None = None) -
 
 def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     """Writes WORKDIR/BENCHMARK.json for each benchmark, and returns the results. If a file exists but the judges have
-    changed, it only judges the responses again.
+    changed, it only judges the responses again. The workdir is locked meanwhile.
 
     Raises:
-        InputError: an input of the user is wrong. It is raised before the policy is asked anything.
+        InputError: an input of the user is wrong, or another command is at work in the workdir. It is raised before
+            the policy is asked anything.
     """
-    section, results = config.evals, []
-    workdir.mkdir(parents=True, exist_ok=True)
     processes.connect(config.distributed)
+    with processes.locked_by_writer(workdir):
+        return _run(model, config, workdir)
+
+
+def _run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
+    section, results = config.evals, []
     jax.set_mesh(sharding.make_mesh(config.mesh, [section.batch], jax.devices()))
     policy, tokens = loading.load_policy(config)
     question_sets = [benchmarks.load(name, section, tokens, policy.config) for name in section.benchmarks]

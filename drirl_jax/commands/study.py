@@ -15,6 +15,7 @@ The workdir gets VARIANT/SEED/ (the workdir of one run), study.csv, study.md, st
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import csv
 import functools
 import io
@@ -42,7 +43,7 @@ from drirl_jax.models import hf
 from drirl_jax.reports import pages, plots
 from drirl_jax.reports.intervals import Interval, difference, interval
 from drirl_jax.reports.plots import percent
-from drirl_jax.runtime import bucket, console, json_files, metrics, names, workdirs
+from drirl_jax.runtime import bucket, console, json_files, lock, metrics, names, workdirs
 from drirl_jax.runtime.files import expand_path, replace_file
 from drirl_jax.runtime.names import file_name
 from drirl_jax.runtime.preemption import PREEMPTED
@@ -255,15 +256,14 @@ def _run(config: ConfigDict, folder: pathlib.Path) -> None:
 
 
 def run_all(study: ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs all unfinished runs, study.jobs at a time, each in its own process.
+    """Runs all unfinished runs of a checked study, study.jobs at a time, each in its own process.
 
     With several jobs each job has its own share of the cores: a small model uses one core better than many.
 
     Raises:
-        InputError: see `check`; or a folder of the workdir holds a run of another config.
+        InputError: a folder of the workdir holds a run of another config.
         Preempted: it was asked to end. After this or an error all runs stop; each has saved its last step.
     """
-    check(study)
     runs, spawn_context = plan_runs(study, workdir), multiprocessing.get_context("spawn")
     free_cores: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
     for job in range(study.jobs):
@@ -457,8 +457,10 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
     study, workdir = command.CONFIG.value, bucket.local_folder(command.WORKDIR.value)
     names.need_place_of_run(workdir.absolute())
-    run_all(study, workdir)
-    console.print_result(report(study, workdir), workdir=str(workdir))
+    check(study)
+    with contextlib.closing(lock.acquire(workdir)):  # each run locks its own folder in it
+        run_all(study, workdir)
+        console.print_result(report(study, workdir), workdir=str(workdir))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import pathlib
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from drirl_jax.runtime import lock
 from drirl_jax.types import InputError
 
 JSON = Any  # what a JSON file can hold
@@ -99,6 +101,22 @@ def all_or_none() -> Iterator[None]:
         raise own_error
     for process, (is_input, reason) in ((i, error) for i, error in enumerate(errors) if error):
         raise (InputError(reason) if is_input else RuntimeError(f"process {process} failed: {reason}")) from own_error
+
+
+@contextlib.contextmanager
+def locked_by_writer(workdir: pathlib.Path) -> Iterator[None]:
+    """The process that writes makes the workdir and holds its lock during the block.
+
+    Every process must call it.
+
+    Raises:
+        InputError: another command holds the lock, or nothing can be written there; then on all processes.
+    """
+    with contextlib.ExitStack() as held:
+        with all_or_none():
+            if is_writer():
+                held.enter_context(contextlib.closing(lock.acquire(workdir)))
+        yield
 
 
 def ask_once(ask: Callable[[], JSON]) -> JSON:
