@@ -13,7 +13,7 @@ from drirl_jax.models import hf
 from drirl_jax.runtime import bucket, contents
 from drirl_jax.runtime.checkpoint import Checkpoints
 
-ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+ENCODER_FILES = ("config.json", "*.safetensors", "tokenizer.json")
 
 
 def policy_contents(config: ConfigDict, tokens: ChatTokens) -> dict[str, str]:
@@ -40,6 +40,11 @@ def weights_hash(path: pathlib.Path) -> str:
     return contents.hash_weights(path, hf.read_tensors(path) if path.is_dir() else None)
 
 
+def encoder_hash(folder: pathlib.Path) -> str:
+    """A hash of what a text encoder's folder holds: its config, weights and tokenizer."""
+    return contents.hash_folder(folder, ENCODER_FILES)
+
+
 def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -> dict[str, str]:
     """The hash of each input of a run with this config.
 
@@ -53,7 +58,7 @@ def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -
     rows = records.read_records(config.data.path, config.data.categories)
     hashes = policy_contents(config, tokens) | {
         "data": contents.hash_records(row._replace(provenance="") for row in rows),
-        "encoder": contents.hash_folder(hf.resolve(config.encoder.init), ENCODER_FILES),
+        "encoder": encoder_hash(hf.resolve(config.encoder.init)),
     }
     if asked:
         hashes["benchmarks"] = contents.hash_value([questions.contents for questions in asked])

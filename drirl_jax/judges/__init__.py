@@ -13,6 +13,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from drirl_jax.data import fingerprints
 from drirl_jax.judges import classifier, phrases, rewards, rubric
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.types import InputError
@@ -112,9 +113,13 @@ def by_phrases(setting: Setting) -> Judge:
 
 
 def by_classifier(setting: Setting) -> Judge:
-    """The judge in the file that config.evals.classifier names: see `classifier.py`."""
-    trained = classifier.load(setting.config.evals.classifier)
-    return Judge(trained.version, trained.facts, harm=classifier.harm(trained, setting.encoder()))
+    """The judge in the file that config.evals.classifier names: see `classifier.py`.
+
+    Its version also names the contents of the text encoder, because another encoder gives other embeddings.
+    """
+    trained, folder = classifier.load(setting.config.evals.classifier), setting.encoder()
+    version = f"{trained.version} on encoder {fingerprints.encoder_hash(folder)[:8]}"
+    return Judge(version, trained.facts, harm=classifier.harm(trained, folder))
 
 
 def by_endpoint(setting: Setting) -> Judge:

@@ -1,6 +1,7 @@
 """The judges beside phrases: rubrics of a language model, the classifier, the rewards; and how far judges agree."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -159,6 +160,27 @@ def test_the_classifier_learns_labels_and_is_the_same_from_its_file(marked, tmp_
     again = classifier.load(str(tmp_path / "sub" / "judge.safetensors"))
     np.testing.assert_array_equal(again.weight, found.weight)
     assert again.facts == found.facts and again.version == found.version
+
+
+@pytest.mark.parametrize("changed", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_classifiers_version_names_the_contents_of_its_encoder(changed, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "harm", lambda trained, folder: None)  # it would load the encoder
+    config = config_lib.default()
+    config.evals.classifier = str(tmp_path / "judge.safetensors")
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    for name in ("config.json", "tokenizer.json", changed):
+        (encoder / name).write_text("before")
+
+    def version(folder, weight=0.0):
+        trained = classifier.Classifier(np.full(3, weight, np.float32), 0.0, {})
+        classifier.save(trained, tmp_path / "judge.safetensors")
+        return judges.JUDGES["classifier"].make(judges.Setting(config, encoder=lambda: folder)).version
+
+    before = version(encoder)
+    assert version(shutil.copytree(encoder, tmp_path / "copy")) == before  # another path is the same encoder
+    (encoder / changed).write_text("after!")
+    assert len({before, version(encoder), version(encoder, weight=1.0)}) == 3
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x80\x04K\x01.", b"{}"])
