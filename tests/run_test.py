@@ -263,7 +263,9 @@ def test_rewards_at_inference(whole, tmp_path):
     best = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(row["lowest"] <= row["mean"] <= row["reward"] and row["response"] for row in best)
     assert any(row["lowest"] < row["reward"] for row in best)
-    refused(score(f"--workdir={tmp_path}", f"--responses={given}", f"--out={out}"), "no config.json in")
+    refused(
+        score(f"--workdir={tmp_path}", f"--responses={given}", f"--out={out}"), "holds no run, as it has no config.json"
+    )
     refused(score(f"--workdir={workdir}", f"--out={out}"), "give --responses to score, or --prompts")
 
 

@@ -30,12 +30,10 @@ def run_status(workdir: pathlib.Path) -> dict:
     Raises:
         ValueError: the folder holds no run, or a file of it is damaged; the message is one sentence.
     """
-    try:
-        config = json_files.load(workdir / "config.json", CONFIG)
-    except ValueError as error:
-        raise ValueError(
-            f"{workdir} holds no run: it has no config.json of one ({error}) Name a --workdir of drirl_jax.main."
-        ) from error
+    json_files.need_run(workdir)
+    config = json_files.load(
+        workdir / "config.json", CONFIG, "put a run's own file there, or name the workdir of a run"
+    )
     schedule, steps = config["schedule"], {name: config[name]["steps"] for name in ("irl", "align")}
     if unknown := [name for name in schedule if name not in PRODUCTS]:
         raise ValueError(f"{workdir}/config.json names the stages {unknown}: it is damaged, or of another version.")

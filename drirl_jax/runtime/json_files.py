@@ -77,6 +77,13 @@ def load(path: Any, form: Any = dict, hint: str = HINT) -> Any:
         raise InputError(f"{path} is damaged ({error}): {hint}.") from error
 
 
+def need_run(workdir: Any) -> None:
+    """Raises InputError if the folder does not exist, or has no config.json: every run writes that file first."""
+    if not (workdir / "config.json").is_file():
+        reason = "it has no config.json" if workdir.is_dir() else "there is no such folder"
+        raise InputError(f"{workdir} holds no run, as {reason}: name the workdir of a run.")
+
+
 def lines(path: Any, form: Any = ROW, hint: str = HINT, tail: int = 0) -> list[tuple[dict, str]]:
     """(row, line) of each complete line of a JSONL file; [] if the file does not exist.
 

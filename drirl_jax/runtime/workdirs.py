@@ -174,8 +174,7 @@ def flat_options(config: ConfigDict) -> dict[str, Any]:
 def load_config(workdir: pathlib.Path) -> ConfigDict:
     """The config that `record_config` wrote. Raises InputError if there is none, or another version's."""
     path = workdir / "config.json"
-    if not path.is_file():
-        raise InputError(f"no config.json in {workdir}: name the workdir of a run.")
+    json_files.need_run(workdir)
     tree = _config_in(workdir)
     tree.pop("contents", None)
     config = default()

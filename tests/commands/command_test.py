@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import platform
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from helpers import commands
 from drirl_jax import config as config_lib
 from drirl_jax import loading, main
 from drirl_jax.commands import bench, evaluate, score
+from drirl_jax.commands import report as report_command
 from drirl_jax.commands import status as status_command
 from drirl_jax.costs import dry_run, roofline
 from drirl_jax.reports import status
@@ -121,12 +123,29 @@ def test_the_status_knows_who_holds_the_workdir_and_takes_nothing(begun):
     lock.require_free(begun)
 
 
-@pytest.mark.parametrize("config", [None, "{", "[]", '{"attack": 1}'])
-def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, config):
-    if config is not None:
-        (tmp_path / "config.json").write_text(config)
-    with pytest.raises(SystemExit, match="holds no run: it has no config.json of one"):
+@pytest.mark.parametrize("config", ["{", "[]", '{"attack": 1}'])
+def test_a_config_that_is_no_runs_is_one_sentence(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SystemExit, match="config.json is damaged .*: put a run's own file there"):
         status_command.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("name, reason", [("", "it has no config.json"), ("nowhere", "there is no such folder")])
+def test_a_folder_that_holds_no_run_is_one_plain_sentence(tmp_path, name, reason):
+    folder = tmp_path / name
+    sentence = re.escape(f"drirl_jax: {folder} holds no run, as {reason}: name the workdir of a run.") + "$"
+    for read in (status_command, report_command):
+        with pytest.raises(SystemExit, match=sentence):
+            read.main([str(folder)])
+    given = tmp_path / "given.jsonl"
+    commands.refused(sentence, score, f"--workdir={folder}", f"--responses={given}", f"--out={tmp_path / 'out'}")
+    commands.refused(
+        f"no model at {tmp_path / 'nowhere'}: ", evaluate, f"--policy={tmp_path / 'nowhere'}", "--benchmarks=xstest",
+        f"--workdir={tmp_path / 'results'}",
+    )  # fmt: skip
+
+
+def test_status_needs_a_folder():
     with pytest.raises(SystemExit, match="required: run"):
         status_command.main([])
 

@@ -261,7 +261,7 @@ def test_runs_beside_each_other(compared):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["nowhere"], "no config.json in nowhere: name the workdir of a run"),
+    (["nowhere"], "nowhere holds no run, as there is no such folder: name the workdir of a run"),
     ([], "give RUN, or --compare RUN RUN"),
     (["c", "--compare", "a|b", "c"], "give RUN, or --compare RUN RUN"),
     (["--compare", "a|b", "--out", "out"], "has one run: give the workdirs of two"),

@@ -37,7 +37,7 @@ def test_a_tilde_is_the_home_folder_in_every_option_that_is_a_path(home):
     with pytest.raises(InputError, match="SafetensorError"):
         classifier.load("~/é中/mine.jsonl")  # found, and no classifier
     (home / "run" / "aligned").mkdir(parents=True)
-    with pytest.raises(InputError, match=re.escape(f"no config.json in {home}")):
+    with pytest.raises(InputError, match=re.escape(f"{home / 'run'} holds no run")):
         workdirs.policy_config("~/run")
 
 
