@@ -21,7 +21,7 @@ from drirl_jax.data.records import Record
 from drirl_jax.judges import JUDGES, UNSAFE, Judge, agreement, describe_agreement, describe_facts
 from drirl_jax.reports.intervals import wilson
 from drirl_jax.reports.pages import markdown
-from drirl_jax.runtime import contents, endpoint, json_files, processes, progress, sharding, workdirs
+from drirl_jax.runtime import endpoint, hashes, json_files, processes, progress, sharding, workdirs
 from drirl_jax.runtime.files import replace_file
 from drirl_jax.runtime.names import AGGREGATES
 from drirl_jax.runtime.names import check as check_names
@@ -138,12 +138,12 @@ def _attack_model(
 
 def contents_of(config: ConfigDict, target: Target, names: Sequence[str]) -> dict[str, str]:
     """Hashes of the policy and the files that the results of these attacks depend on; the results hold the prompts."""
-    hashes, o = fingerprints.policy_contents(config, target.text), target.options
+    by_input, o = fingerprints.policy_contents(config, target.text), target.options
     if "autodan" in names:
-        hashes["templates"] = contents.hash_file(o.autodan.templates)
+        by_input["templates"] = hashes.hash_file(o.autodan.templates)
     if "selfcipher" in names and o.selfcipher.demonstrations:
-        hashes["demonstrations"] = contents.hash_file(o.selfcipher.demonstrations)
-    return hashes
+        by_input["demonstrations"] = hashes.hash_file(o.selfcipher.demonstrations)
+    return by_input
 
 
 def safety_check(judge: Judge) -> Callable[[str, str], bool | None]:

@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any, Iterable, Mapping
 
-from drirl_jax.data import contents, records
+from drirl_jax.data import encodings, records
 from drirl_jax.runtime.surrogates import without_half_pairs
 from drirl_jax.types import InputError
 
@@ -33,10 +33,10 @@ def read_table(path: pathlib.Path, whole_characters: bool = True) -> list[tuple[
     Raises:
         InputError: it cannot be read, or does not hold rows with named columns.
     """
-    if contents.kind(path) == ".parquet":
+    if encodings.kind(path) == ".parquet":
         return _numbered(path, _parquet(path))
-    data = contents.read_utf8(path)
-    if delimiter := DELIMITERS.get(contents.kind(path)):
+    data = encodings.read_utf8(path)
+    if delimiter := DELIMITERS.get(encodings.kind(path)):
         return _numbered(path, _separated(path, data, delimiter))
     numbered_rows = _json(path, data)
     if whole_characters and b"\\ud" in data.lower():  # JSON has no other way to write a surrogate
@@ -90,7 +90,7 @@ def _separated(path: pathlib.Path, data: bytes, delimiter: str) -> Iterable[Row]
 
 def _json(path: pathlib.Path, data: bytes) -> list[tuple[str, Row]]:
     """The rows of one JSON value, or of a JSON value a line. The contents decide which of the two, then the name."""
-    by_lines = contents.kind(path) in LINES
+    by_lines = encodings.kind(path) in LINES
     if by_lines and not data.lstrip().startswith(b"["):
         return list(records.lines_of(path, data))
     try:

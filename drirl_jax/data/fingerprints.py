@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from drirl_jax.data import records
 from drirl_jax.data.text import ChatTokens
 from drirl_jax.models import hf
-from drirl_jax.runtime import bucket, contents
+from drirl_jax.runtime import bucket, hashes
 from drirl_jax.runtime.checkpoint import Checkpoints
 
 ENCODER_FILES = ("config.json", "*.safetensors", "tokenizer.json")
@@ -26,23 +26,21 @@ def policy_contents(config: ConfigDict, tokens: ChatTokens) -> dict[str, str]:
     return {
         "weights": weights_hash(path),
         # A .gguf file holds its config beside the weights, and parsing it takes seconds.
-        "model": contents.hash_model_config(hf.read_config(path))
-        if path.is_dir()
-        else contents.hash_value("in the file"),
-        "tokenizer": contents.hash_tokenizer(tokens.tokenizer),
-        "template": contents.hash_template(tokens.tokenizer),
-        "ends": contents.hash_value(list(tokens.eos_ids)),
+        "model": hashes.hash_model_config(hf.read_config(path)) if path.is_dir() else hashes.hash_value("in the file"),
+        "tokenizer": hashes.hash_tokenizer(tokens.tokenizer),
+        "template": hashes.hash_template(tokens.tokenizer),
+        "ends": hashes.hash_value(list(tokens.eos_ids)),
     }
 
 
 def weights_hash(path: pathlib.Path) -> str:
     """A hash of a model's weights: a copy has the same hash, newly trained weights have another."""
-    return contents.hash_weights(path, hf.read_tensors(path) if path.is_dir() else None)
+    return hashes.hash_weights(path, hf.read_tensors(path) if path.is_dir() else None)
 
 
 def encoder_hash(folder: pathlib.Path) -> str:
     """A hash of what a text encoder's folder holds: its config, weights and tokenizer."""
-    return contents.hash_folder(folder, ENCODER_FILES)
+    return hashes.hash_folder(folder, ENCODER_FILES)
 
 
 def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -> dict[str, str]:
@@ -56,16 +54,16 @@ def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -
         InputError: one of the inputs does not exist.
     """
     rows = records.read_records(config.data.path, config.data.categories)
-    hashes = policy_contents(config, tokens) | {
-        "data": contents.hash_records(row._replace(provenance="") for row in rows),
+    by_input = policy_contents(config, tokens) | {
+        "data": hashes.hash_records(row._replace(provenance="") for row in rows),
         "encoder": encoder_hash(hf.resolve(config.encoder.init)),
     }
     if asked:
-        hashes["benchmarks"] = contents.hash_value([questions.contents for questions in asked])
+        by_input["benchmarks"] = hashes.hash_value([questions.contents for questions in asked])
     if config.reward.init:
-        hashes["rewards"] = contents.hash_value(
+        by_input["rewards"] = hashes.hash_value(
             Checkpoints(bucket.parse_path(config.reward.init) / "rewards", keep=1).saved()
         )
     if config.evals.every and config.evals.benchmarks and config.evals.classifier:  # the metrics hold its figures
-        hashes["classifier"] = contents.hash_file(config.evals.classifier)
-    return hashes
+        by_input["classifier"] = hashes.hash_file(config.evals.classifier)
+    return by_input

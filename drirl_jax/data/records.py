@@ -22,7 +22,7 @@ import os
 import pathlib
 from typing import Any, Iterator, NamedTuple, Sequence
 
-from drirl_jax.data import contents
+from drirl_jax.data import encodings
 from drirl_jax.runtime.files import expand_path, is_beside
 from drirl_jax.runtime.names import file_name
 from drirl_jax.types import InputError
@@ -143,13 +143,13 @@ def first_share(records: Sequence[Record], share: dict[str, float]) -> list[Reco
 
 
 def json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file, line n", object) for each line of a JSONL file that is not blank; see `contents.read_utf8`.
+    """Yields ("file, line n", object) for each line of a JSONL file that is not blank; see `encodings.read_utf8`.
 
     Raises:
         InputError: the file is missing or damaged, or a line is not UTF-8, not JSON or not an object.
     """
     path = expand_path(path)
-    yield from lines_of(path, contents.read_utf8(path))
+    yield from lines_of(path, encodings.read_utf8(path))
 
 
 def lines_of(path: pathlib.Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -180,7 +180,7 @@ def _files(path: PathLike, categories: Sequence[str]) -> list[pathlib.Path]:
         return [file for name in categories if (file := folder / f"{file_name(name)}.jsonl").is_file()]
     path = expand_path(path)
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if not file.is_dir() and contents.kind(file) == ".jsonl"]
+        files = [file for file in sorted(path.iterdir()) if not file.is_dir() and encodings.kind(file) == ".jsonl"]
         files = [file for file in files if not file.name.startswith(".") and not is_beside(file)]
         if not files:
             raise InputError(f"no *.jsonl file in the folder {path}: check the path")

@@ -29,7 +29,7 @@ from drirl_jax.judges import JUDGES, Judge, agreement, classifier, is_unsafe, ju
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.reports.intervals import RESAMPLES, effective_count, wilson
-from drirl_jax.runtime import contents
+from drirl_jax.runtime import hashes
 from drirl_jax.types import Array, InputError
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Questions(NamedTuple):
     @property
     def contents(self) -> str:
         """A hash of the items. It does not depend on where their files are."""
-        return contents.hash_value([self.name, *(item._asdict() for item in self.items)])
+        return hashes.hash_value([self.name, *(item._asdict() for item in self.items)])
 
 
 def _items(name: str, section: ConfigDict) -> list[Item]:

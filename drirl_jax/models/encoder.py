@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 from tokenizers import Tokenizer
 
-from drirl_jax.models import contents, fields
+from drirl_jax.models import fields, folders
 from drirl_jax.runtime import sharding
 from drirl_jax.runtime.progress import with_progress
 from drirl_jax.types import Array, InputError, length_mask
@@ -171,16 +171,16 @@ def load(folder: str | Path) -> Encoder:
     Raises:
         InputError: a file or a tensor is missing, a tensor has a wrong shape, or the model is not supported.
     """
-    config = EncoderConfig.from_hf(contents.read_config(Path(folder)))
+    config = EncoderConfig.from_hf(folders.read_config(Path(folder)))
     _need_mean_pooling(Path(folder))
-    weights = contents.open_weights(Path(folder))
+    weights = folders.open_weights(Path(folder))
     stored_names = {name.removeprefix("bert."): name for name in weights}
     expected_names = {*TOP.values(), *(name.format(i) for name in LAYER.values() for i in range(config.layers))}
     for name in stored_names:
         if (
             name.startswith(("embeddings.", "encoder."))
             and name not in expected_names
-            and not name.endswith(contents.BUFFERS)
+            and not name.endswith(folders.BUFFERS)
         ):
             raise InputError(
                 f"the encoder's weights in {folder} hold the tensor {name[:80]}, which no BERT model with this "
@@ -212,7 +212,7 @@ def _need_mean_pooling(folder: Path) -> None:
     pooling = folder / "1_Pooling" / "config.json"
     if not pooling.exists():
         return
-    config = contents.read_json(pooling)
+    config = folders.read_json(pooling)
     modes = [name for name, used in config.items() if name.startswith("pooling_mode") and used is not False]
     if modes != ["pooling_mode_mean_tokens"] and config.get("pooling_mode") != "mean":
         raise InputError(
@@ -242,7 +242,7 @@ class TextEmbedder:
         config = encoder.config
         if not 3 <= max_tokens <= config.max_positions:
             raise InputError(f"max_tokens={max_tokens} is out of range: the encoder takes 3 to {config.max_positions}.")
-        contents.need_embeddings(tokenizer, config.vocab_size, "the encoder's folder")
+        folders.need_embeddings(tokenizer, config.vocab_size, "the encoder's folder")
         if tokenizer.num_special_tokens_to_add(is_pair=False) != 2:
             raise InputError(
                 "the encoder's tokenizer.json puts no [CLS] and [SEP] around a text: add a post_processor."

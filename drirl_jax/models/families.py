@@ -124,7 +124,7 @@ def wanted_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 def _need_no_other_tensors(tensors: Collection[str], wanted: Collection[str], config: Config) -> None:
     """Raises InputError if the weights hold a tensor that this model does not use, such as scales or biases."""
-    allowed = TOP["head"] if config.tied else None  # `contents` refuses a head that differs from a tied embedding
+    allowed = TOP["head"] if config.tied else None  # `folders` refuses a head that differs from a tied embedding
     for name in tensors:
         if name not in wanted and name != allowed and not name.endswith(BUFFERS):
             raise InputError(

@@ -15,7 +15,7 @@ import numpy as np
 import transformers
 from safetensors.numpy import save_file
 
-from drirl_jax.models import contents, rope, tokenizers
+from drirl_jax.models import folders, rope, tokenizers
 from drirl_jax.runtime import bucket, files
 from drirl_jax.runtime.progress import with_progress
 from drirl_jax.types import InputError
@@ -90,29 +90,29 @@ def read_config(path: pathlib.Path) -> dict:
         path: a model folder or a .gguf file.
 
     Raises:
-        InputError: `contents` refuses the folder, its RoPE is not supported, or the GGUF file holds no plain Llama
+        InputError: `folders` refuses the folder, its RoPE is not supported, or the GGUF file holds no plain Llama
             model.
     """
     if path.suffix == ".gguf":
         return _gguf_config(path)
-    config = rope.standardise_config(contents.read_config(path))
+    config = rope.standardise_config(folders.read_config(path))
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")
     return config
 
 
-def read_tensors(path: pathlib.Path) -> contents.Tensors | dict[str, np.ndarray]:
+def read_tensors(path: pathlib.Path) -> folders.Tensors | dict[str, np.ndarray]:
     """Every tensor by its Hugging Face name. A tensor of a safetensors file is read only when it is used.
 
     Args:
         path: a model folder with *.safetensors, or a .gguf file, whose weights are dequantised to float32.
 
     Raises:
-        InputError: `contents` refuses the weights, or the GGUF file holds no plain Llama model.
+        InputError: `folders` refuses the weights, or the GGUF file holds no plain Llama model.
     """
     if path.suffix == ".gguf":
         return _gguf_tensors(path)
-    return contents.open_weights(path)
+    return folders.open_weights(path)
 
 
 def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -121,7 +121,7 @@ def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         _, meta, gguf_tensors = _open_llama(path)
         names = _gguf_names(path, meta, gguf_tensors)
         return {names[tensor.name]: tuple(int(size) for size in reversed(tensor.shape)) for tensor in gguf_tensors}
-    tensors = contents.open_weights(path)
+    tensors = folders.open_weights(path)
     return {name: tensors.shape(name) for name in tensors}
 
 
@@ -130,7 +130,7 @@ def load_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     tokenizer = tokenizers.load(path)
     rows = read_config(path).get("vocab_size") if path.suffix == ".gguf" or (path / "config.json").is_file() else None
     if type(rows) is int:
-        contents.need_embeddings(tokenizer, rows, path)
+        folders.need_embeddings(tokenizer, rows, path)
     return tokenizer
 
 
@@ -180,7 +180,7 @@ def _save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_b
 def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
     # transformers 5 writes two values that transformers 4 refuses. Version 5 reads their earlier names too.
-    config = contents.read_json(folder / "tokenizer_config.json")
+    config = folders.read_json(folder / "tokenizer_config.json")
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
@@ -197,8 +197,8 @@ def _find_in_package(name: str) -> pathlib.Path:
     root = pathlib.Path(spec.submodule_search_locations[0])
     candidates = sorted(root.rglob("*.gguf"))
     if len(candidates) != 1:
-        folders = {file.parent for file in root.rglob("*.safetensors")}
-        candidates = sorted(folder for folder in folders if (folder / "config.json").is_file())
+        holders = {file.parent for file in root.rglob("*.safetensors")}
+        candidates = sorted(folder for folder in holders if (folder / "config.json").is_file())
     if len(candidates) != 1:
         raise InputError(
             f"the package {name} holds neither one .gguf file nor one folder with config.json and "

@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from drirl_jax.models import gguf_header, templates
+from drirl_jax.models import folders, gguf_header, templates
 from drirl_jax.types import InputError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -29,7 +29,6 @@ JSON_FILES = (
     "config.json",
     "generation_config.json",
 )
-POINTER = "version https://git-lfs"  # the first bytes of a Git LFS pointer, which stands where a file should be
 # The settings of the source's generation_config.json that an export keeps, beside ids. The sampler of this project uses
 # none of them: it samples from the whole softmax at config.sampler.temperature.
 SETTINGS = {
@@ -204,7 +203,7 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
         text = file.read_text("utf-8")
         value = json.loads(text)
     except (ValueError, RecursionError, OSError) as error:
-        if isinstance(error, json.JSONDecodeError) and error.doc.startswith(POINTER):
+        if isinstance(error, json.JSONDecodeError) and error.doc.startswith(folders.POINTER.decode()):
             raise InputError(
                 f"{file} is only a Git LFS pointer to the file: run git lfs pull in the folder."
             ) from error

@@ -11,7 +11,7 @@ import transformers
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
-from drirl_jax.models import contents, encoder, families, hf, tokenizers
+from drirl_jax.models import encoder, families, folders, hf, tokenizers
 from drirl_jax.types import InputError
 
 CONFIG = {
@@ -82,7 +82,7 @@ def test_no_quantisation_is_none(tmp_path):
     assert "quantization_config" not in config
 
 
-@pytest.mark.parametrize("name", contents.QUANTISED)
+@pytest.mark.parametrize("name", folders.QUANTISED)
 def test_a_file_that_tells_of_quantisation_is_refused(tmp_path, name):
     (made(tmp_path) / name).write_text('{"bits": 4}')
     refused(tmp_path, f"has a {name}: quantised weights")
@@ -131,7 +131,7 @@ def test_what_follows_from_the_config_may_lie_beside_the_weights(tmp_path):
 # ------------------------------------------------------------------------------------- adapters, runs, code
 
 
-@pytest.mark.parametrize("name", contents.ADAPTER)
+@pytest.mark.parametrize("name", folders.ADAPTER)
 def test_an_adapter_beside_a_model_is_refused(tmp_path, name):
     (made(tmp_path) / name).write_text("{}")
     refused(tmp_path, f"holds an adapter beside the model .{name}.*merge")
@@ -172,7 +172,7 @@ def test_two_matrices_where_the_config_ties_them(tmp_path):
 
 
 def test_ties_longer_than_what_is_compared_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "ROWS", 3)
+    monkeypatch.setattr(folders, "ROWS", 3)
     tensors = weights()
     other = tensors[EMBED].copy()
     other[-1, -1] += 1
@@ -204,16 +204,16 @@ def sharded(folder, parts=2, place=None):
 
 
 def write_index(folder, place):
-    (folder / contents.INDEX).write_text(json.dumps({"weight_map": place}))
+    (folder / folders.INDEX).write_text(json.dumps({"weight_map": place}))
 
 
 def index(folder):
-    return json.loads((folder / contents.INDEX).read_text())["weight_map"]
+    return json.loads((folder / folders.INDEX).read_text())["weight_map"]
 
 
 def test_shards_with_and_without_their_index(tmp_path):
     dry_run(sharded(tmp_path))
-    (tmp_path / contents.INDEX).unlink()
+    (tmp_path / folders.INDEX).unlink()
     dry_run(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     refused(tmp_path, "holds model-00001-of-00002.safetensors but lacks model-00002-of-00002")
@@ -230,7 +230,7 @@ def test_shards_of_two_models(tmp_path):
     sharded(tmp_path, 3)
     sharded(tmp_path, 2)
     refused(tmp_path, "holds model-00001-of-00003.safetensors beside model-00001-of-00002.*of the older model")
-    (tmp_path / contents.INDEX).unlink()
+    (tmp_path / folders.INDEX).unlink()
     refused(tmp_path, "both hold the tensor")
 
 
@@ -258,7 +258,7 @@ def test_an_index_names_files_of_its_own_folder_alone(tmp_path, name):
     "content", ["", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 99999]
 )
 def test_a_torn_index(tmp_path, content):
-    (sharded(tmp_path) / contents.INDEX).write_text(content)
+    (sharded(tmp_path) / folders.INDEX).write_text(content)
     refused(tmp_path, "index.json")
 
 
@@ -289,7 +289,7 @@ def test_weights_that_are_none(tmp_path, content):
 # ------------------------------------------------------------------------------------------ bounds before work
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", contents.INDEX])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", folders.INDEX])
 def test_a_pipe_is_no_file(tmp_path, name):
     file = made(tmp_path) / name
     file.unlink(missing_ok=True)
@@ -300,10 +300,10 @@ def test_a_pipe_is_no_file(tmp_path, name):
 def test_headers_out_of_all_measure(tmp_path, monkeypatch):
     file = made(tmp_path) / "model.safetensors"
     empty = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(9)}
-    monkeypatch.setattr(contents, "TENSORS", 8)
+    monkeypatch.setattr(folders, "TENSORS", 8)
     with_header(file, empty)
     refused(tmp_path, "holds 9 tensors, more than any model")
-    monkeypatch.setattr(contents, "HEADER_BYTES", 2**8)
+    monkeypatch.setattr(folders, "HEADER_BYTES", 2**8)
     refused(tmp_path, "its header has .* MiB, more than any model's")
     file.write_bytes(struct.pack("<Q", 2**62) + b"{}")
     refused(tmp_path, "ends before its header does")
@@ -316,7 +316,7 @@ def test_headers_out_of_all_measure(tmp_path, monkeypatch):
 
 def test_a_json_file_out_of_all_measure(tmp_path, monkeypatch):
     made(tmp_path)
-    monkeypatch.setattr(contents, "JSON_BYTES", 64)
+    monkeypatch.setattr(folders, "JSON_BYTES", 64)
     refused(tmp_path, "MiB, more than any model's")
 
 
@@ -409,7 +409,7 @@ def test_a_tensor_that_the_encoder_does_not_compute_with_is_refused(tmp_path):
 
 def test_counted_positions_of_an_encoder_are_no_quantised_weights(tmp_path):
     save_file({"embeddings.position_ids": np.arange(16)[None]}, bert(tmp_path) / "model.safetensors")
-    assert "embeddings.position_ids" in contents.open_weights(tmp_path)
+    assert "embeddings.position_ids" in folders.open_weights(tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in BERT if name != "model_type"])

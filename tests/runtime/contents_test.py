@@ -15,7 +15,7 @@ from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import runner
 from drirl_jax.models import hf
 from drirl_jax.reports import pages, status
-from drirl_jax.runtime import contents, json_files, lock, workdirs
+from drirl_jax.runtime import hashes, json_files, lock, workdirs
 from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.types import InputError
 
@@ -32,15 +32,15 @@ def test_a_copy_has_the_same_hash_and_an_edit_in_place_another(tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "tokenizer.json").write_text("abc")
-    before = contents.hash_folder(folder, ["*.json"])
+    before = hashes.hash_folder(folder, ["*.json"])
     copy = shutil.copytree(folder, tmp_path / "two")
     os.utime(copy / "tokenizer.json", (1, 1))
     (copy / "README.md").write_text("not looked at")
-    assert contents.hash_folder(copy, ["*.json"]) == before
+    assert hashes.hash_folder(copy, ["*.json"]) == before
     write_kept(folder / "tokenizer.json", "abd")
-    assert contents.hash_folder(folder, ["*.json"]) != before
+    assert hashes.hash_folder(folder, ["*.json"]) != before
     (copy / "tokenizer.json").rename(copy / "other.json")
-    assert contents.hash_folder(copy, ["*.json"]) != before
+    assert hashes.hash_folder(copy, ["*.json"]) != before
 
 
 def test_weights_are_known_by_their_arrays_not_by_their_files(tmp_path):
@@ -50,22 +50,18 @@ def test_weights_are_known_by_their_arrays_not_by_their_files(tmp_path):
         folder.mkdir()
     save_file(tensors, one / "model.safetensors", {"format": "pt"})
     save_file(tensors, other / "model.safetensors")  # another header
-    found = [contents.hash_weights(folder, hf.read_tensors(folder)) for folder in (one, other)]
-    assert found[0] == found[1] == contents.hash_weights(tmp_path, tensors)
+    found = [hashes.hash_weights(folder, hf.read_tensors(folder)) for folder in (one, other)]
+    assert found[0] == found[1] == hashes.hash_weights(tmp_path, tensors)
     changes = [{"a": tensors["a"] + 1}, {"a": tensors["a"].reshape(3, 2)}, {"a": tensors["a"].view(np.int32)}]
-    assert len({contents.hash_tensors(tensors | change) for change in changes} | {found[0]}) == 4
+    assert len({hashes.hash_tensors(tensors | change) for change in changes} | {found[0]}) == 4
 
 
 def test_records_are_known_in_any_order_and_a_config_without_what_is_not_the_model():
     rows = [("a", "b"), ("c", "d")]
-    assert (
-        contents.hash_records(rows)
-        == contents.hash_records(rows[::-1])
-        != contents.hash_records([("a", "d"), ("c", "b")])
-    )
+    assert hashes.hash_records(rows) == hashes.hash_records(rows[::-1]) != hashes.hash_records([("a", "d"), ("c", "b")])
     config = {"rope_theta": 1e4, "transformers_version": "4", "_name_or_path": "x"}
-    assert contents.hash_model_config(config) == contents.hash_model_config({"rope_theta": 1e4})
-    assert contents.hash_model_config(config) != contents.hash_model_config(config | {"rope_theta": 2e4})
+    assert hashes.hash_model_config(config) == hashes.hash_model_config({"rope_theta": 1e4})
+    assert hashes.hash_model_config(config) != hashes.hash_model_config(config | {"rope_theta": 2e4})
 
 
 def loaded(folder, tokens=None):

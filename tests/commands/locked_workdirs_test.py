@@ -3,8 +3,8 @@
 import contextlib
 import pathlib
 
-import commands
 import pytest
+from helpers import commands
 
 from drirl_jax.attacks import options, runner
 from drirl_jax.commands import evaluate, study
@@ -14,7 +14,7 @@ from drirl_jax.runtime import lock, workdirs
 from drirl_jax.types import InputError
 
 TAKEN = "another run is at work in .*out: wait until it has ended"
-STUDY = f"--config={pathlib.Path(__file__).parents[1]}/configs/study_smollm2.py"
+STUDY = f"--config={pathlib.Path(__file__).parents[2]}/configs/study_smollm2.py"
 
 
 def run_evaluate(workdir):

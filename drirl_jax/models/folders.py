@@ -29,7 +29,7 @@ QUANTISED_FIELD = re.compile("quantiz|quantis|^quant_|compression_config")
 READ = {".json", ".safetensors", ".jinja", ".model", ".txt"}  # the files of a folder that are opened
 FLOATS = ("F64", "F32", "F16", "BF16")
 BUFFERS = ("position_ids", "token_type_ids")  # tensors of integers that are never read
-POINTER = b"version https://git-lfs"
+POINTER = b"version https://git-lfs"  # the first bytes of a Git LFS pointer, which stands where a file should be
 # The largest sizes of files that are accepted. The 405B Llama has 1,100 tensors and an index of 0.1 MiB.
 JSON_BYTES, HEADER_BYTES, TENSORS = 2**24, 2**23, 2**16
 ROWS = 4096  # rows in memory at once when two matrices are compared
