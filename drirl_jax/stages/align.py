@@ -211,7 +211,7 @@ def make(
             model = policy.merged(context.model, params.policy)
         rollout = sample_batch(
             context, on_sampling_mesh(context, model), examples, context.key(purpose, step),
-            group=c.group, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
+            group=c.group_size, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
         sampled_group = make_group(examples, *context.clock.mark("rollout", (rollout.response, rollout.response_len)))
         # The device computes rewards while the host splits and embeds the texts.
@@ -225,7 +225,7 @@ def make(
         reward_PM = context.clock.mark(
             "rewards", score(bank, examples, group, trunk_states if shared.rewards else None)
         )
-        reward_PG, demo_reward_P = reward_PM[:, : c.group], reward_PM[:, c.group]
+        reward_PG, demo_reward_P = reward_PM[:, : c.group_size], reward_PM[:, c.group_size]
         response_PGT, length_PG = sharding.fetch((rollout.response, rollout.response_len))
         parts = scaling.Parts(*embed_responses(context, split, response_PGT, length_PG), *(x[rows] for x in demo_parts))
         # Compute the coefficients and the objective's batch.

@@ -171,7 +171,7 @@ def test_signs_that_nothing_was_learned():
         assert not guards.idle(config, "align", rows(**{name: value}) + rows(1, **{name: 0.5}))
         assert not guards.idle(config, "align", rows(**{name: None})) and not guards.idle(config, "align", [])
     # One sample a prompt, or values instead of groups: equal rewards within a prompt are no sign.
-    for changes in ({"objective": "ppo"}, {"group": 1}):
+    for changes in ({"objective": "ppo"}, {"group_size": 1}):
         other = config_lib.default()
         other.align.update(changes)
         assert not guards.idle(other, "align", rows(zero_spread=1.0))
