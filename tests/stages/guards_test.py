@@ -24,11 +24,11 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(bad):
     left_out, scalars = update(before, spoilt)
     for name in ("params", "opt_state", "step"):
         jax.tree.map(np.testing.assert_array_equal, getattr(left_out, name), getattr(before, name))
-    assert (int(left_out.skipped), int(left_out.in_a_row)) == (1, 1) and not np.isfinite(float(scalars["loss"]))
+    assert (int(left_out.skipped), int(left_out.skipped_in_a_row)) == (1, 1) and not np.isfinite(float(scalars["loss"]))
     after, _ = update(left_out, batch_of(2))
     want, _ = update(before, batch_of(2))
     jax.tree.map(np.testing.assert_array_equal, after[:3], want[:3])
-    assert (int(after.skipped), int(after.in_a_row)) == (1, 0)
+    assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 0)
 
 
 def test_a_step_left_out_is_told_and_the_run_goes_on(tmp_path):
