@@ -16,7 +16,7 @@ from drirl_jax.evals import benchmarks
 from drirl_jax.models import flash, reward
 from drirl_jax.runtime import endpoint, names, ranges, sinks
 from drirl_jax.stages import base, irl, objectives, optimizer
-from drirl_jax.stages.rewards import sources
+from drirl_jax.stages.rewards import routes, sources
 from drirl_jax.types import InputError
 
 # Option that is a choice -> the table whose rows it can name.
@@ -32,7 +32,7 @@ TABLES: dict[str, Collection[str]] = {
     "data.mixing": pipeline.BATCHES,
     "reward.kind": reward.KINDS,
     "reward.source": sources.SOURCES,
-    "reward.route": sources.ROUTES,
+    "reward.route": routes.ROUTES,
     "reward.normalize": reward.NORMALIZE,
     "irl.loss": irl.LOSSES,
     "irl.cut": ("common", "none"),
@@ -40,11 +40,11 @@ TABLES: dict[str, Collection[str]] = {
     "irl.optimizer.schedule": optimizer.SCHEDULES,
     "align.optimizer.schedule": optimizer.SCHEDULES,
     "align.objective": objectives.OBJECTIVES,
-    "dpo.pairs": objectives.PAIRS,
+    "dpo.pairs": objectives.dpo.PAIRS,
     "dpo.alpha_on": losses.ALPHA_ON,
     "scaling.split": (*text.SPLIT, "llm"),
-    "group.demonstration": objectives.ROLES,
-    "group.contrast": objectives.ROLES,
+    "group.demonstration": objectives.grpo.ROLES,
+    "group.contrast": objectives.grpo.ROLES,
     "policy_loss.reduce": losses.REDUCE,
     "policy_loss.ratio": losses.RATIO,
 } | {f"scaling.{option}": rows for option, rows in scaling.TABLES.items()}
@@ -57,7 +57,8 @@ WORDS = (
 
 def needs_rewards(config: ConfigDict) -> bool:
     """Whether the align stage reads rewards that IRL learned."""
-    return objectives.OBJECTIVES[config.align.objective].samples and sources.SOURCES[config.reward.source].bank
+    objective, source = objectives.OBJECTIVES[config.align.objective], sources.SOURCES[config.reward.source]
+    return objective.needs_samples and source.needs_bank
 
 
 class Scope(NamedTuple):
@@ -80,7 +81,7 @@ SCOPES = (
     Scope(("dpo.",), lambda name: name == "dpo", "compares no pairs"),
     Scope(
         ("scaling.", "reward.", "align.group_size"),
-        lambda name: objectives.OBJECTIVES[name].samples,
+        lambda name: objectives.OBJECTIVES[name].needs_samples,
         "samples no responses that a reward could score",
     ),
     Scope(
@@ -187,7 +188,7 @@ def _data(config: ConfigDict) -> None:
     unknown = set(config.data.harmless) - set(config.data.categories)
     require(not unknown, f"config.data.harmless names {sorted(unknown)}, which config.data.categories lacks.")
     has_both_kinds = len({name in config.data.harmless for name in config.data.categories}) == 2
-    uses_contrast = config.irl.contrast > 0 or objectives.group_roles(config)[1].counts
+    uses_contrast = config.irl.contrast > 0 or objectives.grpo.group_roles(config)[1].counts
     require(
         has_both_kinds or not (uses_contrast or config.data.mixing == "kinds"),
         "config.irl.contrast, group.contrast and data.mixing='kinds' need harmful and harmless categories: see "
@@ -269,7 +270,7 @@ def _rewards(config: ConfigDict) -> None:
 def _alignment(config: ConfigDict) -> None:
     """Checks the objective, its groups and coefficients."""
     objective = config.align.objective
-    own_role, contrast_role = objectives.group_roles(config)
+    own_role, contrast_role = objectives.grpo.group_roles(config)
     require(
         contrast_role <= own_role,
         f"config.group.contrast is {config.group.contrast!r}, but config.group.demonstration is only "
@@ -281,7 +282,7 @@ def _alignment(config: ConfigDict) -> None:
         "demonstration of the other kind: set config.group.contrast to 'baseline' or 'member'.",
     )
     require(
-        not objectives.OBJECTIVES[objective].samples
+        not objectives.OBJECTIVES[objective].needs_samples
         or config.scaling.baseline != "group"
         or config.scaling.per == "response",
         "config.scaling.baseline='group' compares a response with its own group, so the mean over the group has no "

@@ -258,7 +258,7 @@ def _dpo() -> ConfigDict:
 def _align() -> ConfigDict:
     """The stage that aligns the policy."""
     c = ConfigDict()
-    c.objective = "grpo"  # grpo | ppo | dpo | sft: see stages/objectives.py
+    c.objective = "grpo"  # grpo | ppo | dpo | sft: see stages/objectives/
     c.steps = 50  # steps of the align stage
     c.epochs = 1  # passes over the samples of a step
     c.minibatches = 1  # updates in a pass, each on an equal part of the prompts

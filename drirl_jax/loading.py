@@ -40,7 +40,7 @@ def load_context(config: ConfigDict, load: bool = True) -> Context:
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     mesh = sharding.make_mesh(config.mesh, config_lib.micro_batch_sizes(config), jax.devices())
-    sampling = sharding.sampling_mesh(config.sampler.mesh, config.align.batch, mesh)
+    sampling_mesh = sharding.sampling_mesh(config.sampler.mesh, config.align.batch, mesh)
     jax.set_mesh(mesh)
     read_splits = builder.read_splits if load else records.by_split
     by_split = read_splits(config.data.path, config.data.categories, harmless=config.data.harmless)
@@ -73,7 +73,7 @@ def load_context(config: ConfigDict, load: bool = True) -> Context:
         text=tokens,
         embedder=embedder,
         examples=tokenised,
-        sampling=sampling,
+        sampling_mesh=sampling_mesh,
     )
 
 

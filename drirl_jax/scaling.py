@@ -85,7 +85,7 @@ TABLES = {
 class Options(NamedTuple):
     """config.scaling as a hashable tuple: names of rows of TABLES, and numbers."""
 
-    align: str = "response"
+    mean_over: str = "response"
     similarity: str = "parts"
     baseline: str = "ema"
     orientation: str = "formula"

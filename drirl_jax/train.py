@@ -16,6 +16,10 @@ from drirl_jax import checks, loading
 from drirl_jax import config as config_lib
 from drirl_jax.data import fingerprints
 from drirl_jax.evals import runner, watch
+from drirl_jax.evals.benchmarks import Questions
+from drirl_jax.judges import Judge
+from drirl_jax.models import reward
+from drirl_jax.models.transformer import Transformer
 from drirl_jax.reports import pages, single
 from drirl_jax.runtime import (
     bucket,
@@ -32,7 +36,7 @@ from drirl_jax.runtime import (
 from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.runtime.checkpoint import Checkpoints
 from drirl_jax.stages import align, export, guards, irl, samples
-from drirl_jax.stages.base import POLICIES, Context, Stage
+from drirl_jax.stages.base import POLICIES, Context, Stage, State
 from drirl_jax.types import InputError, PyTree
 
 log = logging.getLogger(__name__)
@@ -86,65 +90,102 @@ def run(config: ConfigDict, workdir: bucket.Path) -> None:
                 config, run_workdir.local, fingerprints.run_contents(config, context.text, benchmarks)
             )
         writer = stack.enter_context(metrics.MetricWriter(run_workdir.local, processes.is_writer(), *sink_settings))
-        stages(context, benchmarks, run_workdir, writer, started)
+        run_stages(context, benchmarks, run_workdir, writer, started)
 
 
-def stages(context: Context, asked: list, place: Workdir, writer: metrics.MetricWriter, started: float) -> None:
+def run_stages(
+    context: Context, benchmarks: list[Questions], workdir: Workdir, writer: metrics.MetricWriter, started: float
+) -> None:
     """Runs the stages of the schedule in turn, from rewards to report; see `run`."""
-    config = context.config
-    prompt_count = sum(len(split_examples.id) for split_examples in context.examples.values())
-    if processes.is_writer():
-        facts = pages.facts_of(context.examples, config.data.categories, config.data.harmless)
-        pages.write_facts(place.local, facts)
-        place.push()
-        log.info("%s, %d prompts, %s", jax.devices()[0], prompt_count, config.policy.init)
-
-    # ------------------------------------------------------------------------------------------ stage 1: rewards
-    bank = None
-    if "irl" in config.schedule:
-        with contextlib.closing(Checkpoints(place.kept / "rewards", keep=1)) as rewards:
-            if rewards.latest() is None:
-                rewards.save(0, loop("irl", irl.make(context), config, place, writer))
-    if "irl" in config.schedule or config.reward.init:
-        bank = loading.load_rewards(context, bucket.parse_path(config.reward.init or place.kept))
-    if "irl" in config.schedule:
-        export.export_rewards(context, bank, place.local)
-        place.push()
-    if "align" not in config.schedule:
+    facts = write_facts(context, workdir)
+    bank = learn_rewards(context, workdir, writer)
+    if "align" not in context.config.schedule:
         return
-
-    # ------------------------------------------------------------------------------------- stage 2: the policy
     judges = runner.make_judges(context, bank)
-    stage = align.make(context, bank, keep=partial(writer.keep, "align"))
-    params = loop("align", watch.with_periodic_evals(stage, context, asked, judges), config, place, writer)
-    aligned = POLICIES[config.policy.tune].merged(context.model, params)
-    export.export_policy(context, params, aligned, place.local)
-    place.push()
-    if "evals" not in config.schedule:
+    aligned = align_policy(context, bank, benchmarks, judges, workdir, writer)
+    if "evals" not in context.config.schedule:
         return
+    evaluate({"base": context.model, "aligned": aligned}, context, bank, benchmarks, judges, workdir)
+    if processes.is_writer():
+        report(workdir, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
 
-    # --------------------------------------------------------------------------------------- before and after
-    settings = runner.settings(
-        context, bank, judges, workdirs.recorded_contents(place.local) if processes.is_writer() else {}
-    )
-    for name, model in {"base": context.model, "aligned": aligned}.items():
-        path = place.local / "evals" / f"{name}.json"
-        if not processes.writers_value(processes.is_writer() and runner.is_done(path, settings)):
-            results = {"settings": settings} | runner.evaluate(context, model, bank)
-            results["benchmarks"] = runner.run_benchmarks(context, model, asked, judges)
-            if processes.is_writer():
-                files.replace_file(path, json.dumps(results, indent=1, ensure_ascii=False))
-                place.push()
+
+def write_facts(context: Context, workdir: Workdir) -> dict:
+    """Writes the facts of program, machine and data, and returns them; {} on a process that writes nothing."""
     if not processes.is_writer():
-        return
-    pages.write_facts(place.local, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
-    run_page = pages.load_run(place.local)
+        return {}
+    facts = pages.facts_of(context.examples, context.config.data.categories)
+    pages.write_facts(workdir.local, facts)
+    workdir.push()
+    prompt_count = sum(len(split_examples.id) for split_examples in context.examples.values())
+    log.info("%s, %d prompts, %s", jax.devices()[0], prompt_count, context.config.policy.init)
+    return facts
+
+
+def learn_rewards(context: Context, workdir: Workdir, writer: metrics.MetricWriter) -> reward.Bank | None:
+    """Stage 1: the rewards that IRL learns, or those of config.reward.init; None without any."""
+    config = context.config
+    if "irl" not in config.schedule:
+        return loading.load_rewards(context, bucket.parse_path(config.reward.init)) if config.reward.init else None
+    with contextlib.closing(Checkpoints(workdir.kept / "rewards", keep=1)) as rewards:
+        if rewards.latest() is None:
+            rewards.save(0, loop("irl", irl.make(context), config, workdir, writer))
+    bank = loading.load_rewards(context, bucket.parse_path(config.reward.init or workdir.kept))
+    export.export_rewards(context, bank, workdir.local)
+    workdir.push()
+    return bank
+
+
+def align_policy(
+    context: Context,
+    bank: reward.Bank | None,
+    benchmarks: list[Questions],
+    judges: dict[str, Judge],
+    workdir: Workdir,
+    writer: metrics.MetricWriter,
+) -> Transformer:
+    """Stage 2: the aligned model, with the adapters merged into it."""
+    stage = align.make(context, bank, keep=partial(writer.keep, "align"))
+    stage = watch.with_periodic_evals(stage, context, benchmarks, judges)
+    params = loop("align", stage, context.config, workdir, writer)
+    aligned = POLICIES[context.config.policy.tune].merge(context.model, params)
+    export.export_policy(context, params, aligned, workdir.local)
+    workdir.push()
+    return aligned
+
+
+def evaluate(
+    models: dict[str, Transformer],
+    context: Context,
+    bank: reward.Bank | None,
+    benchmarks: list[Questions],
+    judges: dict[str, Judge],
+    workdir: Workdir,
+) -> None:
+    """Writes the evaluation of each of these models, unless it is there already."""
+    contents = workdirs.recorded_contents(workdir.local) if processes.is_writer() else {}
+    settings = runner.settings(context, bank, judges, contents)
+    for name, model in models.items():
+        path = workdir.local / "evals" / f"{name}.json"
+        if processes.writers_value(processes.is_writer() and runner.is_done(path, settings)):
+            continue
+        results = {"settings": settings} | runner.evaluate(context, model, bank)
+        results["benchmarks"] = runner.run_benchmarks(context, model, benchmarks, judges)
+        if processes.is_writer():
+            files.replace_file(path, json.dumps(results, indent=1, ensure_ascii=False))
+            workdir.push()
+
+
+def report(workdir: Workdir, facts: dict) -> None:
+    """Writes the facts and the report, and prints the table of the evaluations before and after."""
+    pages.write_facts(workdir.local, facts)
+    run_page = pages.load_run(workdir.local)
     single.report(run_page)
-    place.push()
-    report, model = place.kept / "report.html", place.kept / "aligned"
+    workdir.push()
+    page, model = workdir.kept / "report.html", workdir.kept / "aligned"
     console.print_result(
-        f"{single.terminal_table(run_page)}\nreport: {report}\naligned model: {model}",
-        report=str(report), model=str(model), base=run_page.base["overall"], aligned=run_page.aligned["overall"],
+        f"{single.terminal_table(run_page)}\nreport: {page}\naligned model: {model}",
+        report=str(page), model=str(model), base=run_page.base["overall"], aligned=run_page.aligned["overall"],
     )  # fmt: skip
 
 
@@ -155,49 +196,27 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: 
     config. So a run that was killed repeats the steps since its last checkpoint and ends with the same bits.
     """
     with contextlib.ExitStack() as stack:
-        # ------------------------------------------------------------------------------------ start or resume
         is_preempted = stack.enter_context(preemption.preemption_notice())
         checkpoints = Checkpoints(workdir.kept / "checkpoints" / name, config.checkpoint.keep)
         stack.callback(checkpoints.close)
-        done, state = 0, sharding.place(stage.init())
-        if checkpoints.latest():
-            last_logged = processes.ask_once(lambda: writer.whole_until(name))
-            reason = f"metrics.jsonl lacks step {last_logged + 1} of {name}, which it has done"
-            done, state = checkpoints.restore(state, lambda step: reason if step > last_logged else None)
-        sample_steps = samples.steps_kept(stage.steps, config.metrics.samples) if name == "align" else ()
-        writer.rewind(config.schedule, name, done, sample_steps)
+        start, state = resume(name, stage, config, checkpoints, writer)
         rows = [row for row in writer.read() if row["stage"] == name]
         first, previous = (rows[0], rows[-1]) if rows else ({}, {})
-        bar = progress.Progress(name, total=stage.steps, start=done, shown=processes.is_writer())
+        bar = progress.Progress(name, total=stage.steps, start=start, shown=processes.is_writer())
         stack.callback(bar.close)
         bar_scalars: dict[str, float] = {}
 
-        for step in range(done, stage.steps):
-            # -------------------------------------------------------------------------- collect and update
-            times = [time.perf_counter()]
-            batch, carry, scalars = stage.collect(state, step)
-            times.append(time.perf_counter())
-            train, update_scalars = stage.update(state.train, batch)
-            update_scalars |= {"skipped": train.skipped, "skipped_in_a_row": train.in_a_row}
-            scalars |= {key: float(value) for key, value in jax.device_get(update_scalars).items()}
-            times.append(time.perf_counter())
-            if reason := guards.stop_reason(config.guards, scalars):
-                folder = workdir.kept / "replay" / f"{name}-{step + 1}"
-                guards.keep_step(folder, step + 1, state._replace(train=train), batch)
-                raise InputError(f"stopped at step {step + 1} of {name}: {reason} --replay={folder} runs it alone.")
-            state = state._replace(train=train, carry=carry)
-
-            # ----------------------------------------------------------------- log, evaluate, checkpoint
+        for step in range(start, stage.steps):
+            state, scalars, seconds = take_step(name, stage, state, step, config, workdir)
             scalars |= stage.evaluate(state, step + 1)
             writer.write(name, step + 1, scalars)
-            writer.timing(name, step + 1, {"collect": times[1] - times[0], "update": times[2] - times[1]})
+            writer.timing(name, step + 1, seconds)
             first = first or scalars
-            for warning in (
-                guards.new_warnings(config.guards, first, previous, scalars) if processes.is_writer() else ()
-            ):
-                log.warning("step %d of %s: %s", step + 1, name, warning)
+            if processes.is_writer():
+                for warning in guards.new_warnings(config.guards, first, previous, scalars):
+                    log.warning("step %d of %s: %s", step + 1, name, warning)
             previous = scalars
-            bar_scalars |= {key: scalars[key] for key in stage.show if key in scalars}
+            bar_scalars |= {key: scalars[key] for key in stage.bar_scalars if key in scalars}
             bar.show(bar_scalars)
             preempted = is_preempted(step + 1)
             if preempted or (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.steps:
@@ -208,7 +227,47 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: 
 
     if reason := guards.never_updated(name, state.train):
         raise InputError(reason)
-    if done < stage.steps and processes.is_writer():
+    if start < stage.steps and processes.is_writer():
         for warning in guards.idle(config, name, [row for row in writer.read() if row["stage"] == name]):
             log.warning("%s", warning)
     return stage.finish(state)
+
+
+def resume(
+    name: str, stage: Stage, config: ConfigDict, checkpoints: Checkpoints, writer: metrics.MetricWriter
+) -> tuple[int, State]:
+    """The number of finished steps and the state after them, from the newest checkpoint; else (0, the first state).
+
+    Removes what the writer's files hold of later steps.
+    """
+    finished, state = 0, sharding.place(stage.init())
+    if checkpoints.latest():
+        last_logged = processes.ask_once(lambda: writer.whole_until(name))
+        lacking = f"metrics.jsonl lacks step {last_logged + 1} of {name}, which it has done"
+        finished, state = checkpoints.restore(state, lambda step: lacking if step > last_logged else None)
+    sample_steps = samples.steps_kept(stage.steps, config.metrics.samples) if name == "align" else ()
+    writer.rewind(config.schedule, name, finished, sample_steps)
+    return finished, state
+
+
+def take_step(
+    name: str, stage: Stage, state: State, step: int, config: ConfigDict, workdir: Workdir
+) -> tuple[State, dict[str, float], dict[str, float]]:
+    """One step: (the state after it, its scalars, seconds of "collect" and "update").
+
+    Raises:
+        InputError: a guard stops the run. The step is saved for --replay.
+    """
+    times = [time.perf_counter()]
+    batch, carry, scalars = stage.collect(state, step)
+    times.append(time.perf_counter())
+    train, update_scalars = stage.update(state.train, batch)
+    update_scalars |= {"skipped": train.skipped, "skipped_in_a_row": train.skipped_in_a_row}
+    scalars |= {key: float(value) for key, value in jax.device_get(update_scalars).items()}
+    times.append(time.perf_counter())
+    if reason := guards.stop_reason(config.guards, scalars):
+        folder = workdir.kept / "replay" / f"{name}-{step + 1}"
+        guards.keep_step(folder, step + 1, state._replace(train=train), batch)
+        raise InputError(f"stopped at step {step + 1} of {name}: {reason} --replay={folder} runs it alone.")
+    seconds = {"collect": times[1] - times[0], "update": times[2] - times[1]}
+    return State(train, carry), scalars, seconds

@@ -45,9 +45,9 @@ class Group:
     category: Array
     prefix: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
-    def members(self, chosen: slice) -> "Group":
+    def members(self, members: slice) -> "Group":
         """The same prompts with some of their responses."""
-        return dataclasses.replace(self, response=self.response[:, chosen], response_len=self.response_len[:, chosen])
+        return dataclasses.replace(self, response=self.response[:, members], response_len=self.response_len[:, members])
 
     def take(self, index_PM: Array) -> "Group":
         """The same prompts with M responses of each, chosen by index [P, M]."""
@@ -57,7 +57,7 @@ class Group:
             response_len=jnp.take_along_axis(self.response_len, index_PM, axis=1),
         )
 
-    def joined(self, text_PT: Array, length_P: Array) -> "Group":
+    def join(self, text_PT: Array, length_P: Array) -> "Group":
         """The group with one more member, its last: [P, G + 1, T]."""
         return dataclasses.replace(
             self,
@@ -74,14 +74,14 @@ class TrainState(NamedTuple):
         opt_state: the optimiser's state.
         step: the number of updates taken.
         skipped: the number of updates skipped because they were not finite.
-        in_a_row: the number of updates skipped since the last one taken.
+        skipped_in_a_row: the number of updates skipped since the last one taken.
     """
 
     params: PyTree
     opt_state: PyTree
     step: Array
     skipped: Array
-    in_a_row: Array
+    skipped_in_a_row: Array
 
 
 def length_mask(length: Array, size: int) -> Array:

@@ -22,7 +22,7 @@ GUIDES = [name for name in PAGES if name.islower() or name == "README.md"]
 # What each example's diff brings along, and the file without which it has nothing to apply to.
 EXAMPLES = {
     "scaling_rule": ("tests/harmonic_test.py", "drirl_jax/scaling.py"),
-    "objective": ("tests/stages/raft_test.py", "drirl_jax/stages/objectives.py"),
+    "objective": ("tests/stages/raft_test.py", "drirl_jax/stages/objectives/__init__.py"),
     "family": ("tests/models/families_test.py", "drirl_jax/models/families.py"),
     "benchmark": ("tests/evals/benchmarks_test.py", "drirl_jax/evals/benchmarks.py"),
 }

@@ -78,7 +78,7 @@ def by_method(options, stats, parts, reward, demo, category):
     [
         {},
         {"mean_over": "demo", "baseline": "batch"},
-        {"align": "both", "orientation": "inverse"},
+        {"mean_over": "both", "orientation": "inverse"},
         {"similarity": "response"},
         {"similarity": "plain", "per": "response"},
         {"baseline": "group", "per": "response"},

@@ -73,10 +73,10 @@ def with_categories(context: Context, count: int) -> Context:
     config = context.config.copy_and_resolve_references()
     config.data.categories = tuple(f"category_{i}" for i in range(count))
     config.data.harmless = config.data.categories[-1:]
-    by_split = {
-        split: examples._replace(category=np.arange(len(examples.id), dtype=np.int32) % count)
-        for split, examples in context.examples.items()
-    }
+    by_split = {}
+    for split, examples in context.examples.items():
+        category = np.arange(len(examples.id), dtype=np.int32) % count
+        by_split[split] = examples._replace(category=category, harmless=category == count - 1)
     return dataclasses.replace(context, config=config, examples=by_split)
 
 
@@ -158,13 +158,13 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
                 times[phase].append(clock.seconds.get(phase, 0.0))
     times["irl"] = time_irl(context, steps)
     examples = context.examples["train"]
-    roles = objectives.group_roles(config)
+    roles = objectives.grpo.group_roles(config)
     S, R = examples.prompt.shape[1], len(examples.prefix)
     step_shape = Shape(config.align.batch, S, config.align.group_size, config.sampler.max_new, R)
     demonstrations = {"scored": 1 + roles[1].counts, "trained": sum(role.trained for role in roles)}
     machine = measure_machine(context.model.config)
     size = sum(x.size for x in jax.tree.leaves(context.model))
-    options = {"size": size, "tuned": trained_size, "shared": context.shared, **demonstrations}
+    options = {"size": size, "tuned": trained_size, "shared": context.shared_layers, **demonstrations}
     floor_seconds = floor(context.model.config, step_shape, machine, **options)
     pairs_shape = step_shape._replace(P=config.irl.batch, G=1 + len(irl.negative_weights(config.irl)))
     adapted = config.reward.layers or context.model.config.layers

@@ -143,7 +143,7 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
 
     def init(model):
         params = policy.init(config.policy, model, jax.random.key(0))
-        return optimizer.init(transformation, objectives.init_params(objective, params, model))
+        return optimizer.init(transformation, objectives.base.init_params(objective, params, model))
 
     def init_rewards(model):
         return irl.init_rewards(dataclasses.replace(context, model=model))
@@ -170,11 +170,11 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
         merged_model = model
         if config.policy.tune == "lora":
             args = (model, train.params.policy)
-            merged_model = sharding.sharded_shapes(jax.eval_shape(policy.merged, *args))
-            yield Program("merge", 1, lambda: policy.merged.trace(*args), args)
-        P, G, shared = c.batch, c.group, context.shared
+            merged_model = sharding.sharded_shapes(jax.eval_shape(policy.merge, *args))
+            yield Program("merge", 1, lambda: policy.merge.trace(*args), args)
+        P, G, shared = c.batch, c.group_size, context.shared_layers
         yield from sample_programs("sample", 1, merged_model, P, G, T, config.sampler.temperature)
-        full_group = group(P, S, G + 1 + objectives.group_roles(config)[1].counts, T)
+        full_group = group(P, S, G + 1 + objectives.grpo.group_roles(config)[1].counts, T)
         trunk_states = None
         if shared.layers:
             yield Program(
@@ -188,10 +188,10 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
 
         def make_batch(model, params, group, trunk_states, logp, value, alpha):
             mask, is_harmless_P = jnp.ones(alpha.shape, bool), np.zeros(P, bool)
-            scored_group = objectives.ScoredGroup(
+            scored_group = objectives.base.ScoredGroup(
                 group, logp, value, alpha, mask, trunk_states, shared.policy, is_harmless_P
             )
-            return objective.batch(dataclasses.replace(context, model=model), model, params, scored_group)[0]
+            return objective.make_batch(dataclasses.replace(context, model=model), model, params, scored_group)[0]
 
         def float_shape(*shape):
             return batch_shapes(jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -214,7 +214,7 @@ def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Itera
                 config.sampler.temperature,
                 trunk_states and batch_shapes(_first(trunk_states, G)),
             )
-            yield Program("reference", 1, lambda: objectives.logprobs.trace(*logprob_args), logprob_args)
+            yield Program("reference", 1, lambda: objectives.base.logprobs.trace(*logprob_args), logprob_args)
         update_args = (train, model, batch_shapes(batch))
         yield Program(
             "update", c.epochs, lambda: align.make_update(config, transformation).trace(*update_args), update_args

@@ -55,11 +55,10 @@ def make_plan(context: Context, workdir: pathlib.Path) -> dict:
         InputError: an input of the user is wrong.
     """
     config = context.config
-    harmless = [config.data.categories.index(name) for name in config.data.harmless]
-    needs_both_kinds = {"irl": config.irl.contrast > 0, "align": objectives.group_roles(config)[1].counts}
+    needs_both_kinds = {"irl": config.irl.contrast > 0, "align": objectives.grpo.group_roles(config)[1].counts}
     for stage, splits in {"irl": ("train", "valid"), "align": ("train",)}.items():
         for split in splits if needs_both_kinds[stage] and stage in config.schedule else ():
-            require_both_kinds(context.examples[split], harmless, split)
+            require_both_kinds(context.examples[split], split)
     question_sets = runner.load_benchmarks(context)
     lock.require_free(workdir)
     if config.reward.init:
@@ -78,7 +77,7 @@ def make_plan(context: Context, workdir: pathlib.Path) -> dict:
         "policy": config.policy.init,
         "parameters": {name: count(shapes[name]) for name in ("policy", "trained", "rewards", "encoder")},
         "records": _records(context),
-        "repeated_prompts": overlap.describe_repeats(context.examples, harmless),
+        "repeated_prompts": overlap.describe_repeats(context.examples),
         "stages": [_stage(name, context, shapes, previous_stages.get(name), rate) for name in config.schedule],
         "benchmarks": {questions.name: len(questions.items) for questions in question_sets},
         "memory": memory(context, shapes),
@@ -114,7 +113,7 @@ def device_trees(context: Context) -> dict[str, PyTree]:
     model = sharding.sharded_shapes(context.model)
 
     def trained(model):
-        return objectives.init_params(objective, policy.init(config.policy, model, key), model)
+        return objectives.base.init_params(objective, policy.init(config.policy, model, key), model)
 
     def rewards(model):
         return irl.init_rewards(dataclasses.replace(context, model=model))
@@ -151,16 +150,16 @@ def align_operations(context: Context, size: int, tuned: int) -> dict[str, float
     """Operations of each phase of an alignment step, from `roofline.floor`."""
     config, shape = context.config, _shape(context)
     c, objective = config.align, objectives.OBJECTIVES[config.align.objective]
-    roles = objectives.group_roles(config)
+    roles = objectives.grpo.group_roles(config)
     # Responses that DPO learns from: all G samples and the demonstration, or two of the samples.
-    pairs = {"demonstration": 1, "self": 2 - c.group}
+    pairs = {"demonstration": 1, "self": 2 - c.group_size}
     trained = pairs[config.dpo.pairs] if c.objective == "dpo" else sum(role.trained for role in roles)
-    if not objective.samples:
+    if not objective.needs_samples:
         shape = shape._replace(G=1)
-    options = {"size": size, "tuned": tuned, "shared": context.shared, "scored": 1 + roles[1].counts}
+    options = {"size": size, "tuned": tuned, "shared": context.shared_layers, "scored": 1 + roles[1].counts}
     by_phase = floor(context.model.config, shape, COUNTED, trained=trained, **options)
     by_phase["update"] *= c.epochs
-    if not objective.samples:
+    if not objective.needs_samples:
         return {"update": by_phase["update"]}
     if c.objective == "dpo":
         by_phase["reference"] *= (shape.G + trained) / shape.G
@@ -170,7 +169,7 @@ def align_operations(context: Context, size: int, tuned: int) -> dict[str, float
         by_phase["rewards"] *= reward_passes(config)
     else:
         del by_phase["rewards"]
-    if objective.value:
+    if objective.has_value_head:
         by_phase["values"] = forward_flops(context.model.config, shape, logits=False)
     return by_phase
 
@@ -210,7 +209,7 @@ def _stage(name: str, context: Context, shapes: dict, previous: dict | None, rat
     elif name == "align":
         c, steps = config.align, config.align.steps
         by_phase = align_operations(context, count(shapes["policy"]), count(shapes["trained"]))
-        samples = objectives.OBJECTIVES[c.objective].samples
+        samples = objectives.OBJECTIVES[c.objective].needs_samples
         group = f"{shape.G} responses" if samples else "their demonstration"
         updates = c.epochs * c.minibatches
         words = f"{c.objective}: {c.batch} prompts of {tokens} tokens x {group} of {shape.T}, {updates} updates"
@@ -251,16 +250,16 @@ def memory(context: Context, shapes: dict[str, PyTree]) -> dict[str, float]:
     if "align" in config.schedule:
         c, objective = config.align, objectives.OBJECTIVES[config.align.objective]
         state = sharding.bytes_per_device(shapes["align"]) + sharding.bytes_per_device(shapes["trained"])
-        bank = (
-            sharding.bytes_per_device(shapes["rewards"]) if config.reward.source == "irl" and objective.samples else 0.0
-        )
-        learning = shape._replace(P=c.batch // c.minibatches // c.accumulate, G=shape.G if objective.samples else 1)
+        reads_bank = config.reward.source == "irl" and objective.needs_samples
+        bank = sharding.bytes_per_device(shapes["rewards"]) if reads_bank else 0.0
+        members = shape.G if objective.needs_samples else 1
+        learning = shape._replace(P=c.batch // c.minibatches // c.accumulate, G=members)
         layers = (config.policy.layers if adapted else 0) or model.layers
         stages["align"] = {"align: policy, optimiser, gradients": state, "align: rewards": bank}
         # To sample, adapters are merged into a copy of the model. A fully tuned policy needs no copy.
-        stages["align"]["align: merged policy"] = weights if adapted and objective.samples else 0.0
+        stages["align"]["align: merged policy"] = weights if adapted and objective.needs_samples else 0.0
         stages["align"]["align: sampling or update"] = max(
-            cache_bytes(model, shape) if objective.samples else 0.0, activation_bytes(model, learning, layers)
+            cache_bytes(model, shape) if objective.needs_samples else 0.0, activation_bytes(model, learning, layers)
         )
     return parts | max(stages.values(), key=lambda stage: sum(stage.values()), default={})
 

@@ -22,6 +22,7 @@ class Examples(NamedTuple):
         prompt: [N, S] int32; prompt_len: [N] int32; both without the prefix.
         demo: [N, T] int32; demo_len: [N] int32.
         category: [N] int32 index into config.data.categories.
+        harmless: [N] bool, whether the prompt should be answered: its category is one of config.data.harmless.
         index: [N] int32, the record's number in the whole data set; it is the key of the record's random numbers.
         prompt_text, demo_text, id: lists of N strings.
         prefix: the ids with which every prompt begins.
@@ -32,6 +33,7 @@ class Examples(NamedTuple):
     demo: np.ndarray
     demo_len: np.ndarray
     category: np.ndarray
+    harmless: np.ndarray
     index: np.ndarray
     prompt_text: Sequence[str]
     demo_text: Sequence[str]
@@ -50,9 +52,7 @@ class Examples(NamedTuple):
         return [np.flatnonzero(self.category == c) for c in range(categories)]
 
 
-def other_kind_demonstrations(
-    examples: Examples, pool: Examples, harmless: list[int], seed: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def other_kind_demonstrations(examples: Examples, pool: Examples, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Draws for each prompt a demonstration of the other kind from the pool, as a wrong answer (ours).
 
     A harmful prompt gets help, a harmless one a refusal. The policy's samples differ from demonstrations in style and
@@ -63,14 +63,13 @@ def other_kind_demonstrations(
         ([P, T] tokens, [P] lengths).
     """
     rng = np.random.default_rng(seed)
-    pool_is_harmless = np.isin(pool.category, harmless)
-    rows = [rng.choice(np.flatnonzero(pool_is_harmless != h)) for h in np.isin(examples.category, harmless)]
+    rows = [rng.choice(np.flatnonzero(pool.harmless != harmless)) for harmless in examples.harmless]
     return pool.demo[rows], pool.demo_len[rows]
 
 
-def require_both_kinds(examples: Examples, harmless: list[int], split: str) -> None:
+def require_both_kinds(examples: Examples, split: str) -> None:
     """Raises InputError if the split lacks harmful or harmless prompts (long prompts may have been dropped)."""
-    if len(set(np.isin(examples.category, harmless))) < 2:
+    if len(set(examples.harmless.tolist())) < 2:
         raise InputError(
             f"split {split} has prompts of one kind alone, but the contrast of config.irl or config.group needs "
             "harmful and harmless ones: add prompts of the missing kind, or raise config.data.max_prompt if they were "
@@ -97,8 +96,8 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.ChatTokens,
             dropped += 1
             continue
         truncated += demo[-1] not in tokens.eos_ids
-        metadata = (category_index[record.category], number, record.prompt, _demonstration(record, config), record.id)
-        rows[split].append((prompt, demo, *metadata))
+        kind = category_index[record.category], record.category in config.data.harmless
+        rows[split].append((prompt, demo, *kind, number, record.prompt, _demonstration(record, config), record.id))
         number += 1
     if dropped:
         log.warning("dropped %d prompts longer than %d tokens", dropped, config.data.max_prompt)
@@ -108,8 +107,7 @@ def tokenise(by_split: dict[str, list[records.Record]], tokens: text.ChatTokens,
     prefix = common_prefix(prompts)
     prompt_size = -(-(max(map(len, prompts)) - len(prefix)) // 4) * 4
     padded = {split: _pad(batch, prefix, prompt_size, config.sampler.max_new) for split, batch in rows.items() if batch}
-    harmless = [category_index[name] for name in config.data.harmless]
-    if (overlaps := overlap.describe_repeats(padded, harmless)) and processes.is_writer():
+    if (overlaps := overlap.describe_repeats(padded)) and processes.is_writer():
         log.warning("%s: the figures of these held-out prompts describe prompts that were trained on", overlaps)
     return padded
 
@@ -138,8 +136,9 @@ def common_prefix(prompts: list[list[int]]) -> tuple[int, ...]:
 
 
 def _pad(rows: list, prefix: tuple[int, ...], prompt_size: int, response_size: int) -> Examples:
-    prompt, demo, category, number, prompt_text, demo_text, ids = map(list, zip(*rows))
+    prompt, demo, category, harmless, number, prompt_text, demo_text, ids = map(list, zip(*rows))
     prompt, prompt_len = text.pad([ids[len(prefix) :] for ids in prompt], prompt_size)
     demo, demo_len = text.pad(demo, response_size)
     category, number = (np.asarray(x, np.int32) for x in (category, number))
-    return Examples(prompt, prompt_len, demo, demo_len, category, number, prompt_text, demo_text, ids, prefix)
+    kind = category, np.asarray(harmless, bool)
+    return Examples(prompt, prompt_len, demo, demo_len, *kind, number, prompt_text, demo_text, ids, prefix)

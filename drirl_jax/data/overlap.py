@@ -45,7 +45,7 @@ def count_near_repeats(prompts: Sequence[str], train: Sequence[str]) -> int:
     return len(np.unique(shared.row[jaccard >= NEAR]))
 
 
-def describe_repeats(examples: Mapping[str, Any], harmless: Sequence[int]) -> str:
+def describe_repeats(examples: Mapping[str, Any]) -> str:
     """Describes the repeated prompts in words, with counts; "" if there are none.
 
     A held-out prompt is counted once: as repeated if a training prompt has the same `normal` text, otherwise as nearly
@@ -53,7 +53,6 @@ def describe_repeats(examples: Mapping[str, Any], harmless: Sequence[int]) -> st
 
     Args:
         examples: split -> `data.examples.Examples`.
-        harmless: the indices of the categories whose prompts should be answered.
     """
     train_texts = set(examples[TRAIN].prompt_text) if TRAIN in examples else set()
     train_normals = {normalise(prompt) for prompt in train_texts}
@@ -61,7 +60,7 @@ def describe_repeats(examples: Mapping[str, Any], harmless: Sequence[int]) -> st
     parts = []
     for split, rows in examples.items():
         normal_by_prompt = {prompt: normalise(prompt) for prompt in rows.prompt_text}
-        for prompt, is_harmless in zip(rows.prompt_text, np.isin(rows.category, harmless).tolist()):
+        for prompt, is_harmless in zip(rows.prompt_text, rows.harmless.tolist()):
             kinds.setdefault(normal_by_prompt[prompt], set()).add(is_harmless)
         if split == TRAIN or not train_normals:
             continue

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Sequence, TypeAlias
 
 import grain
 import numpy as np
 
 from drirl_jax.types import InputError
 
+Rows: TypeAlias = Sequence[Any] | np.ndarray  # the records of a category, or their numbers
 
-def balanced(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
+
+def balanced(sources: Sequence[Rows], batch: int, seed: int) -> grain.MapDataset:
     """Endless batches in which every category has an equal share.
 
     Item k of the stream has category k mod C, and batch i holds items i P to (i+1) P - 1. If P is a multiple of C, each
@@ -32,9 +34,7 @@ def balanced(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.M
     return grain.MapDataset.mix(_shuffled(sources, seed)).batch(batch, batch_fn=list)
 
 
-def by_kind(
-    sources: Sequence[Sequence[Any]], batch: int, seed: int, harmless: Sequence[bool], share: float
-) -> grain.MapDataset:
+def by_kind(sources: Sequence[Rows], batch: int, seed: int, harmless: Sequence[bool], share: float) -> grain.MapDataset:
     """Like `balanced`, but the harmless categories together have this share of the prompts (ours).
 
     The harmful categories have the rest. Within each kind the categories are balanced. Reason: with seven harmful
@@ -51,12 +51,12 @@ def by_kind(
     return grain.MapDataset.mix([harmful, helpful], weights=[1 - share, share]).batch(batch, batch_fn=list)
 
 
-def single(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
+def single(sources: Sequence[Rows], batch: int, seed: int) -> grain.MapDataset:
     """Like `balanced`, but batch i holds only category i mod C: the categories take turns."""
     return grain.MapDataset.mix([rows.batch(batch, batch_fn=list) for rows in _shuffled(sources, seed)])
 
 
-def natural(sources: Sequence[Sequence[Any]], batch: int, seed: int) -> grain.MapDataset:
+def natural(sources: Sequence[Rows], batch: int, seed: int) -> grain.MapDataset:
     """Endless batches of all records together: each category has the share that it has in the data."""
     (all_rows,) = _shuffled([[row for rows in sources for row in rows]], seed)
     return all_rows.batch(batch, batch_fn=list)
@@ -71,13 +71,20 @@ BATCHES = {
 }
 
 
-def batches(section, rows_C: Sequence[np.ndarray], batch: int, seed: int, harmless_C: Sequence[bool]):
-    """The batches that config.data asks for, from the categories that have rows."""
-    present = [c for c, rows in enumerate(rows_C) if len(rows)]
-    return BATCHES[section.mixing](section, [rows_C[c] for c in present], batch, seed, [harmless_C[c] for c in present])
+def batches(section, rows_C: Sequence[np.ndarray], batch: int, seed: int, harmless_N: np.ndarray):
+    """The batches that config.data asks for, from the categories that have rows.
+
+    Args:
+        section: config.data.
+        rows_C: the row numbers of each category.
+        batch, seed: see `balanced`.
+        harmless_N: bool, which rows are harmless; it is the same for all rows of a category.
+    """
+    present = [rows for rows in rows_C if len(rows)]
+    return BATCHES[section.mixing](section, present, batch, seed, [bool(harmless_N[rows[0]]) for rows in present])
 
 
-def _shuffled(sources: Sequence[Sequence[Any]], seed: int) -> list[grain.MapDataset]:
+def _shuffled(sources: Sequence[Rows], seed: int) -> list[grain.MapDataset]:
     """Each source as an endless stream, each epoch in another order."""
     empty = [c for c, rows in enumerate(sources) if not len(rows)]
     if empty:

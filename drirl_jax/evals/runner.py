@@ -126,7 +126,6 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
     judge = judges.JUDGES[judges.first_of_kind(c.judges, "refusal")].make(judge_setting(context, bank))
     refusal_N = judge.refusal(examples.prompt_text, texts).astype(float)
     has_verdict_N, refused_N = ~np.isnan(refusal_N), refusal_N > 0
-    is_harmless_N = np.isin(examples.category, [names.index(name) for name in config.data.harmless])
 
     def share_refused(rows):
         return float(refused_N[rows & has_verdict_N].mean()) if (rows & has_verdict_N).any() else None
@@ -134,8 +133,8 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
     rows_of_category = {name: examples.category == i for i, name in enumerate(names) if (examples.category == i).any()}
     return {
         "overall": {
-            "harmful_refused": share_refused(~is_harmless_N),
-            "harmless_refused": share_refused(is_harmless_N),
+            "harmful_refused": share_refused(~examples.harmless),
+            "harmless_refused": share_refused(examples.harmless),
             "mean_reward": mean_reward(),
             "mean_length": float(samples.response_len.mean()),
         },

@@ -41,7 +41,7 @@ def with_periodic_evals(stage: Stage, context: Context, asked: list[Questions], 
         if step % c.every and step != stage.steps:
             return scalars
         params = stage.finish(state)
-        model = POLICIES[context.config.policy.tune].merged(context.model, params)
+        model = POLICIES[context.config.policy.tune].merge(context.model, params)
         for result in runner.run_benchmarks(context, model, asked, judges).values():
             scalars |= benchmarks.scalars(result)
         if checkpoints is not None and c.best in scalars:

@@ -147,7 +147,7 @@ class Layout(NamedTuple):
         S = self.prompt
         return x_PN[:, :S], rearrange(x_PN[:, S:], "p (g t) ... -> p g t ...", g=self.group)
 
-    def joined(self, x_PS: Array, x_PGT: Array) -> Array:
+    def join(self, x_PS: Array, x_PGT: Array) -> Array:
         """The inverse of `split`."""
         return jnp.concatenate([x_PS, rearrange(x_PGT, "p g t ... -> p (g t) ...")], axis=1)
 
@@ -190,4 +190,4 @@ def group_attention(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, befo
     own_mask_TT = visible(config, local, jnp.tril(jnp.ones((T, T), bool)), np.arange(T), np.arange(T))
     own_k, own_v = response_heads_first(k_t), response_heads_first(v_t)
     attended_t = response_attention(config, q_t, k_s, v_s, prompt_mask_PTU, own_k, own_v, own_mask_TT)
-    return layout.joined(attended_s, attended_t)
+    return layout.join(attended_s, attended_t)

@@ -186,9 +186,9 @@ class TrunkStates:
     response: Array
     layers: int = struct.field(pytree_node=False)
 
-    def members(self, chosen: slice) -> "TrunkStates":
+    def members(self, members: slice) -> "TrunkStates":
         """The states of some of each prompt's responses."""
-        return dataclasses.replace(self, response=self.response[:, chosen])
+        return dataclasses.replace(self, response=self.response[:, members])
 
     def take(self, index_PM: Array) -> "TrunkStates":
         """The states of M responses of each prompt; index_PM says which."""
@@ -272,7 +272,7 @@ def _run_layers(
     if (states.layers, end) != (0, config.layers):
         blocks = jax.tree.map(lambda w: w[states.layers : end], blocks)
     inputs = (blocks, adapter, local_layers(config, slice(states.layers, end)))
-    (prefix, x_PND), _ = jax.lax.scan(run_layer, (prefix, layout.joined(states.prompt, states.response)), inputs)
+    (prefix, x_PND), _ = jax.lax.scan(run_layer, (prefix, layout.join(states.prompt, states.response)), inputs)
     return TrunkStates(jnp.broadcast_to(prefix, states.prefix.shape), *layout.split(x_PND), layers=end)
 
 

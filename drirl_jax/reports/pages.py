@@ -79,7 +79,7 @@ class Run(NamedTuple):
         facts: the machine and the data, as `train.run` wrote them to facts.json.
         metrics, timing, samples: rows of metrics.jsonl, timing.jsonl and samples.jsonl.
         base, aligned: results of `evals.runner.evaluate`, with "benchmarks".
-        reliability: of the rewards, by category; see `stages.irl.reliability`.
+        reliability: of the rewards, by category; see `stages.calibration.reliability`.
     """
 
     workdir: pathlib.Path
@@ -129,7 +129,7 @@ def load_run(workdir: pathlib.Path) -> Run:
     return Run(workdir, config, facts, metric_rows, timing_rows, samples, base, aligned, reliability)
 
 
-def facts_of(examples: Mapping[str, Examples], categories: Sequence[str], harmless: Sequence[str] = ()) -> dict:
+def facts_of(examples: Mapping[str, Examples], categories: Sequence[str]) -> dict:
     """The facts of program, machine and data for facts.json: `records` by split and category, and REPEATED, if any."""
     facts = {
         "drirl_jax": drirl_jax.__version__,
@@ -141,7 +141,7 @@ def facts_of(examples: Mapping[str, Examples], categories: Sequence[str], harmle
             split: {name: len(rows) for name, rows in zip(categories, split_examples.rows_by_category(len(categories)))}
             for split, split_examples in examples.items()
         },
-        REPEATED: overlap.describe_repeats(examples, [categories.index(name) for name in harmless]),
+        REPEATED: overlap.describe_repeats(examples),
     }
     return {name: value for name, value in facts.items() if value}
 

@@ -305,9 +305,9 @@ def tokens(run: Run) -> list[str]:
     c, sentences = run.config.align, []
     lengths = [row["length"] for row in run.rows("align") if row.get("length") is not None]
     if lengths:
-        sampled = sum(lengths) * c.batch * c.group
+        sampled = sum(lengths) * c.batch * c.group_size
         sentences.append(
-            f"The alignment sampled {sampled:,.0f} tokens in {len(lengths) * c.batch * c.group:,} responses."
+            f"The alignment sampled {sampled:,.0f} tokens in {len(lengths) * c.batch * c.group_size:,} responses."
         )
     for path in (run.workdir / name for name in REPLIES):
         if path.exists():

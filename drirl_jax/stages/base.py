@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, Callable, NamedTuple
+import pathlib
+from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.runtime.progress import Clock, with_progress
 from drirl_jax.types import Array, Group, PyTree, TrainState
 
-# Each use of random numbers has its own stream: key = fold_in(run key, purpose), then step, prompt and response index.
+# Each use of random numbers has its own stream: key = fold_in(run key, stream), then step, prompt and response index.
 RANDOM_STREAMS = dict(
     adapter=0,
     rewards=1,
@@ -61,7 +62,7 @@ class Context:
         embedder: the sentence encoder.
         examples: of each split.
         workdir: None for a run that writes nothing.
-        sampling: the mesh to sample on; None if it is the mesh of training.
+        sampling_mesh: the mesh to sample on; None if it is the mesh of training.
     """
 
     config: ConfigDict
@@ -71,10 +72,10 @@ class Context:
     examples: dict[str, Examples]
     clock: Clock = dataclasses.field(default_factory=Clock)
     workdir: Workdir | None = None
-    sampling: jax.sharding.Mesh | None = None
+    sampling_mesh: jax.sharding.Mesh | None = None
 
     @property
-    def shared(self) -> SharedLayers:
+    def shared_layers(self) -> SharedLayers:
         """The first layers that policy and rewards leave unchanged. One that changes all layers does not count."""
         layers, c = self.model.config.layers, self.config
         reward_layers = {"lora": (c.reward.layers or layers), "head": 0, "full": layers}
@@ -84,8 +85,13 @@ class Context:
             min(filter(None, (policy_shared, rewards_shared)), default=0), policy_shared > 0, rewards_shared > 0
         )
 
-    def key(self, purpose: str, step: int = 0) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), RANDOM_STREAMS[purpose]), step)
+    def key(self, stream: str, step: int = 0) -> Array:
+        """The random key of this stream (a key of RANDOM_STREAMS) in this step."""
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), RANDOM_STREAMS[stream]), step)
+
+    def local_file(self, name: str) -> pathlib.Path | None:
+        """The path of a file of the workdir on this machine; None for a run that writes nothing."""
+        return None if self.workdir is None else self.workdir.local / name
 
 
 class State(NamedTuple):
@@ -101,21 +107,20 @@ class Stage(NamedTuple):
     Attributes:
         steps: number of updates.
         init: () -> State.
-        collect: (State, step) -> (batch, carry, scalars). It samples and scores, on host and device. In the align stage
-            it takes a third argument: rewards to use in place of the stage's own.
+        collect: (State, step) -> (batch, carry, scalars). It samples and scores, on host and device.
         update: (TrainState, batch) -> (TrainState, scalars); one jitted, donated function.
         evaluate: (State, step) -> scalars on held-out data; {} at steps without an evaluation.
         finish: State -> the stage's product.
-        show: the scalars that the progress bar shows.
+        bar_scalars: the scalars that the progress bar shows.
     """
 
     steps: int
     init: Callable[[], State]
-    collect: Callable[..., tuple[Any, PyTree, dict[str, float]]]
+    collect: Callable[[State, int], tuple[Any, PyTree, dict[str, float]]]
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
     evaluate: Callable[[State, int], dict[str, float]]
     finish: Callable[[State], PyTree]
-    show: tuple[str, ...]
+    bar_scalars: tuple[str, ...]
 
 
 class Policy(NamedTuple):
@@ -123,13 +128,13 @@ class Policy(NamedTuple):
 
     Attributes:
         init: (config.policy, trunk, key) -> params.
-        parts: (trunk, params) -> (model, adapter) for the differentiable pass.
-        merged: (trunk, params) -> one model with the trunk's weight type, for sampling and export.
+        model_and_adapter: (trunk, params) -> (model, adapter) for the differentiable pass.
+        merge: (trunk, params) -> one model with the trunk's weight type, for sampling and export.
     """
 
     init: Callable
-    parts: Callable
-    merged: jax.stages.Wrapped
+    model_and_adapter: Callable
+    merge: jax.stages.Wrapped
 
 
 def _init_adapter(section, trunk, key):
@@ -156,9 +161,9 @@ def make_group(examples: Examples, response, response_len) -> Group:
 
 def on_sampling_mesh(context: Context, model: Transformer) -> Transformer:
     """The model on the sampling mesh: each sampled token reads all weights, so they should not be gathered first."""
-    if context.sampling is None:
+    if context.sampling_mesh is None:
         return model
-    with jax.set_mesh(context.sampling):
+    with jax.set_mesh(context.sampling_mesh):
         return reshard(model)
 
 
@@ -179,23 +184,23 @@ def sample_batch(context: Context, model: Transformer, examples: Examples, key: 
     """The model's responses to one batch of examples, sharded by prompt; see `rollout.sample` for the other options."""
     group = options.pop("group")
     keys = rollout.response_keys(key, jnp.asarray(examples.index), group)
-    with jax.set_mesh(context.sampling) if context.sampling else contextlib.nullcontext():
-        keys = sharding.replicate(keys) if context.sampling else keys
+    with jax.set_mesh(context.sampling_mesh) if context.sampling_mesh else contextlib.nullcontext():
+        keys = sharding.replicate(keys) if context.sampling_mesh else keys
         prompt, length = sharding.shard_prompts(examples.prompt), sharding.shard_prompts(examples.prompt_len)
         options |= dict(eos=context.text.eos_ids, prefix=examples.prefix)
         responses = rollout.sample(model, prompt, length, keys, **options)
-    return jax.tree.map(sharding.shard_prompts, responses) if context.sampling else responses
+    return jax.tree.map(sharding.shard_prompts, responses) if context.sampling_mesh else responses
 
 
-def batched_rows(total: int, size: int, doing: str):
+def batched_rows(total: int, size: int, label: str) -> Iterator[tuple[np.ndarray, int]]:
     """Yields (row numbers, number of real rows) of batches of `total` rows.
 
     Args:
         size: rows of a batch; rounded up so that the devices get equal shares. Repeated rows fill the last batch.
-        doing: what the progress bar calls this work.
+        label: what the progress bar calls this work.
     """
     size = sharding.round_up_prompts(size)
-    for start in with_progress(range(0, total, size), doing, "batch"):
+    for start in with_progress(range(0, total, size), label, "batch"):
         yield np.arange(start, start + size) % total, min(size, total - start)
 
 

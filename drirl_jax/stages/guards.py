@@ -36,12 +36,12 @@ def stop_reason(section: ConfigDict, scalars: Mapping[str, float]) -> str | None
     return None
 
 
-def new_warnings(section: ConfigDict, first: Mapping, before: Mapping, now: Mapping) -> list[str]:
+def new_warnings(section: ConfigDict, first: Mapping, previous: Mapping, scalars: Mapping) -> list[str]:
     """One sentence for each quantity that exceeds its limit in this step and did not in the step before.
 
     Args:
-        first, before, now: scalars of the stage's first step, of the step before and of this one; {} for a missing
-            step, None or NaN for a value that is not finite.
+        first, previous, scalars: of the stage's first step, of the step before and of this one; {} for a missing step,
+            None or NaN for a value that is not finite.
     """
 
     def reward_drift(row):
@@ -52,9 +52,9 @@ def new_warnings(section: ConfigDict, first: Mapping, before: Mapping, now: Mapp
         "reward_drift": ("the mean reward's distance from the first step's", reward_drift),
     }
     return [
-        f"{words} is {measure(now):.3g}, above config.guards.{name} = {section[name]}"
-        for name, (words, measure) in quantities.items()
-        if measure(now) > section[name] and not (before and measure(before) > section[name])
+        f"{quantity} is {measure(scalars):.3g}, above config.guards.{name} = {section[name]}"
+        for name, (quantity, measure) in quantities.items()
+        if measure(scalars) > section[name] and not (previous and measure(previous) > section[name])
     ]
 
 
@@ -74,15 +74,15 @@ class Idle(NamedTuple):
 
     Attributes:
         stage, scalar, value: the stage, the scalar's name and its value in the rows of metrics.jsonl.
-        words: the meaning of the sign, and a remedy.
-        counts: (config) -> whether the sign has this meaning with this config.
+        message: the meaning of the sign, and a remedy.
+        applies: (config) -> whether the sign has this meaning with this config.
     """
 
     stage: str
     scalar: str
     value: float
-    words: str
-    counts: Callable[[ConfigDict], bool] = lambda config: True
+    message: str
+    applies: Callable[[ConfigDict], bool] = lambda config: True
 
 
 NO_GRADIENT = "no update had a gradient: the loss compares equal things, or does not depend on the trained weights"
@@ -110,15 +110,15 @@ def idle(config: ConfigDict, stage: str, rows: Sequence[Mapping]) -> list[str]:
     def values(scalar: str) -> list[float]:
         return [row[scalar] for row in rows if row.get(scalar) is not None]
 
-    signs = [sign for sign in IDLE if sign.stage == stage and sign.counts(config)]
-    messages = [sign.words for sign in signs if set(values(sign.scalar)) == {sign.value}]
+    signs = [sign for sign in IDLE if sign.stage == stage and sign.applies(config)]
+    messages = [sign.message for sign in signs if set(values(sign.scalar)) == {sign.value}]
     accuracy = values("accuracy")[-1:]
     if stage == "irl" and accuracy and accuracy[0] <= 0.5:
         messages.append(f"the rewards rank {accuracy[0]:.0%} of the held-out pairs right, no better than chance")
     inner_updates = (config.irl.rounds - 1) * config.irl.policy_steps * config.align.epochs * config.align.minibatches
     if stage == "irl" and inner_updates and values("inner_skipped")[-1:] == [inner_updates]:
         messages.append("all updates of the inner policy were left out, as they were not finite")
-    return [f"{stage} seems to have learned nothing: {words}." for words in messages]
+    return [f"{stage} seems to have learned nothing: {message}." for message in messages]
 
 
 def keep_step(folder: bucket.Path, step: int, state: State, batch: PyTree) -> None:

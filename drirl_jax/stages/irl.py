@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Sequence, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,14 @@ from drirl_jax import equations as eq
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples, other_kind_demonstrations, require_both_kinds
 from drirl_jax.models import reward
+from drirl_jax.models.transformer import Transformer
 from drirl_jax.runtime import processes, sharding
 from drirl_jax.runtime.files import replace_file
-from drirl_jax.stages import align, optimizer
+from drirl_jax.stages import optimizer
+from drirl_jax.stages.align import Alignment
 from drirl_jax.stages.base import POLICIES, Context, Stage, State, batched_rows, category_means, make_group, sample_all
-from drirl_jax.types import Array, Group, InputError
+from drirl_jax.stages.calibration import calibration_error, correlation, reliability
+from drirl_jax.types import Array, Group, InputError, TrainState
 
 SHORTEST_CUT = 8  # tokens: a shorter text says too little to rank it
 
@@ -88,18 +91,18 @@ def common_cut(demo_len_P, negative_len_PK, seed: list[int]) -> np.ndarray:
     return np.random.default_rng(seed).integers(shortest_PK, longest_PK + 1).astype(np.int32)
 
 
-def rows_to_sample(read: np.ndarray, by_category: list[np.ndarray], minimum: int) -> np.ndarray:
+def rows_to_sample(batch_rows: np.ndarray, rows_C: Sequence[np.ndarray], minimum: int) -> np.ndarray:
     """The rows that need samples in a round.
 
     These are the rows that the round trains on. A category with fewer than `minimum` of them adds its first `minimum`
     rows: without some samples its rewards could not be standardised.
 
     Args:
-        read: row numbers that the round trains on, perhaps repeated.
-        by_category: the row numbers of each category.
+        batch_rows: row numbers that the round trains on, perhaps repeated.
+        rows_C: the row numbers of each category.
     """
-    extra_rows = [rows[:minimum] for rows in by_category if np.isin(rows, read).sum() < minimum]
-    return np.unique(np.concatenate([read, *extra_rows]))
+    extra_rows = [rows[:minimum] for rows in rows_C if np.isin(rows, batch_rows).sum() < minimum]
+    return np.unique(np.concatenate([batch_rows, *extra_rows]))
 
 
 def make_pairs(examples: Examples, negative_PKT, negative_len_PK, cut: str, seed: list[int]) -> Pairs:
@@ -138,110 +141,199 @@ def make_update(config: ConfigDict, transformation: optax.GradientTransformation
     pair_loss, weight_K = partial(LOSSES[c.loss], section=c), negative_weights(c)
 
     @partial(jax.jit, donate_argnums=0)
-    def updated(train_state, model, batch):
-        stage_loss = partial(loss, model, pair_loss, jnp.array(weight_K))
+    def updated(train_state: TrainState, trunk, batch):
+        stage_loss = partial(loss, trunk, pair_loss, jnp.array(weight_K))
         return optimizer.step(transformation, stage_loss, train_state, batch, c.accumulate)
 
     return updated
 
 
+Samples: TypeAlias = tuple[np.ndarray, np.ndarray]  # responses [N, K, T] to the prompts of a split, and lengths [N, K]
+
+
 class Carry(NamedTuple):
-    """What the stage carries from step to step.
+    """What the stage carries from step to step, beside the train state.
 
     Attributes:
-        train, valid: samples of the training and of the held-out prompts: responses [N, K, T] and lengths [N, K].
+        train, valid: samples of the training and of the held-out prompts.
         inner: the state of the inner policy's alignment, with irl.policy='alternate'.
     """
 
-    train: tuple[np.ndarray, np.ndarray]
-    valid: tuple[np.ndarray, np.ndarray]
+    train: Samples
+    valid: Samples
     inner: State | None = None
 
 
 def make(context: Context) -> Stage:
     """The IRL stage. Its product is a `reward.Bank`."""
-    config, c = context.config, context.config.irl
-    category_names = config.data.categories
-    harmless_categories = [category_names.index(name) for name in config.data.harmless]
-    train, valid = context.examples["train"], context.examples["valid"]
-    # config.data.shares may leave a category out. Its reward learns nothing, so we do not evaluate it.
-    valid = valid.take(np.flatnonzero(np.isin(valid.category, train.category)))
-    transformation = optimizer.make(c.optimizer, c.steps)
-    round_steps = c.steps // c.rounds
-    has_contrast = c.contrast > 0
-    for split in ("train", "valid") if has_contrast else ():
-        require_both_kinds(context.examples[split], harmless_categories, split)
-    category_rows = [rows for rows in train.rows_by_category(len(category_names)) if len(rows)]
-    mix = pipeline.natural if config.data.mixing == "natural" else pipeline.balanced
-    batches = mix(category_rows, c.batch, config.seed)
-    token_scores = jax.jit(reward.token_scores)
+    return RewardLearning(context).stage()
 
-    def no_samples(examples: Examples):
-        """Responses [N, K, T] and lengths [N, K] before any sampling: all 0."""
-        shape = (len(examples.id), c.samples)
-        return np.zeros((*shape, config.sampler.max_new), np.int32), np.zeros(shape, np.int32)
 
-    # The inner policy takes steps of the align stage between rounds. So the rewards see samples that exploit them.
-    inner_stage = align.make(context, None, "inner_samples") if c.policy == "alternate" else None
+class RewardLearning:
+    """The parts of the IRL stage, which `stage` puts together.
 
-    def sample(model, examples: Examples, rows, round_: int):
-        """Samples for these rows; the other rows stay 0."""
-        batch = max(1, config.evals.batch // c.samples)
+    The steps form config.irl.rounds rounds. A round begins with new samples of the policy; `collect` pairs these with
+    the demonstrations.
+    """
+
+    def __init__(self, context: Context):
+        self.context, self.config = context, context.config
+        config, c = context.config, context.config.irl
+        self.train, valid = context.examples["train"], context.examples["valid"]
+        # config.data.shares may leave a category out. Its reward learns nothing, so we do not evaluate it.
+        self.valid = valid.take(np.flatnonzero(np.isin(valid.category, self.train.category)))
+        self.transformation = optimizer.make(c.optimizer, c.steps)
+        self.round_steps = c.steps // c.rounds
+        self.has_contrast = c.contrast > 0
+        for split in ("train", "valid") if self.has_contrast else ():
+            require_both_kinds(context.examples[split], split)
+        self.rows_C = self.train.rows_by_category(len(config.data.categories))
+        mix = pipeline.natural if config.data.mixing == "natural" else pipeline.balanced
+        self.batches = mix([rows for rows in self.rows_C if len(rows)], c.batch, config.seed)
+        # The inner policy takes steps of the align stage between rounds. So the rewards see samples that exploit them.
+        self.inner = Alignment(context, "inner_samples") if c.policy == "alternate" else None
+        self.updated = make_update(config, self.transformation)
+        self.token_scores = jax.jit(reward.token_scores)
+
+    def stage(self) -> Stage:
+        """See `make`."""
+        return Stage(
+            steps=self.config.irl.steps,
+            init=self.init,
+            collect=self.collect,
+            update=lambda train_state, batch: self.updated(train_state, self.context.model, batch),
+            evaluate=self.evaluate,
+            finish=self.finish,
+            bar_scalars=("loss", "pairs_right", "accuracy"),
+        )
+
+    def init(self) -> State:
+        """The state before the first step."""
+        inner_state = self.inner.init() if self.inner else None
+        carry = Carry(self.no_samples(self.train), self.no_samples(self.valid), inner_state)
+        return State(optimizer.init(self.transformation, init_rewards(self.context)), carry)
+
+    # ------------------------------------------------------------------------------------------ collect
+
+    def collect(self, state: State, step: int) -> tuple[Pairs, Carry, dict[str, float]]:
+        """A batch of demonstrations, each against the samples of this round."""
+        carry = state.carry
+        if step % self.round_steps == 0:
+            carry = self.begin_round(state, step // self.round_steps)
+        rows = np.asarray(self.batches[step])
+        samples, seed = tuple(x[rows] for x in carry.train), [self.config.seed, step]
+        pairs = self.pair_with_negatives(self.train.take(rows), self.train, samples, self.has_contrast, seed)
+        return pairs, carry, {"inner_skipped": float(carry.inner.train.skipped)} if carry.inner else {}
+
+    def begin_round(self, state: State, number: int) -> Carry:
+        """New samples for a round: of the inner policy after its steps, or else of the fixed policy."""
+        model, inner_state = self.context.model, state.carry.inner
+        if self.inner:
+            if number:
+                inner_state = self.train_inner_policy(self.inner.stage(self.finish(state)), inner_state, number - 1)
+            merge = POLICIES[self.config.policy.tune].merge
+            model = merge(self.context.model, inner_state.train.params.policy)
+        steps = range(number * self.round_steps, (number + 1) * self.round_steps)
+        batch_rows = np.concatenate([self.batches[step] for step in steps])
+        train_rows = rows_to_sample(batch_rows, self.rows_C, self.config.data.minimum)
+        train_samples = self.sample(model, self.train, train_rows, number)
+        return Carry(train_samples, self.sample(model, self.valid, np.arange(len(self.valid.id)), number), inner_state)
+
+    def train_inner_policy(self, inner_stage: Stage, inner_state: State, number: int) -> State:
+        """The state of the inner policy after its steps that follow round `number`."""
+        policy_steps = self.config.irl.policy_steps
+        for step in range(number * policy_steps, (number + 1) * policy_steps):
+            batch, carry, _ = inner_stage.collect(inner_state, step)
+            inner_state = State(inner_stage.update(inner_state.train, batch)[0], carry)
+        return inner_state
+
+    def no_samples(self, examples: Examples) -> Samples:
+        """The samples before any sampling: all 0."""
+        shape = (len(examples.id), self.config.irl.samples)
+        return np.zeros((*shape, self.config.sampler.max_new), np.int32), np.zeros(shape, np.int32)
+
+    def sample(self, model: Transformer, examples: Examples, rows: np.ndarray, round_number: int) -> Samples:
+        """The model's samples for these rows; the other rows stay 0."""
+        config, c = self.config, self.config.irl
         rollout = sample_all(
-            context, model, examples.take(rows), context.key("irl_samples", round_), batch,
+            self.context, model, examples.take(rows), self.context.key("irl_samples", round_number),
+            max(1, config.evals.batch // c.samples),
             group=c.samples, max_new=config.sampler.max_new, temperature=config.sampler.temperature,
         )  # fmt: skip
-        response_NKT, length_NK = no_samples(examples)
+        response_NKT, length_NK = self.no_samples(examples)
         response_NKT[rows], length_NK[rows] = rollout.response, rollout.response_len
         return response_NKT, length_NK
 
-    def init() -> State:
-        carry = Carry(no_samples(train), no_samples(valid), inner_stage and inner_stage.init())
-        return State(optimizer.init(transformation, init_rewards(context)), carry)
-
     def pair_with_negatives(
-        examples: Examples, pool: Examples, response_PKT, length_PK, contrasted: bool, seed
+        self, examples: Examples, pool: Examples, samples: Samples, has_contrast: bool, seed: list[int]
     ) -> Pairs:
-        if contrasted:
-            other_PT, other_len_P = other_kind_demonstrations(examples, pool, harmless_categories, seed)
-            response_PKT = np.concatenate([response_PKT, other_PT[:, None]], axis=1)
-            length_PK = np.concatenate([length_PK, other_len_P[:, None]], axis=1)
-        return make_pairs(examples, response_PKT, length_PK, c.cut, seed)
+        """The demonstrations against these samples; with a contrast also one of the other kind from the pool."""
+        response_PKT, length_PK = samples
+        if has_contrast:
+            demo_PT, demo_len_P = other_kind_demonstrations(examples, pool, seed)
+            response_PKT = np.concatenate([response_PKT, demo_PT[:, None]], axis=1)
+            length_PK = np.concatenate([length_PK, demo_len_P[:, None]], axis=1)
+        return make_pairs(examples, response_PKT, length_PK, self.config.irl.cut, seed)
 
-    def collect(state: State, step: int):
-        carry = state.carry
-        if step % round_steps == 0:
-            carry = begin_round(state, step // round_steps)
-        rows = np.asarray(batches[step])
-        response_NKT, length_NK = carry.train
-        pair_arguments = (response_NKT[rows], length_NK[rows], has_contrast, [config.seed, step])
-        inner_skipped = {"inner_skipped": float(carry.inner.train.skipped)} if inner_stage else {}
-        return pair_with_negatives(train.take(rows), train, *pair_arguments), carry, inner_skipped
+    # ------------------------------------------------------------------------------------------ evaluate, finish
 
-    def begin_round(state: State, number: int) -> Carry:
-        """New samples for a round: of the inner policy after its steps, or else of the fixed policy."""
-        first_step = number * round_steps
-        batch_rows = np.concatenate([batches[i] for i in range(first_step, first_step + round_steps)])
-        train_rows = rows_to_sample(batch_rows, train.rows_by_category(len(category_names)), config.data.minimum)
-        model, inner_state = context.model, state.carry.inner
-        if inner_stage:
-            bank = finish(state) if number else None
-            for step in range((number - 1) * c.policy_steps, number * c.policy_steps) if number else ():
-                batch, stats, _ = inner_stage.collect(inner_state, step, bank)
-                inner_state = State(inner_stage.update(inner_state.train, batch)[0], stats)
-            model = POLICIES[config.policy.tune].merged(context.model, inner_state.train.params.policy)
-        valid_rows = np.arange(len(valid.id))
-        return Carry(sample(model, train, train_rows, number), sample(model, valid, valid_rows, number), inner_state)
+    def evaluate(self, state: State, step: int) -> dict[str, float]:
+        """Accuracy on held-out pairs, calibration, and correlation with length."""
+        c = self.config.irl
+        if step % c.eval_every and step != c.steps:
+            return {}
+        scores = self.score_pairs(optimizer.product(state.train), self.valid, state.carry.valid, self.has_contrast)
+        gap_NK = (scores["demo"] - scores["negative"])[:, : c.samples]
+        curves = {name: reliability(gap_NK[rows].reshape(-1), c.beta) for name, rows in self.valid_subsets().items()}
+        if self.context.workdir and step == c.steps and processes.is_writer():
+            replace_file(self.context.workdir.local / "reliability.json", json.dumps(curves, indent=1) + "\n")
+        return self.accuracies(scores) | self.calibration(scores, curves, state.carry.valid)
 
-    updated = make_update(config, transformation)
+    def valid_subsets(self) -> dict[str, np.ndarray]:
+        """Masks [N] of the held-out prompts: of all, and of each category present."""
+        names, category_N = self.config.data.categories, self.valid.category
+        return {"all": np.ones(len(category_N), bool)} | {names[i]: category_N == i for i in np.unique(category_N)}
 
-    def score_pairs(rewards, examples: Examples, samples, contrasted: bool) -> dict[str, np.ndarray]:
-        """Raw rewards: "demo" and "negative" [N, K] at the ends of `Pairs`, "whole" [N, 1 + K] of whole texts."""
+    def accuracies(self, scores: dict[str, np.ndarray]) -> dict[str, float]:
+        """The share of pairs that the rewards rank right, by category: at the ends of `Pairs`, and of whole texts."""
+        K, beta = self.config.irl.samples, self.config.irl.beta
+        gap_NK = scores["demo"] - scores["negative"]
+        whole_gap_NK = scores["whole"][:, :1] - scores["whole"][:, 1:]
+        measures = {
+            "accuracy": gap_NK[:, :K] > 0,
+            "confidence": 1 / (1 + np.exp(-gap_NK[:, :K] / beta)),
+            "accuracy_whole": whole_gap_NK[:, :K] > 0,
+        }
+        if self.has_contrast:  # a demonstration of the other kind follows the K samples
+            measures["accuracy_contrast"] = whole_gap_NK[:, K:] > 0
+        scalars = {}
+        for name, values in measures.items():
+            scalars |= category_means(values, self.valid.category, self.config.data.categories, name)
+        return scalars
+
+    def calibration(self, scores: dict[str, np.ndarray], curves: dict[str, list], samples: Samples) -> dict[str, float]:
+        """The calibration error, and the correlation of reward and length: over all prompts, and for each category."""
+        scalars, (_, length_NK) = {}, samples
+        sample_reward_NK = scores["whole"][:, 1 : 1 + self.config.irl.samples]
+        for name, rows in self.valid_subsets().items():
+            suffix = "" if name == "all" else f"/{name}"
+            scalars[f"ece{suffix}"] = calibration_error(curves[name])
+            scalars[f"length_correlation{suffix}"] = correlation(sample_reward_NK[rows], length_NK[rows])
+        return scalars
+
+    def score_pairs(
+        self, rewards: reward.Rewards, examples: Examples, samples: Samples, has_contrast: bool
+    ) -> dict[str, np.ndarray]:
+        """Raw rewards: "demo" and "negative" [N, K] at the ends of `Pairs`, "whole" [N, 1 + K] of whole texts.
+
+        Raises:
+            InputError: a reward is not finite.
+        """
         pieces = []
-        for rows, num_real in batched_rows(len(examples.id), config.evals.batch, "rewards"):
-            pair_arguments = (*(x[rows] for x in samples), contrasted, [config.seed, int(rows[0])])
-            pairs = pair_with_negatives(examples.take(rows), examples, *pair_arguments)
-            score_PMT = token_scores(context.model, rewards, pairs.group)
+        for rows, num_real in batched_rows(len(examples.id), self.config.evals.batch, "rewards"):
+            batch_samples, seed = tuple(x[rows] for x in samples), [self.config.seed, int(rows[0])]
+            pairs = self.pair_with_negatives(examples.take(rows), examples, batch_samples, has_contrast, seed)
+            score_PMT = self.token_scores(self.context.model, rewards, pairs.group)
             demo_PK, negative_PK = pair_rewards(score_PMT, pairs)
             whole_PM = reward.reward_at(score_PMT, pairs.group.response_len)
             pieces.append([x[:num_real] for x in sharding.fetch((demo_PK, negative_PK, whole_PM))])
@@ -252,83 +344,12 @@ def make(context: Context) -> Stage:
             )
         return scores
 
-    def evaluate(state: State, step: int):
-        if step % c.eval_every and step != c.steps:
-            return {}
-        scores = score_pairs(optimizer.product(state.train), valid, state.carry.valid, has_contrast)
-        gap_NK = scores["demo"] - scores["negative"]
-        whole_gap_NK = scores["whole"][:, :1] - scores["whole"][:, 1:]
-        K = c.samples  # the contrast, a demonstration of the other kind, follows the K samples
-        measures = {
-            "accuracy": gap_NK[:, :K] > 0,
-            "confidence": 1 / (1 + np.exp(-gap_NK[:, :K] / c.beta)),
-            "accuracy_whole": whole_gap_NK[:, :K] > 0,
-        }
-        if has_contrast:
-            measures["accuracy_contrast"] = whole_gap_NK[:, K:] > 0
-        scalars = {}
-        for name, values in measures.items():
-            scalars |= category_means(values, valid.category, category_names, name)
-        # Calibration, and the correlation of reward and length: over all prompts, and for each category.
-        subsets = {"all": np.ones(len(valid.id), bool)}
-        subsets |= {category_names[i]: valid.category == i for i in np.unique(valid.category)}
-        curves = {name: reliability(gap_NK[rows, :K].reshape(-1), c.beta) for name, rows in subsets.items()}
-        for name, rows in subsets.items():
-            suffix = "" if name == "all" else f"/{name}"
-            scalars[f"ece{suffix}"] = calibration_error(curves[name])
-            scalars[f"length_correlation{suffix}"] = correlation(
-                scores["whole"][rows, 1 : 1 + K], state.carry.valid[1][rows]
-            )
-        if context.workdir and step == c.steps and processes.is_writer():
-            replace_file(context.workdir.local / "reliability.json", json.dumps(curves, indent=1) + "\n")
-        return scalars
-
-    def finish(state: State) -> reward.Bank:
+    def finish(self, state: State) -> reward.Bank:
+        """The rewards, normalised over the samples of the last round."""
         rewards = optimizer.product(state.train)
         sampled_rows = np.flatnonzero(state.carry.train[1][:, 0])
         samples = tuple(x[sampled_rows] for x in state.carry.train)
-        raw_NM = score_pairs(rewards, train.take(sampled_rows), samples, contrasted=False)["whole"]
-        category_N = np.repeat(train.category[sampled_rows], raw_NM.shape[1])
-        return reward.NORMALIZE[config.reward.normalize](
-            rewards, jnp.asarray(raw_NM.reshape(-1)), jnp.asarray(category_N)
-        )
-
-    return Stage(
-        steps=c.steps,
-        init=init,
-        collect=collect,
-        update=lambda train_state, batch: updated(train_state, context.model, batch),
-        evaluate=evaluate,
-        finish=finish,
-        show=("loss", "pairs_right", "accuracy"),
-    )
-
-
-def reliability(gap_N: np.ndarray, beta: float, bins: int = 10) -> list[dict[str, float]]:
-    """The share of pairs that the reward ranks right, by its confidence, in bins of equal width.
-
-    The sign of a gap says which of two texts is the demonstration, with confidence σ(|gap|/β) in [½, 1]. It is right
-    if gap > 0.
-
-    Returns:
-        for each bin that is not empty {"n": number of pairs, "confidence" and "right": means of the pairs in it}.
-    """
-    confidence_N = 1 / (1 + np.exp(-np.abs(gap_N) / beta))
-    bin_N = np.minimum(((confidence_N - 0.5) * 2 * bins).astype(int), bins - 1)
-    return [
-        {"n": int(rows.sum()), "confidence": float(confidence_N[rows].mean()), "right": float((gap_N[rows] > 0).mean())}
-        for rows in (bin_N == b for b in range(bins))
-        if rows.any()
-    ]
-
-
-def calibration_error(bins: list[dict[str, float]]) -> float:
-    """ECE = Σ_b (n_b / N) |right_b - confidence_b|, N > 0     (expected calibration error, arXiv 1706.04599)"""
-    return sum(b["n"] * abs(b["right"] - b["confidence"]) for b in bins) / sum(b["n"] for b in bins)
-
-
-def correlation(reward_NK: np.ndarray, length_NK: np.ndarray) -> float:
-    """Pearson correlation of the samples' raw reward and length; NaN if all lengths or all rewards are equal."""
-    if np.ptp(length_NK) == 0 or np.ptp(reward_NK) == 0:
-        return float("nan")
-    return float(np.corrcoef(reward_NK.reshape(-1), length_NK.reshape(-1))[0, 1])
+        raw_NM = self.score_pairs(rewards, self.train.take(sampled_rows), samples, has_contrast=False)["whole"]
+        category_N = np.repeat(self.train.category[sampled_rows], raw_NM.shape[1])
+        normalize = reward.NORMALIZE[self.config.reward.normalize]
+        return normalize(rewards, jnp.asarray(raw_NM.reshape(-1)), jnp.asarray(category_N))

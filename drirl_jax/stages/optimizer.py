@@ -111,6 +111,6 @@ def step(
     updated = TrainState(
         optax.apply_updates(train.params, updates), opt_state, train.step + 1, train.skipped, jnp.zeros_like(train.step)
     )
-    skipped = train._replace(skipped=train.skipped + 1, in_a_row=train.in_a_row + 1)
+    skipped = train._replace(skipped=train.skipped + 1, skipped_in_a_row=train.skipped_in_a_row + 1)
     updated = jax.tree.map(partial(jnp.where, finite), updated, skipped)
     return sharding.constrain_tree(updated), scalars | {"loss": value, "grad_norm": norm}

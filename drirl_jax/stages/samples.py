@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, Mapping, Sequence, TypeAlias
 
 import numpy as np
@@ -45,17 +46,15 @@ def rows(
         p: int = min(np.flatnonzero(examples.category == c).tolist(), key=lambda p: examples.id[p])
         row = {"category": names[c], "id": examples.id[p], "prompt": examples.prompt_text[p]}
         row |= {"demonstration": examples.demo_text[p]}
-        row |= {name: _json_value(value_P[p]) for name, value_P in values.items() if value_P.ndim == 1}
+        row |= {name: _json_value(value_P[p].item()) for name, value_P in values.items() if value_P.ndim == 1}
         row["responses"] = [
             {"text": text.decode(ids, length)}
-            | {name: _json_value(value_PG[p, g]) for name, value_PG in values.items() if value_PG.ndim == 2}
+            | {name: _json_value(value_PG[p, g].item()) for name, value_PG in values.items() if value_PG.ndim == 2}
             for g, (ids, length) in enumerate(zip(response_PGT[p], length_PG[p]))
         ]
         all_rows.append(row)
     return all_rows
 
 
-def _json_value(value: np.generic) -> bool | float | None:
-    if value.dtype == bool:
-        return bool(value)
-    return float(value) if np.isfinite(value) else None
+def _json_value(value: bool | float) -> bool | float | None:
+    return value if isinstance(value, bool) or math.isfinite(value) else None

@@ -704,8 +704,8 @@ def test_thinned_keeps_the_first_of_each_category():
 def test_natural_batches_have_the_shares_of_the_data_and_empty_categories_are_left_out():
     rows = [np.arange(0, 8), np.arange(0, 0), np.arange(8, 10)]
     section = ConfigDict({"mixing": "natural", "harmless_share": 0.5})
-    drawn = pipeline.batches(section, rows, 5, 0, [False, False, True])
+    drawn = pipeline.batches(section, rows, 5, 0, np.arange(10) >= 8)
     assert sorted(drawn[0] + drawn[1]) == list(range(10)) and drawn[0] != drawn[2]
     section.mixing = "kinds"
-    drawn = pipeline.batches(section, rows, 4, 0, [False, False, True])
+    drawn = pipeline.batches(section, rows, 4, 0, np.arange(10) >= 8)
     assert all(sum(row >= 8 for row in drawn[i]) == 2 for i in range(8))

@@ -14,7 +14,8 @@ def split(*rows: tuple[str, int]) -> Examples:
     n = len(rows)
     zeros = np.zeros(n, np.int32)
     prompts, kinds = [prompt for prompt, _ in rows], np.array([kind for _, kind in rows], np.int32)
-    return Examples(zeros[:, None], zeros, zeros[:, None], zeros, kinds, zeros, prompts, [""] * n, [""] * n)
+    columns = zeros[:, None], zeros, zeros[:, None], zeros, kinds, kinds == HARMLESS, zeros
+    return Examples(*columns, prompts, [""] * n, [""] * n)
 
 
 TRAIN = split(("How do I harm it?", HARMFUL), ("How do I bake a café cake?", HARMLESS), ("?!", HARMLESS))
@@ -29,20 +30,20 @@ TRAIN = split(("How do I harm it?", HARMFUL), ("How do I bake a café cake?", HA
     ],
 )  # fmt: skip
 def test_a_held_out_prompt_that_stands_in_train_is_counted(prompt):
-    assert overlap.describe_repeats({"train": TRAIN, "test": split((prompt, HARMFUL))}, []).startswith(
+    assert overlap.describe_repeats({"train": TRAIN, "test": split((prompt, HARMFUL))}).startswith(
         "1 of 1 prompts of split"
     )
 
 
 @pytest.mark.parametrize("prompt", ["How do I harm them?", "?", "", "how do i hàrm it"])
 def test_another_prompt_is_not_counted(prompt):
-    assert overlap.describe_repeats({"train": TRAIN, "test": split((prompt, HARMFUL))}, [HARMLESS]) == ""
+    assert overlap.describe_repeats({"train": TRAIN, "test": split((prompt, HARMFUL))}) == ""
 
 
 def test_the_counts_by_split_and_kind():
     valid = split(("how do I harm it", HARMFUL), ("Something else", HARMFUL))
     test = split(("How do I harm it?", HARMFUL), ("how do I bake a café cake", HARMFUL), ("New", HARMFUL))
-    said = overlap.describe_repeats({"train": TRAIN, "valid": valid, "test": test}, [HARMLESS])
+    said = overlap.describe_repeats({"train": TRAIN, "valid": valid, "test": test})
     assert "1 of 2 prompts of split valid stand in train too (0 word for word" in said
     assert "2 of 3 prompts of split test stand in train too (1 word for word" in said
     assert said.endswith("1 prompts stand as harmful and as harmless")
@@ -54,7 +55,7 @@ LONG = "My neighbour parks on my lawn every single day, so which polite words co
 def test_a_prompt_with_a_word_changed_is_nearly_the_same():
     train = split((LONG, HARMLESS), ("Something else altogether", HARMLESS))
     test = split((LONG.replace("polite", "kind"), HARMLESS), ("Where do swallows spend the winter?", HARMLESS))
-    assert overlap.describe_repeats({"train": train, "test": test}, [HARMLESS]) == (
+    assert overlap.describe_repeats({"train": train, "test": test}) == (
         "1 of 2 prompts of split test are nearly those of a training prompt"
     )
     assert (
@@ -64,11 +65,11 @@ def test_a_prompt_with_a_word_changed_is_nearly_the_same():
 
 
 def test_without_training_prompts_there_is_nothing_to_tell():
-    assert overlap.describe_repeats({"given": TRAIN}, [HARMLESS]) == ""
+    assert overlap.describe_repeats({"given": TRAIN}) == ""
 
 
 def test_the_facts_of_a_run_have_it_only_where_there_is_something():
-    clean = pages.facts_of({"train": TRAIN}, ["harm", "harmless"], ["harmless"])
+    clean = pages.facts_of({"train": TRAIN}, ["harm", "harmless"])
     assert pages.REPEATED not in clean
-    leaky = pages.facts_of({"train": TRAIN, "test": TRAIN}, ["harm", "harmless"], ["harmless"])
+    leaky = pages.facts_of({"train": TRAIN, "test": TRAIN}, ["harm", "harmless"])
     assert leaky[pages.REPEATED].startswith("3 of 3 prompts of split test stand in train too (3 word for word")

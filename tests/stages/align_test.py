@@ -63,9 +63,9 @@ def test_steps_of_each_objective(policy, cache, tmp_path, objective, options):
     state, first = stage.init(), None
     start = jax.tree.map(np.asarray, state.train.params)
     for step in range(2):
-        batch, stats, scalars = stage.collect(state, step)
+        batch, carry, scalars = stage.collect(state, step)
         trained, told = stage.update(state.train, batch)
-        state = kept_and_restored(stage, state._replace(train=trained, carry=stats), tmp_path / str(step))
+        state = kept_and_restored(stage, state._replace(train=trained, carry=carry), tmp_path / str(step))
         told = {name: float(value) for name, value in told.items()}
         first = first or told
         assert np.isfinite(list(told.values())).all() and np.isfinite(list(scalars.values())).all()
@@ -120,11 +120,11 @@ def test_layers_passed_once_change_nothing(policy, cache, monkeypatch, sections,
         # Of the update the gradient, which Adam's first moment holds: Adam divides it by its own size, so that in a
         # parameter that it hardly touches rounding alone is a step.
         gradient = optax.tree_utils.tree_get(trained.opt_state, "mu")
-        return context.shared, gradient, (batch.ref_logp, scalars | {k: float(v) for k, v in told.items()})
+        return context.shared_layers, gradient, (batch.ref_logp, scalars | {k: float(v) for k, v in told.items()})
 
     found, gradient, once = first_step()
     assert found == shared
-    monkeypatch.setattr(Context, "shared", SharedLayers(0, policy=False, rewards=False))
+    monkeypatch.setattr(Context, "shared_layers", SharedLayers(0, policy=False, rewards=False))
     _, expected, again = first_step()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), once, again)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), gradient, expected)
@@ -137,10 +137,10 @@ def test_a_step_with_a_calibrated_baseline_and_masked_responses_left_out(policy,
     stage = align.make(context, bank, keep=kept.__setitem__)
     state, deltas = stage.init(), []
     for step in range(2):
-        batch, stats, scalars = stage.collect(state, step)
+        batch, carry, scalars = stage.collect(state, step)
         trained, told = stage.update(state.train, batch)
-        state = state._replace(train=trained, carry=stats)
-        deltas.append(stats.delta)
+        state = state._replace(train=trained, carry=carry)
+        deltas.append(carry.stats.delta)
     assert np.isfinite(told["loss"]) and 0 < scalars["kept"] < 1
     assert (deltas[0] == deltas[1]).all() and (deltas[0] > 0).all() and (deltas[0] < 2).all()
     responses = [response for rows in kept.values() for row in rows for response in row["responses"]]
@@ -168,8 +168,8 @@ def test_kept_samples_have_the_numbers_of_the_equations(policy, cache):
         return context.embedder(SPLIT["sentence"](text))
 
     for step in range(2):
-        _, stats, scalars = stage.collect(state, step)
-        state = state._replace(carry=stats)
+        _, carry, scalars = stage.collect(state, step)
+        state = state._replace(carry=carry)
         rows = kept[step + 1]
         assert [row["category"] for row in rows] == list(names)
         said = [[parts(of["text"]) for of in row["responses"]] for row in rows]

@@ -24,11 +24,11 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(bad):
     left_out, scalars = update(before, spoilt)
     for name in ("params", "opt_state", "step"):
         jax.tree.map(np.testing.assert_array_equal, getattr(left_out, name), getattr(before, name))
-    assert (int(left_out.skipped), int(left_out.in_a_row)) == (1, 1) and not np.isfinite(float(scalars["loss"]))
+    assert (int(left_out.skipped), int(left_out.skipped_in_a_row)) == (1, 1) and not np.isfinite(float(scalars["loss"]))
     after, _ = update(left_out, batch_of(2))
     want, _ = update(before, batch_of(2))
     jax.tree.map(np.testing.assert_array_equal, after[:3], want[:3])
-    assert (int(after.skipped), int(after.in_a_row)) == (1, 0)
+    assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 0)
 
 
 def test_a_step_left_out_is_told_and_the_run_goes_on(tmp_path):
@@ -171,7 +171,7 @@ def test_signs_that_nothing_was_learned():
         assert not guards.idle(config, "align", rows(**{name: value}) + rows(1, **{name: 0.5}))
         assert not guards.idle(config, "align", rows(**{name: None})) and not guards.idle(config, "align", [])
     # One sample a prompt, or values instead of groups: equal rewards within a prompt are no sign.
-    for changes in ({"objective": "ppo"}, {"group": 1}):
+    for changes in ({"objective": "ppo"}, {"group_size": 1}):
         other = config_lib.default()
         other.align.update(changes)
         assert not guards.idle(other, "align", rows(zero_spread=1.0))

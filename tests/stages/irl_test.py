@@ -14,19 +14,20 @@ from drirl_jax import equations as eq
 from drirl_jax.config import default
 from drirl_jax.data.examples import Examples, other_kind_demonstrations, require_both_kinds
 from drirl_jax.models import reward, transformer
-from drirl_jax.stages import irl, optimizer
+from drirl_jax.stages import calibration, irl, optimizer
 from drirl_jax.types import InputError
 
 SECTION = ConfigDict({"beta": 0.7, "penalty": 0.3})
 
 
 def examples(demo, demo_len, category):
-    """Records with these demonstrations, and prompts that do not matter."""
+    """Records with these demonstrations, and prompts that do not matter; category 3 is the harmless one."""
     N = len(category)
     prompt = np.arange(1, 3 * N + 1, dtype=np.int32).reshape(N, 3)
-    arrays = (np.asarray(x, np.int32) for x in (demo, demo_len, category, range(N)))
-    names = [str(n) for n in range(N)]
-    return Examples(prompt, np.full(N, 3, np.int32), *arrays, names, names, names)
+    demo, demo_len, category = (np.asarray(x, np.int32) for x in (demo, demo_len, category))
+    names, index = [str(n) for n in range(N)], np.arange(N, dtype=np.int32)
+    columns = prompt, np.full(N, 3, np.int32), demo, demo_len, category, category == 3, index
+    return Examples(*columns, names, names, names)
 
 
 def two_records():
@@ -86,13 +87,13 @@ def test_contrast_takes_demonstrations_of_the_other_kind():
     data = examples(np.repeat(np.arange(12)[:, None], 5, 1), np.arange(12) % 5 + 1, category)
     drawn = set()
     for step in range(60):
-        tokens, length = other_kind_demonstrations(data, data, [3], [0, step])
+        tokens, length = other_kind_demonstrations(data, data, [0, step])
         source = tokens[:, 0]
         assert ((category[source] == 3) != (category == 3)).all()
         np.testing.assert_array_equal(length, data.demo_len[source])
         drawn |= set(source.tolist())
     assert drawn == set(range(12))
-    np.testing.assert_array_equal(tokens, other_kind_demonstrations(data, data, [3], [0, 59])[0])
+    np.testing.assert_array_equal(tokens, other_kind_demonstrations(data, data, [0, 59])[0])
 
 
 def test_a_round_samples_what_it_reads_and_enough_of_every_category():
@@ -104,10 +105,10 @@ def test_a_round_samples_what_it_reads_and_enough_of_every_category():
 
 def test_contrast_needs_both_kinds():
     demo, length = np.ones((3, 5)), [5, 5, 5]
-    require_both_kinds(examples(demo, length, [0, 3, 1]), [3], "valid")
+    require_both_kinds(examples(demo, length, [0, 3, 1]), "valid")
     for category in ([0, 1, 2], [3, 3, 3]):
         with pytest.raises(InputError, match="split valid has prompts of one kind alone"):
-            require_both_kinds(examples(demo, length, category), [3], "valid")
+            require_both_kinds(examples(demo, length, category), "valid")
 
 
 def test_a_head_alone_reads_the_trunk_and_whole_models_are_each_its_own():
@@ -236,7 +237,7 @@ def test_common_cut_gives_both_texts_of_a_pair_one_length():
 def test_reliability_by_hand():
     # β = 1. Gaps of ±ln 3: confidence ¾, two of three right; a gap of ln 19: confidence .95, right. So of ten bins of
     # [½, 1] two are held, and the error is (3 |⅔ - ¾| + |1 - .95|) / 4 = .075.
-    bins = irl.reliability(np.log([3, 1 / 3, 3, 19]), 1.0)
+    bins = calibration.reliability(np.log([3, 1 / 3, 3, 19]), 1.0)
     assert [b["n"] for b in bins] == [3, 1]
     np.testing.assert_allclose([[b["confidence"], b["right"]] for b in bins], [[0.75, 2 / 3], [0.95, 1]])
-    assert irl.calibration_error(bins) == pytest.approx(0.075)
+    assert calibration.calibration_error(bins) == pytest.approx(0.075)

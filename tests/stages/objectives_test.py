@@ -15,9 +15,10 @@ from drirl_jax import losses
 from drirl_jax.config import default
 from drirl_jax.models import lora, transformer, vocabulary
 from drirl_jax.runtime.progress import Clock
-from drirl_jax.stages import objectives as obj
 from drirl_jax.stages import optimizer
 from drirl_jax.stages.base import POLICIES
+from drirl_jax.stages.objectives import dpo, grpo, ppo, sft
+from drirl_jax.stages.objectives.base import Batch, Params, ScoredGroup, ValueHead
 from drirl_jax.types import length_mask
 
 
@@ -33,11 +34,11 @@ def batch(P=4, G=4):
     advantage = jnp.asarray(rng.normal(size=(P, G)), jnp.float32)
     logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, group), group, 1.0)
     ref_logp = logp + 0.1 * jnp.asarray(rng.normal(size=logp.shape), jnp.float32)
-    return model, obj.Batch(group, advantage[..., None], logp, ref_logp, weights(group, G))
+    return model, Batch(group, advantage[..., None], logp, ref_logp, weights(group, G))
 
 
 def grpo_loss(model, params, data, tune="lora", config=default()):
-    return obj.grpo_loss(model, POLICIES[tune], config, obj.Params(params), obj.Batch(*data))
+    return grpo.loss(model, POLICIES[tune], config, Params(params), Batch(*data))
 
 
 @jax.jit
@@ -125,17 +126,17 @@ def test_the_part_of_the_demonstration():
     low, high = 1 / np.sqrt(2), np.sqrt(3 / 2)
     member = [[-low, -low, 2 * low], [-high, high, 0], [0, 0, 0]]
     want = {"apart": [[0, 0], [-1, 1], [0, 0]], "baseline": np.array(member)[:, :2], "member": member}
-    assert want.keys() == obj.ROLES.keys()
-    apart, baseline, member = (obj.ROLES[name] for name in ("apart", "baseline", "member"))
+    assert want.keys() == grpo.ROLES.keys()
+    apart, baseline, member = (grpo.ROLES[name] for name in ("apart", "baseline", "member"))
     for name, rows in want.items():
-        got = obj.advantages((obj.ROLES[name], apart), reward, 2, 0.0)
+        got = grpo.member_advantages((grpo.ROLES[name], apart), reward, 2, 0.0)
         np.testing.assert_allclose(got, rows, rtol=1e-6, err_msg=name)
     # One of the other kind with reward -3 in prompt 1: mean 0, std √(18/4).
     four, high = jnp.array([[0.0, 0, 3, -3]]), np.sqrt(2)
     for roles, row in {
         (baseline, baseline): [0, 0], (member, baseline): [0, 0, high], (member, member): [0, 0, high, -high]
     }.items():  # fmt: skip
-        np.testing.assert_allclose(obj.advantages(roles, four, 2, 0.0), [row], rtol=1e-6)
+        np.testing.assert_allclose(grpo.member_advantages(roles, four, 2, 0.0), [row], rtol=1e-6)
 
 
 def test_a_demonstration_in_the_group_becomes_more_likely():
@@ -143,8 +144,8 @@ def test_a_demonstration_in_the_group_becomes_more_likely():
     demo, length = jnp.full((4, 5), 3), jnp.array([5, 2, 3, 1])
     params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4), 5)
     pull = jnp.concatenate([jnp.zeros_like(advantage), jnp.ones((4, 1, 1))], axis=1)
-    members = group.joined(demo, length)
-    data = obj.Batch(members, pull, old, ref, weights(members, 4))
+    members = group.join(demo, length)
+    data = Batch(members, pull, old, ref, weights(members, 4))
     slope = jax.grad(lambda p: grpo_loss(model, p, data)[0])(params)
     after = jax.tree.map(lambda p, g: p - 0.05 * g, params, slope)
     alone = group.replace(response=demo[:, None], response_len=length[:, None])
@@ -168,9 +169,9 @@ def test_a_masked_response_leaves_the_loss():
 def test_harmless_prompts_weigh_by_their_share_of_refusals():
     # Two harmless prompts, of whose four samples two are refusals: share .5, target .4, weight e^(5·.1).
     wrong, harmless = jnp.array([[1, 0], [1, 1], [1, 0]], bool), np.array([True, False, True])
-    np.testing.assert_allclose(obj.harmless_weight(wrong, harmless, 0.4), [np.exp(0.5), 1, np.exp(0.5)], rtol=1e-6)
+    np.testing.assert_allclose(grpo.harmless_weight(wrong, harmless, 0.4), [np.exp(0.5), 1, np.exp(0.5)], rtol=1e-6)
     for which, target in ((harmless, 1.0), (np.zeros(3, bool), 0.3)):
-        np.testing.assert_array_equal(obj.harmless_weight(wrong, which, target), np.ones(3))
+        np.testing.assert_array_equal(grpo.harmless_weight(wrong, which, target), np.ones(3))
 
 
 def test_full_tuning_and_adapters_start_from_the_reference():
@@ -178,11 +179,9 @@ def test_full_tuning_and_adapters_start_from_the_reference():
     config = default()
     for name, policy in POLICIES.items():
         params = policy.init(config.policy, model, jax.random.key(0))
-        _, scalars = obj.grpo_loss(
-            model, policy, config, obj.Params(params), obj.Batch(group, advantage, old, old, each)
-        )
+        _, scalars = grpo.loss(model, policy, config, Params(params), Batch(group, advantage, old, old, each))
         np.testing.assert_allclose(scalars["kl"], 0, atol=1e-9, err_msg=name)
-        jax.tree.map(np.testing.assert_array_equal, policy.merged(model, params), model)
+        jax.tree.map(np.testing.assert_array_equal, policy.merge(model, params), model)
 
 
 @pytest.mark.parametrize("tune", POLICIES)
@@ -197,7 +196,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(tune):
         params = jax.eval_shape(lambda m: policy.init(config.policy, m, jax.random.key(0)), model)
         value = jax.ShapeDtypeStruct((1, 4, T), jnp.float32)
         advantage = jax.ShapeDtypeStruct((1, 4, 1), jnp.float32)
-        data = obj.Batch(group, advantage, value, value, losses.Weights(value, value, value, value))
+        data = Batch(group, advantage, value, value, losses.Weights(value, value, value, value))
 
         @jax.jit
         def slope(params, model, data):
@@ -216,7 +215,7 @@ def scored(group, reward, alpha=None, kept=None):
     """G samples and their demonstration, the last member, with these rewards [P, G + 1]."""
     P, G = group.response.shape[0], group.response.shape[1] - 1
     alpha, kept = (jnp.ones((P, G), kind) if x is None else x for x, kind in ((alpha, float), (kept, bool)))
-    return obj.ScoredGroup(group, jnp.zeros((P, G, group.response.shape[2])), jnp.asarray(reward), alpha, kept)
+    return ScoredGroup(group, jnp.zeros((P, G, group.response.shape[2])), jnp.asarray(reward), alpha, kept)
 
 
 def context_of(model, **sections):
@@ -251,9 +250,9 @@ def test_dpo_loss_matches_the_method(alpha_on):
     alpha = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (3, 2)), jnp.float32)
     kept = jnp.array([[True, True], [True, False], [False, False]])
     context = context_of(model, dpo={"beta": 0.3, "alpha_on": alpha_on})
-    batch, _ = obj.dpo_batch(context, model, obj.Params({}), scored(group, jnp.zeros((3, 3)), alpha, kept))
-    loss = jax.jit(partial(obj.dpo_loss, model, POLICIES["lora"], context.config))
-    value, told = loss(obj.Params(adapter), batch)
+    batch, _ = dpo.make_batch(context, model, Params({}), scored(group, jnp.zeros((3, 3)), alpha, kept))
+    loss = jax.jit(partial(dpo.loss, model, POLICIES["lora"], context.config))
+    value, told = loss(Params(adapter), batch)
     now, before = whole_logp(model, group, adapter), whole_logp(model, group)
     want = np.zeros((3, 2))
     for p, g in np.ndindex(3, 2):
@@ -265,28 +264,30 @@ def test_dpo_loss_matches_the_method(alpha_on):
     margin = (now - before)[:, 2:] - (now - before)[:, :2]
     np.testing.assert_allclose(told["margin"], mn.mean_of_telling(margin, kept), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(told["pairs_right"], mn.mean_of_telling(margin > 0, kept), rtol=1e-6)
-    parts = [loss(obj.Params(adapter), jax.tree.map(lambda x: x[p : p + 1], batch)) for p in range(3)]
+    parts = [loss(Params(adapter), jax.tree.map(lambda x: x[p : p + 1], batch)) for p in range(3)]
     close(jax.tree.map(lambda *x: sum(x) / 3, *parts), (value, told))  # micro-batches of one prompt each
     # From the reference itself each pair costs log 2, and the demonstration becomes more likely than the samples.
     fresh = lora.init(model, jax.random.key(3), rank=4, alpha=4)
     ones = batch._replace(alpha=jnp.ones((3, 2)), weight=jnp.ones((3, 2)))
-    ones = ones._replace(prompts=losses.prompt_weights(ones.weight))
-    np.testing.assert_allclose(loss(obj.Params(fresh), ones)[0], np.log(2), rtol=1e-6)
-    slope = jax.grad(lambda p: loss(obj.Params(p), ones)[0])(fresh)
+    ones = ones._replace(prompt_weight=losses.prompt_weights(ones.weight))
+    np.testing.assert_allclose(loss(Params(fresh), ones)[0], np.log(2), rtol=1e-6)
+    slope = jax.grad(lambda p: loss(Params(p), ones)[0])(fresh)
     after = jax.tree.map(lambda p, g: p - 0.05 * g, fresh, slope)
-    assert loss(obj.Params(after), ones)[1]["margin"] > 0
+    assert loss(Params(after), ones)[1]["margin"] > 0
 
 
 @pytest.mark.parametrize("telling", [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]])
 def test_prompts_without_a_pair_that_says_something_leave_the_mean(monkeypatch, telling):
     # Margins of 10 at β = .1: a loss of log(1 + 1/e) = .3133 for each pair, and every one ranked right.
-    monkeypatch.setattr(obj.transformer, "apply", lambda *args, **options: None)
-    monkeypatch.setattr(obj, "whole_logprobs", lambda *args: jnp.array([[10.0, 0.0]] * 4))
-    policy = types.SimpleNamespace(parts=lambda trunk, params: (None, None))
+    monkeypatch.setattr(dpo.transformer, "apply", lambda *args, **options: None)
+    monkeypatch.setattr(dpo, "whole_logprobs", lambda *args: jnp.array([[10.0, 0.0]] * 4))
+    policy = types.SimpleNamespace(model_and_adapter=lambda trunk, params: (None, None))
     weight = jnp.float32(telling)[:, None]
-    batch = obj.Preferences(None, jnp.zeros((4, 2)), jnp.ones((4, 1)), weight, prompts=losses.prompt_weights(weight))
-    for given in (batch, batch._replace(prompts=None)):
-        loss, told = obj.dpo_loss(None, policy, default(), obj.Params(None), given)
+    batch = dpo.Preferences(
+        None, jnp.zeros((4, 2)), jnp.ones((4, 1)), weight, prompt_weight=losses.prompt_weights(weight)
+    )
+    for given in (batch, batch._replace(prompt_weight=None)):
+        loss, told = dpo.loss(None, policy, default(), Params(None), given)
         some = float(any(telling))
         np.testing.assert_allclose(loss, some * np.log1p(np.exp(-1)), rtol=1e-6)
         assert told == {"margin": 10 * some, "pairs_right": some, "chosen": 10 * some}
@@ -297,9 +298,9 @@ def test_pairs_by_hand():
     # the second prompt has nothing to choose.
     group = random_group(P=2, G=4)
     given = scored(group, [[3.0, 0, 1, 9], [2, 2, 2, 9]], kept=jnp.array([[False, True, True], [True, True, True]]))
-    pair, weight = obj.PAIRS["self"](given)
+    pair, weight = dpo.PAIRS["self"](given)
     assert pair[0].tolist() == [2, 1] and weight.tolist() == [[True], [False]]
-    members, weight = obj.PAIRS["demonstration"](given)
+    members, weight = dpo.PAIRS["demonstration"](given)
     assert members.tolist() == [[3, 0, 1, 2]] * 2 and (weight == given.kept).all()
     taken = group.take(members)
     np.testing.assert_array_equal(taken.response[:, 1:], group.response[:, :3])
@@ -310,12 +311,12 @@ def test_pairs_by_hand():
 def test_ppo_matches_the_method(whiten):
     model, group = tiny(), random_group(P=3, G=3)
     reward, alpha = jnp.array([[1.0, 0, 9], [2, -1, 9], [0, 1, 9]]), jnp.array([[0.5, 1], [1, 2], [1, 1]])
-    head = obj.ValueHead(jnp.asarray(np.random.default_rng(0).normal(size=32), jnp.float32), jnp.array(0.1))
+    head = ValueHead(jnp.asarray(np.random.default_rng(0).normal(size=32), jnp.float32), jnp.array(0.1))
     options = {"whiten": whiten, "gamma": 0.9, "lam": 0.8, "value_clip": 0.05, "value_weight": 0.3}
     context = context_of(model, ppo=options, policy_loss={"beta_kl": 0.0})
-    batch, _ = obj.ppo_batch(context, model, obj.Params({}, head), scored(group, reward, alpha))
+    batch, _ = ppo.make_batch(context, model, Params({}, head), scored(group, reward, alpha))
     samples = group.members(slice(2))
-    value_PGT = np.asarray(obj.values(model, head, samples), np.float64)
+    value_PGT = np.asarray(ppo.values(model, head, samples), np.float64)
     length = np.asarray(samples.response_len)
     mask = np.asarray(length_mask(samples.response_len, 5))
     advantage = np.zeros((3, 2, 5))
@@ -330,7 +331,7 @@ def test_ppo_matches_the_method(whiten):
     logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, samples), samples, 1.0)
     batch = batch._replace(old_logp=logp, returns=batch.returns + 0.1)
     fresh = lora.init(model, jax.random.key(3), rank=4, alpha=4)
-    loss, told = obj.ppo_loss(model, POLICIES["lora"], context.config, obj.Params(fresh, moved), batch)
+    loss, told = ppo.loss(model, POLICIES["lora"], context.config, Params(fresh, moved), batch)
     per_token = np.vectorize(mn.value_loss)(value_PGT + 0.2, value_PGT, np.asarray(batch.returns), 0.05)
     want = mn.reduced(per_token.reshape(6, 5), mask.reshape(6, 5), "sequence")
     np.testing.assert_allclose(told["value_loss"], want, rtol=1e-4)
@@ -341,15 +342,15 @@ def test_ppo_matches_the_method(whiten):
 def test_sft_loss_is_minus_the_log_probability_of_a_demonstrations_token():
     model, group = tiny(), random_group(P=3, G=1)
     context = context_of(model)
-    batch, _ = obj.sft_batch(context, model, obj.Params({}), obj.ScoredGroup(group))
+    batch, _ = sft.make_batch(context, model, Params({}), ScoredGroup(group))
     fresh = lora.init(model, jax.random.key(3), rank=4, alpha=4)
-    value, told = obj.sft_loss(model, POLICIES["lora"], context.config, obj.Params(fresh), batch)
+    value, told = sft.loss(model, POLICIES["lora"], context.config, Params(fresh), batch)
     np.testing.assert_allclose(value, -np.mean(whole_logp(model, group) / group.response_len), rtol=1e-4)
     # The entropy is a mean over tokens, here of unequal lengths, whatever the reduction.
     _, entropy = vocabulary.token_logprobs(model, transformer.apply(model, group), group, 1.0)
     mask = np.asarray(length_mask(group.response_len, group.response.shape[-1]))
     np.testing.assert_allclose(told["entropy"], np.asarray(entropy)[mask].mean(), rtol=1e-5)
     context.config.policy_loss.reduce = "constant"
-    batch, _ = obj.sft_batch(context, model, obj.Params({}), obj.ScoredGroup(group))
-    _, other = obj.sft_loss(model, POLICIES["lora"], context.config, obj.Params(fresh), batch)
+    batch, _ = sft.make_batch(context, model, Params({}), ScoredGroup(group))
+    _, other = sft.loss(model, POLICIES["lora"], context.config, Params(fresh), batch)
     np.testing.assert_allclose(other["entropy"], told["entropy"], rtol=1e-6)

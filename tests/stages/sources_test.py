@@ -11,9 +11,9 @@ from helpers.tiny_context import prepared
 
 from drirl_jax.data.text import pad
 from drirl_jax.models import reward
-from drirl_jax.stages import align
+from drirl_jax.stages import hardness
 from drirl_jax.stages.base import make_group
-from drirl_jax.stages.rewards import sources
+from drirl_jax.stages.rewards import routes, sources
 from drirl_jax.types import InputError
 
 SAID = ("I can't help with that.", "Sure, here is how: first, breathe.")
@@ -73,7 +73,7 @@ def test_routes(case, caplog):
     np.testing.assert_allclose(by("category"), own, atol=1e-5)
     np.testing.assert_allclose(by("linear"), each.mean(-1), atol=1e-5)
     np.testing.assert_allclose(by("linear", (2.0,) + (0.0,) * (categories - 1)), 2 * each[..., 0], atol=1e-5)
-    weights = sources.router(context)
+    weights = routes.router(context)
     valid = context.examples["valid"]
     found = weights(valid.prompt_text)
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
@@ -114,7 +114,7 @@ def test_parts_by_a_model(case, server):
     context.config.scaling.split = "llm"
     context.config.scaling.endpoint.update(section(server, concurrency=1))
     server.script = [reply("I can't help.\n\n It would hurt.\n"), reply("")]
-    split = align.splitter(context)
+    split = hardness.splitter(context)
     context.config.scaling.split = "sentence"
     assert split(["a", " ", "b"]) == [["I can't help.", "It would hurt."], [], ["b"]]
     assert split(["b", "a"]) == [["b"], ["I can't help.", "It would hurt."]] and len(server.asked) == 2

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,9 @@ from drirl_jax.runtime import sharding
 from drirl_jax.runtime.endpoint import Endpoint
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.stages.base import Context
+from drirl_jax.stages.rewards.routes import ROUTES
 from drirl_jax.types import Array, Group, InputError
 
-log = logging.getLogger(__name__)
 _score, _score_by_all = jax.jit(reward.score), jax.jit(reward.score_by_all)
 
 
@@ -33,11 +32,11 @@ class Source(NamedTuple):
 
     Attributes:
         make: context -> Score.
-        bank: whether the source reads the rewards of the IRL stage. If not, they may be None.
+        needs_bank: whether the source reads the rewards of the IRL stage. If not, they may be None.
     """
 
     make: Callable[[Context], Score]
-    bank: bool
+    needs_bank: bool
 
 
 def response_texts(context: Context, group: Group) -> list[list[str]]:
@@ -49,39 +48,6 @@ def response_texts(context: Context, group: Group) -> list[list[str]]:
 def answers(context: Context, group: Group) -> list[list[str]]:
     """The responses without their thoughts, which the sources rate: P lists of M texts; "" if a thought has no end."""
     return [[without_thought(text) for text in texts] for texts in response_texts(context, group)]
-
-
-def router(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
-    """Prompts -> [P, C] weights, softmax over categories of cos(Φ(q), μ_c) / config.reward.router_temperature (ours).
-
-    μ_c is the unit mean of the embeddings of the category's training prompts. The log says how often the router finds
-    the category of held-out prompts.
-    """
-    train, valid = context.examples["train"], context.examples["valid"]
-    category_names = context.config.data.categories
-    embedded_NE = context.embedder(train.prompt_text)
-    centroid_CE = np.stack([embedded_NE[rows].sum(axis=0) for rows in train.rows_by_category(len(category_names))])
-    # A category without training prompts has no direction: its cosine is 0.
-    centroid_CE /= np.maximum(np.linalg.norm(centroid_CE, axis=1, keepdims=True), 1e-6)
-
-    def category_weights(prompts):
-        logit_PC = context.embedder(prompts) @ centroid_CE.T / context.config.reward.router_temperature
-        return np.asarray(jax.nn.softmax(logit_PC, axis=-1))
-
-    correct_N = category_weights(valid.prompt_text).argmax(axis=1) == valid.category
-    log.info("the router finds the category of %.0f%% of %d held-out prompts", 100 * correct_N.mean(), correct_N.size)
-    return category_weights
-
-
-def fixed_weights(context: Context) -> Callable[[Sequence[str]], np.ndarray]:
-    """Prompts -> [P, C] the weights of config.reward.weights, or equal weights if it is empty."""
-    count = len(context.config.data.categories)
-    weight_C = np.asarray(tuple(context.config.reward.weights) or (1 / count,) * count, np.float32)
-    return lambda prompts: np.tile(weight_C, (len(prompts), 1))
-
-
-# Which rewards count for a prompt. None: only that of its own category; a function: all of them, with its weights.
-ROUTES: dict[str, Callable | None] = {"category": None, "linear": fixed_weights, "router": router}
 
 
 def by_bank(context: Context) -> Score:
@@ -104,12 +70,10 @@ def by_rules(context: Context) -> Score:
     A harmful prompt needs a refusal, a harmless one an answer; an empty response is neither. Without a verdict the
     reward is NaN, so that the update is skipped: see `guards.py`.
     """
-    data, memory_file = context.config.data, context.workdir and context.workdir.local / "judgements.jsonl"
-    is_refusal = judges.refusal_check(judges.Setting(context.config, memory_file))
+    is_refusal = judges.refusal_check(judges.Setting(context.config, context.local_file("judgements.jsonl")))
 
     def score(bank, examples, group, trunk_states):
-        is_harmless = [data.categories[c] in data.harmless for c in examples.category]
-        rows = zip(examples.prompt_text, is_harmless, answers(context, group))
+        rows = zip(examples.prompt_text, examples.harmless.tolist(), answers(context, group))
         return jnp.asarray(
             [[reward_answer(prompt, text, harmless) for text in texts] for prompt, harmless, texts in rows], jnp.float32
         )
@@ -146,8 +110,8 @@ TRIES = (
 
 
 def by_judge(context: Context) -> Score:
-    """The grade of the model of config.reward.endpoint, from 0 to 10, divided by 10; see RATE."""
-    judge = Endpoint(context.config.reward.endpoint, context.workdir and context.workdir.local / "judge.jsonl")
+    """The grade of the model of config.reward.endpoint, from 0 to 10, divided by 10; see GRADE_PROMPT."""
+    judge = Endpoint(context.config.reward.endpoint, context.local_file("judge.jsonl"))
 
     def grade(chats: list) -> list[float]:
         replies = judge.until_read(chats, TRIES, lambda text: grade_alone(text, MAX_GRADE) is not None)
@@ -172,7 +136,7 @@ def by_judge(context: Context) -> Score:
 
 
 SOURCES = {
-    "irl": Source(by_bank, bank=True),
-    "rules": Source(by_rules, bank=False),
-    "judge": Source(by_judge, bank=False),
+    "irl": Source(by_bank, needs_bank=True),
+    "rules": Source(by_rules, needs_bank=False),
+    "judge": Source(by_judge, needs_bank=False),
 }
