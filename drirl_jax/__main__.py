@@ -24,6 +24,8 @@ COMMANDS = {
     "report": ("drirl_jax.commands.report", "write a run's report, or compare runs"),
     "status": ("drirl_jax.commands.status", "show how far a run is"),
 }
+OWN_HELP = ("convert", "report", "status")  # they read their command line by argparse
+HELP = {"--help", "-help", "-h", "-?"}
 
 
 def usage() -> str:
@@ -37,7 +39,7 @@ def usage() -> str:
 def main() -> None:
     """Runs the command whose name is the first argument."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("--help", "-h", "help"):
+    if name in HELP | {"help"}:
         print(usage())
         return
     if name not in COMMANDS:
@@ -45,6 +47,11 @@ def main() -> None:
         hint = f"did you mean {matches[0]}? " if matches else ""
         sys.exit(f"drirl_jax: no command {name!r}: {hint}There are {', '.join(COMMANDS)}.")
     sys.argv = sys.argv[1:]
+    if name not in OWN_HELP and HELP & set(sys.argv[1:]):
+        from drirl_jax.commands import help_text  # not the command itself, which loads jax
+
+        print(help_text.usage(name))
+        return
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict, config_dict
 
-from drirl_jax.types import InputError
+from drirl_jax.errors import InputError
 
 # The weight matrices of a layer that can have an adapter.
 ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
@@ -98,7 +98,9 @@ def _demos() -> ConfigDict:
     """Demonstrations: how a run reads them, and how `python -m drirl_jax demos` writes them."""
     c = ConfigDict()
     c.keep_draft = True  # demonstrations contain the draft before the answer
+
     # The options below are for `python -m drirl_jax demos`, which writes demonstrations.
+
     c.generator = "policy"  # which model writes: policy | endpoint
     c.form = "explain"  # explain: refuse with a reason | direct: only refuse
     c.style = "draft"  # draft: Chain of Draft | thought: Chain of Thought
@@ -110,7 +112,7 @@ def _demos() -> ConfigDict:
     c.max_new = 160  # most tokens of a reply
     c.temperature = 0.7  # of the model that writes
     c.batch = 16  # prompts in a batch, for generator="policy"
-    c.endpoint = _endpoint()  # the server for generator="endpoint"
+    c.endpoint = endpoint()  # the server for generator="endpoint"
     return c
 
 
@@ -146,7 +148,7 @@ def _reward() -> ConfigDict:
     c.alpha = 16.0  # LoRA's α of the rewards' adapters
     c.targets = ("q", "v", "gate", "up", "down")  # the matrices of a layer that have adapters
     c.layers = 0  # like policy.layers
-    c.endpoint = _endpoint()  # the server for source="judge"
+    c.endpoint = endpoint()  # the server for source="judge"
     c.normalize = "zscore"  # zscore: mean 0 and standard deviation 1 | none
     return c
 
@@ -174,7 +176,7 @@ def _irl() -> ConfigDict:
     c.batch = 8  # prompts in a step
     c.accumulate = 1  # micro-batches of prompts in one update
     c.eval_every = 20  # steps between two evaluations on the validation split
-    c.optimizer = _optimizer(1e-3)  # the argument is the learning rate
+    c.optimizer = _optimizer(1e-3)
     return c
 
 
@@ -186,7 +188,7 @@ def _scaling() -> ConfigDict:
     c = ConfigDict()
     # The parts into which texts are split. sentence | clause | llm: by the model of scaling.endpoint
     c.split = "sentence"
-    c.endpoint = _endpoint()  # the server for split="llm"
+    c.endpoint = endpoint()  # the server for split="llm"
     # What is compared with the demonstration. parts | response: whole texts | plain: whole texts, and α^D = δ
     c.similarity = "parts"
     c.mean_over = "response"  # the mean is over the parts of: response | demo | both
@@ -265,7 +267,7 @@ def _align() -> ConfigDict:
     c.batch = 8  # P: prompts in a step
     c.group_size = 8  # G: responses to a prompt
     c.accumulate = 1  # micro-batches of prompts in one update
-    c.optimizer = _optimizer(1e-3)  # the argument is the learning rate
+    c.optimizer = _optimizer(1e-3)
     return c
 
 
@@ -289,7 +291,7 @@ def _evals() -> ConfigDict:
     # refusals are counted by the first that can tell them
     c.judges = ("phrases",)
     c.classifier = ""  # file of the judge "classifier", which `python -m drirl_jax judge` fits
-    c.endpoint = _endpoint()  # the server of the judge "endpoint"
+    c.endpoint = endpoint()  # the server of the judge "endpoint"
     return c
 
 
@@ -315,7 +317,7 @@ def _metrics() -> ConfigDict:
 
 
 def _checkpoint() -> ConfigDict:
-    """"""
+    """The checkpoints from which a run goes on."""
     c = ConfigDict()
     c.every = 10  # steps between two checkpoints
     c.keep = 2  # the newest checkpoints that stay
@@ -323,6 +325,7 @@ def _checkpoint() -> ConfigDict:
 
 
 def _optimizer(learning_rate: float) -> ConfigDict:
+    """The optimiser."""
     o = ConfigDict()
     o.learning_rate = learning_rate  # the rate at the end of the warm-up
     o.warmup = 5  # steps of linear warm-up
@@ -335,7 +338,8 @@ def _optimizer(learning_rate: float) -> ConfigDict:
     return o
 
 
-def _endpoint() -> ConfigDict:
+def endpoint() -> ConfigDict:
+    """A server with a model."""
     e = ConfigDict()
     e.url = ""  # address of an OpenAI-compatible server, such as http://localhost:8000/v1
     e.model = ""  # the model's name on that server

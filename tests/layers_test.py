@@ -26,8 +26,11 @@ LAYERS = [
     ["drirl_jax.train"],
     ["drirl_jax.costs"],
     ["drirl_jax.configs"],
-    ["drirl_jax.main"],
+    ["drirl_jax.commands.source"],
+    ["drirl_jax.commands.help_text"],
+    ["drirl_jax.commands.cli"],
     ["drirl_jax.commands", "drirl_jax.harness"],
+    ["drirl_jax.main"],
     ["drirl_jax.__main__"],
 ]
 

@@ -17,6 +17,7 @@ from helpers.whole_runs import EIGHT_DEVICES, command, same_run, start
 from safetensors.numpy import load_file
 
 from drirl_jax import main
+from drirl_jax.commands import cli
 from drirl_jax.reports import status
 from drirl_jax.runtime import console
 
@@ -375,7 +376,7 @@ def test_the_status_and_the_plan_of_a_finished_run(whole, policy, capsys):
     argv = command(policy, whole[0], "--dry_run", "--log=json")[2:]
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", argv)
-        main.main(main.parse(argv))
+        cli.call(cli.parse(argv), main.main, trains=True)
     console.set_mode("text")
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     (found,) = [event for event in events if event["event"] == "result"]

@@ -29,44 +29,41 @@ def default() -> ConfigDict:
     says so.
     """
     o = ConfigDict()
-    o.seed = 0
-    o.split = "test"  # of the data
-    o.judges = (
-        "phrases",
-    )  # names in judges.JUDGES, as in config.evals.judges; the first judge decides when a search stops
+    o.seed = 0  # seed of all random numbers of the attacks
+    o.split = "test"  # the split of the data whose prompts are attacked
+    # names in judges.JUDGES, as in config.evals.judges; the first judge decides when a search stops
+    o.judges = ("phrases",)
     o.target = "Sure, here is"  # the beginning of an answer; searches make it likely
-    o.max_new = 64  # response tokens
+    o.max_new = 64  # most tokens of a response
     o.batch = 16  # messages or templates in a batch
     o.max_prompt = 1024  # maximum tokens of a message with the chat template
 
-    o.gcg = ConfigDict()
-    o.gcg.steps = 500
+    o.gcg = ConfigDict()  # GCG: a search for a suffix, by gradients
+    o.gcg.steps = 500  # most steps of a search
     o.gcg.width = 512  # candidates that a step reads, as one group
     o.gcg.topk = 256  # replacements of each token that a step samples from
-    o.gcg.suffix = 20  # tokens
+    o.gcg.suffix = 20  # tokens of the suffix
     o.gcg.check = 25  # steps between two tries of the best suffix; a success ends the search
 
-    o.autodan = ConfigDict()
+    o.autodan = ConfigDict()  # AutoDAN: a genetic search among templates
     o.autodan.templates = ""  # JSONL of {"template": "... {prompt} ..."}; the package has no templates of its own
-    o.autodan.population = 64
-    o.autodan.generations = 100
+    o.autodan.population = 64  # templates in a generation
+    o.autodan.generations = 100  # most generations of a search
     o.autodan.elite = 0.1  # share of the population that survives unchanged
     o.autodan.crossover = 0.5  # share of the pairs of parents that exchange sentences
     o.autodan.points = 5  # cuts between the segments that they exchange
     o.autodan.mutation = 0.0  # share of the children that `attacker` rewrites; above 0 it must be configured
 
-    o.pair = ConfigDict()
+    o.pair = ConfigDict()  # PAIR: another model rewrites the prompt
     o.pair.streams = 5  # conversations in parallel; the paper has more
-    o.pair.rounds = 3
-    o.pair.max_tokens = 400  # of a reply of `attacker`
+    o.pair.rounds = 3  # messages of a conversation
+    o.pair.max_tokens = 400  # most tokens of a reply of `attacker`
 
-    o.selfcipher = ConfigDict()
+    o.selfcipher = ConfigDict()  # SelfCipher: examples before the prompt
     o.selfcipher.demonstrations = ""  # JSONL of {"prompt", "response"}; "": the package's own, which are harmless
 
-    o.attacker = ConfigDict(
-        config_lib.default().reward.endpoint
-    )  # the model that helps PAIR and AutoDAN, behind an endpoint
-    o.temperature = 1.0  # of `attacker`
+    o.attacker = config_lib.endpoint()  # the model that helps PAIR and AutoDAN, behind an endpoint
+    o.temperature = 1.0  # temperature of `attacker`
     return o.lock()
 
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from drirl_jax import main as command
 from drirl_jax.attacks import options as options_lib
 from drirl_jax.attacks import runner
+from drirl_jax.commands import cli
 from drirl_jax.data import records
 from drirl_jax.runtime import bucket, console
-from drirl_jax.types import InputError
 
 MODEL = flags.DEFINE_string("model", None, "The model: workdir of a run, folder, .gguf file, package:NAME or hub name.")
 NAMES = flags.DEFINE_list("attacks", ["none", "prefix", "suppression"], f"Some of {', '.join(runner.ATTACKS)}.")
@@ -36,17 +35,13 @@ OPTIONS = config_flags.DEFINE_config_file(
 
 def main(argv: list[str]) -> None:
     """Runs the attacks that the flags ask for. Raises InputError."""
-    for name, value in (("model", MODEL.value), ("workdir", command.WORKDIR.value)):
-        if value is None:
-            raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-    options, workdir = OPTIONS.value or options_lib.default(), bucket.local_folder(command.WORKDIR.value)
-    rates = runner.attack_model(
-        MODEL.value, command.CONFIG.value, NAMES.value, DATA.value, LIMIT.value, options, workdir
-    )
+    cli.require_flags(__doc__, MODEL, cli.WORKDIR)
+    options, workdir = OPTIONS.value or options_lib.default(), bucket.local_folder(cli.WORKDIR.value)
+    rates = runner.attack_model(MODEL.value, cli.CONFIG.value, NAMES.value, DATA.value, LIMIT.value, options, workdir)
     if rates:
         rates_json = [rate._asdict() for rate in rates]
         console.print_result(f"{runner.table(rates)}\nthe model's responses: {workdir}", rates=rates_json)
 
 
 if __name__ == "__main__":
-    command.run_command(main, files=(command.CONFIG, OPTIONS))
+    cli.run_command(main, files=(cli.CONFIG, OPTIONS))

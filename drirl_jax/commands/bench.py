@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from drirl_jax import loading
-from drirl_jax import main as command
+from drirl_jax.commands import cli
 from drirl_jax.costs.roofline import Shape, floor, irl_floor, measure_machine
 from drirl_jax.data.examples import Examples
 from drirl_jax.models import reward, transformer
@@ -245,17 +245,16 @@ def parse_letters(name: str, text: list[str]) -> tuple[list[str], list[int]]:
 
 def main(argv: list[str]) -> None:
     """Measures the figures that the flags ask for. Raises InputError."""
-    if command.CONFIG.value is None:
-        raise InputError(f"--config is missing: {__doc__.splitlines()[2]}")
+    cli.require_flags(__doc__, cli.CONFIG)
     shape = dict(zip(*parse_letters("shape", SHAPE.value)))
     letters, values = parse_letters("grow", GROW.value)
     if len(set(letters)) > 1 or len(set(values)) != len(values) or len(values) == 1:
         raise InputError(f"--grow is {','.join(GROW.value)}: give one letter and two or more values, as G=1,2,4.")
     if values:
-        grown = {v: run_apart(command.CONFIG.value, STEPS.value, shape | {letters[0]: v}) for v in values}
+        grown = {v: run_apart(cli.CONFIG.value, STEPS.value, shape | {letters[0]: v}) for v in values}
         text, result = growth(letters[0], grown), {str(v): figures for v, figures in grown.items()}
     else:
-        result = run(command.CONFIG.value, STEPS.value, shape)
+        result = run(cli.CONFIG.value, STEPS.value, shape)
         text = table(result)
     console.print_result(text, **result)
     if JSON.value:
@@ -263,4 +262,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run_command(main, resumes=False)
+    cli.run_command(main, resumes=False)

@@ -24,11 +24,10 @@ import json
 import sys
 from typing import Sequence
 
-from drirl_jax.data import convert
 from drirl_jax.data.published import PUBLISHED
+from drirl_jax.errors import InputError
 from drirl_jax.runtime import console
 from drirl_jax.runtime.files import expand_path, replace_file
-from drirl_jax.types import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--category", default="", help="category for prompts that have none of ours")
     parser.error = lambda message: sys.exit(f"drirl_jax: {message}: see python -m drirl_jax convert --help")
     args = parser.parse_args(argv)
+    from drirl_jax.data import convert  # it loads jax, which --help does not need
+
     try:
         target = expand_path(args.target)
         rows, left_out_counts = convert.demonstrations(args.format, args.source, args.max_words, args.category, target)

@@ -17,11 +17,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from drirl_jax import checks, judges, loading
-from drirl_jax import main as command
+from drirl_jax.commands import cli
 from drirl_jax.data import drafts, generators, records
 from drirl_jax.runtime import console
 from drirl_jax.runtime.files import expand_path, need_apart, replace_file, replies_file
-from drirl_jax.types import InputError
 
 PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts.")
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.")
@@ -59,13 +58,11 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
 
 def main(argv: list[str]) -> None:
     """Writes the demonstrations that the flags ask for. Raises InputError."""
-    for name, value in (("config", command.CONFIG.value), ("prompts", PROMPTS.value), ("out", OUT.value)):
-        if value is None:
-            raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
-    outcome = run(command.CONFIG.value, expand_path(PROMPTS.value), expand_path(OUT.value))
+    cli.require_flags(__doc__, cli.CONFIG, PROMPTS, OUT)
+    outcome = run(cli.CONFIG.value, expand_path(PROMPTS.value), expand_path(OUT.value))
     counts = {"demonstrations": len(outcome.records), "asked": outcome.asked, "left_out": outcome.left_out}
     console.print_result(f"{outcome.summary()}\nwritten to {OUT.value}", **counts, out=OUT.value)
 
 
 if __name__ == "__main__":
-    command.run_command(main)
+    cli.run_command(main)

@@ -22,8 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from drirl_jax import checks, judges, loading
-from drirl_jax import config as config_lib
-from drirl_jax import main as command
+from drirl_jax.commands import cli
 from drirl_jax.data import fingerprints
 from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import benchmarks
@@ -52,7 +51,8 @@ def evaluation_config(model: str, given: ConfigDict | None, options: dict) -> Co
     """
     config = workdirs.policy_config(model, given)
     config.evals.update(options)
-    config_lib.require(config.evals.benchmarks, f"--benchmarks is missing: {', '.join(benchmarks.BENCHMARKS)}.")
+    if not config.evals.benchmarks:
+        raise cli.missing_flag("benchmarks", f"{', '.join(benchmarks.BENCHMARKS)}.")
     checks.validate(config)
     return config
 
@@ -157,17 +157,15 @@ def notes(result: dict):
 
 def main(argv: list[str]) -> None:
     """Runs the benchmarks that the flags ask for. Raises InputError."""
-    for name, value in (("policy", POLICY.value), ("workdir", command.WORKDIR.value)):
-        if value is None:
-            raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+    cli.require_flags(__doc__, POLICY, cli.WORKDIR)
     flag_values = {flag.name: flag.value for flag in (BENCHMARKS, DATA, LIMIT, JUDGES, SHOTS) if flag.value is not None}
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in flag_values.items()}
-    config = evaluation_config(POLICY.value, command.CONFIG.value, options)
-    results = run(POLICY.value, config, bucket.local_folder(command.WORKDIR.value))
+    config = evaluation_config(POLICY.value, cli.CONFIG.value, options)
+    results = run(POLICY.value, config, bucket.local_folder(cli.WORKDIR.value))
     if processes.is_writer():
         judged = {result["benchmark"]: result["judges"] for result in results}
-        console.print_result(f"{table(results)}written to {command.WORKDIR.value}", benchmarks=judged)
+        console.print_result(f"{table(results)}written to {cli.WORKDIR.value}", benchmarks=judged)
 
 
 if __name__ == "__main__":
-    command.run_command(main)
+    cli.run_command(main)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import checks, judges
 from drirl_jax import config as config_lib
-from drirl_jax import main as command
+from drirl_jax.commands import cli
 from drirl_jax.judges import classifier, labels
 from drirl_jax.models import hf
 from drirl_jax.runtime import console
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     """Runs the fit or the comparison that the flags ask for. Raises InputError."""
     if (FIT.value is None) == (COMPARE.value is None) or TO.value is None:
         raise InputError("give either --fit or --compare, and --to: see python -m drirl_jax judge --help.")
-    config = (command.CONFIG.value or config_lib.default()).copy_and_resolve_references()
+    config = (cli.CONFIG.value or config_lib.default()).copy_and_resolve_references()
     out, labelled_file = expand_path(TO.value), expand_path(FIT.value if COMPARE.value is None else COMPARE.value)
     need_apart(out, labelled_file)
     if FIT.value is not None:
@@ -80,4 +80,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run_command(main, resumes=False)
+    cli.run_command(main, resumes=False)

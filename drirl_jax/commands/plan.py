@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import checks, rollout
 from drirl_jax import config as config_lib
-from drirl_jax import main as command
+from drirl_jax.commands import cli
 from drirl_jax.costs import programs
 from drirl_jax.models import families, flash, hf, reward
 from drirl_jax.models.architecture import Config
@@ -385,9 +385,8 @@ def table(result: dict) -> str:
 
 def main(argv: list[str]) -> None:
     """Makes the plan that the flags ask for. Raises InputError."""
-    for flag in (command.CONFIG, TOPOLOGY):
-        config_lib.require(flag.value is not None, f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
-    config = command.CONFIG.value
+    cli.require_flags(__doc__, cli.CONFIG, TOPOLOGY)
+    config = cli.CONFIG.value
     checks.validate(config)
     if MODEL.value:
         preset_list = ", ".join(families.PRESETS)
@@ -404,4 +403,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run_command(main, resumes=False)
+    cli.run_command(main, resumes=False)

@@ -13,11 +13,9 @@ import argparse
 import sys
 from typing import Sequence
 
-from drirl_jax.reports import compare, single
-from drirl_jax.reports.pages import load_run
+from drirl_jax.errors import InputError
 from drirl_jax.runtime import console
 from drirl_jax.runtime.files import expand_path
-from drirl_jax.types import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", help="folder of the comparison; default: compared/ beside the first run")
     parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax report runs/quickstart")
     options = parser.parse_args(argv)
+    from drirl_jax.reports import compare, single  # they load jax, which --help does not need
+    from drirl_jax.reports.pages import load_run
+
     try:
         if (options.run is None) == (options.compare is None):
             raise InputError("give RUN, or --compare RUN RUN ...: see python -m drirl_jax report --help.")

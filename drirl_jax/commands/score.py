@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from drirl_jax import loading
-from drirl_jax import main as command
+from drirl_jax.commands import cli
 from drirl_jax.data import examples, records
 from drirl_jax.data.records import Record
 from drirl_jax.evals import runner
@@ -95,12 +95,10 @@ def best_of(workdir: bucket.Path, path: pathlib.Path, n: int, base: bool) -> lis
 
 def main(argv: list[str]) -> None:
     """Writes the scores that the flags ask for. Raises InputError."""
-    for name, value in (("workdir", command.WORKDIR.value), ("out", OUT.value)):
-        if value is None:
-            raise InputError(f"--{name} is missing: {__doc__.splitlines()[2]}")
+    cli.require_flags(__doc__, cli.WORKDIR, OUT)
     if (RESPONSES.value is None) == (PROMPTS.value is None):
         raise InputError("give --responses to score, or --prompts to sample responses to and take the best.")
-    workdir, out = bucket.parse_path(command.WORKDIR.value), expand_path(OUT.value)
+    workdir, out = bucket.parse_path(cli.WORKDIR.value), expand_path(OUT.value)
     input_file = expand_path(PROMPTS.value if RESPONSES.value is None else RESPONSES.value)
     need_apart(out, input_file)
     if RESPONSES.value is not None:
@@ -114,4 +112,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run_command(main, resumes=False)
+    cli.run_command(main, resumes=False)

@@ -35,7 +35,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import checks, judges, train
 from drirl_jax import config as config_lib
-from drirl_jax import main as command
+from drirl_jax.commands import cli
 from drirl_jax.data import fingerprints
 from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import diversity
@@ -452,10 +452,8 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
 
 def main(argv: list[str]) -> None:
     """Runs the study that the flags ask for. Raises InputError."""
-    for flag in (command.CONFIG, command.WORKDIR):
-        if flag.value is None:
-            raise InputError(f"--{flag.name} is missing: {__doc__.splitlines()[2]}")
-    study, workdir = command.CONFIG.value, bucket.local_folder(command.WORKDIR.value)
+    cli.require_flags(__doc__, cli.CONFIG, cli.WORKDIR)
+    study, workdir = cli.CONFIG.value, bucket.local_folder(cli.WORKDIR.value)
     names.need_place_of_run(workdir.absolute())
     check(study)
     with contextlib.closing(lock.acquire(workdir)):  # each run locks its own folder in it
@@ -464,4 +462,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run_command(main)
+    cli.run_command(main)

@@ -12,10 +12,10 @@ from drirl_jax.data import files
 from drirl_jax.data.files import Row
 from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
+from drirl_jax.errors import InputError
 from drirl_jax.runtime.files import expand_path, is_beside, need_apart
 from drirl_jax.runtime.progress import with_progress
 from drirl_jax.runtime.surrogates import has_half_pair
-from drirl_jax.types import InputError
 
 
 def word_count(text: str) -> int:

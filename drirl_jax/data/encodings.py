@@ -10,7 +10,7 @@ import pathlib
 import zlib
 from typing import Callable
 
-from drirl_jax.types import InputError
+from drirl_jax.errors import InputError
 
 # By the first bytes of a file: names can mislead, for example if a browser has unpacked a download.
 PACKED: dict[bytes, Callable[[bytes], bytes]] = {

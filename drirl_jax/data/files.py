@@ -10,8 +10,8 @@ import pathlib
 from typing import Any, Iterable, Mapping
 
 from drirl_jax.data import encodings, records
+from drirl_jax.errors import InputError
 from drirl_jax.runtime.surrogates import without_half_pairs
-from drirl_jax.types import InputError
 
 csv.field_size_limit(2**24)  # some published prompts are longer than csv's own limit
 

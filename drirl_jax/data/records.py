@@ -23,9 +23,9 @@ import pathlib
 from typing import Any, Iterator, NamedTuple, Sequence
 
 from drirl_jax.data import encodings
+from drirl_jax.errors import InputError
 from drirl_jax.runtime.files import expand_path, is_beside
 from drirl_jax.runtime.names import file_name
-from drirl_jax.types import InputError
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any, Mapping, TypeVar
 
+from drirl_jax.errors import InputError
 from drirl_jax.runtime.surrogates import has_half_pair
-from drirl_jax.types import InputError
 
 T = TypeVar("T")
 TRUTH = {"true": True, "t": True, "yes": True, "y": True, "1": True, "1.0": True}

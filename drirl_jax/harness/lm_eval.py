@@ -13,8 +13,8 @@ import collections
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from drirl_jax.commands.cli import exit_with
 from drirl_jax.harness import Policy, chat_from_string, chat_to_string, cut
-from drirl_jax.main import exit_with
 from drirl_jax.runtime.endpoint import Chat
 from drirl_jax.types import InputError
 

@@ -12,7 +12,7 @@ from typing import Any, Mapping, NamedTuple
 
 from ml_collections import ConfigDict
 
-from drirl_jax.types import InputError
+from drirl_jax.errors import InputError
 
 
 class Range(NamedTuple):

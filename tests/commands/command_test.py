@@ -16,7 +16,7 @@ from helpers import commands
 
 from drirl_jax import config as config_lib
 from drirl_jax import loading, main
-from drirl_jax.commands import bench, evaluate, score
+from drirl_jax.commands import bench, cli, evaluate, score
 from drirl_jax.commands import report as report_command
 from drirl_jax.commands import status as status_command
 from drirl_jax.costs import dry_run, roofline
@@ -282,7 +282,7 @@ def test_help_teaches_and_is_no_error(capsys, monkeypatch):
     def help_of(command):
         monkeypatch.setattr("sys.argv", [f"drirl_jax/{command}.py", "--help"])
         with pytest.raises(SystemExit) as stop:
-            main.parse(sys.argv)
+            cli.parse(sys.argv)
         assert stop.value.code == 0
         return capsys.readouterr().out
 
@@ -311,7 +311,7 @@ def test_a_wrong_flag_of_a_config_is_told_in_json_too(capsys):
 def test_how_a_command_ends_is_said_in_json_too(mode, capsys):
     console.set_mode(mode)
     with pytest.raises(SystemExit) as stop:
-        main.exit_with("interrupted", main.INTERRUPTED)
+        cli.exit_with("interrupted", cli.INTERRUPTED)
     out, err = capsys.readouterr()
     assert stop.value.code == 130 and err == "drirl_jax: interrupted\n"
     assert out == ('{"event": "end", "exit": 130, "message": "interrupted"}\n' if mode == "json" else "")

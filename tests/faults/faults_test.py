@@ -35,7 +35,7 @@ class Runs:
         self.flags += [f"--config.compilation_cache={cache}"]
         self.told = told
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["drirl_jax.main"])
+        self.context.set_forkserver_preload(["drirl_jax.train"])
 
     def begin(self, workdir, *flags, kill=None, patch=None):
         args = ([*self.flags, f"--workdir={workdir}", *flags], self.log(workdir), kill, patch)

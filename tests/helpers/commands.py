@@ -6,7 +6,8 @@ import sys
 import pytest
 from absl.testing import flagsaver
 
-from drirl_jax import main as run
+from drirl_jax import main
+from drirl_jax.commands import cli
 
 
 def refused(message, command, *flags):
@@ -14,7 +15,7 @@ def refused(message, command, *flags):
     argv = [command.__name__, *flags]
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", argv)  # where config_flags looks for --config.name=value
-        run.main(run.parse(argv), None if command is run else command.main)
+        cli.call(cli.parse(argv), command.main, trains=command is main)
     said = stop.value.code
     assert isinstance(said, str) and re.search(message, said), said
     assert len(said.splitlines()) == 1 and len(said) < 900

@@ -144,6 +144,7 @@ def arm(kill: Kill) -> None:
 def run(flags: list[str], told: pathlib.Path, kill: Kill | None = None, patch: Callable | None = None) -> None:
     """`python -m drirl_jax.main` with these flags in this process, its output in the file `told`."""
     from drirl_jax import main
+    from drirl_jax.commands import cli
 
     with told.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -153,4 +154,4 @@ def run(flags: list[str], told: pathlib.Path, kill: Kill | None = None, patch: C
         arm(kill)
     if patch:
         patch()
-    main.main(main.parse(sys.argv))
+    cli.call(cli.parse(sys.argv), main.main, trains=True)
