@@ -11,15 +11,17 @@ import pathlib
 import signal
 import sys
 from functools import partial
-from typing import Callable, NoReturn
+from typing import Callable, NoReturn, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from drirl_jax import config as config_lib
+from drirl_jax.attacks import options as attack_options
 from drirl_jax.commands import help_text
 from drirl_jax.errors import InputError
-from drirl_jax.runtime import console
+from drirl_jax.runtime import console, keys
 from drirl_jax.runtime.files import expand_path
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code that shells use
@@ -33,6 +35,8 @@ QUIET = flags.DEFINE_boolean("quiet", False, "Print only warnings and the result
 LOG = flags.DEFINE_enum("log", "text", console.MODES, "Form of the output; json: one object a line on stdout.")
 REPLAY = flags.DEFINE_string("replay", None, "Repeat only the step that a guard saved in this folder.")
 
+# Flag of a file -> the defaults of its options.
+OPTIONS_OF = {"config": config_lib.default, "options": attack_options.default}
 # Errors of a file system -> what to do. Orbax and safetensors name them only in the error's text.
 DISK = {
     errno.ENOSPC: "make room and start the same command again",
@@ -148,4 +152,24 @@ def parse(argv: list[str], *, files: tuple = (CONFIG,)) -> list[str]:
     except flags.Error as error:  # its text is the whole traceback where a config file raises
         exit_with(str(error).strip().splitlines()[-1])
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        exit_with(f"the config or a --config flag is wrong: {' '.join(str(error).split())}")
+        message = " ".join(str(error).split())
+        exit_with(unknown_option(argv, message) or f"the config or a --config flag is wrong: {message}")
+
+
+def unknown_option(argv: Sequence[str], message: str) -> str | None:
+    """The sentence for the first flag that names no option of a config; None if each names one.
+
+    Args:
+        argv: the command line.
+        message: the error of ml_collections. It quotes the part of the key that does not exist.
+    """
+    for argument in argv[1:]:
+        file, _, key = argument.lstrip("-").partition("=")[0].partition(".")
+        if file in OPTIONS_OF and key:
+            option, known = (
+                key.removeprefix("base."),
+                list(keys.dotted(OPTIONS_OF[file]())),
+            )  # a study's config has base
+            if option not in known and any(part in message for part in key.split(".")):
+                return f"--{file}.{key}: there is no such option: {keys.advice(option, known)}"
+    return None

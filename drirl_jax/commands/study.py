@@ -43,7 +43,7 @@ from drirl_jax.models import hf
 from drirl_jax.reports import pages, plots
 from drirl_jax.reports.intervals import Interval, difference, interval
 from drirl_jax.reports.plots import percent
-from drirl_jax.runtime import bucket, console, json_files, lock, metrics, names, workdirs
+from drirl_jax.runtime import bucket, console, json_files, keys, lock, metrics, names, workdirs
 from drirl_jax.runtime.files import expand_path, replace_file
 from drirl_jax.runtime.names import file_name
 from drirl_jax.runtime.preemption import PREEMPTED
@@ -140,7 +140,10 @@ def config_of(study: ConfigDict, variant: str, seed: int) -> ConfigDict:
     try:
         config.update(study.variants[variant].to_dict())
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"variant {variant!r} of the study is wrong: {' '.join(str(error).split())}") from error
+        known = list(keys.dotted(study.base))
+        unknown = [key for key in keys.dotted(study.variants[variant]) if key not in known]
+        reason = f"there is no option {unknown[0]}: {keys.advice(unknown[0], known)}" if unknown else f"{error}"
+        raise InputError(f"variant {variant!r} of the study is wrong: {' '.join(reason.split())}") from error
     config.seed = seed
     return config.lock()
 
@@ -332,13 +335,13 @@ def table(study: ConfigDict, found: dict) -> dict[str, dict[str, tuple[Interval,
     The second is None for the reference itself. A column is left out for a variant that lacks it. The reward column is
     left out if the rewards are not the reference's, because each has its own scale.
     """
-    keys = {name: reward_key(config_of(study, name, study.seeds[0])) for name in study.variants}
-    reference_rewards = keys[study.reference]
+    reward_keys = {name: reward_key(config_of(study, name, study.seeds[0])) for name in study.variants}
+    reference_rewards = reward_keys[study.reference]
     values: dict[str, dict[str, list]] = {}
     for name, runs in found.items():
         skipped = TRAINING_ONLY if name == BASE else ()
-        if keys.get(name, reference_rewards) != reference_rewards or (
-            name == BASE and keys[next(iter(keys))] != reference_rewards
+        if reward_keys.get(name, reference_rewards) != reference_rewards or (
+            name == BASE and next(iter(reward_keys.values())) != reference_rewards
         ):
             skipped = (*skipped, "reward")
         by_column = {key: [column.of(*run) for run in runs] for key, column in COLUMNS.items() if key not in skipped}

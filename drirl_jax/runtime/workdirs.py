@@ -11,7 +11,7 @@ from typing import Any, Mapping, Sequence
 from ml_collections import ConfigDict
 
 from drirl_jax.config import default
-from drirl_jax.runtime import bucket, json_files
+from drirl_jax.runtime import bucket, json_files, keys
 from drirl_jax.runtime.files import expand_path, replace_file
 from drirl_jax.types import InputError
 
@@ -132,10 +132,10 @@ def check_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, st
             f"{workdir} was begun with other contents of {inputs}: put back what was there then, or take another "
             "--workdir."
         )
-    if unshared := sorted(recorded_options.keys() ^ present_options.keys()):
+    if differences := keys.differences(recorded_options, present_options):
         raise InputError(
             f"{workdir} was begun by another version of drirl_jax, whose options are others "
-            f"({', '.join(unshared[:5])}): go on with that version, or take another --workdir."
+            f"({differences}): go on with that version, or take another --workdir."
         )
     changed_options = [key for key in sorted(recorded_options) if recorded_options[key] != present_options[key]]
     changed_options = [
@@ -181,8 +181,9 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     try:
         config.update(_tuples(tree))
     except (KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = keys.differences(_flat(tree), flat_options(default())) or error
         raise InputError(
-            f"{path} is of another version of drirl_jax, or damaged ({error}): take the version that made the run, or "
+            f"{path} is of another version of drirl_jax, or damaged ({reason}): take the version that made the run, or "
             "make the run anew."
         ) from error
     return config
