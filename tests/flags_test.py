@@ -3,9 +3,9 @@
 import json
 import sys
 
-import commands
 import pytest
 from absl import flags
+from helpers import commands
 from ml_collections import ConfigDict, config_flags
 
 from drirl_jax import main

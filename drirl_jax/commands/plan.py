@@ -10,35 +10,30 @@ their full length.
 
 Times on a TPU are two numbers: the compiler's estimate of its fusions, and the bytes of the collectives at the rate of
 all links of a chip. A step takes at least the larger of the two, and at most about their sum. A GPU's compiler gives no
-times: see `seconds_of`.
+times: see `compute_seconds`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from drirl_jax import checks, rollout
+from drirl_jax import checks
 from drirl_jax import config as config_lib
 from drirl_jax.commands import cli
 from drirl_jax.costs import programs
-from drirl_jax.models import families, flash, hf, reward
+from drirl_jax.costs.run_programs import Program, RunPrograms
+from drirl_jax.models import families, flash, hf
 from drirl_jax.models.architecture import Config
-from drirl_jax.models.transformer import Transformer
 from drirl_jax.runtime import console, sharding
 from drirl_jax.runtime.files import expand_path, replace_file
-from drirl_jax.stages import align, irl, objectives, optimizer
-from drirl_jax.stages.base import POLICIES, Context, reshard
-from drirl_jax.types import Group, InputError, PyTree
+from drirl_jax.types import InputError, PyTree
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as v5e:8x8, v5p:2x2x4 or v6e:4x4, or h100:8.")
 MODEL = flags.DEFINE_string(
@@ -96,157 +91,6 @@ COMPILERS = {
 KERNEL_RATE = 0.5  # assumed share of a chip's peak for products whose cycles the compiler does not give
 
 
-class Program(NamedTuple):
-    """A jitted function of the run.
-
-    Attributes:
-        name: what it does.
-        times: how often it runs in an alignment step; 0 for the other stages.
-        traced: () -> the result of `jax.jit(f).trace(*args)`.
-        args: its arguments, as shapes with shardings.
-        loop: how often its while loops run, if it has any.
-        mesh: its mesh, if not the current one.
-    """
-
-    name: str
-    times: int
-    traced: Callable
-    args: tuple
-    loop: int = 1
-    mesh: jax.sharding.Mesh | None = None
-
-
-def batch_shapes(tree: PyTree) -> PyTree:
-    """Shapes of a batch, sharded by their first axis, the prompts."""
-    return sharding.sharded_shapes(tree, lambda path, x: ("prompts",))
-
-
-def ids(*shape: int) -> jax.ShapeDtypeStruct:
-    """Shape of an int32 array of a batch."""
-    return batch_shapes(jax.ShapeDtypeStruct(shape, jnp.int32))
-
-
-def group(P: int, S: int, G: int, T: int) -> Group:
-    """The shapes of a group."""
-    return Group(ids(P, S), ids(P), ids(P, G, T), ids(P, G), ids(P))
-
-
-def run_programs(config: ConfigDict, shape: Config) -> tuple[list[PyTree], Iterator[Program]]:
-    """The trees that are always on the devices (trunk, train state, reward bank), and the run's functions. Both are for
-    the current mesh."""
-    c, T, S = config.align, config.sampler.max_new, config.data.max_prompt
-    # Nothing here may be executed: the devices of the mesh do not exist.
-    model = sharding.sharded_shapes(jax.eval_shape(lambda: Transformer(shape, jax.random.key(0))))
-    context = Context(config, model, None, None, {})
-    policy, objective = POLICIES[config.policy.tune], objectives.OBJECTIVES[c.objective]
-    transformation = align.make_transformation(config)
-
-    def init(model):
-        params = policy.init(config.policy, model, jax.random.key(0))
-        return optimizer.init(transformation, objectives.base.init_params(objective, params, model))
-
-    def init_rewards(model):
-        return irl.init_rewards(dataclasses.replace(context, model=model))
-
-    train = sharding.sharded_shapes(jax.eval_shape(init, model))
-    rewards = sharding.sharded_shapes(jax.eval_shape(init_rewards, model))
-    reward_shape = sharding.sharded_shapes(jax.eval_shape(lambda: jnp.zeros(rewards.bias.shape)))
-    bank = reward.Bank(rewards, reward_shape, reward_shape)
-
-    sampling_mesh = sharding.sampling_mesh(config.sampler.mesh, c.batch, jax.sharding.get_mesh())
-
-    def sample_programs(name, times, model, P, G, T, temperature) -> Iterator[Program]:
-        if sampling_mesh:
-            move_args = (model,)
-            yield Program(f"{name}: move", times, lambda: reshard.trace(*move_args), move_args, mesh=sampling_mesh)
-            model = jax.eval_shape(reshard, model)
-        with jax.set_mesh(sampling_mesh or jax.sharding.get_mesh()):
-            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (P, G)))
-            options = dict(max_new=T, temperature=temperature, eos=(0,), compact=())  # so no row ends before the others
-            args = (sharding.sharded_shapes(model), ids(P, S), ids(P), keys)
-        yield Program(name, times, lambda: rollout.sample.trace(*args, **options), args, T, sampling_mesh)
-
-    def align_programs() -> Iterator[Program]:
-        merged_model = model
-        if config.policy.tune == "lora":
-            args = (model, train.params.policy)
-            merged_model = sharding.sharded_shapes(jax.eval_shape(policy.merge, *args))
-            yield Program("merge", 1, lambda: policy.merge.trace(*args), args)
-        P, G, shared = c.batch, c.group_size, context.shared_layers
-        yield from sample_programs("sample", 1, merged_model, P, G, T, config.sampler.temperature)
-        full_group = group(P, S, G + 1 + objectives.grpo.group_roles(config)[1].counts, T)
-        trunk_states = None
-        if shared.layers:
-            yield Program(
-                "trunk", 1, lambda: align.run_trunk.trace(model, full_group, layers=shared.layers), (model, full_group)
-            )
-            trunk_states = batch_shapes(
-                jax.eval_shape(lambda m, g: align.run_trunk(m, g, layers=shared.layers), model, full_group)
-            )
-        args = (model, bank, full_group, trunk_states if shared.rewards else None)
-        yield Program("rewards", 1, lambda: jax.jit(reward.score).trace(*args), args)
-
-        def make_batch(model, params, group, trunk_states, logp, value, alpha):
-            mask, is_harmless_P = jnp.ones(alpha.shape, bool), np.zeros(P, bool)
-            scored_group = objectives.base.ScoredGroup(
-                group, logp, value, alpha, mask, trunk_states, shared.policy, is_harmless_P
-            )
-            return objective.make_batch(dataclasses.replace(context, model=model), model, params, scored_group)[0]
-
-        def float_shape(*shape):
-            return batch_shapes(jax.ShapeDtypeStruct(shape, jnp.float32))
-
-        members = full_group.response.shape[1]
-        batch = jax.eval_shape(
-            make_batch,
-            model,
-            train.params,
-            full_group,
-            trunk_states,
-            float_shape(P, G, T),
-            float_shape(P, members),
-            float_shape(P, G),
-        )
-        if config.policy_loss.beta_kl > 0:
-            logprob_args = (
-                model,
-                group(P, S, G, T),
-                config.sampler.temperature,
-                trunk_states and batch_shapes(_first(trunk_states, G)),
-            )
-            yield Program("reference", 1, lambda: objectives.base.logprobs.trace(*logprob_args), logprob_args)
-        update_args = (train, model, batch_shapes(batch))
-        yield Program(
-            "update", c.epochs, lambda: align.make_update(config, transformation).trace(*update_args), update_args
-        )
-
-    def irl_programs() -> Iterator[Program]:
-        K, P = len(irl.negative_weights(config.irl)), config.irl.batch
-        pairs = irl.Pairs(group(P, S, 1 + K, T), ids(P, K), ids(P, K), ids(P, K))
-        optimiser = optimizer.make(config.irl.optimizer, config.irl.steps)
-        state = sharding.sharded_shapes(jax.eval_shape(lambda m: optimizer.init(optimiser, init_rewards(m)), model))
-        args = (state, model, pairs)
-        yield Program("irl update", 0, lambda: irl.make_update(config, optimiser).trace(*args), args)
-        P = sharding.round_up_prompts(max(1, config.evals.batch // config.irl.samples))
-        yield from sample_programs("irl sample", 0, model, P, config.irl.samples, T, config.sampler.temperature)
-
-    def all_programs() -> Iterator[Program]:
-        yield from align_programs()
-        if "irl" in config.schedule:
-            yield from irl_programs()
-        if "evals" in config.schedule:
-            e = config.evals
-            yield from sample_programs(
-                "evals sample", 0, model, sharding.round_up_prompts(e.batch), 1, e.max_new, e.temperature
-            )
-
-    return [model, train, bank], all_programs()
-
-
-def _first(trunk_states, members: int):
-    return jax.eval_shape(lambda states: states.members(slice(members)), trunk_states)
-
-
 def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
     """The figures of one program on one chip (see `table`). If it does not fit, "needs" is the compiler's message."""
     if program.mesh is not None:
@@ -273,18 +117,20 @@ def measure(program: Program, resident: list[PyTree], chip: Chip) -> dict:
         return figures | {"needs": f"{(argument_bytes + work_bytes) / 2**30:.1f} GiB of {chip.memory / 2**30:.1f}"}
     flops_once = programs.operations(jaxpr, lambda length: 1) / chips
     kernel_flops = programs.operations(jaxpr, lambda length: length or program.loop, kernels=True) / chips
-    read_bytes = program.loop * sum(map(sharding.bytes_per_device, program.args))
+    bytes_read = program.loop * sum(map(sharding.bytes_per_device, program.args))
     return figures | {
         "memory": argument_bytes + work_bytes,
-        "seconds": seconds_of(chip, traffic.cycles, flops, kernel_flops, read_bytes),
-        "moved": traffic.moved,
-        "moving": sum(traffic.moved.values()) / chip.links,
+        "seconds": compute_seconds(
+            chip, cycles=traffic.cycles, matmul_flops=flops, kernel_flops=kernel_flops, bytes_read=bytes_read
+        ),
+        "collective_bytes": traffic.collective_bytes,
+        "collective_seconds": sum(traffic.collective_bytes.values()) / chip.links,
         "xla_flops_once": (compiled.cost_analysis() or {}).get("flops", 0.0),  # None on a GPU
         "flops_once": flops_once,
     }
 
 
-def seconds_of(chip: Chip, cycles: float, products: float, kernels: float, read: float) -> float:
+def compute_seconds(chip: Chip, *, cycles: float, matmul_flops: float, kernel_flops: float, bytes_read: float) -> float:
     """Seconds that a program computes on a chip.
 
     On a TPU: the cycles of its fusions, plus the operations in kernels at KERNEL_RATE of the peak. A GPU's compiler
@@ -293,15 +139,15 @@ def seconds_of(chip: Chip, cycles: float, products: float, kernels: float, read:
 
     Args:
         cycles: of a TPU's fusions.
-        products, kernels: operations of matrix products outside kernels and inside them.
-        read: bytes of the arguments, times the number of iterations of the program's loop.
+        matmul_flops, kernel_flops: operations of matrix products outside kernels and inside them.
+        bytes_read: bytes of the arguments, times the number of iterations of the program's loop.
     """
     if chip.clock:
-        return cycles / chip.clock + kernels / (KERNEL_RATE * chip.flops)
-    return max((products + kernels) / (KERNEL_RATE * chip.flops), read / chip.bandwidth)
+        return cycles / chip.clock + kernel_flops / (KERNEL_RATE * chip.flops)
+    return max((matmul_flops + kernel_flops) / (KERNEL_RATE * chip.flops), bytes_read / chip.bandwidth)
 
 
-def chip_of(topology: str) -> Chip:
+def find_chip(topology: str) -> Chip:
     """The entry of CHIPS that the topology begins with. Raises InputError if there is none."""
     kind = topology.partition(":")[0]
     config_lib.require(
@@ -310,9 +156,9 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[kind]
 
 
-def devices_of(topology: str) -> Sequence[jax.Device]:
+def topology_devices(topology: str) -> Sequence[jax.Device]:
     """Devices to compile for; they need not exist. Raises InputError if no compiler knows them."""
-    platform, shape = chip_of(topology).platform, topology.partition(":")[2]
+    platform, shape = find_chip(topology).platform, topology.partition(":")[2]
     try:
         if platform == "tpu":
             return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -338,19 +184,19 @@ def plan(config: ConfigDict, shape: Config, topology: str) -> dict:
         choices == ("grpo", "irl", "category"),
         f"plan needs align.objective, reward.source and reward.route = 'grpo', 'irl' and 'category', not {choices}.",
     )
-    devices = devices_of(topology)
+    devices = topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh, config_lib.micro_batch_sizes(config), devices)
     with jax.set_mesh(mesh):
-        resident, all_programs = run_programs(config, shape)
-        figures = [measure(program, resident, chip_of(topology)) for program in all_programs]
-        resident_bytes = sum(map(sharding.bytes_per_device, resident))
+        run = RunPrograms(config, shape)
+        figures = [measure(program, run.resident, find_chip(topology)) for program in run.scheduled()]
+        resident_bytes = sum(map(sharding.bytes_per_device, run.resident))
         return {"topology": topology, "mesh": dict(mesh.shape), "resident": resident_bytes, "programs": figures}
 
 
 def table(result: dict) -> str:
     """The figures of one chip as text: memory, operations, the compiler's time, the share of the peak that follows from
     it, bytes moved and their time. Then come the alignment step, and advice if something does not fit."""
-    chip = chip_of(result["topology"])
+    chip = find_chip(result["topology"])
     mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items())
     lines = [
         f"{result['topology']}, {mesh}; trunk, train state and rewards: {result['resident'] / 2**30:.2f} GiB a chip",
@@ -361,23 +207,25 @@ def table(result: dict) -> str:
             lines.append(f"{row['name']:18} does not fit: {row['needs']}")
             continue
         share = f"{row['flops'] / row['seconds'] / chip.flops:.0%}" if row["seconds"] and chip.clock else "-"
-        kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in sorted(row["moved"].items()))
+        kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in sorted(row["collective_bytes"].items()))
         lines.append(
             f"{row['name']:18}{row['memory'] / 2**30:8.2f}{row['flops'] / 1e12:9.2f}{row['seconds']:9.3f}{share:>9}"
-            f"{sum(row['moved'].values()) / 1e9:10.2f}{row['moving']:9.3f}  {kinds}"
+            f"{sum(row['collective_bytes'].values()) / 1e9:10.2f}{row['collective_seconds']:9.3f}  {kinds}"
         )
     if any("needs" in row for row in result["programs"]):
         lines.append("Does not fit: raise config.mesh.fsdp, align.accumulate or align.minibatches, lower align.batch, "
                      "sampler.max_new or data.max_prompt, or take a larger slice.")  # fmt: skip
         return "\n".join(lines)
     step = [row for row in result["programs"] if row["times"]]
-    computing, moving = (sum(row["times"] * row[key] for row in step) for key in ("seconds", "moving"))
-    slowest = max(step, key=lambda row: row["times"] * max(row["seconds"], row["moving"]))
-    bottleneck = "its collectives" if slowest["moving"] > slowest["seconds"] else "its computation"
+    computing, communicating = (
+        sum(row["times"] * row[key] for row in step) for key in ("seconds", "collective_seconds")
+    )
+    slowest = max(step, key=lambda row: row["times"] * max(row["seconds"], row["collective_seconds"]))
+    bottleneck = "its collectives" if slowest["collective_seconds"] > slowest["seconds"] else "its computation"
     fullest = max(result["programs"], key=lambda row: row["memory"])
-    upper_bound = f"to {computing + moving:.2f} s" if chip.clock else "s at least"
+    upper_bound = f"to {computing + communicating:.2f} s" if chip.clock else "s at least"
     lines.append(
-        f"A step: {max(computing, moving):.2f} {upper_bound}, most of it {slowest['name']} by {bottleneck}; "
+        f"A step: {max(computing, communicating):.2f} {upper_bound}, most of it {slowest['name']} by {bottleneck}; "
         f"fullest in {fullest['name']}, {fullest['memory'] / chip.memory:.0%} of a chip's memory."
     )
     return "\n".join(lines)
@@ -395,7 +243,7 @@ def main(argv: list[str]) -> None:
     else:
         shape = families.config_from_hf(hf.read_config(hf.resolve(config.policy.init)))
     shape = shape._replace(**{name: config.policy[name] for name in ("dtype", "weights", "attention")})
-    flash.check_attention(shape, chip_of(TOPOLOGY.value).platform)
+    flash.check_attention(shape, find_chip(TOPOLOGY.value).platform)
     result = plan(config, shape, TOPOLOGY.value)
     console.print_result(table(result), **result)
     if PLAN.value:

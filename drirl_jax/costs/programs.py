@@ -72,12 +72,12 @@ class Traffic(NamedTuple):
     in collectives, by kind."""
 
     cycles: float
-    moved: dict[str, float]
+    collective_bytes: dict[str, float]
 
 
 class _Computation(NamedTuple):
     cycles: float
-    moved: dict[str, float]
+    collective_bytes: dict[str, float]
     calls: list[tuple[str, float]]  # other computations, and how often one run of this one calls each
 
 
@@ -98,11 +98,11 @@ def traffic(hlo: str, trips: float) -> Traffic:
 
     def total(name: str) -> Traffic:
         computation = computations[name]
-        cycles, bytes_by_kind = computation.cycles, dict(computation.moved)
+        cycles, bytes_by_kind = computation.cycles, dict(computation.collective_bytes)
         for callee, times in computation.calls:
             inner = total(callee)
             cycles += times * inner.cycles
-            for kind, size in inner.moved.items():
+            for kind, size in inner.collective_bytes.items():
                 bytes_by_kind[kind] = bytes_by_kind.get(kind, 0.0) + times * size
         return Traffic(cycles, bytes_by_kind)
 

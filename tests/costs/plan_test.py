@@ -1,5 +1,6 @@
 """Costs by hand, the programs of a run traced, and, with libtpu, a plan by the TPU compiler."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from jax.experimental import pallas as pl
 from configs import quickstart
 from drirl_jax.commands import plan
 from drirl_jax.costs import programs, roofline
+from drirl_jax.costs.run_programs import RunPrograms
 from drirl_jax.models import families
 from drirl_jax.runtime import sharding
 
@@ -123,7 +125,7 @@ def test_loops_of_a_compiled_program_count_as_often_as_they_run():
     told = programs.traffic(HLO, trips=3)
     assert told.cycles == 7 + (5 + 3) * 100
     # Each run of the body gathers [8, 4] of two bytes twice, and [16, 4] once, in two fusions.
-    assert told.moved == {"all-reduce": 4.0, "all-gather": (5 + 3) * (2 * 64.0 + 128.0)}
+    assert told.collective_bytes == {"all-reduce": 4.0, "all-gather": (5 + 3) * (2 * 64.0 + 128.0)}
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +133,12 @@ def traced():
     """By name, operations of the programs of the quickstart on one device; its config."""
     config = quickstart.get_config()
     with jax.set_mesh(sharding.make_mesh(config.mesh, [4], jax.devices())):
-        resident, every = plan.run_programs(config, SHAPE)
+        run = RunPrograms(config, SHAPE)
         found = {
             p.name: programs.operations(programs.without_dead_code(p.traced().jaxpr.jaxpr), lambda n: n or p.loop)
-            for p in every
+            for p in run.scheduled()
         }
-        return found, config, [sharding.bytes_per_device(tree) for tree in resident]
+        return found, config, [sharding.bytes_per_device(tree) for tree in run.resident]
 
 
 def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced):
@@ -146,7 +148,7 @@ def test_the_programs_are_those_of_the_run_and_cost_what_their_shapes_say(traced
     ]  # fmt: skip
     assert resident[0] == 4 * 134_515_008  # the trunk
     with jax.set_mesh(sharding.make_mesh(config.mesh, [4], jax.devices())):
-        (trunk, *others), _ = plan.run_programs(config, SHAPE._replace(weights="bfloat16"))
+        trunk, *others = RunPrograms(config, SHAPE._replace(weights="bfloat16")).resident
         assert [sharding.bytes_per_device(tree) for tree in (trunk, *others)] == [resident[0] / 2, *resident[1:]]
     shape = roofline.Shape(config.align.batch, config.data.max_prompt, config.align.group_size, config.sampler.max_new)
     forward = roofline.forward_flops(SHAPE, shape)
@@ -183,15 +185,18 @@ def test_xla_plans_two_gpus_with_cudnns_attention(tmp_path):
     result = json.loads((tmp_path / "plan").read_text())
     assert [row["name"] for row in result["programs"] if "needs" in row] == []
     update = next(row for row in result["programs"] if row["name"] == "update")
-    assert result["resident"] < update["memory"] < 8 * 2**30 and update["moved"]["all-gather"] > 0
+    assert result["resident"] < update["memory"] < 8 * 2**30 and update["collective_bytes"]["all-gather"] > 0
 
 
 def test_a_gpus_seconds_are_its_products_or_what_it_reads():
     chip = plan.CHIPS["h100"]
-    assert plan.seconds_of(chip, 0, 2 * chip.flops, chip.flops, chip.bandwidth) == 3 / plan.KERNEL_RATE
-    assert plan.seconds_of(chip, 0, 0.1 * chip.flops, 0, 2 * chip.bandwidth) == 2
+    seconds = functools.partial(plan.compute_seconds, chip, cycles=0)
+    work = {"matmul_flops": 2 * chip.flops, "kernel_flops": chip.flops}
+    assert seconds(**work, bytes_read=chip.bandwidth) == 3 / plan.KERNEL_RATE
+    assert seconds(matmul_flops=0.1 * chip.flops, kernel_flops=0, bytes_read=2 * chip.bandwidth) == 2
     chip = plan.CHIPS["v5e"]
-    assert plan.seconds_of(chip, chip.clock, 9e99, chip.flops, 9e99) == 1 + 1 / plan.KERNEL_RATE
+    work = {"cycles": chip.clock, "matmul_flops": 9e99, "kernel_flops": chip.flops, "bytes_read": 9e99}
+    assert plan.compute_seconds(chip, **work) == 1 + 1 / plan.KERNEL_RATE
 
 
 def test_what_does_not_fit_is_said_with_what_to_change():

@@ -16,8 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax import rollout
-from drirl_jax.commands import plan
 from drirl_jax.config import default
+from drirl_jax.costs.run_programs import Program, RunPrograms
 from drirl_jax.models import lora, transformer, vocabulary
 from drirl_jax.models.transformer import Config, Transformer
 from drirl_jax.runtime import sharding
@@ -27,19 +27,19 @@ from drirl_jax.types import Group
 SHAPE = Config(vocab=4096, width=256, layers=4, heads=8, kv_heads=8, head_dim=32, ffn=768)
 
 
-def programs(tune: str) -> dict[str, plan.Program]:
+def programs(tune: str) -> dict[str, Program]:
     """By name, those of a step of 16 prompts x 8 responses, 64 + 64 tokens."""
     config = default()
     config.update({"policy": {"tune": tune}, "align": {"batch": 16}, "data": {"max_prompt": 64}})
-    return {program.name: program for program in plan.run_programs(config, SHAPE)[1]}
+    return {program.name: program for program in RunPrograms(config, SHAPE).scheduled()}
 
 
-def told(program: plan.Program) -> dict:
+def told(program: Program) -> dict:
     """Bytes a device for what it keeps while it runs."""
     return {"bytes": program.traced().lower().compile().memory_analysis().temp_size_in_bytes}
 
 
-def update(program: plan.Program) -> dict:
+def update(program: Program) -> dict:
     """The same, and which parts of the new state lie elsewhere than the old one's, and which are cut."""
     compiled = program.traced().lower().compile()
     wanted = jax.tree_util.tree_flatten_with_path(program.args[0])[0]
