@@ -29,7 +29,7 @@ from drirl_jax.runtime import console, processes, sharding
 from drirl_jax.runtime.files import expand_path, replace_file
 from drirl_jax.runtime.progress import Clock
 from drirl_jax.stages import align, irl, objectives
-from drirl_jax.stages.base import Context
+from drirl_jax.stages.base import Context, Stage, State
 from drirl_jax.types import InputError
 
 STEPS = flags.DEFINE_integer("steps", 5, "Steps to time, after two warm-up steps.", lower_bound=1)
@@ -107,6 +107,84 @@ def with_width(model: transformer.Transformer, width: int) -> transformer.Transf
     return transformer.Transformer(wide, jax.random.key(0))
 
 
+def load_bench_context(config: ConfigDict, shape: dict[str, int], clock: Clock) -> Context:
+    """The context of a run whose step has this shape, and whose responses all have their full length.
+
+    Args:
+        config: of the run.
+        shape: letters of SHAPES and their values; they replace the config's.
+        clock: it gets the seconds of the phases.
+    """
+    keys = {"P": "align.batch", "G": "align.group_size", "T": "sampler.max_new"}
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({keys[letter]: value for letter, value in shape.items() if letter in keys})
+    context = loading.load_context(config)
+    endless = copy.copy(context.text)
+    endless.eos_ids = (-1,)  # no token has this id, so every response has T tokens, as the floor assumes
+    context = dataclasses.replace(context, clock=clock, text=endless)
+    if "S" in shape:
+        context = dataclasses.replace(context, examples=with_prompt_length(context.examples, shape["S"]))
+    if "D" in shape:
+        context = dataclasses.replace(context, model=sharding.place(with_width(context.model, shape["D"])))
+    return with_categories(context, shape["C"]) if "C" in shape else context
+
+
+def time_align(clock: Clock, stage: Stage, state: State, steps: int) -> dict[str, list[float]]:
+    """Seconds of each phase in steps that wait after each phase, then of whole steps ("step").
+
+    Two steps before them, which compile, are left out.
+
+    Args:
+        clock: of the stage's context.
+        stage: the align stage.
+        state: its first state.
+        steps: number of steps to time of each kind.
+    """
+    times: dict[str, list[float]] = {name: [] for name in (*PHASES, "step")}
+    for number in range(2 + 2 * steps):
+        clock.restart(wait=number < 2 + steps)
+        start = time.perf_counter()
+        batch, carry, _ = stage.collect(state, number)
+        new_train, _ = stage.update(state.train, batch)
+        clock.mark("update", jax.block_until_ready(new_train))
+        state = state._replace(train=new_train, carry=carry)
+        if number >= 2 + steps:
+            times["step"].append(time.perf_counter() - start)
+        elif number >= 2:
+            for phase in PHASES:
+                times[phase].append(clock.seconds.get(phase, 0.0))
+    return times
+
+
+def measure_floors(context: Context, trained_size: int) -> dict:
+    """The least seconds of the phases on this machine, and what they follow from.
+
+    Args:
+        context: of the run.
+        trained_size: number of trained parameters.
+
+    Returns:
+        {"floor": phase -> seconds, "step_floor": their sum without the IRL stage, "machine", "shape"}
+    """
+    config, model, examples = context.config, context.model.config, context.examples["train"]
+    S, R = examples.prompt.shape[1], len(examples.prefix)
+    shape = Shape(config.align.batch, S, config.align.group_size, config.sampler.max_new, R)
+    pairs_shape = shape._replace(P=config.irl.batch, G=1 + len(irl.negative_weights(config.irl)))
+    roles, machine = objectives.grpo.group_roles(config), measure_machine(model)
+    phases = floor(
+        model, shape, machine,
+        size=sum(x.size for x in jax.tree.leaves(context.model)), tuned=trained_size, shared=context.shared_layers,
+        scored=1 + roles[1].counts, trained=sum(role.trained for role in roles),
+    )  # fmt: skip
+    irl_seconds = irl_floor(model, pairs_shape, machine, config.reward.layers or model.layers)
+    return {
+        "floor": phases | {"irl": irl_seconds},
+        "step_floor": sum(phases.values()),
+        "machine": machine._asdict(),
+        "shape": shape._asdict(),
+    }
+
+
 def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> dict:
     """Times collect and update of the align stage, and the update of the IRL stage.
 
@@ -123,64 +201,23 @@ def run(config: ConfigDict, steps: int, shape: dict[str, int] | None = None) -> 
          "tokens_per_second": of the rollout, "peak_bytes", "machine", "shape",
          "device", "jax"}. "step" is timed without waiting between phases, so it may be less than their sum.
     """
-    clock, shape = Clock(), shape or {}
-    keys = {"P": "align.batch", "G": "align.group_size", "T": "sampler.max_new"}
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict({keys[letter]: value for letter, value in shape.items() if letter in keys})
-    context = loading.load_context(config)
-    endless = copy.copy(context.text)
-    endless.eos_ids = (-1,)  # no token has this id, so every response has T tokens, as the floor assumes
-    context = dataclasses.replace(context, clock=clock, text=endless)
-    if "S" in shape:
-        context = dataclasses.replace(context, examples=with_prompt_length(context.examples, shape["S"]))
-    if "D" in shape:
-        context = dataclasses.replace(context, model=sharding.place(with_width(context.model, shape["D"])))
-    if "C" in shape:
-        context = with_categories(context, shape["C"])
-        config = context.config
+    clock = Clock()
+    context = load_bench_context(config, shape or {}, clock)
     untrained = irl.init_rewards(context)
     stage = align.make(context, reward.Bank(untrained, mean=untrained.bias, std=jnp.ones_like(untrained.bias)))
     state = stage.init()
     trained_size = sum(x.size for x in jax.tree.leaves(state.train.params))
-    times: dict[str, list[float]] = {name: [] for name in TIMED}
-    for number in range(2 + 2 * steps):
-        # First two steps that compile and warm up, then steps that wait after each phase, then whole steps.
-        clock.restart(wait=number < 2 + steps)
-        start = time.perf_counter()
-        batch, carry, _ = stage.collect(state, number)
-        new_train, _ = stage.update(state.train, batch)
-        clock.mark("update", jax.block_until_ready(new_train))
-        state = state._replace(train=new_train, carry=carry)
-        if number >= 2 + steps:
-            times["step"].append(time.perf_counter() - start)
-        elif number >= 2:
-            for phase in PHASES:
-                times[phase].append(clock.seconds.get(phase, 0.0))
-    times["irl"] = time_irl(context, steps)
-    examples = context.examples["train"]
-    roles = objectives.grpo.group_roles(config)
-    S, R = examples.prompt.shape[1], len(examples.prefix)
-    step_shape = Shape(config.align.batch, S, config.align.group_size, config.sampler.max_new, R)
-    demonstrations = {"scored": 1 + roles[1].counts, "trained": sum(role.trained for role in roles)}
-    machine = measure_machine(context.model.config)
-    size = sum(x.size for x in jax.tree.leaves(context.model))
-    options = {"size": size, "tuned": trained_size, "shared": context.shared_layers, **demonstrations}
-    floor_seconds = floor(context.model.config, step_shape, machine, **options)
-    pairs_shape = step_shape._replace(P=config.irl.batch, G=1 + len(irl.negative_weights(config.irl)))
-    adapted = config.reward.layers or context.model.config.layers
-    seconds = {phase: statistics.median(values) for phase, values in times.items()}
+    times = time_align(clock, stage, state, steps) | {"irl": time_irl(context, steps)}
+    floors, seconds = measure_floors(context, trained_size), {name: statistics.median(times[name]) for name in TIMED}
+    c = context.config
     return {
         "seconds": seconds,
         "all": times,
-        "floor": floor_seconds | {"irl": irl_floor(context.model.config, pairs_shape, machine, adapted)},
-        "step_floor": sum(floor_seconds.values()),
-        "tokens_per_second": step_shape.P * step_shape.G * step_shape.T / seconds["rollout"],
+        "tokens_per_second": c.align.batch * c.align.group_size * c.sampler.max_new / seconds["rollout"],
         "peak_bytes": peak_memory(),
-        "machine": machine._asdict(),
-        "shape": step_shape._asdict(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
-    }
+    } | floors
 
 
 def run_apart(config: ConfigDict, steps: int, shape: dict[str, int]) -> dict:

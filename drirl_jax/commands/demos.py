@@ -38,8 +38,8 @@ def run(config: ConfigDict, prompts: pathlib.Path, out: pathlib.Path) -> drafts.
     section = config.demos
     records.require(rows, config.data.categories, "train", section.per_category)
     embedder = loading.load_encoder(config)
-    memory = replies_file(out, "replies")
-    generate = generators.GENERATORS[section.generator](section, lambda: loading.load_policy(config), memory)
+    kept_replies = replies_file(out, "replies")
+    generate = generators.GENERATORS[section.generator](section, lambda: loading.load_policy(config), kept_replies)
     outcome = drafts.make(
         rows,
         section,
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     """Writes the demonstrations that the flags ask for. Raises InputError."""
     cli.require_flags(__doc__, cli.CONFIG, PROMPTS, OUT)
     outcome = run(cli.CONFIG.value, expand_path(PROMPTS.value), expand_path(OUT.value))
-    counts = {"demonstrations": len(outcome.records), "asked": outcome.asked, "left_out": outcome.left_out}
+    counts = {"demonstrations": len(outcome.records), "requested": outcome.requested, "left_out": outcome.left_out}
     console.print_result(f"{outcome.summary()}\nwritten to {OUT.value}", **counts, out=OUT.value)
 
 

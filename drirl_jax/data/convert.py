@@ -38,10 +38,33 @@ def demonstrations(
     Raises:
         InputError: the data is not available, a row has another form, or `target` is one of the files to read.
     """
-    dataset = PUBLISHED[name]
-    our_category = {their_name.lower(): our_name for their_name, our_name in dataset.categories.items()}
-    answers: dict[tuple[str, str], list[Answer]] = {}
     left_out_counts: collections.Counter[str] = collections.Counter()
+    answers = _answers_by_prompt(name, source, target, left_out_counts)
+    demos = []
+    for (key, prompt), prompt_answers in answers.items():
+        demonstration = _demonstration(name, prompt_answers, max_words, category)
+        if isinstance(demonstration, str):
+            left_out_counts[demonstration] += 1
+            continue
+        answer, chosen_category = demonstration
+        digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+        split = {0: "test", 1: "valid"}.get(int(digest, 16) % 10, "train")
+        demos.append(
+            Record(
+                id=key or f"{name}-{digest[:16]}", category=chosen_category, lang=answer.lang,
+                split=answer.split or split, prompt=prompt, draft="", response=answer.text,
+                provenance=f"{PUBLISHED[name].url}; answer {answer.by}",
+            )
+        )  # fmt: skip
+    return demos, left_out_counts
+
+
+def _answers_by_prompt(
+    name: str, source: str, target: pathlib.Path | None, left_out_counts: collections.Counter[str]
+) -> dict[tuple[str, str], list[Answer]]:
+    """The answers of a published data set by (id, prompt). It adds the rows that it leaves out to the counts."""
+    dataset = PUBLISHED[name]
+    answers: dict[tuple[str, str], list[Answer]] = {}
     for location, part, row in with_progress(list(_rows(name, source, target)), "import", "row"):
         try:
             answers_or_reason = dataset.parse(row, part)
@@ -59,33 +82,27 @@ def demonstrations(
             raise InputError(f"{location}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{location}: not a {name} record ({error!r}): is it the published file?") from error
-    demos = []
-    for (key, prompt), prompt_answers in answers.items():
-        label_counts = collections.Counter(label for answer in prompt_answers for label in answer.labels)
-        our_counts = collections.Counter(
-            our_category[label.lower()] for label in label_counts.elements() if label.lower() in our_category
-        )
-        chosen_category = our_counts.most_common(1)[0][0] if our_counts else category
-        safe_answers = [answer for answer in prompt_answers if answer.safe and answer.text]
-        best = min(safe_answers, key=lambda answer: word_count(answer.text), default=None)
-        if not chosen_category:
-            first = next(iter(label_counts), "")
-            left_out_counts[f"of a category that is none of ours ({first})" if first else "without a category"] += 1
-        elif best is None:
-            left_out_counts["without a safe answer"] += 1
-        elif max_words is not None and word_count(best.text) > max_words:
-            left_out_counts[f"with no safe answer of at most {max_words} words"] += 1
-        else:
-            digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
-            split = {0: "test", 1: "valid"}.get(int(digest, 16) % 10, "train")
-            demos.append(
-                Record(
-                    id=key or f"{name}-{digest[:16]}", category=chosen_category, lang=best.lang,
-                    split=best.split or split, prompt=prompt, draft="", response=best.text,
-                    provenance=f"{dataset.url}; answer {best.by}",
-                )
-            )  # fmt: skip
-    return demos, left_out_counts
+    return answers
+
+
+def _demonstration(name: str, answers: list[Answer], max_words: int | None, category: str) -> tuple[Answer, str] | str:
+    """(The shortest safe answer to a prompt, the category that most of its labels name), or the reason for none."""
+    our_category = {their_name.lower(): our_name for their_name, our_name in PUBLISHED[name].categories.items()}
+    label_counts = collections.Counter(label for answer in answers for label in answer.labels)
+    our_counts = collections.Counter(
+        our_category[label.lower()] for label in label_counts.elements() if label.lower() in our_category
+    )
+    chosen_category = our_counts.most_common(1)[0][0] if our_counts else category
+    if not chosen_category:
+        first = next(iter(label_counts), "")
+        return f"of a category that is none of ours ({first})" if first else "without a category"
+    safe_answers = [answer for answer in answers if answer.safe and answer.text]
+    if not safe_answers:
+        return "without a safe answer"
+    best = min(safe_answers, key=lambda answer: word_count(answer.text))
+    if max_words is not None and word_count(best.text) > max_words:
+        return f"with no safe answer of at most {max_words} words"
+    return best, chosen_category
 
 
 def _rows(name: str, source: str, target: pathlib.Path | None) -> Iterator[tuple[str, str, Row]]:

@@ -62,8 +62,8 @@ class Candidate(NamedTuple):
 
 def parse_reply(record: Record, harmless: bool, reply: Reply) -> Candidate:
     """The steps before the first separator, without list marks, and the answer after it; a thought is dropped."""
-    draft, found_separator, response = without_thought(reply.text).partition(SEPARATOR)
-    if not found_separator:
+    draft, separator, response = without_thought(reply.text).partition(SEPARATOR)
+    if not separator:
         return Candidate(record, harmless, "", "", reply)
     steps = [re.sub(r"^\s*(?:[-*•]|\d+[.)、])\s*", "", line).strip() for line in draft.splitlines()]
     return Candidate(record, harmless, "\n".join(step for step in steps if step), response.strip(), reply)
@@ -114,19 +114,58 @@ class Outcome:
     """The result of `make`: records, number of replies requested, left-out replies by reason, tokens and seconds."""
 
     records: list[Record] = dataclasses.field(default_factory=list)
-    asked: int = 0
+    requested: int = 0
     left_out: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     tokens: list[int] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def summary(self) -> str:
         """The counts, one a line, then the mean tokens and seconds of a reply."""
-        lines = [f"{len(self.records)} demonstrations of {self.asked} replies"]
+        lines = [f"{len(self.records)} demonstrations of {self.requested} replies"]
         lines += [f"left out {count}: {reason}" for reason, count in self.left_out.most_common()]
         if self.tokens:
             mean = f"{np.mean(self.tokens):.0f} tokens and {np.mean(self.seconds):.2f} s"
             lines.append(f"mean of a reply: {mean}")
         return "\n".join(lines)
+
+
+class Selection:
+    """The candidates that have passed so far, by the place of their prompt, and what is still lacking.
+
+    Args:
+        prompts: records; their responses are not used.
+        section: config.demos.
+        judge: (prompt, response) -> whether it is a refusal; None means no verdict.
+    """
+
+    def __init__(self, prompts: Sequence[Record], section: ConfigDict, judge: Callable[[str, str], bool | None]):
+        self.prompts, self.section, self.judge = prompts, section, judge
+        self.accepted: dict[int, Record] = {}
+        self._vectors: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+
+    def lacking(self, category: str) -> int:
+        """The number of training demonstrations that a category lacks."""
+        count = sum(record.category == category and record.split == "train" for record in self.accepted.values())
+        return self.section.per_category - count
+
+    def wants(self, i: int) -> bool:
+        """Whether prompt i still needs a demonstration."""
+        prompt = self.prompts[i]
+        return i not in self.accepted and (prompt.split != "train" or self.lacking(prompt.category) > 0)
+
+    def reason_against(self, i: int, candidate: Candidate, embedding: np.ndarray) -> str | None:
+        """The first reason to leave the candidate for prompt i out; None if it passes."""
+        for reason, applies in FILTERS.items():
+            if applies(candidate, self.section, self.judge):
+                return reason
+        if any(float(embedding @ other) > self.section.duplicate for other in self._vectors[candidate.record.category]):
+            return DUPLICATE
+        return None if self.wants(i) else NOT_NEEDED
+
+    def accept(self, i: int, record: Record, embedding: np.ndarray) -> None:
+        """Keeps the demonstration of prompt i."""
+        self.accepted[i] = record
+        self._vectors[record.category].append(embedding)
 
 
 def make(
@@ -158,54 +197,50 @@ def make(
     Raises:
         InputError: some categories have too few; the message names each and how many it lacks.
     """
-    outcome = Outcome()
-    accepted: dict[int, Record] = {}
-    vectors: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-
-    def missing(category: str) -> int:
-        count = sum(r.category == category and r.split == "train" for r in accepted.values())
-        return section.per_category - count
-
-    def wanted(i: int) -> bool:
-        return i not in accepted and (prompts[i].split != "train" or missing(prompts[i].category) > 0)
-
-    for attempt in range(section.attempts):
-        attempted = [i for i in range(len(prompts)) if wanted(i)]
+    outcome, selection = Outcome(), Selection(prompts, section, judge)
+    for attempt_seed in range(seed, seed + section.attempts):
+        attempted = [i for i in range(len(prompts)) if selection.wants(i)]
         if not attempted:
             break
-        is_harmless = [prompts[i].category in harmless for i in attempted]
-        chats = [template(prompts[i], prompt_harmless, section) for i, prompt_harmless in zip(attempted, is_harmless)]
-        replies = generate(chats, seed + attempt)
-        candidates = [
-            parse_reply(prompts[i], *harmless_and_reply)
-            for i, *harmless_and_reply in zip(attempted, is_harmless, replies)
-        ]
-        embedded = embed([candidate.response or "-" for candidate in candidates])
-        outcome.asked += len(replies)
-        for i, candidate, vector in zip(attempted, candidates, embedded):
+        candidates = _candidates([prompts[i] for i in attempted], section, harmless, generate, attempt_seed)
+        outcome.requested += len(candidates)
+        embeddings = embed([candidate.response or "-" for candidate in candidates])
+        for i, candidate, embedding in zip(attempted, candidates, embeddings):
             outcome.tokens.append(candidate.reply.tokens)
             outcome.seconds.append(candidate.reply.seconds)
-            category_vectors = vectors[candidate.record.category]
-            reason = next((reason for reason, applies in FILTERS.items() if applies(candidate, section, judge)), None)
-            if reason is None and any(float(vector @ other) > section.duplicate for other in category_vectors):
-                reason = DUPLICATE
-            if reason is None and not wanted(i):
-                reason = NOT_NEEDED
+            reason = selection.reason_against(i, candidate, embedding)
             if reason is not None:
                 outcome.left_out[reason] += 1
-                continue
-            form = "answer" if candidate.harmless else section.form
-            provenance = {"model": model, "form": form, "style": section.style, "seed": seed + attempt}
-            accepted[i] = candidate.record._replace(
-                draft=candidate.draft, response=candidate.response, provenance=json.dumps(provenance)
-            )
-            category_vectors.append(vector)
-    short = [f"{c} lacks {missing(c)}" for c in categories if missing(c) > 0]
+            else:
+                selection.accept(i, _as_record(candidate, section, model, attempt_seed), embedding)
+    short = [f"{name} lacks {selection.lacking(name)}" for name in categories if selection.lacking(name) > 0]
     if short:
         raise InputError(
             f"too few demonstrations passed, where each category needs {section.per_category} for training: "
             f"{'; '.join(short)}: add prompts, raise config.demos.attempts, or take a better generator. "
             + outcome.summary().replace("\n", "; ")
         )
-    outcome.records = [accepted[i] for i in sorted(accepted)]
+    outcome.records = [record for _, record in sorted(selection.accepted.items())]
     return outcome
+
+
+def _candidates(
+    prompts: Sequence[Record],
+    section: ConfigDict,
+    harmless: Sequence[str],
+    generate: Callable[[list[Chat], int], list[Reply]],
+    seed: int,
+) -> list[Candidate]:
+    """A candidate for each prompt, from one reply each."""
+    are_harmless = [prompt.category in harmless for prompt in prompts]
+    chats = [template(prompt, is_harmless, section) for prompt, is_harmless in zip(prompts, are_harmless)]
+    return [parse_reply(*row) for row in zip(prompts, are_harmless, generate(chats, seed))]
+
+
+def _as_record(candidate: Candidate, section: ConfigDict, model: str, seed: int) -> Record:
+    """The demonstration that a candidate becomes, with its provenance."""
+    form = "answer" if candidate.harmless else section.form
+    provenance = {"model": model, "form": form, "style": section.style, "seed": seed}
+    return candidate.record._replace(
+        draft=candidate.draft, response=candidate.response, provenance=json.dumps(provenance)
+    )

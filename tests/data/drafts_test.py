@@ -134,14 +134,14 @@ def test_balance_is_exact_and_what_failed_is_asked_again_with_another_seed():
 
     outcome = made(PROMPTS, at_first_bad, seed=4)
     assert [r.id for r in outcome.records] == ["harmless-0", "insult-1", "harmless-1", "insult-2"]
-    assert outcome.asked == 6 and outcome.left_out == {"without a separator and an answer": 1, "not needed": 1}
+    assert outcome.requested == 6 and outcome.left_out == {"without a separator and an answer": 1, "not needed": 1}
     first = json.loads(outcome.records[1].provenance)
     assert first == {"model": "m", "form": "explain", "style": "draft", "seed": 4}
     assert json.loads(outcome.records[0].provenance)["form"] == "answer"
     assert outcome.records[1].draft == "Wants an insult.\nInsults hurt people."
     # All three are needed now: the one that failed gets its second try.
     outcome = made(PROMPTS, at_first_bad, seed=4, per_category=3)
-    assert json.loads(outcome.records[0].provenance)["seed"] == 5 and outcome.asked == 7
+    assert json.loads(outcome.records[0].provenance)["seed"] == 5 and outcome.requested == 7
     assert "6 demonstrations of 7 replies" in outcome.summary() and "20 tokens and 0.50 s" in outcome.summary()
 
 
