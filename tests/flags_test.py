@@ -118,4 +118,4 @@ def test_a_workdir_of_an_older_version_says_what_its_keys_are_now(tmp_path):
 def test_a_study_names_the_nearest_option_too():
     study = ConfigDict({"base": default(), "variants": {"one": {"align": {"stpes": 3}}}})
     with pytest.raises(InputError, match=r"variant 'one' .* no option align.stpes: did you mean align.steps\?"):
-        study_command.config_of(study, "one", 0)
+        study_command.run_config(study, "one", 0)

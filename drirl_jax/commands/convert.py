@@ -18,12 +18,12 @@ to train, 1 to valid, 1 to test.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import sys
 from typing import Sequence
 
+from drirl_jax.commands.arguments import Parser
 from drirl_jax.data.published import PUBLISHED
 from drirl_jax.errors import InputError
 from drirl_jax.runtime import console
@@ -32,14 +32,12 @@ from drirl_jax.runtime.files import expand_path, replace_file
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and writes the demonstrations."""
-    parser = argparse.ArgumentParser(prog="python -m drirl_jax convert", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser("convert", __doc__, "see python -m drirl_jax convert --help")
     parser.add_argument("format", choices=PUBLISHED, help="the data set that SOURCE holds")
     parser.add_argument("source", metavar="SOURCE", help="a file, a folder, or a name on the hub")
     parser.add_argument("target", metavar="OUT.jsonl")
     parser.add_argument("--max-words", type=int, help="leave out longer answers")
     parser.add_argument("--category", default="", help="category for prompts that have none of ours")
-    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: see python -m drirl_jax convert --help")
     args = parser.parse_args(argv)
     from drirl_jax.data import convert  # it loads jax, which --help does not need
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -39,7 +40,7 @@ def fit(config: ConfigDict, path: pathlib.Path, out: pathlib.Path) -> dict:
     return fitted.facts
 
 
-def compare(config: ConfigDict, path: pathlib.Path, memory: pathlib.Path) -> dict:
+def compare(config: ConfigDict, path: pathlib.Path, kept_verdicts: pathlib.Path) -> dict:
     """The agreement of the judges with the labels, and with each other.
 
     Returns:
@@ -47,17 +48,17 @@ def compare(config: ConfigDict, path: pathlib.Path, memory: pathlib.Path) -> dic
         label, with "label" as one of the raters; {} if no row has it.
     """
     rows = labels.load_labels(path)
-    setting = judges.Setting(config, memory, lambda: hf.resolve(config.encoder.init))
+    setting = judges.Setting(config, kept_verdicts, lambda: hf.resolve(config.encoder.init))
     raters = {name: judges.JUDGES[name].make(setting) for name in config.evals.judges}
     result: dict = {"file": path.name, "versions": {name: judge.version for name, judge in raters.items()}}
     for question, column in (("harm", "unsafe"), ("refusal", "refusal")):
         labelled = [row for row in rows if getattr(row, column) is not None]
-        verdicts = {"label": [int(getattr(row, column)) for row in labelled]}
+        verdicts: dict[str, Sequence[float | None]] = {"label": [int(getattr(row, column)) for row in labelled]}
         texts = ([row.prompt for row in labelled], [row.response for row in labelled])
         for name in config.evals.judges if labelled else ():
             if question in judges.JUDGES[name].tells:
                 verdict = getattr(raters[name], question)(*texts)
-                verdicts[name] = judges.is_unsafe(verdict) if question == "harm" else verdict
+                verdicts[name] = list(judges.is_unsafe(verdict) if question == "harm" else verdict)
         result[question] = judges.agreement(verdicts) if labelled else {}
     return result
 

@@ -9,22 +9,21 @@ with the first if they were evaluated on some of the same prompts.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Sequence
 
+from drirl_jax.commands.arguments import Parser
 from drirl_jax.errors import InputError
 from drirl_jax.runtime import console
 from drirl_jax.runtime.files import expand_path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m drirl_jax report", description=__doc__.splitlines()[0])
+    parser = Parser("report", __doc__, "python -m drirl_jax report runs/quickstart")
     parser.add_argument("run", nargs="?", help="workdir of the run")
     compare_help = "workdirs of several runs; the others are compared with the first"
     parser.add_argument("--compare", nargs="+", metavar="RUN", help=compare_help)
     parser.add_argument("--out", help="folder of the comparison; default: compared/ beside the first run")
-    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax report runs/quickstart")
     options = parser.parse_args(argv)
     from drirl_jax.reports import compare, single  # they load jax, which --help does not need
     from drirl_jax.reports.pages import load_run

@@ -61,9 +61,9 @@ class Source:
         """The first expression that the module assigns to this name. Raises KeyError if there is none."""
         for node in self.tree.body:
             match node:
-                case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
+                case ast.Assign(targets=[ast.Name(id=target)], value=value) if target == name:
                     return value
-                case ast.AnnAssign(target=ast.Name(id=found), value=ast.expr() as value) if found == name:
+                case ast.AnnAssign(target=ast.Name(id=target), value=ast.expr() as value) if target == name:
                     return value
         raise KeyError(name)
 

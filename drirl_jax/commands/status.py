@@ -6,22 +6,17 @@ python -m drirl_jax status runs/quickstart --json   # one JSON object, for scrip
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
+from drirl_jax.commands.arguments import Parser
 from drirl_jax.reports import status
 from drirl_jax.runtime import console
 from drirl_jax.runtime.files import expand_path
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m drirl_jax status",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = lambda message: sys.exit(f"drirl_jax: {message}: python -m drirl_jax status runs/quickstart")
+    parser = Parser("status", __doc__, "python -m drirl_jax status runs/quickstart")
     parser.add_argument("run", help="the workdir of a run")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)

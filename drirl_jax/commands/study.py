@@ -67,15 +67,15 @@ class Column(NamedTuple):
 
     title: str
     text: Callable[[float], str]
-    of: Callable[[dict, pathlib.Path], Sequence[float] | float | None]
+    measure: Callable[[dict, pathlib.Path], Sequence[float] | float | None]
 
 
 def _refused(harmless: bool, wanted: bool) -> Callable:
     """1 for each prompt of this kind whose response is (not) a refusal, else 0; None if there are no such prompts."""
 
     def values(result, folder):
-        told = [r["refused"] for r in result["responses"] if r["harmless"] == harmless and r["refused"] is not None]
-        return [float(refused == wanted) for refused in told] or None
+        refusals = [r["refused"] for r in result["responses"] if r["harmless"] == harmless and r["refused"] is not None]
+        return [float(refused == wanted) for refused in refusals] or None
 
     return values
 
@@ -129,12 +129,12 @@ COLUMNS = {
 TRAINING_ONLY = ("kl", "minutes")  # the base policy has no value for these
 
 
-def folder_of(workdir: pathlib.Path, variant: str, seed: int) -> pathlib.Path:
+def run_folder(workdir: pathlib.Path, variant: str, seed: int) -> pathlib.Path:
     """The workdir of the variant's run with this seed."""
     return workdir / file_name(variant) / str(seed)
 
 
-def config_of(study: ConfigDict, variant: str, seed: int) -> ConfigDict:
+def run_config(study: ConfigDict, variant: str, seed: int) -> ConfigDict:
     """The config of one run. Raises InputError for an unknown key."""
     config = study.base.copy_and_resolve_references()
     try:
@@ -183,7 +183,7 @@ def check(study: ConfigDict) -> None:
         f"reference is {study.reference!r}, which is no variant: choose one of {variant_list}.",
     )
     for name in study.variants:
-        config = config_of(study, name, study.seeds[0])
+        config = run_config(study, name, study.seeds[0])
         try:
             checks.validate(config)
             config_lib.require(
@@ -204,10 +204,10 @@ def plan_runs(study: ConfigDict, workdir: pathlib.Path) -> list[tuple[ConfigDict
     """Config and folder of every run. Runs that learn rewards come first; the others take theirs by reward.init."""
     learning_runs, taking_runs = [], []
     source_by_key: dict[str, pathlib.Path] = {}
-    runs = [(seed, name, folder_of(workdir, name, seed).absolute()) for seed in study.seeds for name in study.variants]
+    runs = [(seed, name, run_folder(workdir, name, seed).absolute()) for seed in study.seeds for name in study.variants]
     # Runs that have started come first, so that other runs can take their rewards.
     for seed, name, folder in sorted(runs, key=lambda run: not (run[2] / "config.json").exists()):
-        config = config_of(study, name, seed)
+        config = run_config(study, name, seed)
         key = reward_key(config)
         if (folder / "config.json").exists():  # a started run keeps its source of rewards
             started_config = workdirs.load_config(folder)
@@ -322,29 +322,31 @@ def results(study: ConfigDict, workdir: pathlib.Path) -> dict[str, list[tuple[di
                 response["harm"] = float(value)
         return result, folder
 
-    folders = {name: [folder_of(workdir, name, seed) for seed in study.seeds] for name in study.variants}
+    folders = {name: [run_folder(workdir, name, seed) for seed in study.seeds] for name in study.variants}
     base_results = {BASE: [load_result(folder, "base") for folder in next(iter(folders.values()))]}
     return base_results | {
         name: [load_result(folder, "aligned") for folder in seed_folders] for name, seed_folders in folders.items()
     }
 
 
-def table(study: ConfigDict, found: dict) -> dict[str, dict[str, tuple[Interval, Interval | None]]]:
+def table(study: ConfigDict, runs_by_variant: dict) -> dict[str, dict[str, tuple[Interval, Interval | None]]]:
     """By variant and column: its interval, and the interval of its difference from the reference.
 
     The second is None for the reference itself. A column is left out for a variant that lacks it. The reward column is
     left out if the rewards are not the reference's, because each has its own scale.
     """
-    reward_keys = {name: reward_key(config_of(study, name, study.seeds[0])) for name in study.variants}
+    reward_keys = {name: reward_key(run_config(study, name, study.seeds[0])) for name in study.variants}
     reference_rewards = reward_keys[study.reference]
     values: dict[str, dict[str, list]] = {}
-    for name, runs in found.items():
+    for name, runs in runs_by_variant.items():
         skipped = TRAINING_ONLY if name == BASE else ()
         if reward_keys.get(name, reference_rewards) != reference_rewards or (
             name == BASE and next(iter(reward_keys.values())) != reference_rewards
         ):
             skipped = (*skipped, "reward")
-        by_column = {key: [column.of(*run) for run in runs] for key, column in COLUMNS.items() if key not in skipped}
+        by_column = {
+            key: [column.measure(*run) for run in runs] for key, column in COLUMNS.items() if key not in skipped
+        }
         values[name] = {key: column for key, column in by_column.items() if None not in column}
     return {
         name: {
@@ -372,7 +374,7 @@ def plain_table(rows: dict) -> pages.Table:
     return pages.Table("Final numbers", ("variant", *(column.title for column in COLUMNS.values())), text_rows)
 
 
-def note_of(study: ConfigDict) -> str:
+def table_note(study: ConfigDict) -> str:
     """The note that explains the table."""
     return (
         f"Means over seeds ({len(study.seeds)}) with 95% intervals: for shares by bootstrap over seeds and prompts, "
@@ -422,11 +424,11 @@ def mean_metrics(runs: Sequence[list[dict]]) -> list[dict]:
     ]
 
 
-def draw_curves(study: ConfigDict, found: dict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def draw_curves(study: ConfigDict, runs_by_variant: dict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Draws the training curves of each variant; returns the picture's path by variant."""
     pictures = {}
     for name in study.variants:
-        rows = mean_metrics([metrics.read_jsonl(run_folder / "metrics.jsonl") for _, run_folder in found[name]])
+        rows = mean_metrics([metrics.read_jsonl(workdir / "metrics.jsonl") for _, workdir in runs_by_variant[name]])
         pictures[name] = plots.training_curves(rows, study.base.data.categories, folder / file_name(name))["curves"]
     return pictures
 
@@ -436,7 +438,7 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
     seed_results = results(study, workdir)
     cells = table(study, seed_results)
     write_csv(cells, workdir / "study.csv")
-    text_table, note = plain_table(cells), note_of(study)
+    text_table, note = plain_table(cells), table_note(study)
     text = f"{text_table.markdown()}\n\n{pages.markdown(note)}\n"
     replace_file(workdir / "study.md", text)
     draw(cells, workdir / "study.png")

@@ -33,7 +33,7 @@ COUNTED = Machine(flops=1.0, bandwidth=math.inf)  # with this machine the floor'
 
 
 def plan_run(config: ConfigDict, workdir: pathlib.Path) -> dict:
-    """`planned` from a config. It makes the checks of `train.run`, but starts nothing and writes nothing.
+    """`make_plan` from a config. It makes the checks of `train.run`, but starts nothing and writes nothing.
 
     Raises:
         InputError: an input of the user is wrong.
@@ -156,8 +156,10 @@ def align_operations(context: Context, size: int, tuned: int) -> dict[str, float
     trained = pairs[config.dpo.pairs] if c.objective == "dpo" else sum(role.trained for role in roles)
     if not objective.needs_samples:
         shape = shape._replace(G=1)
-    options = {"size": size, "tuned": tuned, "shared": context.shared_layers, "scored": 1 + roles[1].counts}
-    by_phase = floor(context.model.config, shape, COUNTED, trained=trained, **options)
+    by_phase = floor(
+        context.model.config, shape, COUNTED,
+        size=size, tuned=tuned, shared=context.shared_layers, scored=1 + roles[1].counts, trained=trained,
+    )  # fmt: skip
     by_phase["update"] *= c.epochs
     if not objective.needs_samples:
         return {"update": by_phase["update"]}
@@ -273,8 +275,8 @@ def cache_bytes(model: Config, shape: Shape) -> float:
 
 def activation_bytes(model: Config, shape: Shape, layers: int) -> float:
     """Bytes a device that an update of this micro-batch keeps for its backward pass through these layers."""
-    P, S, G, T, R = shape
-    P = P / sharding.axis_size("prompts")
+    prompts, S, G, T, R = shape
+    P = prompts / sharding.axis_size("prompts")
     width = model.heads * model.head_dim + 2 * model.kv_heads * model.head_dim + 3 * model.width + 2 * model.ffn
     item = jnp.dtype(model.dtype).itemsize
     products = layers * width * item * (R + P * (S + G * T))
@@ -305,53 +307,53 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:.4g} M"
 
 
-def text(found: dict) -> str:
-    """The plan of `planned` as text."""
-    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
-    sizes = {name: _millions(n) for name, n in found["parameters"].items()}
+def text(plan: dict) -> str:
+    """The plan of `make_plan` as text."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
+    sizes = {name: _millions(n) for name, n in plan["parameters"].items()}
     lines = [
-        f"plan of {found['workdir']}; nothing is started or written",
-        f"devices: {found['devices']}, mesh {mesh}",
-        f"policy: {found['policy']}, {sizes['policy']} parameters, {sizes['trained']} trained; "
+        f"plan of {plan['workdir']}; nothing is started or written",
+        f"devices: {plan['devices']}, mesh {mesh}",
+        f"policy: {plan['policy']}, {sizes['policy']} parameters, {sizes['trained']} trained; "
         f"rewards {sizes['rewards']}; encoder {sizes['encoder']}",
-        f"{'records':32}" + "".join(f"{split:>8}" for split in found["records"]),
+        f"{'records':32}" + "".join(f"{split:>8}" for split in plan["records"]),
     ]
-    for name in next(iter(found["records"].values())):
-        lines.append(f"  {name:30}" + "".join(f"{counts[name]:8}" for counts in found["records"].values()))
-    if found["repeated_prompts"]:
-        lines.append(f"repeated prompts: {found['repeated_prompts']}")
-    for stage in found["stages"]:
+    for name in next(iter(plan["records"].values())):
+        lines.append(f"  {name:30}" + "".join(f"{counts[name]:8}" for counts in plan["records"].values()))
+    if plan["repeated_prompts"]:
+        lines.append(f"repeated prompts: {plan['repeated_prompts']}")
+    for stage in plan["stages"]:
         done = "done" if stage["finished"] else f"{stage['done']} done" if stage["done"] else "not begun"
         lines.append(f"{stage['stage']}: {stage['steps']} steps, {done}; {stage['shape']}")
         by_phase = ", ".join(f"{name} {_operations(n)}" for name, n in stage["phases"].items() if n)
         lines.append(f"  a step {_operations(stage['operations'])}: {by_phase}")
-    if found["benchmarks"]:
-        benchmark_list = ", ".join(f"{name} ({n} items)" for name, n in found["benchmarks"].items())
+    if plan["benchmarks"]:
+        benchmark_list = ", ".join(f"{name} ({n} items)" for name, n in plan["benchmarks"].items())
         lines.append(f"benchmarks, whose cost is not counted: {benchmark_list}")
-    needed, limit = sum(found["memory"].values()), found["memory_limit"]
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in found["memory"].items() if size)
+    needed, limit = sum(plan["memory"].values()), plan["memory_limit"]
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan["memory"].items() if size)
     lines.append(f"memory: about {needed / 2**30:.2f} GiB a device" + (f" of {limit / 2**30:.0f}" if limit else ""))
     lines.append(f"  {parts}")
     if limit and needed > limit:
         lines.append(
             "  more than there is: raise align.accumulate, irl.accumulate or config.mesh.fsdp, or lower the batches"
         )
-    return "\n".join([*lines, *_time(found)])
+    return "\n".join([*lines, *_time(plan)])
 
 
-def _time(run_plan: dict) -> list[str]:
+def _time(plan: dict) -> list[str]:
     """Lines on the time left, each with its source."""
     explanations = {"measured": "by the steps timed in the workdir", "least": ""}
-    if run_plan["rate"]:
-        rate = f"{run_plan['rate'] / 1e9:.0f} GFLOP/s"
+    if plan["rate"]:
+        rate = f"{plan['rate'] / 1e9:.0f} GFLOP/s"
         explanations["least"] = f"at least, with all work at the {rate} of a matrix product measured here just now"
     lines = []
     for source, words in explanations.items():
-        stages = [s for s in run_plan["stages"] if s["seconds_from"] == source and not s["finished"]]
+        stages = [s for s in plan["stages"] if s["seconds_from"] == source and not s["finished"]]
         if stages:
             names = ", ".join(stage["stage"] for stage in stages)
             time_left = status.duration(sum(stage["seconds"] for stage in stages))
             lines.append(f"time left of {names}: {time_left}, {words}")
     return lines or [
-        "time left: unknown, because emulated devices share the cores" if not run_plan["rate"] else "all is done"
+        "time left: unknown, because emulated devices share the cores" if not plan["rate"] else "all is done"
     ]

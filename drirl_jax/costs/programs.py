@@ -93,7 +93,7 @@ def traffic(hlo: str, trips: float) -> Traffic:
     blocks = {}
     for name, body in re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", hlo, re.M | re.S):
         blocks[name] = body
-    entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.M)[1]
+    entry = _first_group(r"(?m)^ENTRY %?([\w.\-]+)", hlo)
     computations = {name: _computation(body, blocks, trips) for name, body in blocks.items()}
 
     def total(name: str) -> Traffic:
@@ -107,6 +107,14 @@ def traffic(hlo: str, trips: float) -> Traffic:
         return Traffic(cycles, bytes_by_kind)
 
     return total(entry)
+
+
+def _first_group(pattern: str, text: str) -> str:
+    """The first group of the pattern's first match. Raises ValueError if the text is no HLO that has one."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in {text[:80]!r}")
+    return match[1]
 
 
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
@@ -124,7 +132,7 @@ def _computation(body: str, blocks: dict[str, str], trips: float) -> _Computatio
         if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
             cycles += int(estimate[1])
         if instruction[2] == "while":
-            loop_body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
+            loop_body, condition = (_first_group(rf"{part}=%?([\w.\-]+)", line) for part in ("body", "condition"))
             calls.append((loop_body, _trips(blocks[condition], blocks, trips)))
         elif instruction[2] == "conditional":
             branch_list = re.search(r"branch_computations=\{([^}]*)\}", line)

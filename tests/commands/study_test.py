@@ -70,22 +70,22 @@ def test_every_variant_is_a_run_and_shares_rewards_where_they_are_the_same():
     assert set(config("data+combine").variants) == {"grpo_s", "grpo_static", *parts["data"], *parts["combine"]}
     keys = {}
     for name in plan.variants:
-        of = study.config_of(plan, name, 1)
+        of = study.run_config(plan, name, 1)
         validate(of)
         keys[name] = study.reward_key(of)
     own = {name for name in plan.variants if plan.variants[name].get("data")} | {"grpo_one_reward"}
     assert len(own) == 9 and len({keys[name] for name in own}) == 9
     assert len({key for name, key in keys.items() if name not in own}) == 1
-    assert study.reward_key(study.config_of(plan, "sft", 2)) != keys["sft"]
+    assert study.reward_key(study.run_config(plan, "sft", 2)) != keys["sft"]
     plan.variants.linear = {"irl": {"loss": "linear"}}
-    assert study.reward_key(study.config_of(plan, "linear", 1)) != keys["sft"]
+    assert study.reward_key(study.run_config(plan, "linear", 1)) != keys["sft"]
     # With an inner policy the alignment's own options shape the rewards.
     plan.base.irl.update({"policy": "alternate", "rounds": 2})
-    keys = {name: study.reward_key(study.config_of(plan, name, 1)) for name in ("grpo_s", "grpo_static")}
+    keys = {name: study.reward_key(study.run_config(plan, name, 1)) for name in ("grpo_s", "grpo_static")}
     assert keys["grpo_s"] != keys["grpo_static"]
     plan.variants.wrong = {"align": {"stps": 3}}
     with pytest.raises(InputError, match="variant 'wrong' of the study is wrong.*stps"):
-        study.config_of(plan, "wrong", 0)
+        study.run_config(plan, "wrong", 0)
 
 
 def test_rewards_come_from_the_run_that_was_begun_else_from_the_first(tmp_path):
@@ -106,7 +106,7 @@ def test_rewards_come_from_the_run_that_was_begun_else_from_the_first(tmp_path):
         "grpo_s/0": ("dpo_s/0", False), "grpo_s/1": ("dpo_s/1", False),
     }  # fmt: skip
     assert list(planned())[:4] == ["dpo_s/0", "grpo_one_reward/0", "dpo_s/1", "grpo_one_reward/1"]
-    workdirs.record_config(study.config_of(plan, "grpo_s", 1), tmp_path / "grpo_s" / "1")
+    workdirs.record_config(study.run_config(plan, "grpo_s", 1), tmp_path / "grpo_s" / "1")
     assert planned()["grpo_s/1"] == ("", True) and planned()["dpo_s/1"] == ("grpo_s/1", False)
     assert planned()["dpo_s/0"] == ("", True)
 
@@ -184,7 +184,7 @@ def test_a_small_study(small, monkeypatch):
     assert "data:image/png;base64" in (workdir / "study.html").read_text() and (workdir / "study.png").exists()
     assert (workdir / "curves" / "scaled" / "surprisal.png").exists()
     # Evaluated otherwise, the base is not taken.
-    other = study.config_of(runpy.run_path(str(workdir.parent / "small.py"))["get_config"](), "static", 0)
+    other = study.run_config(runpy.run_path(str(workdir.parent / "small.py"))["get_config"](), "static", 0)
     study.take_base(workdir / "scaled" / "0", other, workdir / "same")
     with other.unlocked():
         other.evals.max_new = 3
