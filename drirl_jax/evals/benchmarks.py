@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
-from typing import Mapping, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import jax
 import numpy as np
@@ -57,8 +57,8 @@ def validate(section: ConfigDict) -> None:
         if unknown := [name for name in section[key] if name not in table]:
             raise InputError(f"config.evals.{key} names {unknown}: choose among {', '.join(table)}.")
     for name in section.benchmarks:
-        capable = judges_of_kind(BENCHMARKS[name].asks)
-        if BENCHMARKS[name].asks and not set(capable) & set(section.judges):
+        capable = judges_of_kind(BENCHMARKS[name].verdict)
+        if BENCHMARKS[name].verdict and not set(capable) & set(section.judges):
             raise InputError(f"{name} needs a judge: put one of {', '.join(capable)} into config.evals.judges.")
     if "classifier" in section.judges:
         classifier.load(section.classifier)
@@ -80,7 +80,7 @@ class Questions(NamedTuple):
     Attributes:
         items, ids: the items that the policy answers, and the token ids of their prompts.
         options: token ids of each item's options; [] where the policy generates responses.
-        of: number of items in the whole benchmark.
+        n_total: number of items in the whole benchmark.
         left_out: number of selected items that were too long.
     """
 
@@ -88,7 +88,7 @@ class Questions(NamedTuple):
     items: list[Item]
     ids: list[list[int]]
     options: list[list[list[int]]]
-    of: int
+    n_total: int
     left_out: int
 
     @property
@@ -100,7 +100,7 @@ class Questions(NamedTuple):
 def _items(name: str, section: ConfigDict) -> list[Item]:
     """All items of a benchmark. Raises InputError where its data has another form, or an item has no question."""
     try:
-        items = BENCHMARKS[name].read(section)
+        items = BENCHMARKS[name].load_items(section)
     except InputError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -113,7 +113,7 @@ def _items(name: str, section: ConfigDict) -> list[Item]:
             raise InputError(
                 f"{name}, item {item.id}: what is asked is empty or no text: download the published file again."
             )
-        if BENCHMARKS[name].asks == "grade" and not any(map(str.isalnum, item.target)):
+        if BENCHMARKS[name].verdict == "grade" and not any(map(str.isalnum, item.target)):
             raise InputError(f"{name}, item {item.id}: the right answer is empty: download the published file again.")
     return items
 
@@ -125,9 +125,9 @@ def load(name: str, section: ConfigDict, tokens: ChatTokens, model: Config) -> Q
         InputError: the data is absent, is not the published data, or all items are too long.
     """
     items = _items(name, section)
-    count = len(items)
-    if section.limit and section.limit < count:
-        selection = np.random.default_rng(0).permutation(count)[: section.limit]
+    n_total = len(items)
+    if section.limit and section.limit < n_total:
+        selection = np.random.default_rng(0).permutation(n_total)[: section.limit]
         items = [items[i] for i in sorted(selection)]
     ids = [answers.prompt_ids(tokens, item.chat) for item in items]
     options = [[tokens.response_ids(text, LONGEST + 1)[:-1] for text in item.options] for item in items]
@@ -139,8 +139,14 @@ def load(name: str, section: ConfigDict, tokens: ChatTokens, model: Config) -> Q
         log.warning("%s: left out %d items that are too long", name, len(items) - len(fitting))
     if not fitting:
         raise InputError(f"all items of {name} are too long: they have {min(map(len, ids))} tokens or more.")
-    columns = ([column[i] for i in fitting] for column in (items, ids, options))
-    return Questions(name, *columns, of=count, left_out=len(items) - len(fitting))
+    return Questions(
+        name,
+        items=[items[i] for i in fitting],
+        ids=[ids[i] for i in fitting],
+        options=[options[i] for i in fitting],
+        n_total=n_total,
+        left_out=len(items) - len(fitting),
+    )
 
 
 def run(
@@ -192,27 +198,31 @@ def run(
         "main": next(iter(benchmark.metrics)),
         "higher_is_better": next(iter(benchmark.metrics.values())),
         "n": len(rows),
-        "of": questions.of,
+        "of": questions.n_total,
         "left_out": questions.left_out,
         "protocol": protocol,
     } | judge_responses(benchmark, questions.items, outputs, judges, rows)
 
 
 def judge_responses(
-    benchmark: Benchmark, items: Sequence[Item], said: Sequence, judges: Mapping[str, Judge], rows: list
+    benchmark: Benchmark, items: Sequence[Item], outputs: Sequence, judges: Mapping[str, Judge], rows: list
 ) -> dict:
-    """The part of the result of `run` that the judges decide. Adds the verdicts to each of the `rows`."""
-    capable = {name: judge for name, judge in judges.items() if benchmark.asks in JUDGES[name].tells}
-    columns = [[item.prompt for item in items], list(said), [item.target for item in items]]
-    columns = columns if benchmark.asks == "grade" else columns[:2]
-    verdicts = {name: getattr(judge, benchmark.asks)(*columns) for name, judge in capable.items()}
+    """The part of the result of `run` that the judges decide. Adds the verdicts to each of the `rows`.
+
+    Args:
+        outputs: for each item the response, or the Scores of its options.
+    """
+    capable = {name: judge for name, judge in judges.items() if benchmark.verdict in JUDGES[name].verdicts}
+    columns = [[item.prompt for item in items], list(outputs), [item.target for item in items]]
+    columns = columns if benchmark.verdict == "grade" else columns[:2]
+    verdicts_by_judge = {name: getattr(judge, benchmark.verdict)(*columns) for name, judge in capable.items()}
     by_judge = {}
-    for name, verdict in verdicts.items() or [(NO_JUDGE, [None] * len(items))]:
-        unjudged = [item_verdict is not None and bool(np.isnan(item_verdict)) for item_verdict in verdict]
-        measured = [
-            {} if is_unjudged else benchmark.measure(*row) for is_unjudged, *row in zip(unjudged, items, said, verdict)
+    for name, verdicts in verdicts_by_judge.items() or [(NO_JUDGE, [None] * len(items))]:
+        unjudged = [verdict is not None and bool(np.isnan(verdict)) for verdict in verdicts]
+        values = [
+            {} if is_unjudged else _measure(benchmark, item, output, verdict)
+            for is_unjudged, item, output, verdict in zip(unjudged, items, outputs, verdicts)
         ]
-        values = [{metric: float(value) for metric, value in metrics.items()} for metrics in measured]
         judge_facts: dict = {}
         if name in capable:
             judge_facts = {
@@ -221,18 +231,23 @@ def judge_responses(
                 "unjudged": sum(unjudged),
             }
         by_judge[name] = judge_facts | {"metrics": summary(items, values), "subsets": by_subset(items, values)}
-        for row, is_unjudged, item_verdict, metrics in zip(rows, unjudged, verdict, values):
-            row[name] = (
-                metrics
-                if item_verdict is None
-                else {benchmark.asks: None if is_unjudged else float(item_verdict)} | metrics
-            )
-    labels = {name: is_unsafe(verdict) if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
+        for row, is_unjudged, verdict, metrics in zip(rows, unjudged, verdicts, values):
+            stored = {} if verdict is None else {benchmark.verdict: None if is_unjudged else float(verdict)}
+            row[name] = stored | metrics
+    labels = {
+        name: is_unsafe(verdicts) if benchmark.verdict == "harm" else verdicts
+        for name, verdicts in verdicts_by_judge.items()
+    }
     return {"judge": next(iter(by_judge)), "judges": by_judge, "agreement": agreement(labels), "responses": rows}
 
 
+def _measure(benchmark: Benchmark, item: Item, output: Any, verdict: Any) -> dict[str, float]:
+    """{metric: value} of one answer, as Python's floats."""
+    return {metric: float(value) for metric, value in benchmark.measure(item, output, verdict).items()}
+
+
 def rejudge(questions: Questions, judges: Mapping[str, Judge], rows: Sequence[Mapping]) -> dict:
-    """The result of `judged` for responses of an earlier run; {} for options, because no judge reads them.
+    """The result of `judge_responses` for responses of an earlier run; {} for options, because no judge reads them.
 
     Args:
         rows: the "responses" that `run` returned.
