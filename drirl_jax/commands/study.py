@@ -67,7 +67,7 @@ class Column(NamedTuple):
 
     title: str
     text: Callable[[float], str]
-    of: Callable[[dict, pathlib.Path], Sequence[float] | float | None]
+    measure: Callable[[dict, pathlib.Path], Sequence[float] | float | None]
 
 
 def _refused(harmless: bool, wanted: bool) -> Callable:
@@ -341,7 +341,9 @@ def table(study: ConfigDict, found: dict) -> dict[str, dict[str, tuple[Interval,
             name == BASE and keys[next(iter(keys))] != reference_rewards
         ):
             skipped = (*skipped, "reward")
-        by_column = {key: [column.of(*run) for run in runs] for key, column in COLUMNS.items() if key not in skipped}
+        by_column = {
+            key: [column.measure(*run) for run in runs] for key, column in COLUMNS.items() if key not in skipped
+        }
         values[name] = {key: column for key, column in by_column.items() if None not in column}
     return {
         name: {
@@ -360,7 +362,7 @@ def table(study: ConfigDict, found: dict) -> dict[str, dict[str, tuple[Interval,
 def format_cell(key: str, cell: tuple[Interval, Interval | None] | None) -> str:
     """A cell as text: mean, interval, and * if the difference from the reference is beyond noise."""
     value, change = cell or (None, None)
-    return pages.format_interval(value, COLUMNS[key].text, "*" if pages.beyond_noise(change) else "")
+    return pages.format_interval(value, COLUMNS[key].text, "*" if pages.excludes_zero(change) else "")
 
 
 def plain_table(rows: dict) -> pages.Table:
@@ -442,10 +444,14 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
         "study.html.jinja",
         workdir / "study.html",
         title="Variants compared",
-        overview=pages.Picture.of(workdir / "study.png", "Compliance and over-refusal by variant, with intervals"),
+        overview=pages.Picture.from_png(
+            workdir / "study.png", "Compliance and over-refusal by variant, with intervals"
+        ),
         results=text_table,
         note=note,
-        curves={name: pages.Picture.of(path, f"Training curves of {name}") for name, path in curve_pictures.items()},
+        curves={
+            name: pages.Picture.from_png(path, f"Training curves of {name}") for name, path in curve_pictures.items()
+        },
     )
     return text
 

@@ -9,7 +9,6 @@ from typing import Any, Mapping, NamedTuple, Sequence
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from scipy import stats
 
 from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import answers
@@ -28,7 +27,7 @@ from drirl_jax.evals.tasks import (
 from drirl_jax.judges import JUDGES, Judge, agreement, classifier, is_unsafe, judges_of_kind
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.reports.intervals import RESAMPLES, effective_count, wilson
+from drirl_jax.reports import intervals
 from drirl_jax.runtime import hashes
 from drirl_jax.types import Array, InputError
 
@@ -47,7 +46,6 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 BENCHMARKS = {name: without_thoughts(benchmark) for name, benchmark in BENCHMARKS.items()}
 NO_JUDGE = "protocol"  # stands for a judge's name where the benchmark's own rule decides
-FEW = 30  # a bootstrap needs this many values or more
 LONGEST = 8192  # maximum tokens of an item with its answer
 
 
@@ -276,33 +274,17 @@ def by_subset(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> d
 
 def summary(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
     """{metric: `interval` over the items that have this metric}, in the order in which metrics appear."""
-    intervals = {}
+    by_metric = {}
     for name in dict.fromkeys(name for value in values for name in value):
         value_clusters = [(value[name], item.cluster or item.id) for item, value in zip(items, values) if name in value]
-        intervals[name] = interval(*zip(*value_clusters))
-    return intervals
+        by_metric[name] = interval(*zip(*value_clusters))
+    return by_metric
 
 
-def interval(values: Sequence[float], cluster: Sequence[str]) -> dict:
-    """{"value", "low", "high", "n", "interval"}: the mean of values in [0, 1] and its 95% interval over items.
-
-    For shares, whose values are all 0 or 1: Wilson's interval over `intervals.effective_count` items. For other
-    values: the percentiles of a bootstrap with RESAMPLES resamples and a fixed seed. With fewer than FEW items, or
-    where all values are the same, the bootstrap's interval is too narrow. Then Wilson's interval is used: no value
-    in [0, 1] varies more than a share.
-    """
-    x, n = np.asarray(values, float), len(values)
-    if np.isin(x, (0.0, 1.0)).all():
-        n_effective = effective_count(x, cluster)
-        (low, high), kind = wilson(x.mean() * n_effective, n_effective), "wilson"
-    elif n < FEW or np.ptp(x) == 0:
-        (low, high), kind = wilson(x.sum(), n), "wilson"
-    else:
-        result = stats.bootstrap(
-            (x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-        )
-        (low, high), kind = result.confidence_interval, "bootstrap"
-    return {"value": float(x.mean()), "low": float(low), "high": float(high), "n": n, "interval": kind}
+def interval(values: Sequence[float], clusters: Sequence[str]) -> dict:
+    """{"value", "low", "high", "n", "interval"}: the mean with its 95% interval: see `intervals.over_items`."""
+    estimate, kind = intervals.over_items(values, clusters)
+    return {"value": estimate.mean, "low": estimate.low, "high": estimate.high, "n": len(values), "interval": kind}
 
 
 def scalars(result: Mapping) -> dict[str, float]:
