@@ -29,7 +29,7 @@ def with_periodic_evals(
     if not benchmark_questions or not c.every:
         return stage
     assert context.workdir, "a run has a workdir"
-    checkpoints = Checkpoints(context.workdir.kept / "best", keep=1) if c.best else None
+    checkpoints = Checkpoints(context.workdir.path / "best", keep=1) if c.best else None
     name, _, metric = c.best.partition("/")
     sign = 1 if not c.best or benchmarks.BENCHMARKS[name].metrics[metric] else -1
 

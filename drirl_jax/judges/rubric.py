@@ -133,7 +133,7 @@ class Rubrics:
         tries = [
             {"max_tokens": MAX_TOKENS, "temperature": 1.0 if seed else 0.0, "seed": seed} for seed in range(ASK_AGAIN)
         ]
-        replies = self.endpoint.until_read(chats, tries, lambda text: parse(text) is not None)
+        replies = self.endpoint.ask_until_readable(chats, tries, lambda text: parse(text) is not None)
         verdicts = [parse(reply.text) for reply in replies]
         unreadable = [reply.text for reply, verdict in zip(replies, verdicts) if verdict is None]
         self.n_judged, self.n_unreadable = self.n_judged + len(chats), self.n_unreadable + len(unreadable)

@@ -32,19 +32,19 @@ def mode() -> str:
     return _mode
 
 
-def set_mode(as_: str) -> None:
+def set_mode(output_mode: str) -> None:
     """Sets the mode of this process's output and of its log records.
 
     Args:
-        as_: a row of MODES. In "json" stdout has one object a line, each with "event": "log", "progress", "result" or
-            "end"; null stands for NaN and infinity.
+        output_mode: a row of MODES. In "json" stdout has one object a line, each with "event": "log", "progress",
+            "result" or "end"; null stands for NaN and infinity.
     """
     global _mode
-    _mode = as_
-    handler = _Lines() if as_ == "json" else _Sentences(sys.stderr)
+    _mode = output_mode
+    handler = _Lines() if output_mode == "json" else _Sentences(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     for name in ("drirl_jax", "__main__"):  # __main__ is the command's own module
-        logging.getLogger(name).setLevel(logging.WARNING if as_ == "quiet" else logging.INFO)
+        logging.getLogger(name).setLevel(logging.WARNING if output_mode == "quiet" else logging.INFO)
 
 
 class _Output:

@@ -204,19 +204,19 @@ def is_finished_run(path: pathlib.Path) -> bool:
     return (path / "aligned").is_dir()
 
 
-def policy_config(model: str, given: ConfigDict | None = None) -> ConfigDict:
+def policy_config(model: str, user_config: ConfigDict | None = None) -> ConfigDict:
     """The config with which a policy is evaluated or attacked.
 
     Args:
         model: the workdir of a finished run, for its aligned policy; or any value that config.policy.init can have.
-        given: the user's config. For a run only its section evals is used; the rest is the run's own.
+        user_config: the user's config. For a run only its section evals is used; the rest is the run's own.
     """
     run = expand_path(model)
     if is_finished_run(run):
         config = load_config(run)
-        config.evals.update({"best": "", "every": 0} | (given.evals.to_dict() if given is not None else {}))
+        config.evals.update({"best": "", "every": 0} | (user_config.evals.to_dict() if user_config is not None else {}))
     else:
-        config = (given or default()).copy_and_resolve_references()
+        config = (user_config or default()).copy_and_resolve_references()
     config.policy.init = str(run / "aligned") if is_finished_run(run) else model
     return config
 

@@ -391,7 +391,7 @@ def test_benchmarks_in_a_run_change_nothing_and_the_best_policy_is_kept(policy, 
         stage = watch.with_periodic_evals(plain, context, asked, telling)
         writer = metrics.MetricWriter(context.workdir.local)
         best = train.loop("align", stage, context.config, context.workdir, writer)
-        rows[name] = writer.read()
+        rows[name] = writer.read_metrics()
         last = train.Checkpoints(context.workdir.local / "checkpoints" / "align", keep=2).restore(plain.init())[1]
         products[name] = plain.finish(last), best
     jax.tree.map(np.testing.assert_array_equal, products["without"][0], products["with"][0])
