@@ -135,7 +135,7 @@ class WandB:
         self.rows_sent = self.run.step  # number of rows that the server has
         self.stages: set[str] = set()
         for row, line in enumerate(start.rows):
-            self.write(row, *_scalars_of_row(line))
+            self.write(row, *_parse_row(line))
         self.rows_sent = max(self.rows_sent, len(start.rows))
 
     @staticmethod
@@ -202,7 +202,7 @@ class MLflow:
                 self.client.log_batch(run_id, params=params[first : first + 100])
         self.run_id = run_id
         for row, line in enumerate(start.rows):
-            self.write(row, *_scalars_of_row(line))
+            self.write(row, *_parse_row(line))
         self.rows_sent = max(self.rows_sent, len(start.rows))
 
     @staticmethod
@@ -255,7 +255,7 @@ def _package(name: str) -> ModuleType:
         ) from error
 
 
-def _scalars_of_row(line: dict) -> tuple[str, int, dict[str, float]]:
+def _parse_row(line: dict) -> tuple[str, int, dict[str, float]]:
     """Stage, step and finite scalars of a row of metrics.jsonl."""
     scalars = {scalar_name(key): x for key, x in line.items() if key not in ("stage", "step") and x is not None}
     return line["stage"], line["step"], scalars
