@@ -119,21 +119,21 @@ class Workdir:
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Holds the workdir (see `take`) during the block. If the folder was removed meanwhile, an error says so."""
-        lock = self.take()
+        taken = self.take()
         try:
             yield
         except Exception:
-            if lock:
-                lock.require()
+            if taken:
+                taken.check_held()
             raise
         finally:
-            if lock:
-                lock.close()
+            if taken:
+                taken.close()
 
     def check_taken(self) -> None:
         """Raises InputError if this process no longer has the workdir, or its folder is gone."""
         if self.lock:
-            self.lock.require()
+            self.lock.check_held()
         elif self.is_remote and _files().cat_file(f"{self.path}/.owner") != self.owner:
             raise InputError(f"a newer run is at work in {self.path}: this one ends.")
 

@@ -41,7 +41,7 @@ def set_mode(output_mode: str) -> None:
     """
     global _mode
     _mode = output_mode
-    handler = _Lines() if output_mode == "json" else _Sentences(sys.stderr)
+    handler = _JsonHandler() if output_mode == "json" else _TextHandler(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     for name in ("drirl_jax", "__main__"):  # __main__ is the command's own module
         logging.getLogger(name).setLevel(logging.WARNING if output_mode == "quiet" else logging.INFO)
@@ -104,12 +104,12 @@ def wants_colour(file: TextIO) -> bool:
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-class _Lines(logging.Handler):
+class _JsonHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         print_event("log", level=record.levelname.lower(), message=record.getMessage())
 
 
-class _Sentences(logging.StreamHandler):
+class _TextHandler(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         text = printable(super().format(record))
         return f"\033[33m{text}\033[0m" if record.levelno >= logging.WARNING and wants_colour(self.stream) else text

@@ -49,7 +49,7 @@ class MetricWriter:
         self.rows, self.sinks = len(rows), {}
         start = sinks.Start(workdir, project, options or {}, rows)
         for name in names if is_writer else ():
-            self._try(name, lambda: self.sinks.update({name: sinks.SINKS[name](start)}))
+            self._call_sink(name, lambda: self.sinks.update({name: sinks.SINKS[name](start)}))
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -116,7 +116,7 @@ class MetricWriter:
                 steps = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
                 log.warning("%s lacks %d steps that are done (%s): the report does too", path, len(missing), steps)
         for name in tuple(self.sinks):
-            self._try(name, lambda: self.sinks[name].rewind(stage, step))
+            self._call_sink(name, lambda: self.sinks[name].rewind(stage, step))
 
     def close(self, failed: bool = False) -> None:
         """Closes the sinks; they have all that was written.
@@ -125,7 +125,7 @@ class MetricWriter:
             failed: whether the run ended before its last step.
         """
         for name in tuple(self.sinks):
-            self._try(name, lambda: self.sinks[name].close(failed))
+            self._call_sink(name, lambda: self.sinks[name].close(failed))
         self.sinks.clear()
 
     def _append(self, path: pathlib.Path, stage: str, step: int, scalars: Mapping[str, float]) -> None:
@@ -137,9 +137,9 @@ class MetricWriter:
             file.write(json.dumps({"stage": stage, "step": step} | dict.fromkeys(values) | finite) + "\n")
         sink_scalars = {scalar_name(key): value for key, value in finite.items()}
         for name in tuple(self.sinks):
-            self._try(name, lambda: self.sinks[name].write(self.rows - 1, stage, step, sink_scalars))
+            self._call_sink(name, lambda: self.sinks[name].write(self.rows - 1, stage, step, sink_scalars))
 
-    def _try(self, name: str, call: Callable[[], Any]) -> None:
+    def _call_sink(self, name: str, call: Callable[[], Any]) -> None:
         """Calls a sink; removes it if it raises."""
         try:
             call()
