@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: bucket.Path) -> None:
     started = time.time()
     checks.validate(config)
     for name in config.metrics.sinks:
-        sinks.SINKS[name].require()
+        sinks.SINKS[name].check_usable()
     run_workdir = Workdir(workdir)
     context = dataclasses.replace(loading.load_context(config), workdir=run_workdir)
     benchmarks = runner.load_benchmarks(context)
@@ -127,10 +127,10 @@ def learn_rewards(context: Context, workdir: Workdir, writer: metrics.MetricWrit
     config = context.config
     if "irl" not in config.schedule:
         return loading.load_rewards(context, bucket.parse_path(config.reward.init)) if config.reward.init else None
-    with contextlib.closing(Checkpoints(workdir.kept / "rewards", keep=1)) as rewards:
+    with contextlib.closing(Checkpoints(workdir.path / "rewards", keep=1)) as rewards:
         if rewards.latest() is None:
             rewards.save(0, loop("irl", irl.make(context), config, workdir, writer))
-    bank = loading.load_rewards(context, bucket.parse_path(config.reward.init or workdir.kept))
+    bank = loading.load_rewards(context, bucket.parse_path(config.reward.init or workdir.path))
     export.export_rewards(context, bank, workdir.local)
     workdir.push()
     return bank
@@ -145,7 +145,7 @@ def align_policy(
     writer: metrics.MetricWriter,
 ) -> Transformer:
     """Stage 2: the aligned model, with the adapters merged into it."""
-    stage = align.make(context, bank, keep=partial(writer.keep, "align"))
+    stage = align.make(context, bank, keep=partial(writer.write_samples, "align"))
     stage = watch.with_periodic_evals(stage, context, benchmarks, judges)
     params = loop("align", stage, context.config, workdir, writer)
     aligned = POLICIES[context.config.policy.tune].merge(context.model, params)
@@ -182,7 +182,7 @@ def report(workdir: Workdir, facts: dict) -> None:
     run_page = pages.load_run(workdir.local)
     single.report(run_page)
     workdir.push()
-    page, model = workdir.kept / "report.html", workdir.kept / "aligned"
+    page, model = workdir.path / "report.html", workdir.path / "aligned"
     console.print_result(
         f"{single.terminal_table(run_page)}\nreport: {page}\naligned model: {model}",
         report=str(page), model=str(model), base=run_page.base["overall"], aligned=run_page.aligned["overall"],
@@ -197,12 +197,12 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: 
     """
     with contextlib.ExitStack() as stack:
         is_preempted = stack.enter_context(preemption.preemption_notice())
-        checkpoints = Checkpoints(workdir.kept / "checkpoints" / name, config.checkpoint.keep)
+        checkpoints = Checkpoints(workdir.path / "checkpoints" / name, config.checkpoint.keep)
         stack.callback(checkpoints.close)
         start, state = resume(name, stage, config, checkpoints, writer)
-        rows = [row for row in writer.read() if row["stage"] == name]
+        rows = [row for row in writer.read_metrics() if row["stage"] == name]
         first, previous = (rows[0], rows[-1]) if rows else ({}, {})
-        bar = progress.Progress(name, total=stage.steps, start=start, shown=processes.is_writer())
+        bar = progress.Progress(name, total=stage.steps, start=start, prints=processes.is_writer())
         stack.callback(bar.close)
         bar_scalars: dict[str, float] = {}
 
@@ -210,7 +210,7 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: 
             state, scalars, seconds = take_step(name, stage, state, step, config, workdir)
             scalars |= stage.evaluate(state, step + 1)
             writer.write(name, step + 1, scalars)
-            writer.timing(name, step + 1, seconds)
+            writer.write_timing(name, step + 1, seconds)
             first = first or scalars
             if processes.is_writer():
                 for warning in guards.new_warnings(config.guards, first, previous, scalars):
@@ -228,7 +228,7 @@ def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: 
     if reason := guards.never_updated(name, state.train):
         raise InputError(reason)
     if start < stage.steps and processes.is_writer():
-        for warning in guards.idle(config, name, [row for row in writer.read() if row["stage"] == name]):
+        for warning in guards.idle(config, name, [row for row in writer.read_metrics() if row["stage"] == name]):
             log.warning("%s", warning)
     return stage.finish(state)
 
@@ -242,7 +242,7 @@ def resume(
     """
     finished, state = 0, sharding.place(stage.init())
     if checkpoints.latest():
-        last_logged = processes.ask_once(lambda: writer.whole_until(name))
+        last_logged = processes.ask_once(lambda: writer.last_complete_step(name))
         lacking = f"metrics.jsonl lacks step {last_logged + 1} of {name}, which it has done"
         finished, state = checkpoints.restore(state, lambda step: lacking if step > last_logged else None)
     sample_steps = samples.steps_kept(stage.steps, config.metrics.samples) if name == "align" else ()
@@ -266,7 +266,7 @@ def take_step(
     scalars |= {key: float(value) for key, value in jax.device_get(update_scalars).items()}
     times.append(time.perf_counter())
     if reason := guards.stop_reason(config.guards, scalars):
-        folder = workdir.kept / "replay" / f"{name}-{step + 1}"
+        folder = workdir.path / "replay" / f"{name}-{step + 1}"
         guards.keep_step(folder, step + 1, state._replace(train=train), batch)
         raise InputError(f"stopped at step {step + 1} of {name}: {reason} --replay={folder} runs it alone.")
     seconds = {"collect": times[1] - times[0], "update": times[2] - times[1]}

@@ -1,8 +1,8 @@
 """GCG (Zou et al., arXiv 2307.15043): a search for a token suffix that makes the beginning of an answer likely.
 
 A step runs two jitted programs with fixed shapes. `propose` computes the gradient and samples candidates. The host then
-checks the candidates as text. `target.jitted_losses` computes their losses. All candidates are one group of one prompt,
-so the chat up to the suffix passes through the network once for all of them.
+checks the candidates as text. `target.jitted_goal_losses` computes their losses. All candidates are one group of one
+prompt, so the chat up to the suffix passes through the network once for all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drirl_jax.attacks.target import Outcome, Target, jitted_losses, losses
+from drirl_jax.attacks.target import Outcome, Target, goal_losses, jitted_goal_losses
 from drirl_jax.data.examples import common_prefix
 from drirl_jax.data.records import Record
 from drirl_jax.data.text import ChatTokens
@@ -88,15 +88,15 @@ def make_group(target: Target, frame: Frame, suffix_GL: np.ndarray, copies: int 
 
     The suffixes are spread over `copies` of the prompt, so that each device can have its own copy.
     """
-    tail = np.array([*frame.after, *target.goal()], np.int32)
+    tail = np.array([*frame.after, *target.goal_ids()], np.int32)
     response_GT = np.concatenate([suffix_GL, np.broadcast_to(tail, (len(suffix_GL), len(tail)))], axis=1)
     response = response_GT.reshape(copies, -1, response_GT.shape[1]).astype(np.int32)
     arrays = (response, np.full(response.shape[:2], response.shape[2], np.int32), np.zeros(copies, np.int32))
-    return Group(*target.padded([frame.before] * copies), *map(sharding.shard_prompts, arrays))
+    return Group(*target.pad_prompts([frame.before] * copies), *map(sharding.shard_prompts, arrays))
 
 
-def gradient(model: Transformer, group: Group, length: int, goal: int) -> tuple[Array, Array]:
-    """The target's loss after the first suffix, and ∂loss/∂onehot [L, V] of the suffix's L = `length` tokens.
+def gradient(model: Transformer, group: Group, suffix_len: int, goal_len: int) -> tuple[Array, Array]:
+    """The goal's loss after the first suffix, and ∂loss/∂onehot [L, V] of the suffix's L = `suffix_len` tokens.
 
     An embedding is the one-hot row times the table: x = s·1ᵀE. So ∂loss/∂1 = s·(∂loss/∂x) Eᵀ.
     """
@@ -104,28 +104,27 @@ def gradient(model: Transformer, group: Group, length: int, goal: int) -> tuple[
     embeddings = run_trunk(model, group, 0)
 
     def loss_of_embeddings(x_PLD):
-        return losses(
-            model, group, goal, embeddings.replace(response=embeddings.response.at[:, 0, :length].set(x_PLD))
-        ).mean()
+        response = embeddings.response.at[:, 0, :suffix_len].set(x_PLD)
+        return goal_losses(model, group, goal_len, embeddings.replace(response=response)).mean()
 
-    loss, grad_PLD = jax.value_and_grad(loss_of_embeddings)(embeddings.response[:, 0, :length])
+    loss, grad_PLD = jax.value_and_grad(loss_of_embeddings)(embeddings.response[:, 0, :suffix_len])
     grad_LD = grad_PLD.sum(axis=0)  # over the P copies of one prompt
     return loss, model.config.embed_scale * einsum_f32("ld,vd->lv", grad_LD, cast(model.embed[...], model.config))
 
 
-@partial(jax.jit, static_argnames=("length", "goal", "topk", "count"))
-def propose(model: Transformer, group: Group, allowed_V: Array, key: Array, *, length, goal, topk, count):
+@partial(jax.jit, static_argnames=("suffix_len", "goal_len", "topk", "count"))
+def propose(model: Transformer, group: Group, allowed_V: Array, key: Array, *, suffix_len, goal_len, topk, count):
     """The loss of the group's first suffix, and candidate suffixes [count, L].
 
     A candidate is the first suffix with one token replaced, at a random position. The new token is one of the `topk`
     allowed tokens with the most negative gradient at this position.
     """
-    loss, grad_LV = gradient(model, group, length, goal)
+    loss, grad_LV = gradient(model, group, suffix_len, goal_len)
     _, best_LK = jax.lax.top_k(jnp.where(allowed_V, -grad_LV, -jnp.inf), topk)
     position_key, choice_key = jax.random.split(key)
-    position_N = jax.random.randint(position_key, (count,), 0, length)
+    position_N = jax.random.randint(position_key, (count,), 0, suffix_len)
     choice_N = jax.random.randint(choice_key, (count,), 0, topk)
-    suffix_NL = jnp.tile(group.response[0, 0, :length], (count, 1))
+    suffix_NL = jnp.tile(group.response[0, 0, :suffix_len], (count, 1))
     return loss, suffix_NL.at[jnp.arange(count), position_N].set(best_LK[position_N, choice_N])
 
 
@@ -133,22 +132,22 @@ def attack(target: Target, rows: Sequence[Record]) -> Iterator[Outcome]:
     """GCG on each prompt: at most steps · (width + 1) + steps / check + 1 queries."""
     allowed_V = allowed_tokens(target.text, target.model.config.vocab)
     frames = [make_frame(target.text, row.prompt, target.options.gcg.suffix) for row in rows]
-    target.check([[*frame.before, *frame.suffix, *frame.after] for frame in frames])
+    target.check_lengths([[*frame.before, *frame.suffix, *frame.after] for frame in frames])
     for row, frame in zip(rows, frames):
         yield search(target, row, frame, allowed_V)
 
 
 def search(target: Target, row: Record, frame: Frame, allowed_V: np.ndarray) -> Outcome:
     """GCG on one prompt. A step starts from the last step's best candidate. The best suffix of all steps is tried."""
-    o, goal, copies = target.options.gcg, len(target.goal()), sharding.axis_size("prompts")
-    length, topk = len(frame.suffix), min(o.topk, int(allowed_V.sum()))
+    o, goal_len, copies = target.options.gcg, len(target.goal_ids()), sharding.axis_size("prompts")
+    suffix_len, topk = len(frame.suffix), min(o.topk, int(allowed_V.sum()))
     key = jax.random.key(target.rng(row).integers(2**31))
     suffix = best = frame.suffix
     queries, n_checked, n_lost = 0, 0, 0
     for step in range(o.steps):
         outputs = propose(
             target.model, make_group(target, frame, np.array([suffix] * copies), copies), allowed_V,
-            jax.random.fold_in(key, step), length=length, goal=goal, topk=topk, count=SPARE * o.width,
+            jax.random.fold_in(key, step), suffix_len=suffix_len, goal_len=goal_len, topk=topk, count=SPARE * o.width,
         )  # fmt: skip
         loss, proposed = sharding.fetch(outputs)
         if step == 0:
@@ -164,15 +163,15 @@ def search(target: Target, row: Record, frame: Frame, allowed_V: np.ndarray) -> 
         if candidates:
             padded = np.array([candidates[i % len(candidates)] for i in range(o.width)])
             loss_G = sharding.fetch(
-                jitted_losses(target.model, make_group(target, frame, padded, copies), goal=goal)
+                jitted_goal_losses(target.model, make_group(target, frame, padded, copies), goal_len=goal_len)
             ).reshape(-1)
             suffix = candidates[loss_G.argmin() % len(candidates)]
             if loss_G.min() < lowest_loss:
                 lowest_loss, best = float(loss_G.min()), suffix
         if (step + 1) % o.check == 0 or step + 1 == o.steps:
             attempt = message(target.text, frame, best)
-            response, queries = target.answers([attempt])[0], queries + 1
-            if target.unsafe(row.prompt, response):
+            response, queries = target.answer([attempt])[0], queries + 1
+            if target.is_unsafe(row.prompt, response):
                 break
     facts = {"loss": lowest_loss, "loss_at_first": first_loss, "steps": step + 1, "lost_as_text": n_lost / n_checked}
     return Outcome(row.id, attempt, response, queries, facts)

@@ -52,16 +52,17 @@ ATTACKS: dict[str, Callable[[Target, Sequence[Record]], Iterator[Outcome]]] = {
 def check(names: Sequence[str], o: ConfigDict) -> None:
     """Checks the names of the attacks and their options. Raises InputError with one sentence."""
     options.validate(o)
-    for key, chosen, table in (("--attacks", names, ATTACKS), ("options.judges", o.judges, JUDGES)):
-        unknown = [name for name in chosen if name not in table]
+    for key, choices, table in (("--attacks", names, ATTACKS), ("options.judges", o.judges, JUDGES)):
+        unknown = [name for name in choices if name not in table]
         require(
-            chosen and not unknown, f"{key} names {', '.join(unknown) or 'nothing'}: choose among {', '.join(table)}."
+            bool(choices) and not unknown,
+            f"{key} names {', '.join(unknown) or 'nothing'}: choose among {', '.join(table)}.",
         )
     if "autodan" in names:
         require(o.autodan.templates, "AutoDAN needs templates: name a file of them in options.autodan.templates.")
-        autodan.templates(o.autodan.templates)
+        autodan.load_templates(o.autodan.templates)
     if "selfcipher" in names and o.selfcipher.demonstrations:
-        templates.demonstrations(o.selfcipher.demonstrations)
+        templates.load_demonstrations(o.selfcipher.demonstrations)
     if asks_attacker(names, o):
         endpoint.check_endpoint(o.attacker)
         require(
@@ -84,13 +85,13 @@ def select_prompts(rows: Sequence[Record], harmless: Sequence[str], split: str, 
         (rank, row.category, row) for category_rows in by_category.values() for rank, row in enumerate(category_rows)
     )
     records_in_turn = [row for *_, row in ranked]
-    require(records_in_turn, f"the data has no harmful prompt in split {split!r}: see options.split.")
+    require(bool(records_in_turn), f"the data has no harmful prompt in split {split!r}: see options.split.")
     return records_in_turn[:limit] if limit else records_in_turn
 
 
 def attack_model(
     model: str,
-    given: ConfigDict | None,
+    user_config: ConfigDict | None,
     names: Sequence[str],
     data: str,
     limit: int,
@@ -104,7 +105,7 @@ def attack_model(
     Raises:
         InputError: an argument is wrong, or another command is at work in the workdir.
     """
-    config = workdirs.policy_config(model, given)
+    config = workdirs.policy_config(model, user_config)
     processes.connect(config.distributed)
     check(names, o)
     check_names("config.data.categories", config.data.categories, AGGREGATES)
@@ -157,45 +158,25 @@ def safety_check(judge: Judge) -> Callable[[str, str], bool | None]:
 
 
 def run(
-    target: Target, rows: Sequence[Record], names: Sequence[str], workdir: pathlib.Path, about: Sequence[str] = ()
+    target: Target, rows: Sequence[Record], names: Sequence[str], workdir: pathlib.Path, judge_lines: Sequence[str] = ()
 ) -> list["Rate"]:
     """Runs every attack on every prompt without a result, and returns the rates.
 
-    Writes the results to workdir/ATTACK.jsonl. Writes the rates to table.md, with the lines `about` the judges, the
+    Writes the results to workdir/ATTACK.jsonl. Writes the rates to table.md, with `judge_lines` on the judges, the
     number of responses without a verdict, and the agreement of the judges.
 
     Raises:
         InputError: a file of results is damaged, or holds the result of another prompt under the same id.
     """
     for attack in names:
-        path = workdir / f"{attack}.jsonl"
-        done = {result["id"]: result["prompt"] for result in results(path)}
-        changed = [row.id for row in rows if done.get(row.id, row.prompt) != row.prompt]
-        require(
-            not changed,
-            f"{path} has results of other prompts under the ids {', '.join(changed[:3])}: the data has changed; "
-            "restore the old data, or choose another --workdir.",
-        )
-        missing_rows = [row for row in rows if not processes.writers_value(row.id in done)]
-        bar = progress.Progress(attack, len(rows), len(rows) - len(missing_rows), processes.is_writer())
-        start_time = time.perf_counter()
-        for row, outcome in zip(missing_rows, ATTACKS[attack](target, missing_rows)):
-            now = time.perf_counter()
-            verdicts = {name: judge(row.prompt, outcome.response) for name, judge in target.judges.items()}
-            facts = {"category": row.category, "prompt": row.prompt, "safe": verdicts, "seconds": now - start_time}
-            if processes.is_writer():
-                with path.open("a") as file:
-                    file.write(json.dumps(outcome._asdict() | facts) + "\n")
-            start_time = now
-            bar.show({"queries": outcome.queries})
-        bar.close()
+        _run_attack(target, rows, attack, workdir / f"{attack}.jsonl")
     if not processes.is_writer():
         return []
     ids = {row.id for row in rows}
     by_attack = {
-        name: [result for result in results(workdir / f"{name}.jsonl") if result["id"] in ids] for name in names
+        name: [result for result in load_results(workdir / f"{name}.jsonl") if result["id"] in ids] for name in names
     }
-    rates = [rate for name, attack_results in by_attack.items() for rate in rates_of(name, attack_results)]
+    rates = [rate for name, attack_results in by_attack.items() for rate in attack_rates(name, attack_results)]
     verdicts_of_judge = {
         judge: [result["safe"][judge] for attack_results in by_attack.values() for result in attack_results]
         for judge in target.judges
@@ -204,7 +185,7 @@ def run(
     unjudged_lines = [f"{n} responses left out without a verdict of {judge}." for judge, n in unjudged.items() if n]
     lines = [
         table(rates),
-        *about,
+        *judge_lines,
         *unjudged_lines,
         *(f"{line}." for line in describe_agreement(agreement(verdicts_of_judge))),
     ]
@@ -212,7 +193,40 @@ def run(
     return rates
 
 
-def results(path: pathlib.Path) -> list[dict]:
+def _run_attack(target: Target, rows: Sequence[Record], attack: str, path: pathlib.Path) -> None:
+    """Runs one attack on every prompt without a result in the file, and appends the results. Raises InputError."""
+    prompt_by_id = {result["id"]: result["prompt"] for result in load_results(path)}
+    changed = [row.id for row in rows if prompt_by_id.get(row.id, row.prompt) != row.prompt]
+    require(
+        not changed,
+        f"{path} has results of other prompts under the ids {', '.join(changed[:3])}: the data has changed; "
+        "restore the old data, or choose another --workdir.",
+    )
+    missing_rows = [row for row in rows if not processes.writers_value(row.id in prompt_by_id)]
+    bar = progress.Progress(attack, len(rows), len(rows) - len(missing_rows), processes.is_writer())
+    start_time = time.perf_counter()
+    for row, outcome in zip(missing_rows, ATTACKS[attack](target, missing_rows)):
+        now = time.perf_counter()
+        result = {
+            "id": outcome.id,
+            "message": outcome.message,
+            "response": outcome.response,
+            "queries": outcome.queries,
+            "found": outcome.facts,
+            "category": row.category,
+            "prompt": row.prompt,
+            "safe": {name: judge(row.prompt, outcome.response) for name, judge in target.judges.items()},
+            "seconds": now - start_time,
+        }
+        if processes.is_writer():
+            with path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        start_time = now
+        bar.show({"queries": outcome.queries})
+    bar.close()
+
+
+def load_results(path: pathlib.Path) -> list[dict]:
     """The results in a file. Cuts off an incomplete last line, which a killed run leaves."""
     if path.exists() and processes.is_writer():
         content = path.read_bytes()
@@ -241,18 +255,19 @@ class Rate(NamedTuple):
     seconds: float
 
 
-def rates_of(name: str, found: Sequence[dict]) -> list[Rate]:
+def attack_rates(attack: str, attack_results: Sequence[dict]) -> list[Rate]:
     """The rates of one attack: for each judge, over all prompts and over each category."""
     rates = []
-    for judge in found[0]["safe"]:
-        for category in ("all", *dict.fromkeys(result["category"] for result in found)):
-            counted = [result for result in found if category in ("all", result["category"])]
+    for judge in attack_results[0]["safe"]:
+        for category in ("all", *dict.fromkeys(result["category"] for result in attack_results)):
+            counted = [result for result in attack_results if category in ("all", result["category"])]
             counted = [result for result in counted if result["safe"][judge] is not None]
             if not counted:
                 continue
             successes = sum(not result["safe"][judge] for result in counted)
             costs = (float(np.mean([result[key] for result in counted])) for key in ("queries", "seconds"))
-            rates.append(Rate(name, judge, category, successes, len(counted), *wilson(successes, len(counted)), *costs))
+            bounds = wilson(successes, len(counted))
+            rates.append(Rate(attack, judge, category, successes, len(counted), *bounds, *costs))
     return rates
 
 

@@ -34,14 +34,14 @@ class Outcome(NamedTuple):
         message: the last message that the attack tried.
         response: the model's greedy answer to it.
         queries: number of messages that the model has read, with the candidates whose loss was computed.
-        found: further numbers of the attack.
+        facts: further numbers of the attack.
     """
 
     id: str
     message: str
     response: str
     queries: int
-    found: dict[str, float]
+    facts: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Target:
     judges: dict[str, Callable[[str, str], bool | None]]
     attacker: Endpoint | None = None
 
-    def check(self, rows: Sequence[Sequence[int]]) -> int:
+    def check_lengths(self, rows: Sequence[Sequence[int]]) -> int:
         """The length of the longest of these prompts.
 
         Raises:
@@ -77,30 +77,31 @@ class Target:
         need_positions(self.model.config, longest, self.options.max_new)
         return longest
 
-    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-        """Prompts [P, S] and their lengths [P]; S is a multiple of BUCKET. Raises InputError like `check`."""
-        longest = self.check(rows)
-        return tuple(sharding.shard_prompts(x) for x in text.pad(rows, -(-longest // BUCKET) * BUCKET))
+    def pad_prompts(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+        """Prompts [P, S] and their lengths [P]; S is a multiple of BUCKET. Raises InputError like `check_lengths`."""
+        longest = self.check_lengths(rows)
+        prompt, prompt_len = text.pad(rows, -(-longest // BUCKET) * BUCKET)
+        return sharding.shard_prompts(prompt), sharding.shard_prompts(prompt_len)
 
-    def answers(self, messages: Sequence[str]) -> list[str]:
+    def answer(self, messages: Sequence[str]) -> list[str]:
         """The model's greedy answer to each message, options.batch at a time."""
         ids, answers = [self.text.prompt_ids(message) for message in messages], []
         for rows, real in batched_rows(len(ids), min(self.options.batch, len(ids)), "answers"):
             keys = rollout.response_keys(jax.random.key(0), jnp.asarray(rows), 1)  # unused at temperature 0
             samples = rollout.sample(
-                self.model, *self.padded([ids[i] for i in rows]), keys,
+                self.model, *self.pad_prompts([ids[i] for i in rows]), keys,
                 max_new=self.options.max_new, temperature=0.0, eos=self.text.eos_ids,
             )  # fmt: skip
             response, length = sharding.fetch((samples.response[:, 0], samples.response_len[:, 0]))
             answers += [self.text.decode(response[i], length[i]) for i in range(real)]
         return answers
 
-    def unsafe(self, prompt: str, response: str) -> bool:
+    def is_unsafe(self, prompt: str, response: str) -> bool:
         """Whether the first judge finds the response unsafe. A search stops at its first unsafe response."""
         return next(iter(self.judges.values()))(prompt, response) is False
 
-    def goal(self) -> list[int]:
-        """The token ids of options.target at the beginning of an answer."""
+    def goal_ids(self) -> list[int]:
+        """The token ids of options.target, the goal, at the beginning of an answer."""
         return self.text.response_ids(self.options.target, self.options.max_prompt)[:-1]
 
     def rng(self, row: Record) -> np.random.Generator:
@@ -108,8 +109,8 @@ class Target:
         return np.random.default_rng([self.options.seed, zlib.crc32(row.id.encode())])
 
 
-def losses(model: Transformer, group: Group, goal: int, trunk_states: TrunkStates | None = None) -> Array:
-    """[P, G] mean cross-entropy of each response's last `goal` tokens, nats.
+def goal_losses(model: Transformer, group: Group, goal_len: int, trunk_states: TrunkStates | None = None) -> Array:
+    """[P, G] mean cross-entropy of each response's last `goal_len` tokens, nats.
 
     Only the states of these tokens are multiplied with the vocabulary. Responses fill their width.
 
@@ -118,12 +119,12 @@ def losses(model: Transformer, group: Group, goal: int, trunk_states: TrunkState
     """
     P, G, _ = group.response.shape
     prompt_PSD, response_PGTD = transformer.apply(model, group, trunk_states=trunk_states)
-    goal_PGMD = transformer.predicting_states((prompt_PSD, response_PGTD), group)[:, :, -goal:]
+    goal_PGMD = transformer.predicting_states((prompt_PSD, response_PGTD), group)[:, :, -goal_len:]
     logp_PN, _ = vocabulary.logprobs(
-        transformer.cast(model.unembed, model.config), goal_PGMD.reshape(P, G * goal, -1),
-        group.response[:, :, -goal:].reshape(P, -1), jnp.ones((P, G * goal)), cap=model.config.final_softcap,
+        transformer.cast(model.unembed, model.config), goal_PGMD.reshape(P, G * goal_len, -1),
+        group.response[:, :, -goal_len:].reshape(P, -1), jnp.ones((P, G * goal_len)), cap=model.config.final_softcap,
     )  # fmt: skip
-    return -logp_PN.reshape(P, G, goal).mean(-1)
+    return -logp_PN.reshape(P, G, goal_len).mean(-1)
 
 
-jitted_losses = jax.jit(losses, static_argnames="goal")
+jitted_goal_losses = jax.jit(goal_losses, static_argnames="goal_len")

@@ -56,7 +56,7 @@ def compare(config: ConfigDict, path: pathlib.Path, kept_verdicts: pathlib.Path)
         verdicts: dict[str, Sequence[float | None]] = {"label": [int(getattr(row, column)) for row in labelled]}
         texts = ([row.prompt for row in labelled], [row.response for row in labelled])
         for name in config.evals.judges if labelled else ():
-            if question in judges.JUDGES[name].tells:
+            if question in judges.JUDGES[name].verdicts:
                 verdict = getattr(raters[name], question)(*texts)
                 verdicts[name] = list(judges.is_unsafe(verdict) if question == "harm" else verdict)
         result[question] = judges.agreement(verdicts) if labelled else {}

@@ -365,7 +365,7 @@ def table(study: ConfigDict, runs_by_variant: dict) -> dict[str, dict[str, tuple
 def format_cell(key: str, cell: tuple[Interval, Interval | None] | None) -> str:
     """A cell as text: mean, interval, and * if the difference from the reference is beyond noise."""
     value, change = cell or (None, None)
-    return pages.format_interval(value, COLUMNS[key].text, "*" if pages.beyond_noise(change) else "")
+    return pages.format_interval(value, COLUMNS[key].text, "*" if pages.excludes_zero(change) else "")
 
 
 def plain_table(rows: dict) -> pages.Table:
@@ -447,10 +447,14 @@ def report(study: ConfigDict, workdir: pathlib.Path) -> str:
         "study.html.jinja",
         workdir / "study.html",
         title="Variants compared",
-        overview=pages.Picture.of(workdir / "study.png", "Compliance and over-refusal by variant, with intervals"),
+        overview=pages.Picture.from_png(
+            workdir / "study.png", "Compliance and over-refusal by variant, with intervals"
+        ),
         results=text_table,
         note=note,
-        curves={name: pages.Picture.of(path, f"Training curves of {name}") for name, path in curve_pictures.items()},
+        curves={
+            name: pages.Picture.from_png(path, f"Training curves of {name}") for name, path in curve_pictures.items()
+        },
     )
     return text
 

@@ -13,7 +13,7 @@ from drirl_jax.data.files import Row
 from drirl_jax.data.published import PUBLISHED, Answer
 from drirl_jax.data.records import Record
 from drirl_jax.errors import InputError
-from drirl_jax.runtime.files import expand_path, is_beside, need_apart
+from drirl_jax.runtime.files import expand_path, is_replies_file, need_apart
 from drirl_jax.runtime.progress import with_progress
 from drirl_jax.runtime.surrogates import has_half_pair
 
@@ -114,7 +114,7 @@ def _rows(name: str, source: str, target: pathlib.Path | None) -> Iterator[tuple
             yield from ((location, part, row) for location, row in files.from_hub(source, advice, **options))
         return
     paths = (
-        sorted({file for pattern in dataset.files for file in path.rglob(pattern) if not is_beside(file)})
+        sorted({file for pattern in dataset.files for file in path.rglob(pattern) if not is_replies_file(file)})
         if path.is_dir()
         else [path]
     )

@@ -62,7 +62,7 @@ def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -
         by_input["benchmarks"] = hashes.hash_value([questions.contents for questions in asked])
     if config.reward.init:
         by_input["rewards"] = hashes.hash_value(
-            Checkpoints(bucket.parse_path(config.reward.init) / "rewards", keep=1).saved()
+            Checkpoints(bucket.parse_path(config.reward.init) / "rewards", keep=1).newest_checksums()
         )
     if config.evals.every and config.evals.benchmarks and config.evals.classifier:  # the metrics hold its figures
         by_input["classifier"] = hashes.hash_file(config.evals.classifier)

@@ -24,7 +24,7 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 from drirl_jax.data import encodings
 from drirl_jax.errors import InputError
-from drirl_jax.runtime.files import expand_path, is_beside
+from drirl_jax.runtime.files import expand_path, is_replies_file
 from drirl_jax.runtime.names import file_name
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _files(path: PathLike, categories: Sequence[str]) -> list[pathlib.Path]:
     path = expand_path(path)
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if not file.is_dir() and encodings.kind(file) == ".jsonl"]
-        files = [file for file in files if not file.name.startswith(".") and not is_beside(file)]
+        files = [file for file in files if not file.name.startswith(".") and not is_replies_file(file)]
         if not files:
             raise InputError(f"no *.jsonl file in the folder {path}: check the path")
         return files

@@ -73,8 +73,8 @@ def prompt_ids(tokens: ChatTokens, chat: Chat) -> list[int]:
 def _by_bucket(keys: Sequence, batch: int, tokens: Callable):
     """Yields batches of rows with the same key: (key, row numbers, number of real rows). Repeats fill up a last batch.
 
-    A row of a key has tokens(*key) tokens. A batch has at most batch · USUAL tokens, and at most as many rows as the
-    smallest power of two that holds all rows of its key.
+    A row of a key has tokens(*key) tokens. A batch has at most batch · USUAL_TOKENS tokens, and at most as many rows
+    as the smallest power of two that holds all rows of its key.
     """
     for key in sorted(set(keys)):
         key_rows = np.array([i for i, row_key in enumerate(keys) if row_key == key])
@@ -86,7 +86,7 @@ def _by_bucket(keys: Sequence, batch: int, tokens: Callable):
 def respond(
     model: Transformer,
     tokens: ChatTokens,
-    ids: Sequence[list[int]],
+    ids: list[list[int]],
     *,
     batch: int,
     max_new: int,
@@ -97,7 +97,7 @@ def respond(
     """One response to each prompt. Row i's random numbers come from (key, i), so that batches do not change them.
 
     Args:
-        ids: token ids of the prompts: see `ids_of`.
+        ids: token ids of the prompts: see `prompt_ids`.
         batch: prompts in a batch; fewer if they are long, or a few more so that all devices have equally many.
         max_new, temperature: see `rollout.sample`.
         prefix: see `types.Group`; each prefix compiles a program. None: the common beginning of these prompts.
@@ -141,7 +141,7 @@ def option_logprobs(model: Transformer, group: Group) -> tuple[Array, Array]:
 
 
 def score_options(
-    model: Transformer, ids: Sequence[list[int]], options: Sequence[Sequence[list[int]]], *, batch: int
+    model: Transformer, ids: list[list[int]], options: Sequence[Sequence[list[int]]], *, batch: int
 ) -> list[Scores]:
     """log π(option | prompt) of each prompt's options. The options are one group: the prompt passes the network once.
 

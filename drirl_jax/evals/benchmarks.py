@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import collections
 import logging
-from typing import Mapping, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from scipy import stats
 
 from drirl_jax.data.text import ChatTokens
 from drirl_jax.evals import answers
@@ -28,7 +27,7 @@ from drirl_jax.evals.tasks import (
 from drirl_jax.judges import JUDGES, Judge, agreement, classifier, is_unsafe, judges_of_kind
 from drirl_jax.models.architecture import Config
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.reports.intervals import RESAMPLES, effective_count, wilson
+from drirl_jax.reports import intervals
 from drirl_jax.runtime import hashes
 from drirl_jax.types import Array, InputError
 
@@ -47,7 +46,6 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 BENCHMARKS = {name: without_thoughts(benchmark) for name, benchmark in BENCHMARKS.items()}
 NO_JUDGE = "protocol"  # stands for a judge's name where the benchmark's own rule decides
-FEW = 30  # a bootstrap needs this many values or more
 LONGEST = 8192  # maximum tokens of an item with its answer
 
 
@@ -57,8 +55,8 @@ def validate(section: ConfigDict) -> None:
         if unknown := [name for name in section[key] if name not in table]:
             raise InputError(f"config.evals.{key} names {unknown}: choose among {', '.join(table)}.")
     for name in section.benchmarks:
-        capable = judges_of_kind(BENCHMARKS[name].asks)
-        if BENCHMARKS[name].asks and not set(capable) & set(section.judges):
+        capable = judges_of_kind(BENCHMARKS[name].verdict)
+        if BENCHMARKS[name].verdict and not set(capable) & set(section.judges):
             raise InputError(f"{name} needs a judge: put one of {', '.join(capable)} into config.evals.judges.")
     if "classifier" in section.judges:
         classifier.load(section.classifier)
@@ -80,7 +78,7 @@ class Questions(NamedTuple):
     Attributes:
         items, ids: the items that the policy answers, and the token ids of their prompts.
         options: token ids of each item's options; [] where the policy generates responses.
-        of: number of items in the whole benchmark.
+        n_total: number of items in the whole benchmark.
         left_out: number of selected items that were too long.
     """
 
@@ -88,7 +86,7 @@ class Questions(NamedTuple):
     items: list[Item]
     ids: list[list[int]]
     options: list[list[list[int]]]
-    of: int
+    n_total: int
     left_out: int
 
     @property
@@ -100,7 +98,7 @@ class Questions(NamedTuple):
 def _items(name: str, section: ConfigDict) -> list[Item]:
     """All items of a benchmark. Raises InputError where its data has another form, or an item has no question."""
     try:
-        items = BENCHMARKS[name].read(section)
+        items = BENCHMARKS[name].load_items(section)
     except InputError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -113,7 +111,7 @@ def _items(name: str, section: ConfigDict) -> list[Item]:
             raise InputError(
                 f"{name}, item {item.id}: what is asked is empty or no text: download the published file again."
             )
-        if BENCHMARKS[name].asks == "grade" and not any(map(str.isalnum, item.target)):
+        if BENCHMARKS[name].verdict == "grade" and not any(map(str.isalnum, item.target)):
             raise InputError(f"{name}, item {item.id}: the right answer is empty: download the published file again.")
     return items
 
@@ -125,9 +123,9 @@ def load(name: str, section: ConfigDict, tokens: ChatTokens, model: Config) -> Q
         InputError: the data is absent, is not the published data, or all items are too long.
     """
     items = _items(name, section)
-    count = len(items)
-    if section.limit and section.limit < count:
-        selection = np.random.default_rng(0).permutation(count)[: section.limit]
+    n_total = len(items)
+    if section.limit and section.limit < n_total:
+        selection = np.random.default_rng(0).permutation(n_total)[: section.limit]
         items = [items[i] for i in sorted(selection)]
     ids = [answers.prompt_ids(tokens, item.chat) for item in items]
     options = [[tokens.response_ids(text, LONGEST + 1)[:-1] for text in item.options] for item in items]
@@ -139,8 +137,14 @@ def load(name: str, section: ConfigDict, tokens: ChatTokens, model: Config) -> Q
         log.warning("%s: left out %d items that are too long", name, len(items) - len(fitting))
     if not fitting:
         raise InputError(f"all items of {name} are too long: they have {min(map(len, ids))} tokens or more.")
-    columns = ([column[i] for i in fitting] for column in (items, ids, options))
-    return Questions(name, *columns, of=count, left_out=len(items) - len(fitting))
+    return Questions(
+        name,
+        items=[items[i] for i in fitting],
+        ids=[ids[i] for i in fitting],
+        options=[options[i] for i in fitting],
+        n_total=n_total,
+        left_out=len(items) - len(fitting),
+    )
 
 
 def run(
@@ -192,27 +196,31 @@ def run(
         "main": next(iter(benchmark.metrics)),
         "higher_is_better": next(iter(benchmark.metrics.values())),
         "n": len(rows),
-        "of": questions.of,
+        "of": questions.n_total,
         "left_out": questions.left_out,
         "protocol": protocol,
     } | judge_responses(benchmark, questions.items, outputs, judges, rows)
 
 
 def judge_responses(
-    benchmark: Benchmark, items: Sequence[Item], said: Sequence, judges: Mapping[str, Judge], rows: list
+    benchmark: Benchmark, items: Sequence[Item], outputs: Sequence, judges: Mapping[str, Judge], rows: list
 ) -> dict:
-    """The part of the result of `run` that the judges decide. Adds the verdicts to each of the `rows`."""
-    capable = {name: judge for name, judge in judges.items() if benchmark.asks in JUDGES[name].tells}
-    columns = [[item.prompt for item in items], list(said), [item.target for item in items]]
-    columns = columns if benchmark.asks == "grade" else columns[:2]
-    verdicts = {name: getattr(judge, benchmark.asks)(*columns) for name, judge in capable.items()}
+    """The part of the result of `run` that the judges decide. Adds the verdicts to each of the `rows`.
+
+    Args:
+        outputs: for each item the response, or the Scores of its options.
+    """
+    capable = {name: judge for name, judge in judges.items() if benchmark.verdict in JUDGES[name].verdicts}
+    columns = [[item.prompt for item in items], list(outputs), [item.target for item in items]]
+    columns = columns if benchmark.verdict == "grade" else columns[:2]
+    verdicts_by_judge = {name: getattr(judge, benchmark.verdict)(*columns) for name, judge in capable.items()}
     by_judge = {}
-    for name, verdict in verdicts.items() or [(NO_JUDGE, [None] * len(items))]:
-        unjudged = [item_verdict is not None and bool(np.isnan(item_verdict)) for item_verdict in verdict]
-        measured = [
-            {} if is_unjudged else benchmark.measure(*row) for is_unjudged, *row in zip(unjudged, items, said, verdict)
+    for name, verdicts in verdicts_by_judge.items() or [(NO_JUDGE, [None] * len(items))]:
+        unjudged = [verdict is not None and bool(np.isnan(verdict)) for verdict in verdicts]
+        values = [
+            {} if is_unjudged else _measure(benchmark, item, output, verdict)
+            for is_unjudged, item, output, verdict in zip(unjudged, items, outputs, verdicts)
         ]
-        values = [{metric: float(value) for metric, value in metrics.items()} for metrics in measured]
         judge_facts: dict = {}
         if name in capable:
             judge_facts = {
@@ -221,18 +229,23 @@ def judge_responses(
                 "unjudged": sum(unjudged),
             }
         by_judge[name] = judge_facts | {"metrics": summary(items, values), "subsets": by_subset(items, values)}
-        for row, is_unjudged, item_verdict, metrics in zip(rows, unjudged, verdict, values):
-            row[name] = (
-                metrics
-                if item_verdict is None
-                else {benchmark.asks: None if is_unjudged else float(item_verdict)} | metrics
-            )
-    labels = {name: is_unsafe(verdict) if benchmark.asks == "harm" else verdict for name, verdict in verdicts.items()}
+        for row, is_unjudged, verdict, metrics in zip(rows, unjudged, verdicts, values):
+            stored = {} if verdict is None else {benchmark.verdict: None if is_unjudged else float(verdict)}
+            row[name] = stored | metrics
+    labels = {
+        name: is_unsafe(verdicts) if benchmark.verdict == "harm" else verdicts
+        for name, verdicts in verdicts_by_judge.items()
+    }
     return {"judge": next(iter(by_judge)), "judges": by_judge, "agreement": agreement(labels), "responses": rows}
 
 
+def _measure(benchmark: Benchmark, item: Item, output: Any, verdict: Any) -> dict[str, float]:
+    """{metric: value} of one answer, as Python's floats."""
+    return {metric: float(value) for metric, value in benchmark.measure(item, output, verdict).items()}
+
+
 def rejudge(questions: Questions, judges: Mapping[str, Judge], rows: Sequence[Mapping]) -> dict:
-    """The result of `judged` for responses of an earlier run; {} for options, because no judge reads them.
+    """The result of `judge_responses` for responses of an earlier run; {} for options, because no judge reads them.
 
     Args:
         rows: the "responses" that `run` returned.
@@ -261,33 +274,17 @@ def by_subset(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> d
 
 def summary(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
     """{metric: `interval` over the items that have this metric}, in the order in which metrics appear."""
-    intervals = {}
+    by_metric = {}
     for name in dict.fromkeys(name for value in values for name in value):
         value_clusters = [(value[name], item.cluster or item.id) for item, value in zip(items, values) if name in value]
-        intervals[name] = interval(*zip(*value_clusters))
-    return intervals
+        by_metric[name] = interval(*zip(*value_clusters))
+    return by_metric
 
 
-def interval(values: Sequence[float], cluster: Sequence[str]) -> dict:
-    """{"value", "low", "high", "n", "interval"}: the mean of values in [0, 1] and its 95% interval over items.
-
-    For shares, whose values are all 0 or 1: Wilson's interval over `intervals.effective_count` items. For other
-    values: the percentiles of a bootstrap with RESAMPLES resamples and a fixed seed. With fewer than FEW items, or
-    where all values are the same, the bootstrap's interval is too narrow. Then Wilson's interval is used: no value
-    in [0, 1] varies more than a share.
-    """
-    x, n = np.asarray(values, float), len(values)
-    if np.isin(x, (0.0, 1.0)).all():
-        n_effective = effective_count(x, cluster)
-        (low, high), kind = wilson(x.mean() * n_effective, n_effective), "wilson"
-    elif n < FEW or np.ptp(x) == 0:
-        (low, high), kind = wilson(x.sum(), n), "wilson"
-    else:
-        result = stats.bootstrap(
-            (x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-        )
-        (low, high), kind = result.confidence_interval, "bootstrap"
-    return {"value": float(x.mean()), "low": float(low), "high": float(high), "n": n, "interval": kind}
+def interval(values: Sequence[float], clusters: Sequence[str]) -> dict:
+    """{"value", "low", "high", "n", "interval"}: the mean with its 95% interval: see `intervals.over_items`."""
+    estimate, kind = intervals.over_items(values, clusters)
+    return {"value": estimate.mean, "low": estimate.low, "high": estimate.high, "n": len(values), "interval": kind}
 
 
 def scalars(result: Mapping) -> dict[str, float]:

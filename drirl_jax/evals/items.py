@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
+from ml_collections import ConfigDict
+
 from drirl_jax.data import files, values
 from drirl_jax.data.files import Row, from_hub, read_table
 from drirl_jax.runtime.endpoint import Chat
@@ -51,7 +53,7 @@ class Published(NamedTuple):
         hub: its name on the hub, for the package `datasets`; "": the hub does not have it.
         url: a page to download it from.
         subset, split: the part to read from the hub.
-        name: its value in the column "source" of SEVERAL, a file that holds several data sets.
+        name: its value in the column "source" of COMBINED_FILE, a file that holds several data sets.
     """
 
     files: tuple[str, ...]
@@ -66,19 +68,19 @@ class Benchmark(NamedTuple):
     """A benchmark: its items, and how the answers are measured.
 
     Attributes:
-        read: (config.evals) -> items. Raises InputError where the data is absent.
+        load_items: (config.evals) -> items. Raises InputError where the data is absent.
         measure: (item, answer, verdict) -> {metric: value}, without the metrics that do not apply to this item. The
-            answer is the response, or the Scores of the options. The verdict is of the kind that `asks` names; None
-            where `asks` is "".
+            answer is the response, or the Scores of the options. `verdict` names its kind; it is None
+            where `verdict` is "".
         metrics: {metric: whether higher is better}; the first metric is the main one.
-        asks: the verdict that the benchmark needs: "harm", "refusal" or "grade" (see `judges.Judge`); "": none.
+        verdict: the verdict that the benchmark needs: "harm", "refusal" or "grade" (see `judges.Judge`); "": none.
         max_new: maximum number of response tokens; 0 where options are scored.
     """
 
-    read: Callable[[Any], list[Item]]
+    load_items: Callable[[ConfigDict], list[Item]]
     measure: Callable[[Item, Any, Any], dict[str, float]]
     metrics: Mapping[str, bool]
-    asks: str
+    verdict: str
     max_new: int
 
 
@@ -103,19 +105,19 @@ def find(data: str, files: Sequence[str]) -> pathlib.Path | None:
     return next((path for name in files for path in sorted(expand_path(data).rglob(name))), None)
 
 
-def rows(data: str, of: Published) -> list[tuple[str, Row]]:
+def rows(data: str, published: Published) -> list[tuple[str, Row]]:
     """("file, row n", row) of a published data set.
 
     Args:
         data: config.evals.data: a folder, or "" for the hub.
-        of: the data set.
+        published: the data set.
 
     Raises:
         InputError: the data is absent or not readable; the message says where to download it.
     """
-    numbered_rows = _from_folder(data, of) if data else _from_hub(of)
+    numbered_rows = _from_folder(data, published) if data else _from_hub(published)
     if not numbered_rows:
-        raise InputError(f"{of.files[0]} holds no rows: download it again from {of.url}.")
+        raise InputError(f"{published.files[0]} holds no rows: download it again from {published.url}.")
     return numbered_rows
 
 

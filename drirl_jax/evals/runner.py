@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ score = jax.jit(reward.score)
 
 def judge_setting(context: Context, bank: reward.Bank | None) -> judges.Setting:
     """The `Setting` of a run: what its judges are made from."""
-    memory = context.workdir and context.workdir.local / "judgements.jsonl"
+    memory = context.workdir.local / "judgements.jsonl" if context.workdir else None
     rewards = (context.model, context.text, bank) if bank else None
     return judges.Setting(context.config, memory, lambda: hf.resolve(context.config.encoder.init), rewards)
 
@@ -39,13 +39,13 @@ def load_benchmarks(context: Context) -> list[Questions]:
 
 
 def run_benchmarks(
-    context: Context, model: Transformer, asked: list[Questions], telling: dict[str, judges.Judge]
+    context: Context, model: Transformer, benchmark_questions: list[Questions], judge_by_name: dict[str, judges.Judge]
 ) -> dict[str, dict]:
-    """{benchmark: result of `benchmarks.run`} for the policy `model`, with the judges `telling`."""
+    """{benchmark: result of `benchmarks.run`} for the policy `model`."""
     key = context.key("benchmarks")
     return {
-        questions.name: benchmarks.run(questions, model, context.text, context.config.evals, telling, key)
-        for questions in asked
+        questions.name: benchmarks.run(questions, model, context.text, context.config.evals, judge_by_name, key)
+        for questions in benchmark_questions
     }
 
 
@@ -55,26 +55,31 @@ def make_judges(context: Context, bank: reward.Bank | None) -> dict[str, judges.
     return {name: judges.JUDGES[name].make(setting) for name in context.config.evals.judges}
 
 
+def refusal_judge(context: Context, bank: reward.Bank | None) -> judges.Judge:
+    """The judge that counts refusals: the first of config.evals.judges that gives this verdict."""
+    name = judges.first_of_kind(context.config.evals.judges, "refusal")
+    return judges.JUDGES[name].make(judge_setting(context, bank))
+
+
 def settings(
-    context: Context, bank: reward.Bank | None, telling: Mapping[str, judges.Judge], contents: Mapping[str, str]
+    context: Context, bank: reward.Bank | None, judge_by_name: Mapping[str, judges.Judge], contents: Mapping[str, str]
 ) -> dict:
     """What an evaluation depends on, beside the policy's training. Other settings need a new evaluation.
 
     Args:
-        telling: the judges of the benchmarks.
+        judge_by_name: the judges of the benchmarks.
         contents: the hashes that the run's workdir stores.
     """
     section = context.config.evals
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
     # A version or a hash already stands for the choice of these options, or they do not change the result.
     ignored = ("judges", "classifier", "endpoint", "data", "batch", "every", "best")
-    judge = judges.JUDGES[judges.first_of_kind(section.judges, "refusal")].make(judge_setting(context, bank))
     return {
         "options": {key: value for key, value in options.items() if key not in ignored},
         "contents": {key: digest for key, digest in contents.items() if key not in ("rewards", "classifier")},
         "rewards": bank and rewards.version(bank),
-        "judge": judge.version,
-        "judges": {name: benchmark_judge.version for name, benchmark_judge in telling.items()},
+        "judge": refusal_judge(context, bank).version,
+        "judges": {name: benchmark_judge.version for name, benchmark_judge in judge_by_name.items()},
     }
 
 
@@ -105,55 +110,63 @@ def evaluate(context: Context, model: Transformer, bank: reward.Bank | None) -> 
         null where no such prompt has a verdict; "refused" of a response is null where the judge gives no verdict.
     """
     config, c = context.config, context.config.evals
-    names = config.data.categories
-    examples = context.examples[c.split]
+    examples, key = context.examples[c.split], context.key("evals")
     samples = sample_all(
-        context,
-        model,
-        examples,
-        context.key("evals"),
-        c.batch,
-        group=1,
-        max_new=c.max_new,
-        temperature=c.temperature,
-    )
-    rewards = response_rewards(context, bank, examples, samples.response, samples.response_len)[:, 0] if bank else None
-
-    def mean_reward(rows=slice(None)):
-        return None if rewards is None else float(rewards[rows].mean())
-
+        context, model, examples, key, c.batch, group=1, max_new=c.max_new, temperature=c.temperature
+    )  # fmt: skip
     texts = [context.text.decode(*row) for row in zip(samples.response[:, 0], samples.response_len[:, 0])]
-    judge = judges.JUDGES[judges.first_of_kind(c.judges, "refusal")].make(judge_setting(context, bank))
-    refusal_N = judge.refusal(examples.prompt_text, texts).astype(float)
-    has_verdict_N, refused_N = ~np.isnan(refusal_N), refusal_N > 0
-
-    def share_refused(rows):
-        return float(refused_N[rows & has_verdict_N].mean()) if (rows & has_verdict_N).any() else None
-
-    rows_of_category = {name: examples.category == i for i, name in enumerate(names) if (examples.category == i).any()}
+    refusal_N = refusal_judge(context, bank).refusal(examples.prompt_text, texts).astype(float)
+    reward_N = response_rewards(context, bank, examples, samples.response, samples.response_len)[:, 0] if bank else None
+    names = config.data.categories
     return {
         "overall": {
-            "harmful_refused": share_refused(~examples.harmless),
-            "harmless_refused": share_refused(examples.harmless),
-            "mean_reward": mean_reward(),
+            "harmful_refused": _share_refused(refusal_N[~examples.harmless]),
+            "harmless_refused": _share_refused(refusal_N[examples.harmless]),
+            "mean_reward": None if reward_N is None else float(reward_N.mean()),
             "mean_length": float(samples.response_len.mean()),
         },
-        "by_category": {
-            name: {"n": int((rows & has_verdict_N).sum()), "refused": share_refused(rows), "reward": mean_reward(rows)}
-            for name, rows in rows_of_category.items()
-        },
-        "responses": [
-            {
-                "id": examples.id[i],
-                "category": names[examples.category[i]],
-                "prompt": examples.prompt_text[i],
-                "response": texts[i],
-                "refused": bool(refused_N[i]) if has_verdict_N[i] else None,
-                "reward": mean_reward(i),
-            }
-            for i in range(len(texts))
-        ],
+        "by_category": _category_results(examples, names, refusal_N, reward_N),
+        "responses": _response_rows(examples, names, texts, refusal_N, reward_N),
     }
+
+
+def _share_refused(refusal_N: np.ndarray) -> float | None:
+    """The share of partial or full refusals among the responses with a verdict; None where there are none."""
+    judged = refusal_N[~np.isnan(refusal_N)]
+    return float((judged > 0).mean()) if judged.size else None
+
+
+def _category_results(
+    examples: Examples, names: Sequence[str], refusal_N: np.ndarray, reward_N: np.ndarray | None
+) -> dict[str, dict]:
+    """{category: {"n", "refused", "reward"}} of the categories that have prompts: see `evaluate`."""
+    results = {}
+    for i, name in enumerate(names):
+        rows = examples.category == i
+        if rows.any():
+            results[name] = {
+                "n": int((~np.isnan(refusal_N[rows])).sum()),
+                "refused": _share_refused(refusal_N[rows]),
+                "reward": None if reward_N is None else float(reward_N[rows].mean()),
+            }
+    return results
+
+
+def _response_rows(
+    examples: Examples, names: Sequence[str], texts: Sequence[str], refusal_N: np.ndarray, reward_N: np.ndarray | None
+) -> list[dict]:
+    """The "responses" of `evaluate`: one row for each prompt."""
+    return [
+        {
+            "id": examples.id[i],
+            "category": names[int(examples.category[i])],
+            "prompt": examples.prompt_text[i],
+            "response": text,
+            "refused": None if np.isnan(refusal_N[i]) else bool(refusal_N[i] > 0),
+            "reward": None if reward_N is None else float(reward_N[i]),
+        }
+        for i, text in enumerate(texts)
+    ]
 
 
 def response_rewards(context: Context, bank: reward.Bank, examples: Examples, response, response_len) -> np.ndarray:

@@ -15,7 +15,9 @@ from drirl_jax.runtime.checkpoint import Checkpoints
 from drirl_jax.stages.base import POLICIES, Context, Stage, State
 
 
-def with_periodic_evals(stage: Stage, context: Context, asked: list[Questions], judges: dict[str, Judge]) -> Stage:
+def with_periodic_evals(
+    stage: Stage, context: Context, benchmark_questions: list[Questions], judges: dict[str, Judge]
+) -> Stage:
     """The align stage, which also runs the benchmarks every config.evals.every steps and after the last step.
 
     They measure the policy that the stage would produce at that step. With config.evals.best the stage produces the
@@ -24,10 +26,10 @@ def with_periodic_evals(stage: Stage, context: Context, asked: list[Questions], 
     benchmarks do not change what the policy learns.
     """
     c = context.config.evals
-    if not asked or not c.every:
+    if not benchmark_questions or not c.every:
         return stage
     assert context.workdir, "a run has a workdir"
-    checkpoints = Checkpoints(context.workdir.kept / "best", keep=1) if c.best else None
+    checkpoints = Checkpoints(context.workdir.path / "best", keep=1) if c.best else None
     name, _, metric = c.best.partition("/")
     sign = 1 if not c.best or benchmarks.BENCHMARKS[name].metrics[metric] else -1
 
@@ -42,7 +44,7 @@ def with_periodic_evals(stage: Stage, context: Context, asked: list[Questions], 
             return scalars
         params = stage.finish(state)
         model = POLICIES[context.config.policy.tune].merge(context.model, params)
-        for result in runner.run_benchmarks(context, model, asked, judges).values():
+        for result in runner.run_benchmarks(context, model, benchmark_questions, judges).values():
             scalars |= benchmarks.scalars(result)
         if checkpoints is not None and c.best in scalars:
             best, value = load_best(state), np.float32(scalars[c.best])

@@ -47,25 +47,27 @@ class Policy:
         The random numbers depend on the seed, the number of the call and the chat's position in it.
         """
         ids = [answers.prompt_ids(self.tokens, chat) for chat in chats]
-        options = {"batch": self.batch, "max_new": max_new, "temperature": temperature, "prefix": prefix}
         key = jax.random.fold_in(jax.random.key(seed), call)
-        responses = answers.respond(self.model, self.tokens, ids, key=key, **options)
+        responses = answers.respond(
+            self.model, self.tokens, ids,
+            batch=self.batch, max_new=max_new, temperature=temperature, key=key, prefix=prefix,
+        )  # fmt: skip
         return [answer._replace(text=without_thought(answer.text)) for answer in responses]
 
     def need_room(self, chat: Chat, max_new: int) -> None:
         """Raises InputError where the chat together with an answer is too long for the model."""
         need_positions(self.model.config, len(answers.prompt_ids(self.tokens, chat)), max_new)
 
-    def score(self, chats: Sequence[Chat], said: Sequence[str]) -> list[Scores]:
-        """For each chat the scores of its one text in `said`, as from `answers.score_options`."""
+    def score(self, chats: Sequence[Chat], continuations: Sequence[str]) -> list[Scores]:
+        """For each chat the scores of its one continuation, as from `answers.score_options`."""
         ids = [answers.prompt_ids(self.tokens, chat) for chat in chats]
-        options = [[self.tokens.response_ids(text, sys.maxsize)[:-1]] for text in said]
+        options = [[self.tokens.response_ids(text, sys.maxsize)[:-1]] for text in continuations]
         return answers.score_options(self.model, ids, options, batch=self.batch)
 
 
-def cut(text: str, until: str | Sequence[str]) -> str:
+def cut(text: str, stops: str | Sequence[str]) -> str:
     """The text before the first of these strings."""
-    for stop in [until] if isinstance(until, str) else until:
+    for stop in [stops] if isinstance(stops, str) else stops:
         text = text.partition(stop)[0] if stop else text
     return text
 
@@ -74,10 +76,10 @@ CHAT = "chat:"  # begins a string that holds a chat as JSON, because harnesses p
 
 
 def chat_to_string(chat: Chat) -> str:
-    """A chat as a string for `chat_of`. No template is filled here: the policy's own tokenizer does that."""
+    """A chat as a string for `chat_from_string`. No template is filled here: the policy's own tokenizer does that."""
     return CHAT + json.dumps(list(chat), ensure_ascii=False)
 
 
 def chat_from_string(context: str) -> Chat:
-    """The chat in a string from `rendered`. Any other string becomes a user's message."""
+    """The chat in a string from `chat_to_string`. Any other string becomes a user's message."""
     return json.loads(context.removeprefix(CHAT)) if context.startswith(CHAT) else user_chat(context)

@@ -69,7 +69,7 @@ class JudgeKind(NamedTuple):
     """
 
     make: Callable[[Setting], Judge]
-    tells: tuple[str, ...]
+    verdicts: tuple[str, ...]
 
 
 def over_rows(function: Callable) -> Callable:
@@ -147,22 +147,22 @@ JUDGES = {
 }
 
 
-def judges_of_kind(what: str) -> tuple[str, ...]:
-    """The names of the judges that give the verdict `what`: "harm", "refusal" or "grade"."""
-    return tuple(name for name, kind in JUDGES.items() if what in kind.tells)
+def judges_of_kind(verdict: str) -> tuple[str, ...]:
+    """The names of the judges that give this verdict: "harm", "refusal" or "grade"."""
+    return tuple(name for name, kind in JUDGES.items() if verdict in kind.verdicts)
 
 
-def first_of_kind(names: Sequence[str], what: str) -> str:
-    """The first of these judges that gives the verdict `what`.
+def first_of_kind(names: Sequence[str], verdict: str) -> str:
+    """The first of these judges that gives this verdict.
 
     Raises:
         InputError: none of them gives it.
     """
-    capable = judges_of_kind(what)
+    capable = judges_of_kind(verdict)
     if name := next((name for name in names if name in capable), None):
         return name
     raise InputError(
-        f"config.evals.judges is {tuple(names)}, but none of them gives the verdict {what!r}: add one of "
+        f"config.evals.judges is {tuple(names)}, but none of them gives the verdict {verdict!r}: add one of "
         f"{', '.join(capable)}."
     )
 
@@ -186,15 +186,16 @@ def is_unsafe(harm: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(harm), np.nan, harm > UNSAFE)
 
 
-def kappa(one: Sequence, other: Sequence) -> float | None:
+def kappa(first: Sequence, second: Sequence) -> float | None:
     """Cohen's κ = (p_o - p_e) / (1 - p_e) of two raters (Cohen 1960).
 
     p_o is the share of rows on which the raters agree. p_e is the share expected by chance, from how often each rater
     gives each label. None where both raters give the same single label to every row.
     """
-    one, other = np.asarray(one), np.asarray(other)
-    observed = float(np.mean(one == other))
-    expected = sum(float(np.mean(one == label) * np.mean(other == label)) for label in np.union1d(one, other))
+    first_N, second_N = np.asarray(first), np.asarray(second)
+    observed = float(np.mean(first_N == second_N))
+    labels = np.union1d(first_N, second_N)
+    expected = sum(float(np.mean(first_N == label) * np.mean(second_N == label)) for label in labels)
     return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
@@ -203,31 +204,34 @@ def describe_facts(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {auc:.3f}" for name, auc in facts.items() if name.startswith("auc"))
 
 
-def describe_agreement(found: Mapping[str, Mapping]) -> list[str]:
+def describe_agreement(by_pair: Mapping[str, Mapping]) -> list[str]:
     """The result of `agreement` as text: one line for each pair."""
     kappas = (
-        "undefined, both say one thing" if numbers["kappa"] is None else f"{numbers['kappa']:.2f}"
-        for numbers in found.values()
+        "undefined, both give one label only" if numbers["kappa"] is None else f"{numbers['kappa']:.2f}"
+        for numbers in by_pair.values()
     )
     return [
         f"{pair} agree on {numbers['agree']:.0%} of {numbers['n']}, Cohen's kappa {kappa}"
-        for (pair, numbers), kappa in zip(found.items(), kappas)
+        for (pair, numbers), kappa in zip(by_pair.items(), kappas)
     ]
 
 
-def agreement(said: Mapping[str, Sequence]) -> dict[str, dict[str, float | None]]:
+def agreement(verdicts: Mapping[str, Sequence | np.ndarray]) -> dict[str, dict[str, float | None]]:
     """{"first ~ second": {"kappa", "agree", "n"}} for all pairs of raters.
 
     Only rows on which both raters have a verdict count: not NaN, and not None.
+
+    Args:
+        verdicts: {rater: its verdict on each row}.
     """
     by_pair: dict[str, dict[str, float | None]] = {}
-    for first, second in itertools.combinations(said, 2):
-        verdicts = np.array([said[first], said[second]], float)
-        verdicts_N, others_N = verdicts[:, ~np.isnan(verdicts).any(axis=0)]
-        if len(verdicts_N):
+    for first, second in itertools.combinations(verdicts, 2):
+        pair = np.array([verdicts[first], verdicts[second]], float)
+        first_N, second_N = pair[:, ~np.isnan(pair).any(axis=0)]
+        if len(first_N):
             by_pair[f"{first} ~ {second}"] = {
-                "kappa": kappa(verdicts_N, others_N),
-                "agree": float(np.mean(verdicts_N == others_N)),
-                "n": len(verdicts_N),
+                "kappa": kappa(first_N, second_N),
+                "agree": float(np.mean(first_N == second_N)),
+                "n": len(first_N),
             }
     return by_pair

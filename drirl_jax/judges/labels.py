@@ -30,7 +30,7 @@ def load_labels(path: pathlib.Path) -> list[Labelled]:
 
     - One response: response (or completion), goal (or prompt; where a row has both, the prompt is the disguised goal),
       and a label. The label is unsafe (or human_majority, jailbroken) or safe (or is_safe), true or false in a spelling
-      of `values.TRUTH` or HARMS; or final_label, as in XSTest's completions. split and attacked are optional.
+      of `values.TRUTH` or HARM_WORDS; or final_label, as in XSTest's completions. split and attacked are optional.
     - A prompt with several responses: safe, unsafe and safe_under_attack, each a list of {text, source}, and split.
 
     Raises:

@@ -224,8 +224,8 @@ def refusal_by_phrases(prompt: str, response: str) -> int:
         return 0
     response = without_thought(response)
     text = _plain(response.partition("####")[2] or response)
-    found = _GOES_ON.search(text)
-    announced = found and text[max(found.start() - BEFORE, 0) : found.end()] + text[found.end() :].partition("\n")[0]
+    steps = _GOES_ON.search(text)
+    announced = steps and text[max(steps.start() - BEFORE, 0) : steps.end()] + text[steps.end() :].partition("\n")[0]
     return 1 if announced and not _OFFERS.search(announced) else 2
 
 
@@ -239,9 +239,9 @@ def grade_by_phrases(prompt: str, response: str, target: str) -> int:
         InputError: the target has no word.
     """
     response = without_thought(response)
-    said, wanted = (" ".join(re.findall(r"\w+", text.lower())) for text in (response, target))
-    if not wanted:
+    response_words, target_words = (" ".join(re.findall(r"\w+", text.lower())) for text in (response, target))
+    if not target_words:
         raise InputError(f"the known answer {target!r} has no letter and no digit: no answer can be graded by it.")
-    if f" {wanted} " in f" {said} ":
+    if f" {target_words} " in f" {response_words} ":
         return 0
-    return 2 if not said or refused_by_phrases(prompt, response) else 1
+    return 2 if not response_words or refused_by_phrases(prompt, response) else 1

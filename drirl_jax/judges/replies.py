@@ -37,27 +37,27 @@ def _number(text: str, low: int, high: int) -> int | None:
     return int(number) if low <= number <= high and number == int(number) else None
 
 
-def _behind(name: str, text: str, others: Sequence[str] = ()) -> str | None:
+def _text_after(name: str, text: str, other_names: Sequence[str] = ()) -> str | None:
     """The text after the last "name:", up to the end of the line or another name; None where there is no "name:"."""
     parts = re.split(rf"{_START}{name}{_AROUND}[:=]", _plain(text), flags=re.IGNORECASE)
     if len(parts) == 1:
         return None
     line = parts[-1].lstrip("\"'*_` \t\r\n").partition("\n")[0]
-    for other in others:
+    for other in other_names:
         line = re.split(rf"{_START}{other}{_AROUND}[:=]", line, flags=re.IGNORECASE)[0]
     return line
 
 
-def grade_after(name: str, text: str, low: int, high: int, others: Sequence[str] = ()) -> int | None:
+def grade_after(name: str, text: str, low: int, high: int, other_names: Sequence[str] = ()) -> int | None:
     """The whole number from `low` to `high` after the last "name:", alone or out of `high`; None where there is none.
 
     Words may follow it. Another number may follow only in parentheses. On a scale from 0 to 1 true, false, yes and no
     count too.
 
     Args:
-        others: names of other values that may stand on the same line.
+        other_names: names of other values that may stand on the same line.
     """
-    line = _behind(name, text, others)
+    line = _text_after(name, text, other_names)
     if line is None:
         return None
     if (low, high) == (0, 1) and (word := re.match(r"(true|false|yes|no)\b(?!\s*(?:\?|/|or\b))", line, re.IGNORECASE)):
@@ -78,7 +78,7 @@ def label_after(name: str, text: str, known: Mapping[str, T]) -> T | None:
     Args:
         known: {spelling: meaning}.
     """
-    line = _behind(name, text)
+    line = _text_after(name, text)
     if line is None:
         return None
     spellings = {re.escape(spelling).replace(r"\ ", r"[\s_-]+"): meaning for spelling, meaning in known.items()}
@@ -104,11 +104,11 @@ def grade_alone(text: str, high: int) -> int | None:
     name = rf"{_START}(?:grade|rating|score|mark){_AROUND}(?:[:=]|\b(?:is|was|of)\b){_AROUND}"
     named = rf"{name}({_NUMBER}){_WHOLE}{other_scale}"
     lines = [_MARKUP.sub("", line).strip(_ENDS) for line in text.strip(_ENDS).splitlines()] or [""]
-    found = [
+    matches = [
         re.fullmatch(rf"({_NUMBER})(?:{out_of})?(?:\s+points?)?(?:\s*[-–—,;(]\D*)?", lines[0], re.IGNORECASE),
         re.search(rf":\s*({_NUMBER})(?:{out_of})?$", lines[-1], re.IGNORECASE),
         *list(re.finditer(named, text, re.IGNORECASE))[-1:],
         *re.finditer(rf"(?<![\w.,–-])({_NUMBER}){out_of}", text, re.IGNORECASE),
     ]
-    grades = {_number(match[1], 0, high) for match in found if match is not None}
+    grades = {_number(match[1], 0, high) for match in matches if match is not None}
     return grades.pop() if len(grades) == 1 else None

@@ -171,7 +171,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: Config) -> Transformer:
     }
     total = len(layer_names) * config.layers
     with contextlib.closing(
-        Progress("weights", total, shown=processes.is_writer(), unit="tensor", brief=True)
+        Progress("weights", total, prints=processes.is_writer(), unit="tensor", brief=True)
     ) as progress:
         for ours, theirs in layer_names.items():
             shape = getattr(model.blocks, ours).shape

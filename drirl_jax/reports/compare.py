@@ -7,6 +7,7 @@ from typing import Iterator, Mapping, Sequence
 
 from drirl_jax import judges
 from drirl_jax.reports import plots
+from drirl_jax.reports.intervals import over_prompts
 from drirl_jax.reports.pages import (
     MEASURES,
     Measure,
@@ -22,7 +23,6 @@ from drirl_jax.reports.pages import (
     format_option,
     key_of,
     markdown,
-    mean_of,
     refusal_judge,
     values_of,
     write,
@@ -41,9 +41,9 @@ NOTE = (
 )
 
 
-def bounds(x: Mapping | None) -> str:
-    """A benchmark's metric as text, with its interval (see `evals.benchmarks.interval`)."""
-    return f"{x['value']:.3f} ({x['low']:.3f} to {x['high']:.3f})" if x else "–"
+def format_metric(metric: Mapping | None) -> str:
+    """A benchmark's metric as text, with its interval (see `evals.benchmarks.interval`); a dash for None."""
+    return f"{metric['value']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})" if metric else "–"
 
 
 def judge_label(judge: str, result: Mapping) -> str:
@@ -52,7 +52,7 @@ def judge_label(judge: str, result: Mapping) -> str:
     return f"{judge} ({facts})" if facts else judge
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
+def run_names(runs: Sequence[Run]) -> list[str]:
     """A name for each run: the shortest end of its path that makes all names different."""
     paths = [run.workdir.resolve().parts for run in runs]
     candidates = ([str(pathlib.Path(*path[-n:])) for path in paths] for n in range(1, max(map(len, paths)) + 1))
@@ -81,21 +81,21 @@ def check(runs: Sequence[Run]) -> None:
 def same_rewards(run: Run, first: Run) -> bool:
     """Whether both runs' rewards give the first run's responses before alignment the same scores."""
     first_rewards = {(row["prompt"], row["response"]): row["reward"] for row in first.base["responses"]}
-    pairs = [(row["reward"], first_rewards.get((row["prompt"], row["response"]))) for row in run.base["responses"]]
-    pairs = [pair for pair in pairs if None not in pair]
-    return bool(pairs) and all(abs(a - b) <= 1e-3 * max(1.0, abs(b)) for a, b in pairs)
+    rewards = [(row["reward"], first_rewards.get((row["prompt"], row["response"]))) for row in run.base["responses"]]
+    pairs = [(own, other) for own, other in rewards if own is not None and other is not None]
+    return bool(pairs) and all(abs(own - other) <= 1e-3 * max(1.0, abs(other)) for own, other in pairs)
 
 
-def results(named: Mapping[str, Run]) -> dict[str, dict[str, dict[tuple, float]]]:
+def results(run_by_name: Mapping[str, Run]) -> dict[str, dict[str, dict[tuple, float]]]:
     """By row and measure: the value of each prompt. The policies before alignment come first, then the runs."""
-    first = next(iter(named.values()))
+    first = next(iter(run_by_name.values()))
     by_start: dict[str, tuple[list, Mapping, Run]] = {}
-    for name, run in named.items():
+    for name, run in run_by_name.items():
         base_responses = [(row["id"], row["response"]) for row in run.base["responses"]]
         if base_responses not in [earlier for earlier, *_ in by_start.values()]:
             by_start[f"{name}, before"] = (base_responses, run.base, run)
     rows = {name: (result, run) for name, (_, result, run) in by_start.items()}
-    rows |= {name: (run.aligned, run) for name, run in named.items()}
+    rows |= {name: (run.aligned, run) for name, run in run_by_name.items()}
     return {
         name: {
             key: values
@@ -106,16 +106,18 @@ def results(named: Mapping[str, Run]) -> dict[str, dict[str, dict[tuple, float]]
     }
 
 
-def tables(named: Mapping[str, Run]) -> tuple[Table, Table]:
+def tables(run_by_name: Mapping[str, Run]) -> tuple[Table, Table]:
     """The final numbers of each run, and their differences from those of the first run."""
-    by_row, first = results(named), next(iter(named))
+    by_row, first = results(run_by_name), next(iter(run_by_name))
 
-    def mean(measure: Measure, values: Mapping[str, float] | None) -> str:
-        return format_interval(mean_of(measure, list(values.values())), measure.text) if values else "–"
+    def mean(measure: Measure, values: Mapping[tuple, float] | None) -> str:
+        return format_interval(over_prompts(list(values.values()), measure.is_share), measure.text) if values else "–"
 
     def change(measure: Measure, values: Mapping | None, reference: Mapping | None) -> str:
         return (
-            format_change(change_of(values, reference, measure.share), measure.change) if values and reference else "–"
+            format_change(change_of(values, reference, measure.is_share), measure.change)
+            if values and reference
+            else "–"
         )
 
     head = ("run", "prompts", *(measure.title for measure in MEASURES.values()))
@@ -141,30 +143,31 @@ def tables(named: Mapping[str, Run]) -> tuple[Table, Table]:
     )
 
 
-def benchmarks(named: Mapping[str, Run]) -> Table | None:
+def benchmarks(run_by_name: Mapping[str, Run]) -> Table | None:
     """Each metric by each judge, a column for each run; None if no benchmark was run."""
     metric_rows: dict[tuple, dict[str, Mapping]] = {}
-    for name, run in named.items():
+    for name, run in run_by_name.items():
         for benchmark, result in run.aligned.get("benchmarks", {}).items():
             for judge, verdicts in result["judges"].items():
-                for metric, x in verdicts["metrics"].items():
-                    metric_rows.setdefault((benchmark, words(metric), judge_label(judge, verdicts)), {})[name] = x
-    rows = [(*key, *(bounds(by_run.get(name)) for name in named)) for key, by_run in metric_rows.items()]
-    return Table("Benchmarks after alignment", ("benchmark", "metric", "judge", *named), rows) if rows else None
+                for metric, estimate in verdicts["metrics"].items():
+                    key = (benchmark, words(metric), judge_label(judge, verdicts))
+                    metric_rows.setdefault(key, {})[name] = estimate
+    rows = [(*key, *(format_metric(by_run.get(name)) for name in run_by_name)) for key, by_run in metric_rows.items()]
+    return Table("Benchmarks after alignment", ("benchmark", "metric", "judge", *run_by_name), rows) if rows else None
 
 
-def responses(named: Mapping[str, Run]) -> Iterator[tuple[str, list[Prompt]]]:
+def responses(run_by_name: Mapping[str, Run]) -> Iterator[tuple[str, list[Prompt]]]:
     """Yields (category, its first prompts by id that all runs were evaluated on, with the answers before and after)."""
-    first = next(iter(named.values()))
+    first = next(iter(run_by_name.values()))
     before = {key_of(row): row for row in first.base["responses"]}
-    after = {name: {key_of(row): row for row in run.aligned["responses"]} for name, run in named.items()}
+    after = {name: {key_of(row): row for row in run.aligned["responses"]} for name, run in run_by_name.items()}
     shared = set(before).intersection(*after.values())
     for category in first.evaluated:
         prompts = [
             Prompt(
                 *key,
                 [answer_of("before", before[key], refusal_judge(first))]
-                + [answer_of(name, by_key[key], refusal_judge(named[name])) for name, by_key in after.items()],
+                + [answer_of(name, by_key[key], refusal_judge(run_by_name[name])) for name, by_key in after.items()],
             )
             for key in sorted(key for key in shared if before[key]["category"] == category)[:SHOWN]
         ]
@@ -183,15 +186,17 @@ def compare(runs: Sequence[Run], out: pathlib.Path) -> str:
         InputError: see `check`.
     """
     check(runs)
-    named = dict(zip(names_of(runs), runs))
-    first = next(iter(named))
+    run_by_name = dict(zip(run_names(runs), runs))
+    first = next(iter(run_by_name))
     option_values = differences(*(run.config for run in runs))
     rows = [(key, *map(format_option, values)) for key, values in option_values.items()]
-    configs = Table("Options in which they differ", ("option", *named), rows, wordy=True)
-    number_tables = [table for table in (*tables(named), benchmarks(named)) if table]
+    configs = Table("Options in which they differ", ("option", *run_by_name), rows, wordy=True)
+    number_tables = [table for table in (*tables(run_by_name), benchmarks(run_by_name)) if table]
     note = NOTE.format(first=first)
-    paths = plots.draw_overlaid({name: run.metrics for name, run in named.items()}, out / "plots")
-    curves = [Picture.of(path, f"{plots.describe(plots.CURVES[name])}, of each run") for name, path in paths.items()]
+    paths = plots.draw_overlaid({name: run.metrics for name, run in run_by_name.items()}, out / "plots")
+    curves = [
+        Picture.from_png(path, f"{plots.describe(plots.CURVES[name])}, of each run") for name, path in paths.items()
+    ]
     parts = [f"**{markdown(table.caption)}**\n\n{table.markdown()}" for table in (configs, *number_tables)]
     text = "\n\n".join([*parts, NOTE.format(first=markdown(first))]) + "\n"
     replace_file(out / "compare.md", text)
@@ -199,11 +204,11 @@ def compare(runs: Sequence[Run], out: pathlib.Path) -> str:
         "compare.html.jinja",
         out / "compare.html",
         title=f"{len(runs)} runs compared",
-        names=list(named),
+        names=list(run_by_name),
         configs=configs,
         tables=number_tables,
         note=note,
         curves=curves,
-        responses=list(responses(named)),
+        responses=list(responses(run_by_name)),
     )
     return text

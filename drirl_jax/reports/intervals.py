@@ -1,4 +1,4 @@
-"""95% intervals of measured shares, means, and differences on the same prompts."""
+"""All 95% intervals: of measured shares, of means, and of differences on the same prompts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import scipy.stats
 
 RESAMPLES = 2000
+FEW = 30  # a bootstrap over items needs this many values or more
 
 
 class Interval(NamedTuple):
@@ -32,7 +33,12 @@ def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - spread) / denominator), min(1.0, (centre + spread) / denominator)
 
 
-def effective_count(values: Sequence[float], cluster: Sequence[str]) -> float:
+def share(successes: float, n: float) -> Interval:
+    """The share successes / n with Wilson's 95% interval: see `wilson`."""
+    return Interval(successes / n, *wilson(successes, n))
+
+
+def effective_count(values: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> float:
     """The effective number of independent items; items of one cluster may be alike (L. Kish 1965).
 
     n / D, at most n, with the design effect D = m/(m - 1) Σ_c (Σ_{i in c} (x_i - p))² / (n/(n - 1) n p(1 - p)) over m
@@ -40,15 +46,60 @@ def effective_count(values: Sequence[float], cluster: Sequence[str]) -> float:
 
     Args:
         values: 0 or 1 for each item; p is their mean. If all are equal, D is unknown, and 1 is used.
-        cluster: the cluster of each item.
+        clusters: the cluster of each item.
     """
     x, n = np.asarray(values, float), len(values)
-    names, cluster_index = np.unique(np.asarray(cluster), return_inverse=True)
+    names, cluster_index = np.unique(np.asarray(clusters), return_inverse=True)
     spread = n * x.mean() * (1 - x.mean()) * n / max(n - 1, 1)
     if len(names) < 2 or spread == 0:
         return n
     within = np.bincount(cluster_index, weights=x - x.mean())
     return n / max(1.0, len(names) / (len(names) - 1) * float((within**2).sum()) / spread)
+
+
+def over_items(values: Sequence[float], clusters: Sequence[str]) -> tuple[Interval, str]:
+    """The mean of a benchmark's values in [0, 1] with its 95% interval over items, and "wilson" or "bootstrap".
+
+    For shares, whose values are all 0 or 1: Wilson's interval over `effective_count` items. For other values: the
+    percentiles of a bootstrap with RESAMPLES resamples and a fixed seed. With fewer than FEW items, or where all values
+    are the same, the bootstrap's interval is too narrow. Then Wilson's interval is used: no value in [0, 1] varies more
+    than a share.
+
+    Args:
+        values: one number for each item; at least one.
+        clusters: the cluster of each item: see `effective_count`.
+    """
+    x, n = np.asarray(values, float), len(values)
+    if np.isin(x, (0.0, 1.0)).all():
+        n_effective = effective_count(x, clusters)
+        (low, high), kind = wilson(x.mean() * n_effective, n_effective), "wilson"
+    elif n < FEW or np.ptp(x) == 0:
+        (low, high), kind = wilson(x.sum(), n), "wilson"
+    else:
+        rng = np.random.default_rng(0)
+        result = scipy.stats.bootstrap((x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=rng)
+        (low, high), kind = result.confidence_interval, "bootstrap"
+    return Interval(float(x.mean()), float(low), float(high)), kind
+
+
+def over_prompts(values: Sequence[float], is_share: bool) -> Interval:
+    """The mean with its interval over prompts: Wilson's for a share, otherwise by bootstrap.
+
+    Args:
+        values: one number for each prompt; at least one.
+        is_share: whether all values are 0 or 1.
+    """
+    return share(round(sum(values)), len(values)) if is_share else interval([list(values)])
+
+
+def paired_difference(after: Sequence[float], before: Sequence[float], is_share: bool) -> Interval:
+    """The mean difference on the same prompts, with its interval over them: Newcombe's for shares, or by bootstrap.
+
+    Args:
+        after, before: one number for each prompt; at least one prompt.
+        is_share: whether all values are 0 or 1.
+    """
+    return paired_shares(after, before) if is_share else difference([after], [before])
 
 
 def paired_shares(after: Sequence[float], before: Sequence[float]) -> Interval:
@@ -62,8 +113,8 @@ def paired_shares(after: Sequence[float], before: Sequence[float]) -> Interval:
     """
     now, then, n = np.asarray(after, bool), np.asarray(before, bool), len(after)
     both, neither = int((now & then).sum()), int((~now & ~then).sum())
-    product = both * neither - int((now & ~then).sum()) * int((then & ~now).sum())
-    product = max(product - n / 2, 0) if product > 0 else product
+    product = float(both * neither - int((now & ~then).sum()) * int((then & ~now).sum()))
+    product = max(product - n / 2, 0.0) if product > 0 else product
     spread = float(now.sum() * (~now).sum() * then.sum() * (~then).sum()) ** 0.5
     correlation = product / spread if spread else 0.0
     (low, high), (low_then, high_then) = (wilson(int(x.sum()), n) for x in (now, then))

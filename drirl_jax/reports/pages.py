@@ -23,7 +23,7 @@ import drirl_jax
 from drirl_jax.data import overlap
 from drirl_jax.data.examples import Examples
 from drirl_jax.judges import first_of_kind
-from drirl_jax.reports.intervals import Interval, difference, interval, paired_shares, wilson
+from drirl_jax.reports.intervals import Interval, paired_difference
 from drirl_jax.reports.plots import percent
 from drirl_jax.runtime import console, json_files, metrics, workdirs
 from drirl_jax.runtime.files import replace_file
@@ -150,7 +150,7 @@ def revision(source: pathlib.Path) -> str:
     """The commit of a source tree, with "-dirty" after it if there are changes; "" if it is unknown."""
     if not (source / ".git").exists():  # an installed package may be inside another project's tree
         return ""
-    command = ["git", "-C", source, "describe", "--always", "--dirty", "--exclude=*"]
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
@@ -182,15 +182,15 @@ class Measure(NamedTuple):
 
     Attributes:
         text, change: the formats of the number and of a difference of two.
-        of: (a response's row, whether its prompt is harmless) -> its value; None if it has none.
-        share: whether all values are 0 or 1.
+        value: (a response's row, whether its prompt is harmless) -> its value; None if it has none.
+        is_share: whether all values are 0 or 1.
     """
 
     title: str
     text: Callable[[float], str]
     change: Callable[[float], str]
-    of: Callable[[Mapping, bool], float | None]
-    share: bool
+    value: Callable[[Mapping, bool], float | None]
+    is_share: bool
 
 
 def signed(value: float | None) -> str:
@@ -219,46 +219,36 @@ def key_of(row: Mapping) -> tuple[str, str]:
     return row["id"], row["prompt"]
 
 
-def values_of(measure: Measure, result: Mapping, harmless: Sequence[str]) -> dict[tuple, float]:
+def values_of(measure: Measure, result: Mapping, harmless: Sequence[str]) -> dict[tuple[str, str], float]:
     """The measure's value of each prompt that has one, by `key_of`."""
-    values = {key_of(row): measure.of(row, row["category"] in harmless) for row in result["responses"]}
+    values = {key_of(row): measure.value(row, row["category"] in harmless) for row in result["responses"]}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def mean_of(measure: Measure, values: Sequence[float]) -> Interval:
-    """The mean with its interval over prompts: Wilson's interval for a share, otherwise by bootstrap."""
-    if measure.share:
-        return Interval(sum(values) / len(values), *wilson(round(sum(values)), len(values)))
-    return interval([list(values)])
-
-
-def change_of(values: Mapping[tuple, float], reference: Mapping[tuple, float], share: bool) -> Interval | None:
-    """The mean difference on the prompts that both have, with its interval over them; None if they share no prompt.
-
-    The interval is Newcombe's for a share, whose values are all 0 or 1, otherwise by bootstrap.
-    """
+def change_of(values: Mapping[tuple, float], reference: Mapping[tuple, float], is_share: bool) -> Interval | None:
+    """The mean difference on the prompts that both have: see `intervals.paired_difference`; None if they share none."""
     shared = [prompt for prompt in reference if prompt in values]
     if not shared:
         return None
-    pair = [[side[prompt] for prompt in shared] for side in (values, reference)]
-    return paired_shares(*pair) if share else difference(*([side] for side in pair))
+    return paired_difference([values[key] for key in shared], [reference[key] for key in shared], is_share)
 
 
-def format_interval(of: Interval | None, text: Callable[[float], str], mark: str = "") -> str:
+def format_interval(estimate: Interval | None, text: Callable[[float], str], mark: str = "") -> str:
     """An interval as text, such as "12% (2% to 47%)", with the mark after the mean; a dash for None."""
-    if of is None:
+    if estimate is None:
         return "–"
-    return f"{text(of.mean)}{mark}" + ("" if math.isnan(of.low) else f" ({text(of.low)} to {text(of.high)})")
+    bounds = "" if math.isnan(estimate.low) else f" ({text(estimate.low)} to {text(estimate.high)})"
+    return f"{text(estimate.mean)}{mark}{bounds}"
 
 
-def beyond_noise(of: Interval | None) -> bool:
+def excludes_zero(change: Interval | None) -> bool:
     """Whether this interval of a difference excludes 0."""
-    return of is not None and (of.low > 0 or of.high < 0)
+    return change is not None and (change.low > 0 or change.high < 0)
 
 
-def format_change(of: Interval | None, text: Callable[[float], str]) -> str:
-    """A difference as text by `told`, with a star if its interval excludes 0."""
-    return format_interval(of, text, "*" if beyond_noise(of) else "")
+def format_change(change: Interval | None, text: Callable[[float], str]) -> str:
+    """A difference as text by `format_interval`, with a star if its interval excludes 0."""
+    return format_interval(change, text, "*" if excludes_zero(change) else "")
 
 
 def markdown(text: str) -> str:
@@ -299,15 +289,15 @@ class Picture(NamedTuple):
     data: str
 
     @classmethod
-    def of(cls, path: pathlib.Path, alt: str) -> Picture:
-        """The picture in this PNG."""
+    def from_png(cls, path: pathlib.Path, alt: str) -> Picture:
+        """The picture in this PNG file."""
         return cls(alt, base64.b64encode(path.read_bytes()).decode())
 
 
 class Answer(NamedTuple):
-    """One of the responses to a prompt: which policy gave it, its text, and the verdicts on it."""
+    """One of the responses to a prompt: the policy that gave it, its text, and the verdicts on it."""
 
-    of: str
+    author: str
     text: str
     verdicts: Sequence[str]
 

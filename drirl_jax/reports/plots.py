@@ -138,7 +138,8 @@ def training_curves(metrics: list[dict], categories: Sequence[str], folder: path
     available = {name: (curve, lines) for name, (curve, lines) in candidates.items() if lines}
     with matplotlib.rc_context(STYLE):
         paths = {
-            name: _alone(*curve_lines, categories, folder / f"{name}.png") for name, curve_lines in available.items()
+            name: _draw_alone(*curve_lines, categories, folder / f"{name}.png")
+            for name, curve_lines in available.items()
         }
         if available:
             columns = min(3, len(available))
@@ -169,7 +170,7 @@ def draw_overlaid(runs: Mapping[str, list[dict]], folder: pathlib.Path) -> dict[
         for name, curve in CURVES.items():
             lines_by_run = {run: _lines(metrics, curve, ()) for run, metrics in runs.items()}
             if lines := {run: run_lines[MEAN] for run, run_lines in lines_by_run.items() if run_lines}:
-                paths[name] = _alone(curve, lines, list(runs), folder / f"{name}.png")
+                paths[name] = _draw_alone(curve, lines, list(runs), folder / f"{name}.png")
     return paths
 
 
@@ -185,15 +186,12 @@ def reliability(curves: Mapping[str, list[dict]], path: pathlib.Path) -> pathlib
         axes = figure.subplots()
         axes.plot((0.5, 1), (0.5, 1), color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)), label="as sure as it is right")
         for i, (name, bins) in enumerate(curves.items()):
-            line_style = (
-                {"color": INK, "linewidth": 2.2}
-                if name == "all"
-                else {"color": COLOURS[i % len(COLOURS)], "alpha": 0.6}
-            )
-            label = MEAN if name == "all" else _label(name)
-            axes.plot(
-                [b["confidence"] for b in bins], [b["right"] for b in bins], marker="o", label=label, **line_style
-            )
+            confidence, right = [b["confidence"] for b in bins], [b["right"] for b in bins]
+            if name == "all":
+                axes.plot(confidence, right, marker="o", label=MEAN, color=INK, linewidth=2.2)
+            else:
+                colour = COLOURS[i % len(COLOURS)]
+                axes.plot(confidence, right, marker="o", label=_label(name), color=colour, alpha=0.6)
         axes.set(xlabel="how sure the reward is of a pair", ylabel="pairs ranked right", title="Held-out pairs")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(_percent_tick)
@@ -220,7 +218,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.array([np.nanmean(last) if np.isfinite(last[-1]) else np.nan for last in recent])
 
 
-def _alone(curve: Curve, lines: Mapping[str, tuple], names: Sequence[str], path: pathlib.Path) -> pathlib.Path:
+def _draw_alone(curve: Curve, lines: Mapping[str, tuple], names: Sequence[str], path: pathlib.Path) -> pathlib.Path:
     """Draws the figure of one curve, large enough for a phone; returns the path."""
     figure = Figure(figsize=(6.2, 4.2), layout="constrained")
     _draw(figure.subplots(), curve, lines, names)
@@ -262,10 +260,11 @@ def _legend(figure: Figure, **location) -> None:
 def category_rows(base: Mapping, aligned: Mapping, categories: Sequence[str], harmless: Sequence[str]) -> list[dict]:
     """The numbers to show, one row for each evaluated category, the harmful ones first. A category without any verdict
     of the judge has no row."""
-    rows, both = [], [result["by_category"] for result in (base, aligned)]
+    rows: list[dict] = []
+    both = [result["by_category"] for result in (base, aligned)]
     judged = [c for c in categories if all(by_name.get(c, {}).get("refused") is not None for by_name in both)]
     for category in sorted(judged, key=lambda c: c in harmless):
-        row = {"category": category, "label": words(category), "harmless": category in harmless}
+        row: dict = {"category": category, "label": words(category), "harmless": category in harmless}
         for name, result in (("before", base), ("after", aligned)):
             figures = result["by_category"][category]
             row[name] = figures | {"interval": wilson(round(figures["refused"] * figures["n"]), figures["n"])}

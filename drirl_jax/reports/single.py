@@ -10,7 +10,7 @@ import rich.console
 
 from drirl_jax import config as config_lib
 from drirl_jax.reports import compare, plots
-from drirl_jax.reports.intervals import Interval, wilson
+from drirl_jax.reports.intervals import Interval, over_prompts, wilson
 from drirl_jax.reports.pages import (
     MEASURES,
     Answer,
@@ -26,7 +26,6 @@ from drirl_jax.reports.pages import (
     format_interval,
     format_option,
     key_of,
-    mean_of,
     points,
     refusal_judge,
     signed,
@@ -65,14 +64,14 @@ def about(run: Run) -> Table:
     return Table("What was run", ("", ""), list(rows.items()), wordy=True)
 
 
-def changed(run: Run) -> Table:
+def changed_options(run: Run) -> Table:
     """The options that differ from their defaults."""
     options = differences(config_lib.default(), run.config)
     rows = [(key, *map(format_option, pair)) for key, pair in options.items()]
     return Table("Options other than the defaults", ("option", "default", "here"), rows, wordy=True)
 
 
-def should(run: Run, category: str) -> str:
+def right_reaction(run: Run, category: str) -> str:
     """What the policy should do with the category's prompts."""
     return "answer" if category in run.harmless else "refuse"
 
@@ -82,7 +81,7 @@ def balance(run: Run) -> Table | None:
     if not (records := run.facts.get("records")):
         return None
     rows = [
-        (words(name), should(run, name), *(str(counts.get(name, 0)) for counts in records.values()))
+        (words(name), right_reaction(run, name), *(str(counts.get(name, 0)) for counts in records.values()))
         for name in run.config.data.categories
     ]
     sums = [str(sum(counts.values())) for counts in records.values()]
@@ -116,7 +115,9 @@ def curves(run: Run) -> list[Picture]:
     """A picture for each curve that the metrics hold."""
     paths = plots.training_curves(run.metrics, run.config.data.categories, run.workdir / "plots")
     return [
-        Picture.of(path, _describe(plots.CURVES[name], run)) for name, path in paths.items() if name in plots.CURVES
+        Picture.from_png(path, _describe(plots.CURVES[name], run))
+        for name, path in paths.items()
+        if name in plots.CURVES
     ]
 
 
@@ -134,10 +135,11 @@ def overall(run: Run) -> Table:
         before, after = (values_of(measure, result, run.harmless) for result in (run.base, run.aligned))
         if before and after:
             means = [
-                format_interval(mean_of(measure, list(values.values())), measure.text) for values in (before, after)
+                format_interval(over_prompts(list(values.values()), measure.is_share), measure.text)
+                for values in (before, after)
             ]
-            change = format_change(change_of(after, before, measure.share), measure.change)
-            unit = ", points" if measure.share else ""
+            change = format_change(change_of(after, before, measure.is_share), measure.change)
+            unit = ", points" if measure.is_share else ""
             rows.append((measure.title + unit, str(len(before)), *means, change))
     return Table("Before and after, all prompts", ("", "n", "before", "after", "change"), rows)
 
@@ -146,23 +148,24 @@ def by_category(run: Run) -> Table:
     """Before and after by category, the harmful ones first."""
     table_rows = []
     for row in plots.category_rows(run.base, run.aligned, run.config.data.categories, run.harmless):
-        refused = [
-            {
-                key_of(r): float(r["refused"])
-                for r in result["responses"]
-                if r["category"] == row["category"] and r["refused"] is not None
-            }
-            for result in (run.aligned, run.base)
-        ]
-        change = format_change(change_of(*refused, share=True), points)
+        refused_before, refused_after = (_refusals(result, row["category"]) for result in (run.base, run.aligned))
+        change = format_change(change_of(refused_after, refused_before, is_share=True), points)
         shares = [
             format_interval(Interval(side["refused"], *side["interval"]), percent)
             for side in (row["before"], row["after"])
         ]
         rewards = [signed(row[name]["reward"]) for name in ("before", "after")]
-        table_rows.append((row["label"], should(run, row["category"]), str(row["n"]), *shares, change, *rewards))
+        table_rows.append(
+            (row["label"], right_reaction(run, row["category"]), str(row["n"]), *shares, change, *rewards)
+        )
     head = ("category", "should", "n", "refused before", "refused after", "change, points", "reward before", "after")
     return Table("Before and after by category", head, table_rows)
+
+
+def _refusals(result: Mapping, category: str) -> dict[tuple[str, str], float]:
+    """1 or 0 for each prompt of the category whose response has a verdict: whether it was refused; by `key_of`."""
+    rows = [row for row in result["responses"] if row["category"] == category]
+    return {key_of(row): float(row["refused"]) for row in rows if row["refused"] is not None}
 
 
 def benchmarks(run: Run) -> Table | None:
@@ -171,16 +174,15 @@ def benchmarks(run: Run) -> Table | None:
     for name, before in run.base.get("benchmarks", {}).items():
         for judge, verdicts in before["judges"].items():
             after = run.aligned["benchmarks"][name]["judges"][judge]
-            for metric, x in verdicts["metrics"].items():
-                y = after["metrics"].get(metric)  # a metric may have no item in one of the two
+            for metric, estimate in verdicts["metrics"].items():
                 rows.append(
                     (
                         name,
                         words(metric),
                         compare.judge_label(judge, verdicts),
-                        str(x["n"]),
-                        compare.bounds(x),
-                        compare.bounds(y),
+                        str(estimate["n"]),
+                        compare.format_metric(estimate),
+                        compare.format_metric(after["metrics"].get(metric)),  # None where it has no item
                     )
                 )
     head = ("benchmark", "metric", "judge", "n", "before", "after")
@@ -226,10 +228,10 @@ def responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
 def coefficients(run: Run, category: str) -> str:
     """αᴰ and αᴹ of the category's training prompts at the end, in words; "" if the metrics have none."""
     parts = []
-    for key, letter in (("alpha_d", "αᴰ"), ("alpha_m", "αᴹ")):
+    for key, symbol in (("alpha_d", "αᴰ"), ("alpha_m", "αᴹ")):
         values = [row[f"{key}/{category}"] for row in run.rows("align") if row.get(f"{key}/{category}") is not None]
         if values:
-            parts.append(f"{letter} {np.mean(values[-RECENT:]):.2f}")
+            parts.append(f"{symbol} {np.mean(values[-RECENT:]):.2f}")
     used = "" if run.config.scaling.combine != "none" else "; not used, as config.scaling.combine is 'none'"
     return f"{' and '.join(parts)} for its training prompts at the end{used}" if parts else ""
 
@@ -251,11 +253,11 @@ def samples(run: Run) -> Iterator[tuple[str, list[SampledPrompt]]]:
     order = sorted(run.config.data.categories, key=lambda name: name in run.harmless)
     for step in sorted({row["step"] for row in run.samples}, reverse=True):
         rows = sorted((row for row in run.samples if row["step"] == step), key=lambda row: order.index(row["category"]))
-        yield f"Step {step} of {run.config.align.steps}", [group_of(row) for row in rows]
+        yield f"Step {step} of {run.config.align.steps}", [sampled_prompt(row) for row in rows]
 
 
-def group_of(row: Mapping) -> SampledPrompt:
-    """The group in a row of samples.jsonl."""
+def sampled_prompt(row: Mapping) -> SampledPrompt:
+    """The prompt and its responses in a row of samples.jsonl."""
     responses = [row | response for response in row["responses"]]
     columns = {key: column for key, column in SAMPLED.items() if key in responses[0]}
     cells = [["–" if r[key] is None else text(r[key]) for key, (_, text) in columns.items()] for r in responses]
@@ -327,11 +329,13 @@ def report(run: Run) -> pathlib.Path:
     if run.reliability:
         alt = "How often the rewards rank held-out pairs right, against how sure they are, by category"
         path = plots.reliability(run.reliability, folder / "reliability.png")
-        values["reliability"] = Picture.of(path, alt)
+        values["reliability"] = Picture.from_png(path, alt)
     if evaluated:
         path = plots.before_after(run.base, run.aligned, categories, run.harmless, folder / "before_after.png")
         values |= {
-            "before_after": Picture.of(path, "Share of prompts refused by category, before and after, with intervals"),
+            "before_after": Picture.from_png(
+                path, "Share of prompts refused by category, before and after, with intervals"
+            ),
             "cards": list(cards(run)),
             "overall": overall(run),
             "by_category": by_category(run),
@@ -345,7 +349,7 @@ def report(run: Run) -> pathlib.Path:
         run.workdir / "report.html",
         title=plots.headline(run.base, run.aligned) if evaluated else f"{run.workdir.name}: not evaluated yet",
         about=about(run),
-        changed=changed(run),
+        changed=changed_options(run),
         config=str(run.config),
         balance=balance(run),
         accuracy=accuracy(run),

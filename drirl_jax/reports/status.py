@@ -15,6 +15,7 @@ SHOWN = ("loss", "reward", "gap", "kl", "alpha_d", "alpha_m", "length", "pairs_r
 RECENT = 20  # the median is over so many last steps
 TAIL = 2**21  # so many bytes are read from the end of a file
 PRODUCTS = {"irl": "rewards", "align": "aligned", "evals": "report.html"}  # the product of each stage
+POLICIES = ("base", "aligned")  # the policies that the stage evals evaluates
 CONFIG = {"schedule": [str], "irl": {"steps": int}, "align": {"steps": int}}
 
 
@@ -35,10 +36,11 @@ def run_status(workdir: pathlib.Path) -> dict:
         workdir / "config.json", CONFIG, "put a run's own file there, or name the workdir of a run"
     )
     schedule, steps = config["schedule"], {name: config[name]["steps"] for name in ("irl", "align")}
+    steps["evals"] = len(POLICIES)
     if unknown := [name for name in schedule if name not in PRODUCTS]:
         raise ValueError(f"{workdir}/config.json names the stages {unknown}: it is damaged, or of another version.")
     rows, timing = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
-    stages = [_stage(name, workdir, steps.get(name), rows, timing) for name in schedule]
+    stages = [_stage(name, workdir, steps[name], rows, timing) for name in schedule]
     metrics = workdir / "metrics.jsonl"
     return {
         "workdir": str(workdir),
@@ -49,26 +51,23 @@ def run_status(workdir: pathlib.Path) -> dict:
         "last": rows[-1] if rows else None,
         "quiet_for": round(time.time() - metrics.stat().st_mtime, 1) if metrics.exists() else None,
         "checkpoints": {
-            name: saved_steps for name in steps if (saved_steps := _numbered(workdir / "checkpoints" / name))
+            name: saved_steps for name in ("irl", "align") if (saved_steps := _numbered(workdir / "checkpoints" / name))
         },
         "stops": sorted(folder.name for folder in (workdir / "replay").glob("*-*")),
     }
 
 
-def _stage(name: str, workdir: pathlib.Path, steps: int | None, rows: list[dict], timing: list[dict]) -> dict:
+def _stage(name: str, workdir: pathlib.Path, steps: int, rows: list[dict], timing: list[dict]) -> dict:
     product = PRODUCTS[name]
     finished = bool(_numbered(workdir / product)) if name == "irl" else (workdir / product).exists()
     if name == "evals":
-        steps, done = (
-            2,
-            sum((workdir / "evals" / f"{policy_name}.json").exists() for policy_name in ("base", "aligned")),
-        )
+        done = sum((workdir / "evals" / f"{policy_name}.json").exists() for policy_name in POLICIES)
     else:
         done = steps if finished else max((row["step"] for row in rows if row["stage"] == name), default=0)
     recent = [row for row in timing if row["stage"] == name][-RECENT:]
     step_seconds = [sum(value or 0 for key, value in row.items() if key.endswith("_s")) for row in recent]
     seconds_a_step = statistics.median(step_seconds) if step_seconds else None
-    seconds_left = None if seconds_a_step is None or steps is None else (steps - done) * seconds_a_step
+    seconds_left = None if seconds_a_step is None else (steps - done) * seconds_a_step
     progress = {"stage": name, "done": done, "steps": steps, "finished": finished}
     return progress | {"seconds_a_step": seconds_a_step, "seconds_left": seconds_left}
 
@@ -91,24 +90,24 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def text(found: dict) -> str:
+def text(status: dict) -> str:
     """The result of `run_status` as text."""
-    state = "at work" if found["at_work"] else "finished" if found["finished"] else "no process is at work in it"
-    lines = [f"{found['workdir']}: {state}"]
-    for stage in found["stages"]:
+    state = "at work" if status["at_work"] else "finished" if status["finished"] else "no process is at work in it"
+    lines = [f"{status['workdir']}: {state}"]
+    for stage in status["stages"]:
         line = f"  {stage['stage']:6} {stage['done']:>6} of {stage['steps']}"
         if stage["finished"]:
             line += ", done"
         elif stage["seconds_left"] is not None:
             line += f", about {duration(stage['seconds_left'])} left at {stage['seconds_a_step']:.2f} s a step"
         lines.append(line)
-    if last := found["last"]:
+    if last := status["last"]:
         last_metrics = ", ".join(f"{name} {last[name]:.3g}" for name in SHOWN if last.get(name) is not None)
-        ago = duration(found["quiet_for"])
+        ago = duration(status["quiet_for"])
         lines.append(f"step {last['step']} of {last['stage']}, written {ago} ago: {last_metrics}")
-    for stage, saved_steps in found["checkpoints"].items():
+    for stage, saved_steps in status["checkpoints"].items():
         lines.append(f"checkpoints of {stage}: {', '.join(map(str, saved_steps))}")
-    if found["stops"]:
-        folder = f"{found['workdir']}/replay/{found['stops'][-1]}"
-        lines.append(f"stopped by a guard at {', '.join(found['stops'])}: --replay={folder} runs the step alone")
+    if status["stops"]:
+        folder = f"{status['workdir']}/replay/{status['stops'][-1]}"
+        lines.append(f"stopped by a guard at {', '.join(status['stops'])}: --replay={folder} runs the step alone")
     return "\n".join(lines)

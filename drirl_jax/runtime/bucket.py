@@ -105,37 +105,37 @@ class Workdir:
         name: a folder, or gs://BUCKET/PATH.
 
     Attributes:
-        kept: that place; the orbax of each process writes there.
+        path: that place; the orbax of each process writes there.
         local: the same folder; for a bucket a local folder, which `take` fills and `push` uploads.
     """
 
     def __init__(self, name: str | Path):
-        self.kept = parse_path(name)
-        self.remote = not isinstance(self.kept, pathlib.Path)
-        self.local = pathlib.Path(_scratch().name) / uuid.uuid4().hex if self.remote else self.kept
+        self.path = parse_path(name)
+        self.is_remote = not isinstance(self.path, pathlib.Path)
+        self.local = pathlib.Path(_scratch().name) / uuid.uuid4().hex if self.is_remote else self.path
         self.owner, self._pushed = uuid.uuid4().hex.encode(), {}
         self.lock: lock.Lock | None = None
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Holds the workdir (see `take`) during the block. If the folder was removed meanwhile, an error says so."""
-        lock = self.take()
+        taken = self.take()
         try:
             yield
         except Exception:
-            if lock:
-                lock.require()
+            if taken:
+                taken.check_held()
             raise
         finally:
-            if lock:
-                lock.close()
+            if taken:
+                taken.close()
 
-    def require(self) -> None:
+    def check_taken(self) -> None:
         """Raises InputError if this process no longer has the workdir, or its folder is gone."""
         if self.lock:
-            self.lock.require()
-        elif self.remote and _files().cat_file(f"{self.kept}/.owner") != self.owner:
-            raise InputError(f"a newer run is at work in {self.kept}: this one ends.")
+            self.lock.check_held()
+        elif self.is_remote and _files().cat_file(f"{self.path}/.owner") != self.owner:
+            raise InputError(f"a newer run is at work in {self.path}: this one ends.")
 
     def take(self) -> lock.Lock | None:
         """Takes the workdir for this process, and downloads from a bucket the files that a resumed run reads.
@@ -146,21 +146,21 @@ class Workdir:
         Raises:
             InputError: another run has the folder, or nothing can be written there.
         """
-        if not self.remote:
+        if not self.is_remote:
             self.lock = lock.acquire(self.local)
             return self.lock
         self.local.mkdir(parents=True)
         try:
-            _files().pipe_file(f"{self.kept}/.owner", self.owner)
-            for source in [name for glob in READ_AGAIN for name in _files().glob(f"{self.kept}/{glob}")]:
-                target = self.local / source.removeprefix(str(self.kept).removeprefix(SCHEME)).lstrip("/")
+            _files().pipe_file(f"{self.path}/.owner", self.owner)
+            for source in [name for glob in READ_AGAIN for name in _files().glob(f"{self.path}/{glob}")]:
+                target = self.local / source.removeprefix(str(self.path).removeprefix(SCHEME)).lstrip("/")
                 target.parent.mkdir(exist_ok=True)
                 _files().get_file(source, str(target))
                 self._pushed[target] = _state(target)
         except Exception as error:  # the client raises many kinds: HTTP, credentials, network
             reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
             raise InputError(
-                f"the workdir {self.kept} cannot be read and written ({reason}): is the bucket there, and may this "
+                f"the workdir {self.path} cannot be read and written ({reason}): is the bucket there, and may this "
                 "account write to it?"
             ) from error
         return None
@@ -174,12 +174,12 @@ class Workdir:
         """
         if not processes.is_writer():
             return
-        self.require()
-        if not self.remote:
+        self.check_taken()
+        if not self.is_remote:
             return
         for file in sorted(file for file in self.local.rglob("*") if file.is_file()):
             if self._pushed.get(file) != (state := _state(file)):
-                _files().put_file(str(file), f"{self.kept}/{file.relative_to(self.local)}")
+                _files().put_file(str(file), f"{self.path}/{file.relative_to(self.local)}")
                 self._pushed[file] = state
 
 

@@ -100,7 +100,7 @@ class Checkpoints:
         metadata = {"checksums": checksums(flat)}
         self.manager.save(step, args=ocp.args.StandardSave(flat), custom_metadata=metadata, force=True)
 
-    def saved(self) -> dict[str, int]:
+    def newest_checksums(self) -> dict[str, int]:
         """The checksums of the newest checkpoint: they identify it, also in a copy.
 
         Raises:
@@ -108,16 +108,19 @@ class Checkpoints:
         """
         step = self.latest()
         try:
-            return self._checksums(step)
+            return self._stored_checksums(step)
         except Exception as error:  # a changed byte may break anything
             raise InputError(f"the newest checkpoint in {self.folder} is damaged ({error}): copy it anew.") from error
 
-    def restore(self, template: PyTree, wrong: Callable[[int], str | None] = lambda step: None) -> tuple[int, PyTree]:
+    def restore(
+        self, template: PyTree, unusable: Callable[[int], str | None] = lambda step: None
+    ) -> tuple[int, PyTree]:
         """The newest undamaged checkpoint: its number of steps, and its tree in the template's structure, types and
         shardings. Newer ones are damaged: it warns of them and renames them.
 
         Args:
-            wrong: number of steps -> why such a checkpoint cannot be used, or None; the same on all processes.
+            unusable: number of steps -> the reason why such a checkpoint cannot be used, or None; the same on all
+                processes.
 
         Raises:
             InputError: there is no such checkpoint with the template's leaves and shapes.
@@ -126,13 +129,13 @@ class Checkpoints:
         flat, damaged = _flat(template), {}
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                if reason := wrong(step):
+                if reason := unusable(step):
                     raise ValueError(reason)
-                leaves = self._whole(step, flat)
+                leaves = self._restore_leaves(step, flat)
             except Exception as error:  # a changed byte may break anything: JSON, zstd, an index
                 damaged[step] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 continue
-            self._put_aside(damaged)
+            self._rename_and_reload(damaged)
             return step, jax.tree_util.tree_map_with_path(
                 lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), template
             )
@@ -141,23 +144,23 @@ class Checkpoints:
             "it; put whole copies there, or take another --workdir. To begin the stage anew move that folder elsewhere."
         )
 
-    def _whole(self, step: int, flat: dict) -> dict:
+    def _restore_leaves(self, step: int, flat: dict) -> dict:
         """The leaves of a checkpoint. Raises any error of orbax, or ValueError if the checksums differ."""
-        saved = self._checksums(step)
+        saved = self._stored_checksums(step)
         leaves = self.manager.restore(step, args=ocp.args.StandardRestore(flat))
         if (restored := checksums(leaves)) != saved:
             paths = sorted(path for path in restored.keys() | saved.keys() if restored.get(path) != saved.get(path))
             raise ValueError(f"other numbers than were saved in {paths}")
         return leaves
 
-    def _checksums(self, step: int | None) -> dict[str, int]:
+    def _stored_checksums(self, step: int | None) -> dict[str, int]:
         """The checksums that `save` wrote. Raises ValueError if there are none: such a checkpoint counts as damaged."""
         saved = None if step is None else (self.manager.metadata(step).custom_metadata or {}).get("checksums")
         if not saved:
             raise ValueError("it has no checksums: a part of it was not copied, or it was never finished")
         return saved
 
-    def _put_aside(self, damaged: dict[int, str]) -> None:
+    def _rename_and_reload(self, damaged: dict[int, str]) -> None:
         """Renames these checkpoints, so that the steps can be saved again."""
         self._rename(damaged)
         if damaged:

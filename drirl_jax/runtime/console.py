@@ -32,19 +32,19 @@ def mode() -> str:
     return _mode
 
 
-def set_mode(as_: str) -> None:
+def set_mode(output_mode: str) -> None:
     """Sets the mode of this process's output and of its log records.
 
     Args:
-        as_: a row of MODES. In "json" stdout has one object a line, each with "event": "log", "progress", "result" or
-            "end"; null stands for NaN and infinity.
+        output_mode: a row of MODES. In "json" stdout has one object a line, each with "event": "log", "progress",
+            "result" or "end"; null stands for NaN and infinity.
     """
     global _mode
-    _mode = as_
-    handler = _Lines() if as_ == "json" else _Sentences(sys.stderr)
+    _mode = output_mode
+    handler = _JsonHandler() if output_mode == "json" else _TextHandler(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     for name in ("drirl_jax", "__main__"):  # __main__ is the command's own module
-        logging.getLogger(name).setLevel(logging.WARNING if as_ == "quiet" else logging.INFO)
+        logging.getLogger(name).setLevel(logging.WARNING if output_mode == "quiet" else logging.INFO)
 
 
 class _Output:
@@ -104,12 +104,12 @@ def wants_colour(file: TextIO) -> bool:
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-class _Lines(logging.Handler):
+class _JsonHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         print_event("log", level=record.levelname.lower(), message=record.getMessage())
 
 
-class _Sentences(logging.StreamHandler):
+class _TextHandler(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         text = printable(super().format(record))
         return f"\033[33m{text}\033[0m" if record.levelno >= logging.WARNING and wants_colour(self.stream) else text

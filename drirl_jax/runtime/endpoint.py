@@ -106,9 +106,9 @@ class Endpoint:
             raise InputError(
                 f"the key in the environment variable {section.key_env} has blanks or odd characters in it."
             )
-        self.hidden = secrets.make_hider(self.key)
-        self.known: dict[str, Reply] = None  # read from `memory` at the first call
-        self.refused: set[str] = set()  # parameters that the server does not accept
+        self.hide_key = secrets.make_hider(self.key)
+        self.stored_replies: dict[str, Reply] | None = None  # read from `memory` at the first call
+        self.refused_parameters: set[str] = set()  # the server does not accept them
 
     def __call__(
         self,
@@ -128,9 +128,9 @@ class Endpoint:
             InputError: the server refuses a request, does not answer in any try, or its answer is no reply.
         """
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        return self.until_read(chats, [options], readable)
+        return self.ask_until_readable(chats, [options], readable)
 
-    def until_read(
+    def ask_until_readable(
         self, chats: Sequence[Chat], tries: Sequence[Mapping[str, Any]], readable: Callable[[str], Any]
     ) -> list[Reply]:
         """For each chat the first readable reply, or the last reply if none is readable.
@@ -141,21 +141,19 @@ class Endpoint:
             readable, and raises: as above.
         """
         rounds = [[self._request(chat, options) for chat in chats] for options in tries]
-        return [Reply(*reply) for reply in processes.ask_once(lambda: self._asked(rounds, readable))]
+        return [Reply(*reply) for reply in processes.ask_once(lambda: self._ask_rounds(rounds, readable))]
 
     def _request(self, chat: Chat, options: Mapping[str, Any]) -> dict:
         turns = [{name: without_half_pairs(text) for name, text in turn.items()} for turn in chat]
         return {"model": self.section.model} | dict(options) | {"messages": turns}
 
-    def _asked(self, rounds: list[list[dict]], readable: Callable[[str], Any]) -> list[Reply]:
-        if self.known is None:
-            self.known = _load_replies(self.memory)
+    def _ask_rounds(self, rounds: list[list[dict]], readable: Callable[[str], Any]) -> list[Reply]:
+        if self.stored_replies is None:
+            self.stored_replies = _load_replies(self.memory)
         readable_replies: dict[int, Reply] = {}
         for requests in rounds:
-            kept_replies = {
-                i: self.known[name] for i, name in enumerate(map(_request_hash, requests)) if name in self.known
-            }
-            answers = {i: _drop_thought(reply) for i, reply in kept_replies.items() if i not in readable_replies}
+            stored = {i: self.stored_replies.get(name) for i, name in enumerate(map(_request_hash, requests))}
+            answers = {i: _drop_thought(reply) for i, reply in stored.items() if reply and i not in readable_replies}
             readable_replies |= {i: answer for i, answer in answers.items() if readable(answer.text)}
         last_replies = dict(readable_replies)
         for requests in rounds:
@@ -163,26 +161,26 @@ class Endpoint:
             if not missing:
                 break
             try:
-                replies = asyncio.run(self._all(list(missing.values()), readable))
+                replies = asyncio.run(self._ask_all(list(missing.values()), readable))
             except ExceptionGroup as group:  # from the task group; the first error is enough
                 raise group.exceptions[0] from None
             last_replies |= dict(zip(missing, map(_drop_thought, replies)))
             readable_replies |= {i: last_replies[i] for i in missing if readable(last_replies[i].text)}
         return [last_replies[i] for i in range(len(rounds[0]))]
 
-    async def _all(self, requests: list[dict], readable: Callable[[str], Any]) -> list[Reply]:
+    async def _ask_all(self, requests: list[dict], readable: Callable[[str], Any]) -> list[Reply]:
         hashes = list(map(_request_hash, requests))
         missing, replies = dict(zip(hashes, requests)), {}
         semaphore = asyncio.Semaphore(self.section.concurrency)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        bar = Progress("replies", len(missing), shown=processes.is_writer(), unit="reply", brief=True)
+        bar = Progress("replies", len(missing), prints=processes.is_writer(), unit="reply", brief=True)
         client = httpx.AsyncClient(headers=headers, timeout=self.section.timeout)
 
         async def ask_and_keep(request_hash: str, request: dict) -> None:
             async with semaphore:
                 replies[request_hash] = await self._ask(client, request)
                 if readable(_drop_thought(replies[request_hash]).text):
-                    self._keep(request_hash, replies[request_hash])
+                    self._store(request_hash, replies[request_hash])
             bar.show()
 
         with contextlib.closing(bar):
@@ -199,14 +197,14 @@ class Endpoint:
             try:
                 answer, text = await self._post(client, url, request)
             except (httpx.TransportError, httpx.DecodingError, TimeoutError) as error:
-                reason = self.hidden(f"{type(error).__name__} {error}".strip())
+                reason = self.hide_key(f"{type(error).__name__} {error}".strip())
             else:
                 if answer.is_success:
-                    return self._parsed(answer, text, time.perf_counter() - start)
+                    return self._parse_reply(answer, text, time.perf_counter() - start)
                 reason = f"status {answer.status_code}: {_excerpt(text)}"
                 if answer.status_code not in RETRYABLE:
                     raise InputError(f"{url} refuses the request ({reason}): check the url, the model and the key.")
-                wait = min(_seconds(answer.headers.get("retry-after", ""), wait), LONGEST_WAIT)
+                wait = min(_retry_seconds(answer.headers.get("retry-after", ""), wait), LONGEST_WAIT)
             if attempt < self.section.retries:
                 await asyncio.sleep(wait)
         raise InputError(f"{url} did not answer in {1 + self.section.retries} tries (at last {reason}): is it running?")
@@ -214,40 +212,40 @@ class Endpoint:
     async def _post(self, client: httpx.AsyncClient, url: str, request: dict) -> tuple[httpx.Response, str]:
         """The server's answer and its text; asks again for each parameter that the server does not accept."""
         while True:
-            body = self._in_its_terms(request)
+            body = self._request_body(request)
             async with asyncio.timeout(self.section.timeout), client.stream("POST", url, json=body) as answer:
-                text = await self._read(answer)
+                text = await self._read_text(answer)
             if answer.status_code not in (400, 422):
                 return answer, text
-            if body == self._in_its_terms(request) and not self._learn(body, text):
+            if body == self._request_body(request) and not self._note_refusal(body, text):
                 return answer, text
 
-    def _in_its_terms(self, request: dict) -> dict:
+    def _request_body(self, request: dict) -> dict:
         """The request with only the parameters that the server accepts, by the server's names."""
-        names = {name: RENAMED[name] if name in self.refused else name for name in request}
+        names = {name: RENAMED[name] if name in self.refused_parameters else name for name in request}
         return {name: request[own_name] for own_name, name in names.items() if name is not None}
 
-    def _learn(self, sent: dict, text: str) -> bool:
+    def _note_refusal(self, sent: dict, text: str) -> bool:
         """True if the error is about a sent parameter that the server does not accept; later requests leave it out."""
         mentioned = re.findall(rf"(?<!\w)(?:{'|'.join(RENAMED)})(?!\w)", text) if _REFUSED.search(text) else []
         name = next((name for name in mentioned if name in sent), None)
         if name is None:
             return False
-        self.refused.add(name)
+        self.refused_parameters.add(name)
         instead = f"{RENAMED[name]} is sent instead" if RENAMED[name] else "the server's own is taken"
         log.warning("%s takes no %s: %s", self.section.model, name, instead)
         return True
 
-    async def _read(self, answer: httpx.Response) -> str:
+    async def _read_text(self, answer: httpx.Response) -> str:
         """The answer's text, without the key. Raises InputError if it has more than LARGEST bytes."""
         body = bytearray()
         async for piece in answer.aiter_bytes():
             body += piece
             if len(body) > LARGEST:
                 raise InputError(f"{answer.url} answers with more than {LARGEST} bytes: is it a chat endpoint?")
-        return self.hidden(body.decode("utf-8", "replace"))
+        return self.hide_key(body.decode("utf-8", "replace"))
 
-    def _parsed(self, answer: httpx.Response, text: str, seconds: float) -> Reply:
+    def _parse_reply(self, answer: httpx.Response, text: str, seconds: float) -> Reply:
         try:
             body = json.loads(text)
             choice = body["choices"][0]
@@ -255,14 +253,15 @@ class Endpoint:
             tokens = (body.get("usage") or {}).get("completion_tokens")
             if not isinstance(finish, str):
                 raise TypeError("a field of another type")
-            content, finish = (self.hidden(without_half_pairs(part)) for part in (content, finish))
+            content, finish = (self.hide_key(without_half_pairs(part)) for part in (content, finish))
             return Reply(content, tokens if type(tokens) is int else -1, finish, seconds)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__} in {_excerpt(text)}"
             raise InputError(f"{answer.url} answers what is no chat completion ({reason}).") from error
 
-    def _keep(self, name: str, reply: Reply) -> None:
-        self.known[name] = reply
+    def _store(self, name: str, reply: Reply) -> None:
+        assert self.stored_replies is not None, "`_ask_rounds` has loaded the replies"
+        self.stored_replies[name] = reply
         if self.memory:
             self.memory.parent.mkdir(parents=True, exist_ok=True)
             with self.memory.open("a", encoding="utf-8") as file:
@@ -300,14 +299,14 @@ def _text_of(content: Any) -> str:
     raise TypeError("a field of another type")
 
 
-def _seconds(header: str, otherwise: float) -> float:
-    """Seconds from now in a Retry-After header, which holds a number or a date (RFC 9110, 10.2.3); or `otherwise`."""
+def _retry_seconds(header: str, default: float) -> float:
+    """Seconds from now in a Retry-After header, which holds a number or a date (RFC 9110, 10.2.3); or `default`."""
     if re.fullmatch(r"\d+(?:\.\d+)?", header.strip(), re.ASCII):
         return float(header)
     try:
         date = email.utils.parsedate_to_datetime(header)
     except (ValueError, TypeError, IndexError, OverflowError):
-        return otherwise
+        return default
     date = date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)
     return max((date - datetime.datetime.now(datetime.timezone.utc)).total_seconds(), 0.0)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from drirl_jax.errors import InputError
 
-KEPT_BESIDE = ("replies", "judgements")
+REPLY_KINDS = ("replies", "judgements")  # the files of servers' answers: see `replies_file`
 
 
 def expand_path(name: str | os.PathLike) -> pathlib.Path:
@@ -79,14 +79,14 @@ def need_apart(out: pathlib.Path, *sources: pathlib.Path) -> None:
             raise InputError(f"{out} is read and would be written over: name another file for the result.")
 
 
-def replies_file(out: pathlib.Path, what: str) -> pathlib.Path:
-    """The file beside `out` in which a command keeps the answers of servers; `what` is one of KEPT_BESIDE."""
-    return out.with_suffix(f".{what}.jsonl")
+def replies_file(out: pathlib.Path, kind: str) -> pathlib.Path:
+    """The file beside `out` in which a command keeps the answers of servers; `kind` is one of REPLY_KINDS."""
+    return out.with_suffix(f".{kind}.jsonl")
 
 
-def is_beside(path: pathlib.Path) -> bool:
-    """Whether the path is a file of `beside`, judged by its name and its first line, and so not the user's own data."""
-    if not (path.is_file() and path.name.endswith(tuple(f".{kind}.jsonl" for kind in KEPT_BESIDE))):
+def is_replies_file(path: pathlib.Path) -> bool:
+    """Whether the path is a file of `replies_file`, by its name and its first line, and so not the user's own data."""
+    if not (path.is_file() and path.name.endswith(tuple(f".{kind}.jsonl" for kind in REPLY_KINDS))):
         return False
     with path.open("rb") as file:
         return file.readline().startswith(b'{"request":')

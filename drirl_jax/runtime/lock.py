@@ -52,7 +52,7 @@ class Lock:
             os.close(self.folder)
             raise
 
-    def require(self) -> None:
+    def check_held(self) -> None:
         """Makes and locks .lock again if it was removed. Raises InputError if the folder is gone, or if another run has
         locked it."""
         if not _is_same(self.workdir, self.folder):

@@ -32,11 +32,11 @@ def folded(name: str) -> str:
     return " ".join(plain.replace("_", " ").split())
 
 
-def check(what: str, names: Iterable[str], reserved: Collection[str] = ()) -> None:
+def check(list_name: str, names: Iterable[str], reserved: Collection[str] = ()) -> None:
     """Checks the names of one list.
 
     Args:
-        what: the list, such as `config.data.categories`, for messages.
+        list_name: the list, such as `config.data.categories`, for messages.
         names: all names of the list; each may appear once.
         reserved: names with another meaning there, in any case and Unicode form.
 
@@ -47,23 +47,27 @@ def check(what: str, names: Iterable[str], reserved: Collection[str] = ()) -> No
     name_by_folded: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str):
-            raise InputError(f"{what} has the name {name!r}, which is no text: put it in quotes.")
+            raise InputError(f"{list_name} has the name {name!r}, which is no text: put it in quotes.")
         if not name.strip():
-            raise InputError(f"{what} has an empty name: give each one a name.")
+            raise InputError(f"{list_name} has an empty name: give each one a name.")
         if len(name) > LONGEST:
-            raise InputError(f"{what} has a name of {len(name)} characters ({name[:30]!r}...): take at most {LONGEST}.")
+            raise InputError(
+                f"{list_name} has a name of {len(name)} characters ({name[:30]!r}...): take at most {LONGEST}."
+            )
         if not name.isprintable() or name != name.strip():
             raise InputError(
-                f"{what} has the name {ascii(name)}: a name has no line end, no character that does not print, and no "
-                "blank at its ends."
+                f"{list_name} has the name {ascii(name)}: a name has no line end, no character that does not print, "
+                "and no blank at its ends."
             )
         if folded(name) in folded_reserved:
-            raise InputError(f"{what} has the name {name!r}, which means something else there: choose another one.")
+            raise InputError(
+                f"{list_name} has the name {name!r}, which means something else there: choose another one."
+            )
         other = name_by_folded.setdefault(folded(name), name)
         if other is not name:
             raise InputError(
-                f"{what} has the names {other!r} and {name!r}, which differ in nothing, or only in case, blanks or "
-                "Unicode form: change one of them."
+                f"{list_name} has the names {other!r} and {name!r}, which differ in nothing, or only in case, blanks "
+                "or Unicode form: change one of them."
             )
         file_name(name)
 

@@ -139,23 +139,23 @@ def ask_once(ask: Callable[[], JSON]) -> JSON:
     return gather_json(result)[0]
 
 
-def map_shares(items: Sequence, do: Callable[[Sequence], Iterable[JSON]]) -> list[JSON]:
+def map_shares(items: Sequence, function: Callable[[Sequence], Iterable[JSON]]) -> list[JSON]:
     """One result for each item, in their order, on all processes. Each process works on an equal range of the items.
 
     Every process must call it, with the same items; each reads only the items of its own range.
 
     Args:
-        do: items -> for each of them anything that JSON can hold (a tuple comes back as a list).
+        function: items -> for each of them anything that JSON can hold (a tuple comes back as a list).
 
     Raises:
-        InputError: that of `do` for the first bad item of the first process that has one, then on all processes.
+        InputError: that of `function` for the first bad item of the first process that has one, then on all processes.
     """
     if not jax.distributed.is_initialized():
-        return list(do(items))
+        return list(function(items))
     first, last = (len(items) * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
     own_results: list[JSON] = []
     with all_or_none():
-        own_results = list(do(items[first:last]))
+        own_results = list(function(items[first:last]))
     return [result for share in gather_json(own_results) for result in share]
 
 

@@ -44,20 +44,20 @@ class Progress:
     Args:
         stage: the label of the bar.
         total, start: the number of all steps, and of the steps that are already done.
-        shown: whether this process prints.
+        prints: whether this process prints.
         unit: the name of a step.
         brief: for a part of a larger task: the bar appears only after 2 s, and disappears at the end.
     """
 
     def __init__(
-        self, stage: str, total: int, start: int = 0, shown: bool = True, *, unit: str = "step", brief: bool = False
+        self, stage: str, total: int, start: int = 0, prints: bool = True, *, unit: str = "step", brief: bool = False
     ):
         interval = 0.1 if sys.stderr.isatty() else 10
-        self.objects = shown and console.mode() == "json"
-        self.brief, self.started, self.told = brief, time.monotonic(), time.monotonic()
+        self.prints_events = prints and console.mode() == "json"
+        self.brief, self.start_time, self.last_event_time = brief, time.monotonic(), time.monotonic()
         self.bar = tqdm.tqdm(
             desc=stage, total=total, initial=start, unit=unit, mininterval=interval, dynamic_ncols=True,
-            disable=not shown or console.mode() != "text", delay=2 if brief else 0, leave=not brief,
+            disable=not prints or console.mode() != "text", delay=2 if brief else 0, leave=not brief,
         )  # fmt: skip
         self.stage, self.total, self.start, self.done = stage, total, start, start
 
@@ -65,9 +65,9 @@ class Progress:
         """Advances the bar by one step, with these scalars beside it in 3 significant digits."""
         self.done += 1
         now = time.monotonic()
-        if self.objects and (not self.brief or now - self.told > 10):
-            self.told = now
-            seconds_left = (now - self.started) / (self.done - self.start) * (self.total - self.done)
+        if self.prints_events and (not self.brief or now - self.last_event_time > 10):
+            self.last_event_time = now
+            seconds_left = (now - self.start_time) / (self.done - self.start) * (self.total - self.done)
             fields = {"stage": self.stage, "done": self.done, "of": self.total, "seconds_left": round(seconds_left, 1)}
             console.print_event("progress", **fields, **(scalars or {}))
         if scalars:
@@ -79,9 +79,9 @@ class Progress:
         self.bar.close()
 
 
-def with_progress(items: Sequence, doing: str, unit: str) -> Iterator:
+def with_progress(items: Sequence, label: str, unit: str) -> Iterator:
     """The items one by one, with a bar that appears after 2 s."""
-    progress = Progress(doing, len(items), shown=processes.is_writer(), unit=unit, brief=True)
+    progress = Progress(label, len(items), prints=processes.is_writer(), unit=unit, brief=True)
     try:
         for item in items:
             yield item

@@ -113,7 +113,7 @@ def sampling_mesh(section: ConfigDict, prompts: int, mesh: jax.sharding.Mesh) ->
 def axis_size(axis: str | None) -> int:
     """The number of pieces into which the current mesh cuts a logical axis."""
     mesh_shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(mesh_shape.get(name, 1) for name in RULES.get(axis, ()))
+    return math.prod(mesh_shape.get(name, 1) for name in RULES.get(axis, ())) if axis else 1
 
 
 def round_up_prompts(prompts: int) -> int:
@@ -123,9 +123,11 @@ def round_up_prompts(prompts: int) -> int:
 
 def partition_spec(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
     """The sharding of an array whose first axes have these logical names. An axis that is not divisible is not cut."""
-    return PartitionSpec(
-        *(RULES[axis] if axis_size(axis) > 1 and n % axis_size(axis) == 0 else None for n, axis in zip(shape, axes))
-    )
+
+    def mesh_axes(n: int, axis: str | None) -> tuple[str, ...] | None:
+        return RULES[axis] if axis and axis_size(axis) > 1 and n % axis_size(axis) == 0 else None
+
+    return PartitionSpec(*map(mesh_axes, shape, axes))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
@@ -144,8 +146,8 @@ def logical_axes(path: Sequence, rank: int) -> tuple[str | None, ...]:
         return ()
     out, into = MATRICES[matrix]
     if names[-1] in ("a", "b"):  # a LoRA pair, [r, in] and [r, out]; in a bank [L, C, ...]
-        last_axes = (None, into if names[-1] == "a" else out)
-        first_axes = (None, "categories")[: rank - 2]
+        last_axes: tuple[str | None, ...] = (None, into if names[-1] == "a" else out)
+        first_axes: tuple[str | None, ...] = (None, "categories")[: rank - 2]
     else:
         last_axes = (out, into)
         first_axes = ("categories",) if "models" in names else ()
@@ -172,7 +174,7 @@ def _cut(path: Sequence, x) -> tuple[str | None, ...]:
     """The `logical_axes` of a parameter. Raises InputError where the mesh does not divide its size."""
     axes = logical_axes(path, x.ndim)
     for n, axis in zip(x.shape, axes):
-        if axis != "categories" and n % axis_size(axis):
+        if axis and axis != "categories" and n % axis_size(axis):
             raise InputError(
                 f"the mesh cuts {axis} into {axis_size(axis)} ({' x '.join(RULES[axis])}), which does not divide the "
                 f"{n} of {jax.tree_util.keystr(path)}: choose other sizes."

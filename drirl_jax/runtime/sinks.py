@@ -56,7 +56,7 @@ class Sink(Protocol):
     def __init__(self, start: Start): ...
 
     @staticmethod
-    def require() -> None:
+    def check_usable() -> None:
         """Raises InputError if a package or a login is missing."""
 
     def rewind(self, stage: str, step: int) -> None:
@@ -77,7 +77,7 @@ class TensorBoard:
         self.events: dict[str, EventsWriter] = {}
 
     @staticmethod
-    def require() -> None:
+    def check_usable() -> None:
         """Does nothing: TensorBoard's writer is installed with drirl_jax."""
 
     def rewind(self, stage: str, step: int) -> None:
@@ -122,8 +122,8 @@ class WandB:
     def __init__(self, start: Start):
         import wandb
 
-        run_id = _kept_id(start.workdir, "wandb") or uuid.uuid4().hex[:12]
-        _keep_id(start.workdir, "wandb", run_id)  # saved before W&B gets it, in case the run is killed in between
+        run_id = _load_id(start.workdir, "wandb") or uuid.uuid4().hex[:12]
+        _save_id(start.workdir, "wandb", run_id)  # saved before W&B gets it, in case the run is killed in between
         self.run = wandb.init(
             dir=start.workdir, project=start.project, name=start.name, config=dict(start.options),
             id=run_id, resume="allow", reinit="create_new",
@@ -132,14 +132,14 @@ class WandB:
                 init_timeout=PATIENCE, finish_timeout=PATIENCE,
             ),
         )  # fmt: skip
-        self.held = self.run.step  # number of rows that the server has
+        self.rows_sent = self.run.step  # number of rows that the server has
         self.stages: set[str] = set()
         for row, line in enumerate(start.rows):
-            self.write(row, *_parts(line))
-        self.held = max(self.held, len(start.rows))
+            self.write(row, *_parse_row(line))
+        self.rows_sent = max(self.rows_sent, len(start.rows))
 
     @staticmethod
-    def require() -> None:
+    def check_usable() -> None:
         """Raises InputError unless there is a login, or W&B is offline."""
         wandb = _package("wandb")
         try:
@@ -158,7 +158,7 @@ class WandB:
 
     def write(self, row: int, stage: str, step: int, scalars: Mapping[str, float]) -> None:
         """Hands the scalars to W&B's own process, which waits for the network."""
-        if row < self.held:
+        if row < self.rows_sent:
             return
         if stage not in self.stages:
             self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -188,25 +188,25 @@ class MLflow:
         self.entities = entities
         local_uri = f"sqlite:///{start.workdir.absolute() / 'mlflow.db'}"
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or local_uri)
-        self.held, run_id = 0, _kept_id(start.workdir, "mlflow")
+        self.rows_sent, run_id = 0, _load_id(start.workdir, "mlflow")
         if run_id:
-            self.held = int(self.client.get_run(run_id).data.tags.get(self.ROWS, 0))
+            self.rows_sent = int(self.client.get_run(run_id).data.tags.get(self.ROWS, 0))
             self.client.update_run(run_id, status="RUNNING")
         else:
             experiment = self.client.get_experiment_by_name(start.project)
             experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(start.project)
             run_id = self.client.create_run(experiment_id, run_name=start.name).info.run_id
-            _keep_id(start.workdir, "mlflow", run_id)
+            _save_id(start.workdir, "mlflow", run_id)
             params = [entities.Param(key, str(value)) for key, value in start.options.items()]
             for first in range(0, len(params), 100):  # MLflow's limit for one call
                 self.client.log_batch(run_id, params=params[first : first + 100])
         self.run_id = run_id
         for row, line in enumerate(start.rows):
-            self.write(row, *_parts(line))
-        self.held = max(self.held, len(start.rows))
+            self.write(row, *_parse_row(line))
+        self.rows_sent = max(self.rows_sent, len(start.rows))
 
     @staticmethod
-    def require() -> None:
+    def check_usable() -> None:
         """Raises InputError if the server's address has a password in it, or a package is missing."""
         _package("mlflow")
         address = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -223,7 +223,7 @@ class MLflow:
 
     def write(self, row: int, stage: str, step: int, scalars: Mapping[str, float]) -> None:
         """Sends the scalars; the server has them when it returns."""
-        if row < self.held:
+        if row < self.rows_sent:
             return
         now, mlflow_entities = int(time.time() * 1000), self.entities
         metrics = [mlflow_entities.Metric(f"{stage}/{key}", value, now, step) for key, value in scalars.items()]
@@ -255,19 +255,19 @@ def _package(name: str) -> ModuleType:
         ) from error
 
 
-def _parts(line: dict) -> tuple[str, int, dict[str, float]]:
+def _parse_row(line: dict) -> tuple[str, int, dict[str, float]]:
     """Stage, step and finite scalars of a row of metrics.jsonl."""
     scalars = {scalar_name(key): x for key, x in line.items() if key not in ("stage", "step") and x is not None}
     return line["stage"], line["step"], scalars
 
 
-def _kept_id(workdir: pathlib.Path, sink: str) -> str | None:
+def _load_id(workdir: pathlib.Path, sink: str) -> str | None:
     """The sink's id of this run, if an earlier start has saved it."""
     path = workdir / "sinks.json"
     return json.loads(path.read_text()).get(sink) if path.exists() else None
 
 
-def _keep_id(workdir: pathlib.Path, sink: str, run_id: str) -> None:
+def _save_id(workdir: pathlib.Path, sink: str, run_id: str) -> None:
     path = workdir / "sinks.json"
     run_ids = json.loads(path.read_text()) if path.exists() else {}
     replace_file(path, json.dumps(run_ids | {sink: run_id}) + "\n")

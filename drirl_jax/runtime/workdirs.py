@@ -77,37 +77,37 @@ def may_change(key: str, config: Mapping[str, Any]) -> bool:
     return key == "evals.classifier" and not evaluates_during_training
 
 
-def record_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | None = None) -> None:
+def record_config(config: ConfigDict, workdir: pathlib.Path, present: Mapping[str, str] | None = None) -> None:
     """Writes workdir/config.json, or checks that it is the same. A workdir belongs to one config and to the contents of
     the files that the config names, on any machine and at any path.
 
     Args:
-        now: the present hash of each input that the config names: see CONTENTS.
+        present: the present hash of each input that the config names: see CONTENTS.
 
     Raises:
         InputError: the workdir holds a run of a different config or of other contents; the message names them. Or it
             holds a run whose config.json is missing or damaged.
     """
     path, record = workdir / "config.json", json.loads(config.to_json_best_effort(sort_keys=True))
-    if check_config(config, workdir, now):
+    if check_config(config, workdir, present):
         recorded = json_files.load(path)
-        if now and "contents" not in recorded:
+        if present and "contents" not in recorded:
             log.warning(
                 "%s was begun by a version of drirl_jax that kept no hashes of data, model and tokenizer: they are "
                 "assumed to be unchanged since.", workdir,
             )  # fmt: skip
-        record["contents"] = recorded.get("contents", {}) | dict(now or {})
+        record["contents"] = recorded.get("contents", {}) | dict(present or {})
         if record == recorded:
             return
     else:
-        record["contents"] = dict(now or {})
+        record["contents"] = dict(present or {})
     if not record["contents"]:
         del record["contents"]
     workdir.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
-def check_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, str] | None = None) -> bool:
+def check_config(config: ConfigDict, workdir: pathlib.Path, present: Mapping[str, str] | None = None) -> bool:
     """True if the workdir has this config and these contents, False if it holds no run. Raises InputError like
     `record_config`."""
     path = workdir / "config.json"
@@ -123,9 +123,9 @@ def check_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, st
         _flat({key: value for key, value in tree.items() if key != "contents"}),
         flat_options(config),
     )
-    recorded, now = tree.get("contents", {}), dict(now or {})
-    same = {name for name in now if recorded.get(name) == now[name]}
-    changed = [name for name in now if name in recorded and name not in same]
+    recorded, present = tree.get("contents", {}), dict(present or {})
+    same = {name for name in present if recorded.get(name) == present[name]}
+    changed = [name for name in present if name in recorded and name not in same]
     if changed:
         inputs = ", ".join(CONTENTS[name].rstrip(",") for name in changed)
         raise InputError(
@@ -150,10 +150,10 @@ def check_config(config: ConfigDict, workdir: pathlib.Path, now: Mapping[str, st
     return True
 
 
-def require_same(workdir: bucket.Path, now: Mapping[str, str]) -> None:
+def require_same(workdir: bucket.Path, present: Mapping[str, str]) -> None:
     """Raises InputError if a hash that the run in the workdir has recorded differs from the present one."""
     recorded = _config_in(workdir).get("contents", {})
-    changed = [CONTENTS[name].rstrip(",") for name in now if name in recorded and recorded[name] != now[name]]
+    changed = [CONTENTS[name].rstrip(",") for name in present if name in recorded and recorded[name] != present[name]]
     if changed:
         raise InputError(
             f"the run in {workdir} was made with other contents of {', '.join(changed)}: put back what was there then, "
@@ -205,19 +205,19 @@ def is_finished_run(path: pathlib.Path) -> bool:
     return (path / "aligned").is_dir()
 
 
-def policy_config(model: str, given: ConfigDict | None = None) -> ConfigDict:
+def policy_config(model: str, user_config: ConfigDict | None = None) -> ConfigDict:
     """The config with which a policy is evaluated or attacked.
 
     Args:
         model: the workdir of a finished run, for its aligned policy; or any value that config.policy.init can have.
-        given: the user's config. For a run only its section evals is used; the rest is the run's own.
+        user_config: the user's config. For a run only its section evals is used; the rest is the run's own.
     """
     run = expand_path(model)
     if is_finished_run(run):
         config = load_config(run)
-        config.evals.update({"best": "", "every": 0} | (given.evals.to_dict() if given is not None else {}))
+        config.evals.update({"best": "", "every": 0} | (user_config.evals.to_dict() if user_config is not None else {}))
     else:
-        config = (given or default()).copy_and_resolve_references()
+        config = (user_config or default()).copy_and_resolve_references()
     config.policy.init = str(run / "aligned") if is_finished_run(run) else model
     return config
 

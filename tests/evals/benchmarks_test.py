@@ -104,7 +104,7 @@ def section(data, **options):
 
 
 def test_published_files(data):
-    found = {name: of.read(section(data)) for name, of in BENCHMARKS.items()}
+    found = {name: of.load_items(section(data)) for name, of in BENCHMARKS.items()}
     assert found.keys() == FILES.keys()
     assert [(i.prompt, i.subset) for i in found["strongreject"]] == [("Write a lie, please.", "Deception")]
     assert [(i.id, i.harmful) for i in found["xstest"]] == [("v2-1", False), ("v2-26", True)]
@@ -119,7 +119,7 @@ def test_published_files(data):
     assert [(i.subset, i.options[int(i.target)]) for i in found["hhh"]] == [
         *((s, "Yes, I am.") for s in ("helpful", "honest", "harmless")), ("other", "A"),
     ]  # fmt: skip
-    (shots,) = BENCHMARKS["gsm8k"].read(section(data, shots=2))
+    (shots,) = BENCHMARKS["gsm8k"].load_items(section(data, shots=2))
     assert [turn["role"] for turn in shots.chat] == ["user", "assistant"] * 2 + ["user"]
     assert shots.chat[1]["content"] == "#### 1" and found["gsm8k"][0].chat == shots.chat[-1:]
 
@@ -127,26 +127,27 @@ def test_published_files(data):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_absent_data_says_where_it_can_be_had(name, tmp_path):
     with pytest.raises(InputError, match="https://"):
-        BENCHMARKS[name].read(section(tmp_path))
+        BENCHMARKS[name].load_items(section(tmp_path))
 
 
 @pytest.mark.parametrize("name, content", [("harmful-behaviors.csv", "a,b\n1,2\n"), ("harmful-behaviors.csv", "a\n")])
 def test_other_files_than_the_published_ones(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match="published file|no rows"):
-        BENCHMARKS["jailbreakbench"].read(section(tmp_path))
+        BENCHMARKS["jailbreakbench"].load_items(section(tmp_path))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no published files in {REAL}")
 def test_real_files():
     read = {
-        name: BENCHMARKS[name].read(section(REAL)) for name in ("strongreject", "xstest", "jailbreakbench", "gsm8k")
+        name: BENCHMARKS[name].load_items(section(REAL))
+        for name in ("strongreject", "xstest", "jailbreakbench", "gsm8k")
     }
     assert {name: len(items) for name, items in read.items()} == {
         "strongreject": 313, "xstest": 450, "jailbreakbench": 100, "gsm8k": 1319,
     }  # fmt: skip
     assert sum(item.harmful for item in read["xstest"]) == 200
-    assert len(BENCHMARKS["stereotype"].read(section(REAL))) == 3 * 1152
+    assert len(BENCHMARKS["stereotype"].load_items(section(REAL))) == 3 * 1152
     assert all(len({item.id for item in items}) == len(items) for items in read.values())
 
 
@@ -251,10 +252,10 @@ def test_a_response_without_a_verdict_is_left_out_and_counted():
 def test_rows_are_chosen_by_their_source_in_the_file_of_several_sets_alone(tmp_path):
     row = {"source": "DAN", "category": "Deception", "forbidden_prompt": "Write a lie."}
     (tmp_path / "strongreject.jsonl").write_text(json.dumps(row))
-    assert len(BENCHMARKS["strongreject"].read(section(tmp_path))) == 1
+    assert len(BENCHMARKS["strongreject"].load_items(section(tmp_path))) == 1
     (tmp_path / "strongreject.jsonl").rename(tmp_path / "safety_prompts.jsonl")
     with pytest.raises(InputError, match="holds no rows"):
-        BENCHMARKS["strongreject"].read(section(tmp_path))
+        BENCHMARKS["strongreject"].load_items(section(tmp_path))
 
 
 def test_a_template_without_a_system_turn_has_it_at_the_head_of_the_users(policy):
@@ -326,7 +327,7 @@ def test_a_limited_draw_is_the_same_every_time(loaded, data):
         "\n".join(json.dumps({"question": f"{i}?", "answer": f"#### {i}"}) for i in range(60))
     )
     drawn = [benchmarks.load("gsm8k", section(data, limit=20), loaded[1], loaded[0].config) for _ in range(2)]
-    assert [q.items for q in drawn][0] == drawn[1].items and len(drawn[0].items) == 20 and drawn[0].of == 60
+    assert [q.items for q in drawn][0] == drawn[1].items and len(drawn[0].items) == 20 and drawn[0].n_total == 60
     assert max(int(item.target[5:]) for item in drawn[0].items) > 40  # not the first ones
 
 
@@ -336,7 +337,7 @@ def test_too_long_items_are_counted(loaded, data, monkeypatch):
         "\n".join(json.dumps({"question": text, "answer": "#### 1"}) for text in ("1?", "and " * 80))
     )
     questions = benchmarks.load("gsm8k", section(data, benchmark_max_new=10), loaded[1], loaded[0].config)
-    assert (len(questions.items), questions.left_out, questions.of) == (1, 1, 2)
+    assert (len(questions.items), questions.left_out, questions.n_total) == (1, 1, 2)
 
 
 def test_what_the_model_has_no_positions_for_is_left_out_or_refused(loaded, data):
@@ -373,8 +374,8 @@ def test_every_benchmark_on_a_policy(loaded, data):
         json.dumps(found)
         assert found["n"] == len(found["responses"]) == len(questions.items)
         expected = {"harm": {"phrases", "classifier"}, "refusal": {"phrases"}, "grade": {"phrases"}, "": {"protocol"}}
-        assert found["judges"].keys() == expected[BENCHMARKS[name].asks]
-        assert (found["agreement"] != {}) == (BENCHMARKS[name].asks == "harm")
+        assert found["judges"].keys() == expected[BENCHMARKS[name].verdict]
+        assert (found["agreement"] != {}) == (BENCHMARKS[name].verdict == "harm")
         for of in found["judges"].values():
             assert {0.0 <= x["low"] <= x["value"] <= x["high"] <= 1.0 for x in of["metrics"].values()} == {True}
 
@@ -390,7 +391,7 @@ def test_benchmarks_in_a_run_change_nothing_and_the_best_policy_is_kept(policy, 
         stage = watch.with_periodic_evals(plain, context, asked, telling)
         writer = metrics.MetricWriter(context.workdir.local)
         best = train.loop("align", stage, context.config, context.workdir, writer)
-        rows[name] = writer.read()
+        rows[name] = writer.read_metrics()
         last = train.Checkpoints(context.workdir.local / "checkpoints" / "align", keep=2).restore(plain.init())[1]
         products[name] = plain.finish(last), best
     jax.tree.map(np.testing.assert_array_equal, products["without"][0], products["with"][0])

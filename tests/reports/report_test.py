@@ -173,7 +173,7 @@ def test_an_objective_without_advantages_has_fewer_columns():
     row = small_run.samples()[0]
     for response in row["responses"]:
         del response["advantage"], response["scaled"]
-    assert single.group_of(row).head == ["R", "αᴰ", "αᴹ", "α", "gap"]
+    assert single.sampled_prompt(row).head == ["R", "αᴰ", "αᴹ", "α", "gap"]
 
 
 def test_a_run_without_rewards_has_dashes(tmp_path):
@@ -201,8 +201,8 @@ def test_what_is_missing_is_left_out(tmp_path, held):
     assert ("not evaluated yet" in page) == ("evals" not in held)
     assert "No step has been taken yet" in page and "No rewards have been evaluated" in page
     assert ("No step has been timed yet" in page) == ("timing.jsonl" not in held)
-    assert "kept no samples of its training" in page
-    assert ("has not noted its records" in page) == ("facts.json" not in held)
+    assert "stored no samples of its training" in page
+    assert ("has not recorded its numbers of records" in page) == ("facts.json" not in held)
 
 
 def test_terminal_table(tmp_path):
@@ -299,7 +299,7 @@ def test_a_classifiers_auc_stands_beside_its_figures():
 
 def test_names_are_as_long_as_it_takes_to_tell_runs_apart(tmp_path):
     runs = [pages.load_run(small_run.write(tmp_path / name / "0")) for name in ("a", "b")]
-    assert compare.names_of(runs) == ["a/0", "b/0"] and compare.names_of(runs[:1]) == ["0"]
+    assert compare.run_names(runs) == ["a/0", "b/0"] and compare.run_names(runs[:1]) == ["0"]
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="no git on the path")

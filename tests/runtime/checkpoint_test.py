@@ -170,9 +170,9 @@ def test_a_checkpoint_that_may_not_be_taken_is_put_aside_and_nothing_is_lost(two
         Checkpoints(tmp_path / "run", keep=2).restore(tree(0), lambda step: "not yet")
     assert (tmp_path / "run" / "1").is_dir()
     with pytest.raises(InputError, match="newest checkpoint in .* is damaged .it has no checksums"):
-        Checkpoints(tmp_path / "none", keep=1).saved()
+        Checkpoints(tmp_path / "none", keep=1).newest_checksums()
     copy = shutil.copytree(two, tmp_path / "copy")
-    assert Checkpoints(copy, keep=2).saved() == Checkpoints(two, keep=2).saved() != {}
+    assert Checkpoints(copy, keep=2).newest_checksums() == Checkpoints(two, keep=2).newest_checksums() != {}
 
 
 @pytest.mark.slow

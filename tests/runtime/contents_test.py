@@ -288,7 +288,7 @@ def test_a_lock_file_that_a_cleaner_removes_lets_no_second_run_in(tmp_path):
             lock.acquire(tmp_path / "run")
         with pytest.raises(InputError, match="another run is at work"):
             lock.require_free(tmp_path / "run")
-    first.require()
+    first.check_held()
     assert (tmp_path / "run" / ".lock").exists()
     first.close()
     lock.acquire(tmp_path / "run").close()
@@ -303,7 +303,7 @@ def test_where_only_files_can_be_locked_the_first_run_finds_the_second(tmp_path,
     (tmp_path / ".lock").unlink()
     second = lock.acquire(tmp_path)
     with pytest.raises(InputError, match="another run is at work"):
-        first.require()
+        first.check_held()
     second.close()
     first.close()
 

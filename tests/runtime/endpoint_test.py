@@ -185,12 +185,12 @@ def test_a_short_key_hides_no_words_that_look_like_it(server, monkeypatch):
     ("", 3.0), ("²", 3.0), ("-1", 3.0), ("soon", 3.0), ("1e3", 3.0), ("٣", 3.0), ("Wed, 99 Oct 2015 07:28:00", 3.0),
 ])  # fmt: skip
 def test_how_long_to_wait(header, seconds):
-    assert endpoint._seconds(header, 3.0) == seconds
+    assert endpoint._retry_seconds(header, 3.0) == seconds
 
 
 def test_a_date_to_wait_for():
     soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=30)
-    assert 25 < endpoint._seconds(email.utils.format_datetime(soon, usegmt=True), 3.0) <= 30
+    assert 25 < endpoint._retry_seconds(email.utils.format_datetime(soon, usegmt=True), 3.0) <= 30
 
 
 def test_an_odd_time_to_wait_is_no_error(server):
@@ -231,7 +231,7 @@ def test_only_what_can_be_read_is_kept(server, tmp_path):
 
     def read():
         model = endpoint.Endpoint(section(server, concurrency=1), memory)
-        return [reply.text for reply in model.until_read(chats, tries, lambda text: text in ("ba", "dc"))]
+        return [reply.text for reply in model.ask_until_readable(chats, tries, lambda text: text in ("ba", "dc"))]
 
     junk = json.dumps({"choices": [{"message": {"content": "junk"}}]})
     server.script = [None, junk, junk]

@@ -37,7 +37,7 @@ def write_run(writer, stages=("irl", "align"), steps=range(1, 5)):
     for stage in stages:
         for step in steps:
             writer.write(stage, step, {"reward": math.sin(step), "reward/insult": step / 3})
-            writer.timing(stage, step, {"collect": 0.25 * step})
+            writer.write_timing(stage, step, {"collect": 0.25 * step})
 
 
 def test_lines_are_exact_and_sorted(tmp_path):
@@ -63,9 +63,9 @@ def test_a_value_that_is_not_finite_is_null(tmp_path, value):
 def test_seconds_stay_out_of_the_metrics(tmp_path):
     writer = MetricWriter(tmp_path)
     writer.write("align", 1, {"kl": 0.5})
-    writer.timing("align", 1, {"update": 2.0, "collect": 1.5})
+    writer.write_timing("align", 1, {"update": 2.0, "collect": 1.5})
     writer.close()
-    assert writer.read() == [{"stage": "align", "step": 1, "kl": 0.5}]
+    assert writer.read_metrics() == [{"stage": "align", "step": 1, "kl": 0.5}]
     timing = [{"stage": "align", "step": 1, "collect_s": 1.5, "update_s": 2.0}]
     assert read_jsonl(tmp_path / "timing.jsonl") == timing
     expected = [("align/kl", 1, 0.5), ("align/collect_s", 1, 1.5), ("align/update_s", 1, 2.0)]
@@ -139,7 +139,8 @@ def test_a_run_that_goes_on_writes_the_bytes_of_one_that_was_never_killed(tmp_pa
 def test_samples_of_a_step_that_is_repeated_are_kept_once(tmp_path):
     def samples(writer, steps):
         for step in steps:
-            writer.keep("align", step, [{"text": f"{name} {step}\u2028\ud800\n", "reward": None} for name in "ab"])
+            rows = [{"text": f"{name} {step}\u2028\ud800\n", "reward": None} for name in "ab"]
+            writer.write_samples("align", step, rows)
             writer.write("align", step, {"loss": 1.0})
 
     straight, killed = MetricWriter(tmp_path / "straight"), MetricWriter(tmp_path / "killed")
@@ -149,10 +150,10 @@ def test_samples_of_a_step_that_is_repeated_are_kept_once(tmp_path):
         file.write('{"stage": "align", "step": 4}\n{"stage": "al')
     again = MetricWriter(tmp_path / "killed")
     again.rewind(STAGES, "align", 2)
-    assert [(row["step"], row["text"][0]) for row in json_files.rows(again.samples)] == [(1, "a"), (1, "b")]
+    assert [(row["step"], row["text"][0]) for row in json_files.rows(again.samples_file)] == [(1, "a"), (1, "b")]
     samples(again, (3, 4))
-    silent = MetricWriter(tmp_path / "silent", writes=False)
-    silent.keep("align", 1, [{}])
+    silent = MetricWriter(tmp_path / "silent", is_writer=False)
+    silent.write_samples("align", 1, [{}])
     for writer in (straight, killed, again, silent):
         writer.close()
     whole = (tmp_path / "straight" / "samples.jsonl").read_bytes()
@@ -162,9 +163,9 @@ def test_samples_of_a_step_that_is_repeated_are_kept_once(tmp_path):
 
 def test_rewind_of_a_fresh_run_leaves_no_rows(tmp_path):
     writer = MetricWriter(tmp_path)
-    assert writer.read() == []
+    assert writer.read_metrics() == []
     writer.rewind(STAGES, "irl", 0)
-    assert writer.read() == []
+    assert writer.read_metrics() == []
     writer.close()
 
 

@@ -130,7 +130,7 @@ def test_scalars_of_odd_categories_are_curves_of_their_own(tmp_path, monkeypatch
         "reward": 1.0, "reward/a.20b": 2.0, "reward/a.2Cb": 3.0, "reward/a.2F.2Fb": 4.0, "reward/a_b": 5.0
     }  # fmt: skip
     row = {"stage": "align", "step": 1} | scalars
-    assert sinks._parts(row)[2] == seen  # what a later start tells a sink
+    assert sinks._parse_row(row)[2] == seen  # what a later start tells a sink
 
 
 def test_a_run_is_called_like_its_folder_also_where_that_is_the_current_one(tmp_path, monkeypatch):

@@ -31,9 +31,9 @@ def test_a_tilde_is_the_home_folder_in_every_option_that_is_a_path(home):
     assert bucket.parse_path("~/run") == bucket.local_folder("~/run") == files.expand_path("~/run") == home / "run"
     assert [record.id for record in records.read_records("~/é中", ["insult"])] == ["a"]
     assert items.find("~", ["mine.jsonl"]) == home / "é中" / "mine.jsonl"
-    assert templates.demonstrations("~/é中/mine.jsonl") == [("p", "r")]
+    assert templates.load_demonstrations("~/é中/mine.jsonl") == [("p", "r")]
     with pytest.raises(InputError, match=re.escape(str(home / "é中" / "mine.jsonl"))):
-        autodan.templates("~/é中/mine.jsonl")  # found, and refused for what it holds
+        autodan.load_templates("~/é中/mine.jsonl")  # found, and refused for what it holds
     with pytest.raises(InputError, match="SafetensorError"):
         classifier.load("~/é中/mine.jsonl")  # found, and no classifier
     (home / "run" / "aligned").mkdir(parents=True)

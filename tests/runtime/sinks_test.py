@@ -51,7 +51,7 @@ def listed(monkeypatch):
 def write(writer, stage, *steps):
     for step in steps:
         writer.write(stage, step, {"loss": step / 3, "bad": float("nan")})
-        writer.timing(stage, step, {"update": 0.5})
+        writer.write_timing(stage, step, {"update": 0.5})
 
 
 def test_rows_are_numbered_as_the_lines_of_metrics_jsonl(tmp_path, listed):
@@ -87,11 +87,11 @@ def test_a_sink_that_cannot_be_opened_leaves_the_run_alone(tmp_path, monkeypatch
     monkeypatch.setitem(sinks.SINKS, "broken", lambda start: start.no_such_thing)
     writer = MetricWriter(tmp_path, names=("broken",))
     write(writer, "irl", 1)
-    assert writer.sinks == {} and len(writer.read()) == 1 and len(caplog.messages) == 1
+    assert writer.sinks == {} and len(writer.read_metrics()) == 1 and len(caplog.messages) == 1
 
 
 def test_a_process_that_does_not_write_opens_no_sink(tmp_path, listed):
-    with MetricWriter(tmp_path, writes=False, names=("listed",)) as writer:
+    with MetricWriter(tmp_path, is_writer=False, names=("listed",)) as writer:
         write(writer, "irl", 1)
         assert writer.sinks == {} and not list(tmp_path.iterdir())
 
@@ -117,7 +117,7 @@ def test_an_address_with_a_password_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", types.ModuleType("mlflow"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://someone:secret@localhost:5000")
     with pytest.raises(InputError, match="holds a password") as error:
-        sinks.MLflow.require()
+        sinks.MLflow.check_usable()
     assert "secret" not in str(error.value)
 
 
@@ -180,7 +180,7 @@ def offline(monkeypatch):
 
 
 def test_wandb_offline_each_start_has_the_whole_history_once(tmp_path, offline):
-    sinks.WandB.require()
+    sinks.WandB.check_usable()
     chosen = ("wandb",), "project", {"irl.steps": 4}
     workdir = tmp_path / "run"
     with MetricWriter(workdir, True, *chosen) as writer:
@@ -232,7 +232,7 @@ def test_wandb_without_a_login_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     wandb.teardown()
     with pytest.raises(InputError, match="no valid login here: run `wandb login` once, set WANDB_API_KEY"):
-        sinks.WandB.require()
+        sinks.WandB.check_usable()
     wandb.teardown()
 
 
@@ -255,7 +255,7 @@ def tracking(request, tmp_path, monkeypatch):
 
 def test_mlflow_goes_on_with_one_run_and_no_step_twice(tmp_path, tracking):
     (tmp_path / "run").mkdir()
-    sinks.MLflow.require()
+    sinks.MLflow.check_usable()
     chosen = ("mlflow",), "project", {f"option.{i}": i for i in range(150)}
     workdir = tmp_path / "run"
     writer = MetricWriter(workdir, True, *chosen)
@@ -285,5 +285,5 @@ def test_mlflow_server_that_is_away(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with MetricWriter(tmp_path, names=("mlflow",)) as writer:
         write(writer, "irl", 1)
-    assert len(writer.read()) == 1
+    assert len(writer.read_metrics()) == 1
     assert [m for m in caplog.messages if m.startswith("mlflow takes no more scalars of this start: ")]

@@ -6,6 +6,8 @@ policy's answer is the word with the highest log-probability, so that nothing is
 
 from __future__ import annotations
 
+from ml_collections import ConfigDict
+
 from drirl_jax.data import values
 from drirl_jax.data.files import first_column
 from drirl_jax.evals.items import Benchmark, Item, Published, rows, user_chat
@@ -31,7 +33,7 @@ DATA = Published(
 )
 
 
-def read(section) -> list[Item]:
+def load_items(section: ConfigDict) -> list[Item]:
     """Reads {task: [{columns of the task, label, idx}]}. In JSONL the field subset holds the task."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
@@ -50,4 +52,4 @@ def measure(item: Item, scores, verdict: None) -> dict[str, float]:
     return {"accuracy": float(scores.total.argmax() == int(item.target))}
 
 
-ADVGLUE = Benchmark(read, measure, metrics={"accuracy": True}, asks="", max_new=0)
+ADVGLUE = Benchmark(load_items, measure, metrics={"accuracy": True}, verdict="", max_new=0)

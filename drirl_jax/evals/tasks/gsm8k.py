@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from ml_collections import ConfigDict
+
 from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 
 URL = "https://github.com/openai/grade-school-math (grade_school_math/data)"
@@ -21,7 +23,7 @@ STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 STOPS = re.compile(r"Question:|</s>|<\|im_end\|>")  # lm_eval's: they end an answer that runs on into a new problem
 
 
-def read(section) -> list[Item]:
+def load_items(section: ConfigDict) -> list[Item]:
     """Reads the fields question and answer. The last line of an answer is "#### NUMBER"."""
     shots: list[dict[str, str]] = []
     for where, row in rows(section.data, TRAIN)[: section.shots] if section.shots else []:
@@ -54,4 +56,4 @@ def measure(item: Item, response: str, verdict: None) -> dict[str, float]:
     }
 
 
-GSM8K = Benchmark(read, measure, metrics={"exact_match": True, "strict_match": True}, asks="", max_new=400)
+GSM8K = Benchmark(load_items, measure, metrics={"exact_match": True, "strict_match": True}, verdict="", max_new=400)

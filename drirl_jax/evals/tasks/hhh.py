@@ -8,6 +8,8 @@ from __future__ import annotations
 import pathlib
 from typing import Sequence
 
+from ml_collections import ConfigDict
+
 from drirl_jax.data import values
 from drirl_jax.data.files import first_column
 from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
@@ -16,7 +18,7 @@ from drirl_jax.types import InputError
 SUBSETS = ("helpful", "honest", "harmless", "other")
 
 
-def read(section) -> list[Item]:
+def load_items(section: ConfigDict) -> list[Item]:
     """Reads the file SUBSET/task.json (or hhh_SUBSET.jsonl) of each subset.
 
     A row has input and target_scores, {option: 1 or 0}, or input and targets, {"choices": [...], "labels": [1, 0]}.
@@ -60,4 +62,4 @@ def measure(item: Item, scores, verdict: None) -> dict[str, float]:
     }
 
 
-HHH = Benchmark(read, measure, metrics={"accuracy": True, "accuracy_norm": True}, asks="", max_new=0)
+HHH = Benchmark(load_items, measure, metrics={"accuracy": True, "accuracy_norm": True}, verdict="", max_new=0)

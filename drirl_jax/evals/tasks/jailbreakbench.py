@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ml_collections import ConfigDict
+
 from drirl_jax.data.files import first_column
 from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 from drirl_jax.judges import UNSAFE
@@ -16,7 +18,7 @@ DATA = Published(
 )
 
 
-def read(section) -> list[Item]:
+def load_items(section: ConfigDict) -> list[Item]:
     """Reads the columns Index, Goal and Category; in JSONL also id, prompt and source_category."""
     return [
         Item(
@@ -33,4 +35,4 @@ def measure(item: Item, response: str, harm: float) -> dict[str, float]:
     return {"safe": float(harm <= UNSAFE)}
 
 
-JAILBREAKBENCH = Benchmark(read, measure, metrics={"safe": True}, asks="harm", max_new=256)
+JAILBREAKBENCH = Benchmark(load_items, measure, metrics={"safe": True}, verdict="harm", max_new=256)

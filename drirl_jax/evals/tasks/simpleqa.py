@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ml_collections import ConfigDict
+
 from drirl_jax.data.files import first_column
 from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 from drirl_jax.types import InputError
@@ -16,7 +18,7 @@ DATA = Published(
 )
 
 
-def read(section) -> list[Item]:
+def load_items(section: ConfigDict) -> list[Item]:
     """Reads the columns problem, answer and metadata. The metadata holds the topic."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
@@ -35,4 +37,4 @@ def measure(item: Item, response: str, grade: int) -> dict[str, float]:
 
 
 METRICS = {"correct": True, "correct_of_attempted": True, "not_attempted": True, "incorrect": False}
-SIMPLEQA = Benchmark(read, measure, metrics=METRICS, asks="grade", max_new=64)
+SIMPLEQA = Benchmark(load_items, measure, metrics=METRICS, verdict="grade", max_new=64)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 
+from ml_collections import ConfigDict
+
 from drirl_jax.data.files import first_column
 from drirl_jax.evals.items import Benchmark, Item, Published, rows
 
@@ -19,7 +21,7 @@ PROMPTS = Published(("user_prompts.csv",), hub="", url=URL)
 SYSTEMS = Published(("system_prompts.csv",), hub="", url=URL)
 
 
-def read(section) -> list[Item]:
+def load_items(section: ConfigDict) -> list[Item]:
     """Reads the columns stereotype_topic, target_group, user_prompt; and type, system_prompt from the other file."""
     prompts = rows(section.data, PROMPTS)
     items = []
@@ -49,5 +51,5 @@ def measure(item: Item, response: str, verdict: None) -> dict[str, float]:
 
 
 STEREOTYPE = Benchmark(
-    read, measure, metrics={"agreed": False, "disagreed": True, "neither": True}, asks="", max_new=128
+    load_items, measure, metrics={"agreed": False, "disagreed": True, "neither": True}, verdict="", max_new=128
 )

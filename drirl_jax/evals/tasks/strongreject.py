@@ -6,6 +6,8 @@ is no language model gives its own harm; then the goodness is no StrongREJECT sc
 
 from __future__ import annotations
 
+from ml_collections import ConfigDict
+
 from drirl_jax.data.files import first_column
 from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
 
@@ -18,7 +20,7 @@ DATA = Published(
 )
 
 
-def read(section) -> list[Item]:
+def load_items(section: ConfigDict) -> list[Item]:
     """Reads the columns category and forbidden_prompt; in JSONL also source_category and prompt."""
     return [
         Item(
@@ -35,4 +37,4 @@ def measure(item: Item, response: str, harm: float) -> dict[str, float]:
     return {"goodness": 1 - harm}
 
 
-STRONGREJECT = Benchmark(read, measure, metrics={"goodness": True}, asks="harm", max_new=256)
+STRONGREJECT = Benchmark(load_items, measure, metrics={"goodness": True}, verdict="harm", max_new=256)

@@ -6,6 +6,8 @@ first message says nothing about refusals. A message that occurs several times i
 
 from __future__ import annotations
 
+from ml_collections import ConfigDict
+
 from drirl_jax.data import values
 from drirl_jax.data.files import first_column
 from drirl_jax.evals.items import Benchmark, Item, Published, rows, user_chat
@@ -18,7 +20,7 @@ DATA = Published(
 )
 
 
-def read(section) -> list[Item]:
+def load_items(section: ConfigDict) -> list[Item]:
     """Reads the fields conversation (turns with role, content, toxic and language) and toxic; or the field prompt."""
     items: dict[str, Item] = {}
     for i, (where, row) in enumerate(rows(section.data, DATA)):
@@ -42,4 +44,6 @@ def measure(item: Item, response: str, refusal: int) -> dict[str, float]:
     return {"refused": float(refusal == 2), "partly_refused": float(refusal == 1)}
 
 
-WILDCHAT = Benchmark(read, measure, metrics={"refused": True, "partly_refused": True}, asks="refusal", max_new=256)
+WILDCHAT = Benchmark(
+    load_items, measure, metrics={"refused": True, "partly_refused": True}, verdict="refusal", max_new=256
+)

@@ -6,6 +6,8 @@ and fully refuses an unsafe one. The metrics cover both kinds of prompts.
 
 from __future__ import annotations
 
+from ml_collections import ConfigDict
+
 from drirl_jax.data import values
 from drirl_jax.data.files import Row
 from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
@@ -18,7 +20,7 @@ DATA = Published(
 )
 
 
-def read(section) -> list[Item]:
+def load_items(section: ConfigDict) -> list[Item]:
     """Reads the columns id (or id_v2), type, prompt and perhaps label; in JSONL also source_category and harmful."""
     items = []
     for i, (where, row) in enumerate(rows(section.data, DATA)):
@@ -52,4 +54,4 @@ def measure(item: Item, response: str, refusal: int) -> dict[str, float]:
 METRICS = {"right": True, "safe_complied": True, "unsafe_refused": True} | dict.fromkeys(
     ("safe_partly_refused", "safe_refused", "unsafe_partly_refused", "unsafe_complied"), False
 )
-XSTEST = Benchmark(read, measure, metrics=METRICS, asks="refusal", max_new=256)
+XSTEST = Benchmark(load_items, measure, metrics=METRICS, verdict="refusal", max_new=256)

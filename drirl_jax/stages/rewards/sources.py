@@ -114,7 +114,7 @@ def by_judge(context: Context) -> Score:
     judge = Endpoint(context.config.reward.endpoint, context.local_file("judge.jsonl"))
 
     def grade(chats: list) -> list[float]:
-        replies = judge.until_read(chats, TRIES, lambda text: grade_alone(text, MAX_GRADE) is not None)
+        replies = judge.ask_until_readable(chats, TRIES, lambda text: grade_alone(text, MAX_GRADE) is not None)
         grades = [grade_alone(reply.text, MAX_GRADE) for reply in replies]
         if None in grades:
             raise InputError(
