@@ -117,8 +117,10 @@ def require_rewards(config: ConfigDict, workdir: bucket.Path) -> None:
     reward_config = workdirs.load_config(workdir)
     # Where the hashes of the policy's contents are recorded, they are compared instead: see `require_same_policy`.
     for key in COMMON if workdirs.recorded_contents(workdir) else (*COMMON, "policy.init"):
-        own, theirs = (config_lib.get_option(either, key) for either in (config, reward_config))
-        config_lib.require(own == theirs, f"the rewards in {folder} are of config.{key} = {theirs!r}, not {own!r}.")
+        value, reward_value = (config_lib.get_option(options, key) for options in (config, reward_config))
+        config_lib.require(
+            value == reward_value, f"the rewards in {folder} are of config.{key} = {reward_value!r}, not {value!r}."
+        )
 
 
 def require_same_policy(context: Context, workdir: bucket.Path) -> None:

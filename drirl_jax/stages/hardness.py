@@ -80,10 +80,10 @@ def embed_parts(context: Context, split: Split, texts: Sequence[str]) -> tuple[n
 
 
 @jax.jit
-def guard_coefficients(reward_PM: Array, alpha_PG: Array, stats: scaling.Stats, before: scaling.Stats):
-    """(α, new statistics). If a reward is not finite: (NaN, statistics before), which makes the loss NaN as well."""
+def guard_coefficients(reward_PM: Array, alpha_PG: Array, next_stats: scaling.Stats, stats: scaling.Stats):
+    """(α, next statistics). If a reward is not finite: (NaN, `stats`), which makes the loss NaN as well."""
     finite = jnp.isfinite(reward_PM).all()
-    return jnp.where(finite, alpha_PG, jnp.nan), jax.tree.map(partial(jnp.where, finite), stats, before)
+    return jnp.where(finite, alpha_PG, jnp.nan), jax.tree.map(partial(jnp.where, finite), next_stats, stats)
 
 
 class Hardness:
