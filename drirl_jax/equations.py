@@ -116,9 +116,9 @@ def standard_scores(value: Array, eps: float, *, where: Array | None = None, axi
     return jnp.where(where & ~zero_spread, scaled / (std + eps * factor), 0.0)
 
 
-def _inverse_power_of_two(size: Array) -> Array:
+def _inverse_power_of_two(magnitude: Array) -> Array:
     """2^-e of float32 numbers >= 0 in [2^e, 2^(e+1)), exact as it uses the bits; a constant for differentiation."""
-    exponent = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(size), jnp.int32) >> 23  # e + 127
+    exponent = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(magnitude), jnp.int32) >> 23  # e + 127
     return jax.lax.bitcast_convert_type(jnp.clip(254 - exponent, 1, 254) << 23, jnp.float32)
 
 
@@ -241,14 +241,14 @@ def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -
     # |ρ - ρ̄_c| has the order of the squares, which may overflow.
     distance_N = jnp.abs(gap_PG - baseline_C[category_P][:, None]).reshape(-1)
     category_N = jnp.repeat(category_P, group_size)
-    same_NN = category_N[:, None] == category_N[None, :]
+    same_category_NN = category_N[:, None] == category_N[None, :]
     index_N = jnp.arange(distance_N.size)
     farther_NN = (distance_N[None, :] > distance_N[:, None]) | (
         (distance_N[None, :] == distance_N[:, None]) & (index_N[None, :] < index_N[:, None])
     )
-    rank_N = jnp.sum(same_NN & farther_NN, axis=1)
+    rank_N = jnp.sum(same_category_NN & farther_NN, axis=1)
     num_dropped_by_size = jnp.array([int(Fraction(str(drop)) * m) for m in range(distance_N.size + 1)])
-    return (rank_N >= num_dropped_by_size[same_NN.sum(axis=1)]).reshape(gap_PG.shape)
+    return (rank_N >= num_dropped_by_size[same_category_NN.sum(axis=1)]).reshape(gap_PG.shape)
 
 
 def mask_threshold(gap_PG: Array, category_P: Array, baseline_C: Array, threshold: float) -> Array:
@@ -340,19 +340,19 @@ def nearer_to_other_kind(reward_PG: Array, demo_reward_P: Array, contrast_reward
     return reward_PG < ((demo_reward_P + contrast_reward_P) / 2)[:, None]
 
 
-def kind_weight(share: Array, target: float, gain: float = 5.0, most: float = 2.0) -> Array:
+def kind_weight(share: Array, target: float, gain: float = 5.0, max_weight: float = 2.0) -> Array:
     """Weight of the prompts of one kind; their share of wrong responses should not exceed a target.
 
-    λ = min(exp(k (share - target)), most)     (ours)
+    λ = min(exp(k (share - target)), max_weight)     (ours)
 
     This is a proportional controller: it has no memory that could wind up while the share is still high.
 
     Args:
         share, target: the batch's share and the target, in [0, 1].
         gain: k > 0.
-        most: upper bound of λ, above 1.
+        max_weight: upper bound of λ, above 1.
     """
-    return jnp.minimum(jnp.exp(gain * (share - target)), most)
+    return jnp.minimum(jnp.exp(gain * (share - target)), max_weight)
 
 
 def scaled_advantage(alpha_PG: Array, advantage_PG: Array) -> Array:

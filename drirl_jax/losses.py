@@ -21,12 +21,12 @@ class Ratio(NamedTuple):
     """A row of RATIO.
 
     Attributes:
-        of: ([P, G, T] log π - log π_old, 0 at padding; [P, G, T] mask) -> [P, G, T] log ρ of each token.
-        own: whether each token's ρ depends only on that token. Then the loss of a response is a sum over its pieces.
+        log_ratio: ([P, G, T] log π - log π_old, 0 at padding; [P, G, T] mask) -> [P, G, T] log ρ of each token.
+        per_token: whether each token's ρ depends only on that token. Then a response's loss is a sum over its pieces.
     """
 
-    of: Callable[[Array, Array], Array]
-    own: bool
+    log_ratio: Callable[[Array, Array], Array]
+    per_token: bool
 
 
 RATIO = {"token": Ratio(lambda log_ratio_PGT, mask_PGT: log_ratio_PGT, True), "sequence": Ratio(sequence_ratio, False)}
@@ -202,7 +202,7 @@ def policy_loss(
     logp_PMT = jnp.where(mask_PMT, logp_PMT, 0.0)
     logp_PGT, demo_logp = logp_PMT[:, :sampled], logp_PMT[:, sampled:]
     logp_change_PGT = logp_PGT - jnp.where(mask_PGT, old_logp_PGT, 0.0)
-    log_ratio_PGT = RATIO[ratio].of(logp_change_PGT, mask_PGT)
+    log_ratio_PGT = RATIO[ratio].log_ratio(logp_change_PGT, mask_PGT)
     sample_objective, clipped = clipped_surrogate(log_ratio_PGT, advantage_PMT[:, :sampled], clip_low, clip_high)
     demo_objective = off_policy_surrogate(demo_logp, advantage_PMT[:, sampled:])
     scalars = {

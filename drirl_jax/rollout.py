@@ -22,7 +22,8 @@ from drirl_jax.types import Array, length_mask
 
 FINISH = ("length", "stop")  # what the values of Rollout.finish mean
 COMPACT = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # see `sample`
-FEWEST, SHORTEST = 4, 48  # fewer rows take as long as 4; responses below 48 tokens do not save the time of compiling
+MIN_ROWS = 4  # fewer rows take as long
+MIN_TOKENS = 48  # in shorter responses a further loop does not save the time of its compilation
 
 
 class Rollout(NamedTuple):
@@ -55,8 +56,8 @@ def sample_categorical(uniform_N2: Array, logit_NV: Array, chunk: int = 256) -> 
         ([N] int32 tokens, [N] their log-probabilities, nats).
     """
     rows, vocab = logit_NV.shape
-    top_N1 = logit_NV.max(-1, keepdims=True)
-    mass = jnp.exp(logit_NV - top_N1)
+    max_N1 = logit_NV.max(-1, keepdims=True)
+    mass = jnp.exp(logit_NV - max_N1)
     mass_NCK = jnp.pad(mass, ((0, 0), (0, -vocab % chunk))).reshape(rows, -1, chunk)
 
     def pick(mass_NM, uniform_N):
@@ -64,10 +65,10 @@ def sample_categorical(uniform_N2: Array, logit_NV: Array, chunk: int = 256) -> 
         return jnp.argmax(cumulative > uniform_N[:, None] * cumulative[:, -1:], axis=-1)
 
     mass_NC = mass_NCK.sum(-1)
-    chosen_N = pick(mass_NC, uniform_N2[:, 0])
-    inside_NK = jnp.take_along_axis(mass_NCK, chosen_N[:, None, None], axis=1)[:, 0]
-    token_N = (chosen_N * chunk + pick(inside_NK, uniform_N2[:, 1])).astype(jnp.int32)
-    return token_N, entry(logit_NV, token_N) - top_N1[:, 0] - jnp.log(mass_NC.sum(-1))
+    chunk_N = pick(mass_NC, uniform_N2[:, 0])
+    chunk_mass_NK = jnp.take_along_axis(mass_NCK, chunk_N[:, None, None], axis=1)[:, 0]
+    token_N = (chunk_N * chunk + pick(chunk_mass_NK, uniform_N2[:, 1])).astype(jnp.int32)
+    return token_N, entry(logit_NV, token_N) - max_N1[:, 0] - jnp.log(mass_NC.sum(-1))
 
 
 def entry(x_NV: Array, index_N: Array) -> Array:
@@ -82,39 +83,40 @@ class Slots(NamedTuple):
         row: [A, B] int32, the index of each row in the whole batch.
         prompt_len, prompt_mask: [A] and [A, R + S], with the prefix.
         prompt_cache: keys and values of the prompts, each [L, A, KV, R + S, hd].
-        own_cache: keys and values of the responses, each [L, A, KV, B, T, hd].
+        response_cache: keys and values of the responses, each [L, A, KV, B, T, hd].
     """
 
     row: Array
     prompt_len: Array
     prompt_mask: Array
     prompt_cache: tuple[Array, Array]
-    own_cache: tuple[Array, Array]
+    response_cache: tuple[Array, Array]
 
 
-def compact_slots(slots: Slots, done_N: Array, few: int, dealt: int) -> Slots:
-    """The slots whose rows have not ended, each with its own prompt; if they are fewer than `few`, some ended ones too.
+def compact_slots(slots: Slots, done_N: Array, slot_count: int, parts: int) -> Slots:
+    """`slot_count` slots of each part, first those whose rows have not ended; each slot now has its own prompt.
 
     Args:
         slots, done_N: the slots, and True for each row of the whole batch that has ended.
-        few: how many slots of each part remain.
-        dealt: the number of equal parts into which the devices divide the slots; every slot stays in its part.
+        parts: the number of equal parts into which the devices divide the slots; every slot stays in its part.
     """
     B = slots.row.shape[1]
-    row_MB = slots.row.reshape(dealt, -1)
-    keep_MC = jnp.argsort(done_N[row_MB], axis=1, stable=True)[:, :few]
+    row_MB = slots.row.reshape(parts, -1)
+    keep_MC = jnp.argsort(done_N[row_MB], axis=1, stable=True)[:, :slot_count]
 
     def keep_rows(x, index_MC, axis):
-        parts = x.reshape(*x.shape[:axis], dealt, -1, *x.shape[axis + 1 :])
-        kept = jax.vmap(lambda rows, index: jnp.take(rows, index, axis=axis), (axis, 0), axis)(parts, index_MC)
-        return kept.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+        by_part = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+        rows = jax.vmap(lambda x, index: jnp.take(x, index, axis=axis), (axis, 0), axis)(by_part, index_MC)
+        return rows.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
     return Slots(
         keep_rows(slots.row.reshape(-1), keep_MC, 0)[:, None],
         keep_rows(slots.prompt_len, keep_MC // B, 0),
         keep_rows(slots.prompt_mask, keep_MC // B, 0),
         jax.tree.map(lambda x: keep_rows(x, keep_MC // B, 1), slots.prompt_cache),
-        jax.tree.map(lambda x: keep_rows(rearrange(x, "l a k b t d -> l (a b) k 1 t d"), keep_MC, 1), slots.own_cache),
+        jax.tree.map(
+            lambda x: keep_rows(rearrange(x, "l a k b t d -> l (a b) k 1 t d"), keep_MC, 1), slots.response_cache
+        ),
     )
 
 
@@ -179,28 +181,30 @@ def sample(
         """Decodes until at most `slot_count` rows of each part have not ended."""
 
         def step(carry):
-            t, rollout, done_N, own_cache = carry
-            hidden_ABD, own_cache = decoding.decode(
+            t, rollout, done_N, response_cache = carry
+            hidden_ABD, response_cache = decoding.decode(
                 model, fused, rollout.response[slots.row, t - 1], t - 1,
-                slots.prompt_len, slots.prompt_mask, slots.prompt_cache, own_cache,
+                slots.prompt_len, slots.prompt_mask, slots.prompt_cache, response_cache,
             )  # fmt: skip
-            return t + 1, *record(rollout, done_N, t, hidden_ABD, slots.row), own_cache
+            return t + 1, *record(rollout, done_N, t, hidden_ABD, slots.row), response_cache
 
         def any_running(carry):
             return (carry[0] < max_new) & (jnp.sum(~carry[2].reshape(parts, -1), axis=1).max() > slot_count)
 
-        t, rollout, done_N, own_cache = jax.lax.while_loop(any_running, step, (t, rollout, done_N, slots.own_cache))
-        return slots._replace(own_cache=own_cache), t, rollout, done_N
+        t, rollout, done_N, response_cache = jax.lax.while_loop(
+            any_running, step, (t, rollout, done_N, slots.response_cache)
+        )
+        return slots._replace(response_cache=response_cache), t, rollout, done_N
 
     kv_shape = (config.layers, P, config.kv_heads, G, max_new, config.head_dim)
     caches = ((*prompt_cache,), (jnp.zeros(kv_shape, hidden_PSD.dtype), jnp.zeros(kv_shape, hidden_PSD.dtype)))
-    prompt_cache, own_cache = jax.tree.map(lambda x: constrain(x, None, "prompts", "heads"), caches)
+    prompt_cache, response_cache = jax.tree.map(lambda x: constrain(x, None, "prompts", "heads"), caches)
     slots = Slots(
         jnp.arange(N).reshape(P, G),
         len(prefix) + prompt_len_P,
         length_mask(len(prefix) + prompt_len_P, len(prefix) + prompt_PS.shape[1]),
         prompt_cache,
-        own_cache,
+        response_cache,
     )
     empty_rollout = Rollout(
         response=jnp.full((N, max_new), eos[0], jnp.int32),
@@ -210,7 +214,9 @@ def sample(
     )
     first_PGD = jnp.broadcast_to(transformer.last_token(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
     state = (jnp.ones((), jnp.int32), *record(empty_rollout, jnp.zeros(N, bool), 0, first_PGD, slots.row))
-    slot_counts = [int(share * N / parts) for share in compact if share * N / parts >= FEWEST and max_new >= SHORTEST]
+    slot_counts = [
+        int(share * N / parts) for share in compact if share * N / parts >= MIN_ROWS and max_new >= MIN_TOKENS
+    ]
     for slot_count in slot_counts:
         slots, *state = decode_until(slot_count, slots, *state)
         slots = compact_slots(slots, state[2], slot_count, parts)
@@ -218,7 +224,7 @@ def sample(
     return jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), rollout)
 
 
-def response_keys(key: Array, prompt_index_P: Array, group: int) -> Array:
+def response_keys(key: Array, prompt_index_P: Array, group_size: int) -> Array:
     """[P, G] keys from (key, prompt index, response index), so that a response does not depend on its batch.
 
     If a prompt stands n times earlier in the batch, its response indices begin at n·G. So each of its groups has other
@@ -226,9 +232,9 @@ def response_keys(key: Array, prompt_index_P: Array, group: int) -> Array:
 
     Args:
         prompt_index_P: [P] int32, of the whole batch before the devices divide it.
-        group: G.
+        group_size: G.
     """
     earlier_PP = jnp.tril(prompt_index_P[:, None] == prompt_index_P[None, :], k=-1)
-    response_PG = earlier_PP.sum(axis=1)[:, None] * group + jnp.arange(group)
+    response_PG = earlier_PP.sum(axis=1)[:, None] * group_size + jnp.arange(group_size)
     prompt_key_P = jax.vmap(lambda i: jax.random.fold_in(key, i))(prompt_index_P)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(prompt_key_P, response_PG)

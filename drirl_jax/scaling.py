@@ -31,12 +31,12 @@ class Baseline(NamedTuple):
     """δ̄ of each response.
 
     Attributes:
-        of: (running mean [C], whether it has a value [C], mean of the batch [C], δ [P, G], category [P]) -> δ̄, which
-            broadcasts to [P, G].
+        compute: (running mean [C], whether it has a value [C], mean of the batch [C], δ [P, G], category [P]) -> δ̄,
+            which broadcasts to [P, G].
         moves: True: the running mean follows the batches. False: it is calibrated before the first batch and stays.
     """
 
-    of: Callable[..., Array]
+    compute: Callable[..., Array]
     moves: bool = True
 
 
@@ -116,13 +116,13 @@ class Stats(NamedTuple):
     Attributes:
         delta: δ̄_c.
         gap: ρ̄_c.
-        seen: bool, whether ρ̄_c has a value.
+        gap_seen: bool, whether ρ̄_c has a value.
         delta_seen: bool, whether δ̄_c has a value.
     """
 
     delta: Array
     gap: Array
-    seen: Array
+    gap_seen: Array
     delta_seen: Array
 
     @classmethod
@@ -163,19 +163,19 @@ def coefficients(
         ([P, G] α, Stats, {"alpha_d" [P, G], "alpha_m" [P], "delta" [P, G], "gap" [P, G], "kept" [P, G]}); "kept" is
         True for gaps that are not masked.
     """
-    num_categories = stats.seen.shape[0]
+    num_categories = stats.gap_seen.shape[0]
     similarity, baseline = options.rule("similarity"), options.rule("baseline")
     delta_PG = distances(options, parts)
     delta_C, present_C = eq.category_mean(delta_PG, category_P, num_categories)
     alpha_d_PG = delta_PG
     if similarity.ratio:
-        delta_base_PG = baseline.of(stats.delta, stats.delta_seen, delta_C, delta_PG, category_P)
+        delta_base_PG = baseline.compute(stats.delta, stats.delta_seen, delta_C, delta_PG, category_P)
         alpha_d_PG = eq.data_hardness(delta_PG, delta_base_PG)
     alpha_d_PG = options.rule("orientation")(alpha_d_PG)
 
     gap_PG = eq.gap(demo_reward_P, reward_PG)
     gap_C, _ = eq.category_mean(gap_PG, category_P, num_categories)
-    gap_base_C = jnp.where(stats.seen, stats.gap, gap_C)
+    gap_base_C = jnp.where(stats.gap_seen, stats.gap, gap_C)
     keep_PG = options.rule("mask")(options, gap_PG, category_P, gap_base_C)
     alpha_m_P = options.rule("alpha_m")(gap_PG, keep_PG, category_P, gap_base_C)[category_P]
 
@@ -184,7 +184,9 @@ def coefficients(
         alpha_PG = jnp.clip(alpha_PG, *options.clip)
     averaged_PG = options.rule("ema_of")(keep_PG)
     averaged_gap_C, averaged_present_C = eq.category_mean(gap_PG, category_P, num_categories, averaged_PG)
-    gap_mean_C, gap_seen_C = eq.running_mean(stats.gap, stats.seen, averaged_gap_C, averaged_present_C, options.decay)
+    gap_mean_C, gap_seen_C = eq.running_mean(
+        stats.gap, stats.gap_seen, averaged_gap_C, averaged_present_C, options.decay
+    )
     delta_mean_C, delta_seen_C = stats.delta, stats.delta_seen
     if baseline.moves:
         delta_mean_C, delta_seen_C = eq.running_mean(stats.delta, stats.delta_seen, delta_C, present_C, options.decay)

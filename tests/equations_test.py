@@ -342,7 +342,7 @@ def test_the_means_move_after_the_coefficients():
         batch = parts, np.zeros((1, 1)), np.array([gap]), np.array([1])
         got, stats, _ = scaling.coefficients(scaling.Options(), stats, *batch)
         np.testing.assert_allclose((got[0, 0], stats.gap[1]), (alpha, mean), rtol=1e-5)
-        assert stats.seen.tolist() == [False, True] and stats.gap[0] == 0
+        assert stats.gap_seen.tolist() == [False, True] and stats.gap[0] == 0
 
 
 def test_the_docstrings_examples():

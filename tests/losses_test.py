@@ -70,14 +70,14 @@ def test_clipped_surrogate_matches_the_method(ratio):
         logp, old, _, advantage, mask = batch(seed)
         rows = logp.reshape(12, 5), old.reshape(12, 5), advantage.reshape(12), mask.reshape(12, 5)
         want = mn.surrogate(*rows, LOW, HIGH, ratio)
-        log_ratio = losses.RATIO[ratio].of(logp - old, mask)
+        log_ratio = losses.RATIO[ratio].log_ratio(logp - old, mask)
         got = losses.clipped_surrogate(log_ratio, advantage[..., None], LOW, HIGH)[0]
         same(np.where(mask, got, 0), -want.reshape(4, 3, 5))
 
 
 def test_sequence_ratio_by_hand():
     # Two tokens of log ratios .2 and .4: .3 for both; one token: its own.
-    got = losses.RATIO["sequence"].of(np.float32([[[0.2, 0.4], [0.7, 9.0]]]), np.array([[[1, 1], [1, 0]]], bool))
+    got = losses.RATIO["sequence"].log_ratio(np.float32([[[0.2, 0.4], [0.7, 9.0]]]), np.array([[[1, 1], [1, 0]]], bool))
     same(got, np.array([[[0.3, 0.3], [0.7, 0.7]]]))
 
 

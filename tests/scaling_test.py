@@ -108,7 +108,7 @@ def test_three_batches_match_the_method(changes):
         for mean_C, means in zip((stats.delta, stats.gap), numpy_stats):
             for c, mean in means.items():
                 np.testing.assert_allclose(mean_C[c], mean, rtol=1e-5, atol=1e-6)
-    assert not stats.seen[3] and stats.gap[3] == 0
+    assert not stats.gap_seen[3] and stats.gap[3] == 0
     if changes:
         assert np.abs(alpha - scaling.coefficients(scaling.Options(), stats, *data)[0]).max() > 1e-3
 
@@ -120,7 +120,7 @@ def test_a_category_of_which_no_gap_is_kept_has_no_say():
     alpha, stats, _ = scaling.coefficients(
         options, scaling.Stats.fresh(1), parts, np.float32([[1, -1]]), np.float32([5]), np.array([0])
     )
-    assert alpha.tolist() == [[1, 1]] and not stats.seen[0] and stats.delta_seen[0]
+    assert alpha.tolist() == [[1, 1]] and not stats.gap_seen[0] and stats.delta_seen[0]
 
 
 def one_category(delta):
@@ -137,7 +137,7 @@ def test_the_mean_distance_begins_without_a_gap_that_is_kept():
         _, stats, info = scaling.coefficients(options, stats, one_category(delta), *gaps)
         np.testing.assert_allclose(info["alpha_d"], alpha, rtol=1e-6)
         np.testing.assert_allclose(stats.delta, mean, atol=1e-7)
-    assert stats.delta_seen.tolist() == [True] and stats.seen.tolist() == [False]
+    assert stats.delta_seen.tolist() == [True] and stats.gap_seen.tolist() == [False]
     # The first gap that is kept begins the other mean, and with itself: .9·0 + .1·ρ̄ would be 0.1.
     _, stats, _ = scaling.coefficients(
         options, stats, one_category(1), np.float32([[-1, -1]]), np.float32([0]), gaps[2]

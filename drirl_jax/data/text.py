@@ -50,7 +50,7 @@ class ChatTokens:
     @property
     def template(self) -> ChatTemplate:
         """The tokenizer's chat template; made anew if somebody has put another template into the tokenizer."""
-        if self._template.given is not self.tokenizer.chat_template:
+        if self._template.unchanged is not self.tokenizer.chat_template:
             self._template = ChatTemplate(self.tokenizer, self._template.enable_thinking)
         return self._template
 

@@ -97,10 +97,10 @@ class Config(NamedTuple):
     positions: int | None = None
 
 
-def need_positions(config: Config, prompt: int, behind: int) -> None:
-    """Raises InputError if a prompt of `prompt` tokens and `behind` tokens after it are longer than a text may be."""
-    if config.positions and prompt + behind > config.positions:
+def need_positions(config: Config, prompt: int, new_tokens: int) -> None:
+    """Raises InputError if a prompt of `prompt` tokens with `new_tokens` after it is longer than a text may be."""
+    if config.positions and prompt + new_tokens > config.positions:
         raise InputError(
-            f"a prompt of {prompt} tokens with {behind} after it: texts of this model have at most "
+            f"a prompt of {prompt} tokens with {new_tokens} after it: texts of this model have at most "
             f"{config.positions}. Shorten the prompt, or take fewer new tokens."
         )

@@ -12,12 +12,12 @@ from einops import rearrange
 
 from drirl_jax.models.attention import (
     layer_cos_sin,
+    limit_to_window,
     local_layers,
     response_attention,
     response_heads_first,
     rope,
     rope_cos_sin,
-    visible,
 )
 from drirl_jax.models.transformer import ACTIVATIONS, Transformer, cast, embed, norm_sizes, prompt_layer, rms_norm
 from drirl_jax.runtime.sharding import constrain
@@ -95,7 +95,9 @@ def fuse(model: Transformer) -> DecodeBlock:
     )
 
 
-def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, own_cache):
+def decode(
+    model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, response_cache
+):
     """One decoding step: runs response token t of every row through the network.
 
     Args:
@@ -104,14 +106,14 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
         t: scalar int32, its index in the response.
         prompt_len_P, prompt_mask_PS: lengths and mask of the prompts, the prefix included.
         prompt_cache: (k, v) of `prefill`.
-        own_cache: (k, v), each [L, P, KV, G, T, hd]; the entries before t are filled.
+        response_cache: (k, v), each [L, P, KV, G, T, hd]; the entries before t are filled.
 
     Returns:
-        ([P, G, D] final hidden states, own_cache with entry t filled).
+        ([P, G, D] final hidden states, response_cache with entry t filled).
     """
     config = model.config
     P, G = token_PG.shape
-    T = own_cache[0].shape[4]
+    T = response_cache[0].shape[4]
     position_P1 = (prompt_len_P + t)[:, None]
     cos_sin = rope_cos_sin(config, jnp.broadcast_to(position_P1, (P, G)))
     step_size = max(FILLED, -(-T // 4))
@@ -121,18 +123,24 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
     def attend_to_first(size: int):
         """Attention that reads only the first `size` entries of the response's cache."""
 
-        def attend(q_PG1Hd, prompt_k, prompt_v, own_k, own_v, i, local):
-            shape = (1, *own_k.shape[1:4], size, config.head_dim)
-            own_kv = (jax.lax.dynamic_slice(cache, (i, 0, 0, 0, 0, 0), shape)[0] for cache in (own_k, own_v))
+        def attend(q_PG1Hd, prompt_k, prompt_v, response_k, response_v, i, local):
+            shape = (1, *response_k.shape[1:4], size, config.head_dim)
+            response_kv = (
+                jax.lax.dynamic_slice(cache, (i, 0, 0, 0, 0, 0), shape)[0] for cache in (response_k, response_v)
+            )
             key_S = np.arange(prompt_mask_PS.shape[1])
-            prompt_mask_P1S = visible(config, local, prompt_mask_PS[:, None], position_P1, key_S)
-            own_mask_1U = visible(config, local, (jnp.arange(size) <= t)[None], jnp.reshape(t, 1), np.arange(size))
-            return response_attention(config, q_PG1Hd, prompt_k, prompt_v, prompt_mask_P1S, *own_kv, own_mask_1U)
+            prompt_mask_P1S = limit_to_window(config, local, prompt_mask_PS[:, None], position_P1, key_S)
+            response_mask_1U = limit_to_window(
+                config, local, (jnp.arange(size) <= t)[None], jnp.reshape(t, 1), np.arange(size)
+            )
+            return response_attention(
+                config, q_PG1Hd, prompt_k, prompt_v, prompt_mask_P1S, *response_kv, response_mask_1U
+            )
 
         return attend
 
     def run_layer(carry, inputs):
-        x_PGD, own_k, own_v = carry
+        x_PGD, response_k, response_v = carry
         i, block, prompt_k, prompt_v, local = inputs
 
         def norm(name, x):
@@ -145,13 +153,13 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
         q = rearrange(q, "p g k (r d) -> p g (k r) d", d=config.head_dim)
         if config.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
-        own_cos_sin = layer_cos_sin(config, cos_sin, local)
-        q, k = rope(q, own_cos_sin), rope(k, own_cos_sin)
+        cos_sin_of_layer = layer_cos_sin(config, cos_sin, local)
+        q, k = rope(q, cos_sin_of_layer), rope(k, cos_sin_of_layer)
         start = (i, 0, 0, 0, t, 0)
-        own_k = jax.lax.dynamic_update_slice(own_k, response_heads_first(k[:, :, None])[None], start)
-        own_v = jax.lax.dynamic_update_slice(own_v, response_heads_first(v[:, :, None])[None], start)
+        response_k = jax.lax.dynamic_update_slice(response_k, response_heads_first(k[:, :, None])[None], start)
+        response_v = jax.lax.dynamic_update_slice(response_v, response_heads_first(v[:, :, None])[None], start)
         attend_by_size = [attend_to_first(size) for size in sizes]
-        operands = (q[:, :, None], prompt_k, prompt_v, own_k, own_v, i, local)
+        operands = (q[:, :, None], prompt_k, prompt_v, response_k, response_v, i, local)
         # For a branch a TPU copies the whole cache in every layer. That costs more than to read all of one layer's.
         attend_filled = partial(jax.lax.switch, t // step_size, attend_by_size)
         attended = jax.lax.platform_dependent(*operands, cpu=attend_filled, default=attend_by_size[-1])
@@ -163,9 +171,9 @@ def decode(model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, pr
         gated = ACTIVATIONS[config.activation](gate_up[:, :, 0]) * gate_up[:, :, 1]
         out = constrain(jnp.einsum("pgi,io->pgo", gated, block.down), "weights_stay", None, "width")
         x_PGD += norm("mlp_post_norm", out) if config.post_norms else out
-        return (x_PGD, own_k, own_v), None
+        return (x_PGD, response_k, response_v), None
 
     # The scan carries the cache, so that XLA updates it in place.
     inputs = (jnp.arange(config.layers), fused, *prompt_cache, local_layers(config))
-    (x_PGD, *own_cache), _ = jax.lax.scan(run_layer, (embed(model, token_PG), *own_cache), inputs)
-    return rms_norm(x_PGD, model.norm[...], config), tuple(own_cache)
+    (x_PGD, *response_cache), _ = jax.lax.scan(run_layer, (embed(model, token_PG), *response_cache), inputs)
+    return rms_norm(x_PGD, model.norm[...], config), tuple(response_cache)

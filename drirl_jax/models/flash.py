@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
 from drirl_jax.models.architecture import Config
-from drirl_jax.models.attention import Layout, group_attention, heads_first, scale_queries, visible
+from drirl_jax.models.attention import Layout, group_attention, heads_first, limit_to_window, scale_queries
 from drirl_jax.runtime.sharding import axis_size, partition_spec
 from drirl_jax.types import Array, InputError, length_mask
 
@@ -41,27 +41,29 @@ def _prepend_prefix(prefix_PKRd, k_PNKd: Array) -> Array:
     return jnp.concatenate([jnp.broadcast_to(prefix_PKRd, (len(k_PKNd), *prefix_PKRd.shape[1:])), k_PKNd], axis=2)
 
 
-def attend_by_device(attend: Callable, q: Array, k: Array, v: Array, seen_P: Array, axis: int) -> Array:
-    """attend(q, k, v, seen_P). XLA cannot cut a kernel, so each of several devices computes its own prompts and heads.
+def attend_by_device(attend: Callable, q: Array, k: Array, v: Array, visibility_P: Array, axis: int) -> Array:
+    """attend(q, k, v, visibility_P). XLA cannot cut a kernel: every device computes its own prompts and heads.
 
     Args:
-        seen_P: what the kernel needs to know which tokens see each other; its first axis is the prompts'.
+        visibility_P: the kernel's mask or segments, which say which tokens see each other; prompts are the first axis.
         axis: the axis of the heads in q, k and v.
     """
     if jax.sharding.get_abstract_mesh().size < 2:
-        return attend(q, k, v, seen_P)
+        return attend(q, k, v, visibility_P)
     heads = "heads" if k.shape[axis] % axis_size("heads") == 0 else None
     spec = partition_spec(q.shape, ("prompts", *(None,) * (axis - 1), heads))
     prompt_spec = PartitionSpec(*spec[:1])
     sharded_attend = jax.shard_map(attend, in_specs=(spec, spec, spec, prompt_spec), out_specs=spec, check_vma=False)
-    return sharded_attend(q, k, v, seen_P)
+    return sharded_attend(q, k, v, visibility_P)
 
 
-def splash(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, local=None, interpret=False) -> Array:
+def splash(
+    config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, prefix_kv=None, local=None, interpret=False
+) -> Array:
     """`group_attention` by the TPU's splash attention; no local layers: their windows move with a prompt's length."""
     R, S, _, _, prompt_len_P = layout
     N = q_PNHd.shape[1]
-    k, v = (_prepend_prefix(before and before[i], x) for i, x in enumerate((k_PNKd, v_PNKd)))
+    k, v = (_prepend_prefix(prefix_kv and prefix_kv[i], x) for i, x in enumerate((k_PNKd, v_PNKd)))
     q = heads_first(scale_queries(config, q_PNHd))
     # Only tokens of the same segment see each other, so a prompt's padding has a segment of its own.
     segment_PU = jnp.ones((len(k), R + N), jnp.int32).at[:, R : R + S].set(length_mask(prompt_len_P, S))
@@ -89,17 +91,17 @@ def splash(config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, 
 
 
 def cudnn(
-    config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, before=None, local=None, implementation="cudnn"
+    config: Config, layout: Layout, q_PNHd, k_PNKd, v_PNKd, prefix_kv=None, local=None, implementation="cudnn"
 ) -> Array:
     """`group_attention` by jax.nn.dot_product_attention, which cannot soft-cap scores."""
     R, S, _, _, prompt_len_P = layout
-    k, v = (heads_first(_prepend_prefix(before and before[i], x)) for i, x in enumerate((k_PNKd, v_PNKd)))
+    k, v = (heads_first(_prepend_prefix(prefix_kv and prefix_kv[i], x)) for i, x in enumerate((k_PNKd, v_PNKd)))
     position_PN = layout.position_PN()
     position_PU = jnp.concatenate([jnp.broadcast_to(jnp.arange(R), (len(k), R)), position_PN], axis=1)
     real_PU = jnp.ones(position_PU.shape, bool).at[:, R : R + S].set(length_mask(prompt_len_P, S))
     # A prompt's padding sees itself: a softmax over nothing is NaN.
     mask_PNU = visibility_mask(layout) & (real_PU[:, None] | ~real_PU[:, R:, None])
-    mask_PNU = visible(config, local, mask_PNU, position_PN, position_PU[:, None])
+    mask_PNU = limit_to_window(config, local, mask_PNU, position_PN, position_PU[:, None])
     q, N = scale_queries(config, q_PNHd), q_PNHd.shape[1]
     pad_q, pad_k = N % 2, (R + N) % 2  # cuDNN's gradient needs even lengths
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x, pad in ((q, pad_q), (k, pad_k), (v, pad_k)))

@@ -25,29 +25,29 @@ class Walk:
     """
 
     def __init__(self, data: bytes | mmap.mmap):
-        self.data, self.at, self.values = data, 4, 0
+        self.data, self.position, self.values = data, 4, 0
         version = struct.unpack("<I", self.pass_bytes(4))[0]
         self.order = ">" if version & 65535 == 0 else "<"
 
     def pass_bytes(self, count: int) -> bytes:
         """The next bytes."""
         self.skip(count)
-        return self.data[self.at - count : self.at]
+        return self.data[self.position - count : self.position]
 
     def skip(self, count: int) -> None:
         """Moves forward by `count` bytes."""
-        if count > len(self.data) - self.at:
+        if count > len(self.data) - self.position:
             raise ValueError("its header claims more than the file holds")
-        self.at += count
+        self.position += count
 
     def number(self, form: str) -> int:
         """The next whole number: of 4 bytes for the form "I", of 8 bytes for "Q"."""
         return struct.unpack(self.order + form, self.pass_bytes(4 if form == "I" else 8))[0]
 
-    def count(self, least: int) -> int:
-        """The next number, a count of items that follow, each of at least `least` bytes."""
+    def count(self, min_bytes: int) -> int:
+        """The next number, a count of items that follow, each of at least `min_bytes` bytes."""
         count = self.number("Q")
-        if count * least > len(self.data) - self.at:
+        if count * min_bytes > len(self.data) - self.position:
             raise ValueError("its header claims more than the file holds")
         return count
 

@@ -65,7 +65,7 @@ def standardise_config(hf: Mapping) -> dict[str, Any]:
 
 
 def in_both_forms(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of `standard`, with "rope_parameters" added as transformers 5 writes them."""
+    """The config of `standardise_config`, with "rope_parameters" added as transformers 5 writes them."""
     if "rope_theta" not in config:
         return dict(config)
     global_table = (config.get("rope_scaling") or {"rope_type": "default"}) | {"rope_theta": config["rope_theta"]}
@@ -76,7 +76,7 @@ def in_both_forms(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_scaling(hf: Mapping) -> Linear | Llama3 | None:
-    """The scaling of the frequencies in a config of `standard`; None for plain RoPE."""
+    """The scaling of the frequencies in a config of `standardise_config`; None for plain RoPE."""
     table = hf.get("rope_scaling") or {}
     kind = table.get("rope_type", "default")
     return ROPE_SCALING[kind](*(table[name] for name in ROPE_SCALING[kind]._fields)) if kind != "default" else None

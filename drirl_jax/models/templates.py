@@ -41,7 +41,7 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Attributes:
-        given: the chat template as the tokenizer holds it.
+        unchanged: the chat template as the tokenizer holds it.
         opened: the mark that opens the thought in which every prompt ends; "" if prompts do not end in a thought.
         before_answer: the text between a prompt and an answer without a thought; "" if there is none.
 
@@ -58,7 +58,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool = False):
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
-        self.given = getattr(tokenizer, "chat_template", None)
+        self.unchanged = getattr(tokenizer, "chat_template", None)
         self.source = _with_fixed_date(choose_template(tokenizer))
         thought_names = ("enable_thinking", "thinking", *thoughts.MARKS)
         if enable_thinking and not any(name in self.source for name in thought_names):

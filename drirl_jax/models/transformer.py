@@ -94,7 +94,7 @@ class Block(Frozen):
             y_MO += getattr(self, f"{name}_bias")[...]
         return checkpoint_name(y_MO + adapter[name](x_MI, route_P) if name in adapter else y_MO, LINEAR)
 
-    def qkv(self, config: Config, x_PND, turns, adapter, route_P):
+    def qkv(self, config: Config, x_PND, cos_sin, adapter, route_P):
         """Rotated queries [P, N, H, hd], rotated keys and values [P, N, KV, hd]."""
         x_MD = rms_norm(rearrange(x_PND, "p n d -> (p n) d"), self.attn_norm[...], config)
         q, k, v = (
@@ -105,7 +105,7 @@ class Block(Frozen):
         )
         if config.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], config), rms_norm(k, self.k_norm[...], config)
-        return rope(q, turns), rope(k, turns), v
+        return rope(q, cos_sin), rope(k, cos_sin), v
 
     def finish(self, config: Config, x_PND, attended_PNHd, adapter, route_P):
         """Output projection and MLP, each added to the residual stream."""
@@ -158,18 +158,18 @@ def embed(model: Transformer, ids: Array) -> Array:
     return x if scale == 1 else x * scale
 
 
-def prompt_layer(config: Config, block: Block, x_PSD, turns, local, before, adapter, route_P):
+def prompt_layer(config: Config, block: Block, x_PSD, cos_sin, local, prefix_kv, adapter, route_P):
     """Runs prompts [P, S, D] through one layer, after a prefix or not.
 
     Args:
-        turns: (cos, sin) of `attention.rope_cos_sin`.
-        before: keys and values of the prefix; None without one.
+        cos_sin: (cos, sin) of `attention.rope_cos_sin`.
+        prefix_kv: keys and values of the prefix; None without one.
 
     Returns:
         (new states, (keys, values) of prefix and prompt).
     """
-    q, k, v = block.qkv(config, x_PSD, layer_cos_sin(config, turns, local), adapter, route_P)
-    k, v = with_prefix(before, heads_first(k), heads_first(v))
+    q, k, v = block.qkv(config, x_PSD, layer_cos_sin(config, cos_sin, local), adapter, route_P)
+    k, v = with_prefix(prefix_kv, heads_first(k), heads_first(v))
     return block.finish(config, x_PSD, prompt_attention(config, q, k, v, local), adapter, route_P), (k, v)
 
 

@@ -167,8 +167,8 @@ def _logprobs_forward(unembed_VD, hidden_PND, target_PN, inverse_PN, chunk, cap)
     return (logp, entropy), (unembed_VD, hidden_PND, target_PN, inverse_PN, *residuals)
 
 
-def _logprobs_backward(chunk, cap, saved, cotangents):
-    unembed_VD, hidden_PND, target_PN, inverse_PN, norm_PN, slope_PND = saved
+def _logprobs_backward(chunk, cap, residuals, cotangents):
+    unembed_VD, hidden_PND, target_PN, inverse_PN, norm_PN, slope_PND = residuals
     g_PN = cotangents[0]
 
     # The gradient of the embedding needs the logits again. If the embedding is frozen, XLA removes this loop as dead.
@@ -238,8 +238,8 @@ def _sum_chunks_forward(unembed_VD, hidden_PTGD, token_arrays, function, chunk_c
     return totals, (unembed_VD, hidden_PTGD, gradients)
 
 
-def _sum_chunks_backward(function, chunk_count, cap, saved, cotangents):
-    unembed_VD, hidden_PTGD, (gradient_DV, target_gradient, target, hidden_gradient) = saved
+def _sum_chunks_backward(function, chunk_count, cap, residuals, cotangents):
+    unembed_VD, hidden_PTGD, (gradient_DV, target_gradient, target, hidden_gradient) = residuals
     gradient_VD = cotangents[0] * gradient_DV.T.at[target].add(target_gradient)
     return gradient_VD.astype(unembed_VD.dtype), (cotangents[0] * hidden_gradient).astype(hidden_PTGD.dtype), None
 

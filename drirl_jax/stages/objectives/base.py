@@ -174,7 +174,7 @@ def surrogate(model, config, hidden, batch: Batch):
 
     advantage = jnp.broadcast_to(batch.advantage, group.response.shape)
     arrays = batch.old_logp, batch.ref_logp, advantage, length_mask(group.response_len, T), batch.weights
-    if losses.RATIO[c.ratio].own:
+    if losses.RATIO[c.ratio].per_token:
         value, scalars = vocabulary.token_sum(model, hidden, group, temperature_M, token_loss, arrays)
     else:
         value, scalars = token_loss(*vocabulary.token_logprobs(model, hidden, group, temperature_M), arrays)
