@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from drirl_jax.models import decoding, transformer
+from drirl_jax.models.architecture import Config
 from drirl_jax.models.attention import einsum_f32, softcap
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.runtime.sharding import axis_size, constrain
@@ -120,6 +121,107 @@ def compact_slots(slots: Slots, done_N: Array, slot_count: int, parts: int) -> S
     )
 
 
+def first_slots(config: Config, prompt_len_P: Array, prompt_cache, group_size: int, max_new: int) -> Slots:
+    """Slots of all rows; the responses' keys and values are empty.
+
+    Args:
+        prompt_len_P: with the prefix.
+        prompt_cache: of `decoding.prefill`.
+        group_size, max_new: G and T.
+    """
+    P, prompt_size = prompt_cache[0].shape[1], prompt_cache[0].shape[3]
+    kv_shape = (config.layers, P, config.kv_heads, group_size, max_new, config.head_dim)
+    empty = jnp.zeros(kv_shape, prompt_cache[0].dtype), jnp.zeros(kv_shape, prompt_cache[0].dtype)
+    caches = jax.tree.map(lambda x: constrain(x, None, "prompts", "heads"), ((*prompt_cache,), empty))
+    row_PG = jnp.arange(P * group_size).reshape(P, group_size)
+    return Slots(row_PG, prompt_len_P, length_mask(prompt_len_P, prompt_size), *caches)
+
+
+class LoopState(NamedTuple):
+    """What a decoding step replaces.
+
+    Attributes:
+        t: scalar int32, the index of the next token.
+        rollout: of all rows, with the axis N in the place of P and G.
+        done: [N] bool, True for a row that has ended.
+    """
+
+    t: Array
+    rollout: Rollout
+    done: Array
+
+
+class Sampler(NamedTuple):
+    """What all decoding steps share: the weights in the form for decoding, the rows' keys, options of `sample`."""
+
+    model: Transformer
+    fused: decoding.DecodeBlock
+    unembed_VD: Array
+    key_N: Array
+    max_new: int
+    temperature: float
+    eos: tuple[int, ...]
+
+    def choose(self, hidden_CD: Array, t, key_C: Array) -> tuple[Array, Array]:
+        """([C] token t of each row, [C] its log-probability) from the states that predict it."""
+        logit_CV = einsum_f32("cd,vd->cv", constrain(hidden_CD, "weights_stay"), self.unembed_VD)
+        logit_CV = constrain(logit_CV, "weights_stay", "spread_vocab")
+        logit_CV = softcap(logit_CV, self.model.config.final_softcap) / (self.temperature or 1.0)
+        if self.temperature:
+            uniform_C2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(key_C)
+            return sample_categorical(uniform_C2, logit_CV)
+        token_C = jnp.argmax(logit_CV, axis=-1).astype(jnp.int32)
+        return token_C, entry(logit_CV, token_C) - jax.nn.logsumexp(logit_CV, axis=-1)
+
+    def add_token(self, t, rollout: Rollout, done_N: Array, hidden_ABD: Array, row_AB: Array) -> tuple[Rollout, Array]:
+        """(rollout, done) with token t of these rows; a row that has ended gets none."""
+        row_C = row_AB.reshape(-1)
+        token_C, logp_C = self.choose(hidden_ABD.reshape(-1, hidden_ABD.shape[-1]), t, self.key_N[row_C])
+        done_C = done_N[row_C]
+        token_C = jnp.where(done_C, self.eos[0], token_C)
+        stops_C = ~done_C & jnp.isin(token_C, jnp.array(self.eos))
+        rollout = Rollout(
+            response=rollout.response.at[row_C, t].set(token_C),
+            response_len=rollout.response_len.at[row_C].add(~done_C),
+            finish=rollout.finish.at[row_C].add(stops_C),
+            logp=rollout.logp.at[row_C, t].set(jnp.where(done_C, 0.0, logp_C)),
+        )
+        return rollout, done_N.at[row_C].set(done_C | stops_C)
+
+    def first_state(self, hidden_PSD: Array, prompt_len_P: Array, row_PG: Array) -> LoopState:
+        """The state after token 0, which the prompts' last states predict; `prompt_len_P` is without the prefix."""
+        N, (P, G), D = row_PG.size, row_PG.shape, hidden_PSD.shape[-1]
+        empty_rollout = Rollout(
+            response=jnp.full((N, self.max_new), self.eos[0], jnp.int32),
+            response_len=jnp.zeros(N, jnp.int32),
+            finish=jnp.zeros(N, jnp.int32),
+            logp=jnp.zeros((N, self.max_new)),
+        )
+        first_PGD = jnp.broadcast_to(transformer.last_token(hidden_PSD, prompt_len_P)[:, None], (P, G, D))
+        return LoopState(
+            jnp.ones((), jnp.int32), *self.add_token(0, empty_rollout, jnp.zeros(N, bool), first_PGD, row_PG)
+        )
+
+    def decode_until(self, slot_count: int, parts: int, slots: Slots, state: LoopState) -> tuple[Slots, LoopState]:
+        """Decodes until at most `slot_count` rows of each of `parts` equal parts of the batch have not ended."""
+
+        def step(carry):
+            (t, rollout, done_N), response_cache = carry
+            hidden_ABD, response_cache = decoding.decode(
+                self.model, self.fused, rollout.response[slots.row, t - 1], t - 1,
+                slots.prompt_len, slots.prompt_mask, slots.prompt_cache, response_cache,
+            )  # fmt: skip
+            state = LoopState(t + 1, *self.add_token(t, rollout, done_N, hidden_ABD, slots.row))
+            return state, response_cache
+
+        def any_running(carry):
+            state, _ = carry
+            return (state.t < self.max_new) & (jnp.sum(~state.done.reshape(parts, -1), axis=1).max() > slot_count)
+
+        state, response_cache = jax.lax.while_loop(any_running, step, (state, slots.response_cache))
+        return slots._replace(response_cache=response_cache), state
+
+
 @partial(jax.jit, static_argnames=("max_new", "temperature", "eos", "prefix", "compact"))
 def sample(
     model: Transformer,
@@ -147,81 +249,20 @@ def sample(
             are decoded further, so that ended rows cost nothing. Each share is one more loop to compile.
     """
     P, G = key_PG.shape
-    N, config, key_N = P * G, model.config, key_PG.reshape(-1)
     parts = axis_size("prompts") if P % axis_size("prompts") == 0 else 1
+    key_N = key_PG.reshape(-1)
     hidden_PSD, prompt_cache = decoding.prefill(model, prompt_PS, prefix)
     fused = decoding.fuse(model)
-    unembed_VD = constrain(transformer.cast(model.unembed, config), "spread_vocab")
-
-    def choose(hidden_CD, t, key_C):
-        logit_CV = einsum_f32("cd,vd->cv", constrain(hidden_CD, "weights_stay"), unembed_VD)
-        logit_CV = constrain(logit_CV, "weights_stay", "spread_vocab")
-        logit_CV = softcap(logit_CV, config.final_softcap) / (temperature or 1.0)
-        if temperature:
-            uniform_C2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(key_C)
-            return sample_categorical(uniform_C2, logit_CV)
-        token_C = jnp.argmax(logit_CV, axis=-1).astype(jnp.int32)
-        return token_C, entry(logit_CV, token_C) - jax.nn.logsumexp(logit_CV, axis=-1)
-
-    def record(rollout, done_N, t, hidden_ABD, row_AB):
-        row_C = row_AB.reshape(-1)
-        token_C, logp_C = choose(hidden_ABD.reshape(-1, config.width), t, key_N[row_C])
-        done_C = done_N[row_C]
-        token_C = jnp.where(done_C, eos[0], token_C)
-        stops_C = ~done_C & jnp.isin(token_C, jnp.array(eos))
-        rollout = Rollout(
-            response=rollout.response.at[row_C, t].set(token_C),
-            response_len=rollout.response_len.at[row_C].add(~done_C),
-            finish=rollout.finish.at[row_C].add(stops_C),
-            logp=rollout.logp.at[row_C, t].set(jnp.where(done_C, 0.0, logp_C)),
-        )
-        return rollout, done_N.at[row_C].set(done_C | stops_C)
-
-    def decode_until(slot_count: int, slots: Slots, t, rollout, done_N):
-        """Decodes until at most `slot_count` rows of each part have not ended."""
-
-        def step(carry):
-            t, rollout, done_N, response_cache = carry
-            hidden_ABD, response_cache = decoding.decode(
-                model, fused, rollout.response[slots.row, t - 1], t - 1,
-                slots.prompt_len, slots.prompt_mask, slots.prompt_cache, response_cache,
-            )  # fmt: skip
-            return t + 1, *record(rollout, done_N, t, hidden_ABD, slots.row), response_cache
-
-        def any_running(carry):
-            return (carry[0] < max_new) & (jnp.sum(~carry[2].reshape(parts, -1), axis=1).max() > slot_count)
-
-        t, rollout, done_N, response_cache = jax.lax.while_loop(
-            any_running, step, (t, rollout, done_N, slots.response_cache)
-        )
-        return slots._replace(response_cache=response_cache), t, rollout, done_N
-
-    kv_shape = (config.layers, P, config.kv_heads, G, max_new, config.head_dim)
-    caches = ((*prompt_cache,), (jnp.zeros(kv_shape, hidden_PSD.dtype), jnp.zeros(kv_shape, hidden_PSD.dtype)))
-    prompt_cache, response_cache = jax.tree.map(lambda x: constrain(x, None, "prompts", "heads"), caches)
-    slots = Slots(
-        jnp.arange(N).reshape(P, G),
-        len(prefix) + prompt_len_P,
-        length_mask(len(prefix) + prompt_len_P, len(prefix) + prompt_PS.shape[1]),
-        prompt_cache,
-        response_cache,
-    )
-    empty_rollout = Rollout(
-        response=jnp.full((N, max_new), eos[0], jnp.int32),
-        response_len=jnp.zeros(N, jnp.int32),
-        finish=jnp.zeros(N, jnp.int32),
-        logp=jnp.zeros((N, max_new)),
-    )
-    first_PGD = jnp.broadcast_to(transformer.last_token(hidden_PSD, prompt_len_P)[:, None], (P, G, config.width))
-    state = (jnp.ones((), jnp.int32), *record(empty_rollout, jnp.zeros(N, bool), 0, first_PGD, slots.row))
-    slot_counts = [
-        int(share * N / parts) for share in compact if share * N / parts >= MIN_ROWS and max_new >= MIN_TOKENS
-    ]
-    for slot_count in slot_counts:
-        slots, *state = decode_until(slot_count, slots, *state)
-        slots = compact_slots(slots, state[2], slot_count, parts)
-    _, _, rollout, _ = decode_until(0, slots, *state)
-    return jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), rollout)
+    unembed_VD = constrain(transformer.cast(model.unembed, model.config), "spread_vocab")
+    sampler = Sampler(model, fused, unembed_VD, key_N, max_new, temperature, eos)
+    slots = first_slots(model.config, len(prefix) + prompt_len_P, prompt_cache, G, max_new)
+    state = sampler.first_state(hidden_PSD, prompt_len_P, slots.row)
+    for slot_count in (int(share * P * G / parts) for share in compact):
+        if slot_count >= MIN_ROWS and max_new >= MIN_TOKENS:
+            slots, state = sampler.decode_until(slot_count, parts, slots, state)
+            slots = compact_slots(slots, state.done, slot_count, parts)
+    _, state = sampler.decode_until(0, parts, slots, state)
+    return jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), state.rollout)
 
 
 def response_keys(key: Array, prompt_index_P: Array, group_size: int) -> Array:
