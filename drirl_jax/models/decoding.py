@@ -10,16 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from drirl_jax.models.architecture import Config
 from drirl_jax.models.attention import (
     layer_cos_sin,
     limit_to_window,
     local_layers,
     response_attention,
     response_heads_first,
-    rope,
     rope_cos_sin,
 )
-from drirl_jax.models.transformer import ACTIVATIONS, Transformer, cast, embed, norm_sizes, prompt_layer, rms_norm
+from drirl_jax.models.transformer import (
+    Transformer,
+    attention_inputs,
+    cast,
+    embed,
+    finish_layer,
+    norm_sizes,
+    prompt_layer,
+    rms_norm,
+)
 from drirl_jax.runtime.sharding import constrain
 from drirl_jax.types import Array
 
@@ -95,6 +104,37 @@ def fuse(model: Transformer) -> DecodeBlock:
     )
 
 
+class DecodeLayer(NamedTuple):
+    """A `transformer.Layer` of a `DecodeBlock` without the axis of the layers, for states [P, G, D]."""
+
+    config: Config
+    block: DecodeBlock
+
+    def norm(self, name: str, x: Array) -> Array:
+        return rms_norm(x, self.block.norms[name], self.config)
+
+    def qkv(self, x: Array) -> tuple[Array, Array, Array]:
+        config, hd = self.config, self.config.head_dim
+        qkv = jnp.einsum("pgi,iko->pgko", constrain(x, "weights_stay"), self.block.qkv)
+        qkv = constrain(qkv, "weights_stay", None, "heads")
+        qkv = constrain(qkv if self.block.qkv_bias is None else qkv + self.block.qkv_bias, "prompts", None, "heads")
+        query_width = config.heads // config.kv_heads * hd
+        q, k, v = jnp.split(qkv, (query_width, query_width + hd), axis=-1)
+        return rearrange(q, "p g k (r d) -> p g (k r) d", d=hd), k, v
+
+    def output(self, attended: Array) -> Array:
+        attended = constrain(rearrange(attended, "p g h d -> p g (h d)"), "weights_stay", None, "heads")
+        return constrain(jnp.einsum("pgi,io->pgo", attended, self.block.o), "weights_stay", None, "width")
+
+    def gate_up(self, x: Array) -> tuple[Array, Array]:
+        gate_up = jnp.einsum("pgi,ico->pgco", constrain(x, "weights_stay"), self.block.gate_up)
+        gate_up = constrain(gate_up, "weights_stay", None, None, "ffn")
+        return gate_up[:, :, 0], gate_up[:, :, 1]
+
+    def down(self, x: Array) -> Array:
+        return constrain(jnp.einsum("pgi,io->pgo", x, self.block.down), "weights_stay", None, "width")
+
+
 def decode(
     model: Transformer, fused: DecodeBlock, token_PG, t, prompt_len_P, prompt_mask_PS, prompt_cache, response_cache
 ):
@@ -112,68 +152,51 @@ def decode(
         ([P, G, D] final hidden states, response_cache with entry t filled).
     """
     config = model.config
-    P, G = token_PG.shape
-    T = response_cache[0].shape[4]
     position_P1 = (prompt_len_P + t)[:, None]
-    cos_sin = rope_cos_sin(config, jnp.broadcast_to(position_P1, (P, G)))
-    step_size = max(FILLED, -(-T // 4))
-    sizes = (*range(step_size, T, step_size), T)
-    query_width = config.heads // config.kv_heads * config.head_dim
-
-    def attend_to_first(size: int):
-        """Attention that reads only the first `size` entries of the response's cache."""
-
-        def attend(q_PG1Hd, prompt_k, prompt_v, response_k, response_v, i, local):
-            shape = (1, *response_k.shape[1:4], size, config.head_dim)
-            response_kv = (
-                jax.lax.dynamic_slice(cache, (i, 0, 0, 0, 0, 0), shape)[0] for cache in (response_k, response_v)
-            )
-            key_S = np.arange(prompt_mask_PS.shape[1])
-            prompt_mask_P1S = limit_to_window(config, local, prompt_mask_PS[:, None], position_P1, key_S)
-            response_mask_1U = limit_to_window(
-                config, local, (jnp.arange(size) <= t)[None], jnp.reshape(t, 1), np.arange(size)
-            )
-            return response_attention(
-                config, q_PG1Hd, prompt_k, prompt_v, prompt_mask_P1S, *response_kv, response_mask_1U
-            )
-
-        return attend
+    cos_sin = rope_cos_sin(config, jnp.broadcast_to(position_P1, token_PG.shape))
+    attend = partial(_attend_to_caches, config, t, position_P1, prompt_mask_PS)
 
     def run_layer(carry, inputs):
-        x_PGD, response_k, response_v = carry
+        x_PGD, *response_kv = carry
         i, block, prompt_k, prompt_v, local = inputs
-
-        def norm(name, x):
-            return rms_norm(x, block.norms[name], config)
-
-        normed = constrain(norm("attn_norm", x_PGD), "weights_stay")
-        qkv = constrain(jnp.einsum("pgi,iko->pgko", normed, block.qkv), "weights_stay", None, "heads")
-        qkv = constrain(qkv + block.qkv_bias if config.qkv_bias else qkv, "prompts", None, "heads")
-        q, k, v = jnp.split(qkv, (query_width, query_width + config.head_dim), axis=-1)
-        q = rearrange(q, "p g k (r d) -> p g (k r) d", d=config.head_dim)
-        if config.qk_norm:
-            q, k = norm("q_norm", q), norm("k_norm", k)
-        cos_sin_of_layer = layer_cos_sin(config, cos_sin, local)
-        q, k = rope(q, cos_sin_of_layer), rope(k, cos_sin_of_layer)
-        start = (i, 0, 0, 0, t, 0)
-        response_k = jax.lax.dynamic_update_slice(response_k, response_heads_first(k[:, :, None])[None], start)
-        response_v = jax.lax.dynamic_update_slice(response_v, response_heads_first(v[:, :, None])[None], start)
-        attend_by_size = [attend_to_first(size) for size in sizes]
-        operands = (q[:, :, None], prompt_k, prompt_v, response_k, response_v, i, local)
-        # For a branch a TPU copies the whole cache in every layer. That costs more than to read all of one layer's.
-        attend_filled = partial(jax.lax.switch, t // step_size, attend_by_size)
-        attended = jax.lax.platform_dependent(*operands, cpu=attend_filled, default=attend_by_size[-1])
-        attended = constrain(rearrange(attended[:, :, 0], "p g h d -> p g (h d)"), "weights_stay", None, "heads")
-        out = constrain(jnp.einsum("pgi,io->pgo", attended, block.o), "weights_stay", None, "width")
-        x_PGD += norm("attn_post_norm", out) if config.post_norms else out
-        normed = constrain(norm("mlp_norm", x_PGD), "weights_stay")
-        gate_up = constrain(jnp.einsum("pgi,ico->pgco", normed, block.gate_up), "weights_stay", None, None, "ffn")
-        gated = ACTIVATIONS[config.activation](gate_up[:, :, 0]) * gate_up[:, :, 1]
-        out = constrain(jnp.einsum("pgi,io->pgo", gated, block.down), "weights_stay", None, "width")
-        x_PGD += norm("mlp_post_norm", out) if config.post_norms else out
-        return (x_PGD, response_k, response_v), None
+        layer = DecodeLayer(config, block)
+        q, k, v = attention_inputs(layer, x_PGD, layer_cos_sin(config, cos_sin, local))
+        response_k, response_v = (
+            jax.lax.dynamic_update_slice(cache, response_heads_first(x[:, :, None])[None], (i, 0, 0, 0, t, 0))
+            for cache, x in zip(response_kv, (k, v))
+        )
+        attended = attend(q[:, :, None], prompt_k, prompt_v, response_k, response_v, i, local)
+        return (finish_layer(layer, x_PGD, attended[:, :, 0]), response_k, response_v), None
 
     # The scan carries the cache, so that XLA updates it in place.
     inputs = (jnp.arange(config.layers), fused, *prompt_cache, local_layers(config))
     (x_PGD, *response_cache), _ = jax.lax.scan(run_layer, (embed(model, token_PG), *response_cache), inputs)
     return rms_norm(x_PGD, model.norm[...], config), tuple(response_cache)
+
+
+def _attend_to_caches(config: Config, t, position_P1, prompt_mask_PS, *operands) -> Array:
+    """[P, G, 1, H, hd] attention of response token t to its prompt and to the tokens up to t of its response.
+
+    Args:
+        t, prompt_mask_PS: see `decode`.
+        position_P1: position of token t in the whole text.
+        operands: queries [P, G, 1, H, hd]; keys and values of the prompts, of one layer, and of the responses, of all
+            layers; the layer's index, and its entry of `local_layers`.
+    """
+    T = operands[3].shape[4]
+    step_size = max(FILLED, -(-T // 4))
+
+    def attend_to_first(size: int, q_PG1Hd, prompt_k, prompt_v, response_k, response_v, i, local):
+        """Reads only the first `size` entries of the responses' cache."""
+        shape = (1, *response_k.shape[1:4], size, config.head_dim)
+        start = (i, 0, 0, 0, 0, 0)
+        filled_k, filled_v = (jax.lax.dynamic_slice(cache, start, shape)[0] for cache in (response_k, response_v))
+        key_S, key_U = np.arange(prompt_mask_PS.shape[1]), np.arange(size)
+        prompt_mask_P1S = limit_to_window(config, local, prompt_mask_PS[:, None], position_P1, key_S)
+        mask_1U = limit_to_window(config, local, (jnp.arange(size) <= t)[None], jnp.reshape(t, 1), key_U)
+        return response_attention(config, q_PG1Hd, prompt_k, prompt_v, prompt_mask_P1S, filled_k, filled_v, mask_1U)
+
+    attend_by_size = [partial(attend_to_first, size) for size in (*range(step_size, T, step_size), T)]
+    # For a branch a TPU copies the whole cache in every layer. That costs more than to read all of one layer's.
+    attend_filled = partial(jax.lax.switch, t // step_size, attend_by_size)
+    return jax.lax.platform_dependent(*operands, cpu=attend_filled, default=attend_by_size[-1])

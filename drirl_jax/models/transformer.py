@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Callable, Mapping, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def norm_sizes(config: Config) -> dict[str, int]:
 
 
 class Block(Frozen):
-    """One layer: attention and a gated MLP, each with an RMSNorm before it and a residual; a config may add norms."""
+    """The weights of one layer: attention and a gated MLP, each with an RMSNorm before it; a config may add norms."""
 
     def __init__(self, config: Config, key: Array):
         d, hd = config.width, config.head_dim
@@ -84,39 +85,108 @@ class Block(Frozen):
         for name in "qkv" if config.qkv_bias else "":
             setattr(self, f"{name}_bias", param(config, jnp.zeros(shapes[name][0])))
 
-    # From norm to residual the rows of all prompts are one axis M = P·N. Over [P, N, width] XLA's CPU code is slow for
-    # elementwise operations, and the gradient of an MLP takes a quarter more time.
 
-    def linear(self, name: str, x_MI: Array, adapter, route_P) -> Array:
+def rms_norm(x: Array, weight: Array, config: Config) -> Array:
+    """x / √(mean x² + ε) · (offset + w) over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + config.norm_eps)
+    if config.norm_offset:  # in bfloat16, 1 + w would lose most of w
+        return (x32 * (config.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
+    return x32.astype(x.dtype) * weight.astype(x.dtype)
+
+
+class Layer(Protocol):
+    """The weights of one layer and how they are applied. What a layer computes with them is in the two functions below.
+
+    Training and prefill have an `AdaptedBlock`, decoding has a `decoding.DecodeLayer`. The leading axes of the states
+    are the implementation's own.
+    """
+
+    @property
+    def config(self) -> Config: ...
+
+    def norm(self, name: str, x: Array) -> Array:
+        """`rms_norm` with the weight that has this name in `norm_sizes`."""
+
+    def qkv(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries [..., H, hd], keys and values [..., KV, hd] of states [..., D]."""
+
+    def output(self, attended: Array) -> Array:
+        """The output projection of attention, [..., H, hd] to [..., D]."""
+
+    def gate_up(self, x: Array) -> tuple[Array, Array]:
+        """The two projections of the MLP, [..., D] to [..., F] each."""
+
+    def down(self, x: Array) -> Array:
+        """The last projection of the MLP, [..., F] to [..., D]."""
+
+
+def attention_inputs(layer: Layer, x: Array, cos_sin: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    """Rotated queries [..., H, hd], rotated keys and values [..., KV, hd] of the residual stream x [..., D]."""
+    q, k, v = layer.qkv(layer.norm("attn_norm", x))
+    if layer.config.qk_norm:
+        q, k = layer.norm("q_norm", q), layer.norm("k_norm", k)
+    return rope(q, cos_sin), rope(k, cos_sin), v
+
+
+def finish_layer(layer: Layer, x: Array, attended: Array) -> Array:
+    """The residual stream x [..., D] after a layer, from the result of its attention [..., H, hd]."""
+    config = layer.config
+    out = layer.output(attended)
+    x += layer.norm("attn_post_norm", out) if config.post_norms else out
+    gate, up = layer.gate_up(layer.norm("mlp_norm", x))
+    out = layer.down(ACTIVATIONS[config.activation](gate) * up)
+    return x + (layer.norm("mlp_post_norm", out) if config.post_norms else out)
+
+
+class AdaptedBlock(NamedTuple):
+    """A `Layer` of a `Block` and its adapter, for states [M, D] of P prompts.
+
+    The rows of all prompts are one axis M = P·N. Over [P, N, width] XLA's CPU code is slow for elementwise operations,
+    and the gradient of an MLP takes a quarter more time.
+
+    Attributes:
+        adapter: what changes the matrices, by name; {} for nothing.
+        route_P: see `apply`.
+        prompts: P.
+    """
+
+    config: Config
+    block: Block
+    adapter: Mapping[str, Callable]
+    route_P: Array | None
+    prompts: int
+
+    def norm(self, name: str, x: Array) -> Array:
+        return rms_norm(x, getattr(self.block, name)[...], self.config)
+
+    def linear(self, name: str, x_MI: Array) -> Array:
         """W x, plus the bias if there is one, plus ΔW x if the adapter changes this matrix, [M, out]."""
-        y_MO = jnp.einsum("mi,oi->mo", x_MI, getattr(self, name)[...])
-        if hasattr(self, f"{name}_bias"):
-            y_MO += getattr(self, f"{name}_bias")[...]
-        return checkpoint_name(y_MO + adapter[name](x_MI, route_P) if name in adapter else y_MO, LINEAR)
+        y_MO = jnp.einsum("mi,oi->mo", x_MI, getattr(self.block, name)[...])
+        if hasattr(self.block, f"{name}_bias"):
+            y_MO += getattr(self.block, f"{name}_bias")[...]
+        return checkpoint_name(y_MO + self.adapter[name](x_MI, self.route_P) if name in self.adapter else y_MO, LINEAR)
 
-    def qkv(self, config: Config, x_PND, cos_sin, adapter, route_P):
-        """Rotated queries [P, N, H, hd], rotated keys and values [P, N, KV, hd]."""
-        x_MD = rms_norm(rearrange(x_PND, "p n d -> (p n) d"), self.attn_norm[...], config)
+    def qkv(self, x: Array) -> tuple[Array, Array, Array]:
         q, k, v = (
-            rearrange(
-                self.linear(name, x_MD, adapter, route_P), "(p n) (h d) -> p n h d", p=len(x_PND), d=config.head_dim
-            )
+            rearrange(self.linear(name, x), "(p n) (h d) -> p n h d", p=self.prompts, d=self.config.head_dim)
             for name in "qkv"
         )
-        if config.qk_norm:
-            q, k = rms_norm(q, self.q_norm[...], config), rms_norm(k, self.k_norm[...], config)
-        return rope(q, cos_sin), rope(k, cos_sin), v
+        return q, k, v
 
-    def finish(self, config: Config, x_PND, attended_PNHd, adapter, route_P):
-        """Output projection and MLP, each added to the residual stream."""
-        x_MD, attended_MO = rearrange(x_PND, "p n d -> (p n) d"), rearrange(attended_PNHd, "p n h d -> (p n) (h d)")
-        h_MD = self.linear("o", attended_MO, adapter, route_P)
-        x_MD += rms_norm(h_MD, self.attn_post_norm[...], config) if config.post_norms else h_MD
-        h_MD = rms_norm(x_MD, self.mlp_norm[...], config)
-        gate_MF = ACTIVATIONS[config.activation](self.linear("gate", h_MD, adapter, route_P))
-        h_MD = self.linear("down", gate_MF * self.linear("up", h_MD, adapter, route_P), adapter, route_P)
-        x_MD += rms_norm(h_MD, self.mlp_post_norm[...], config) if config.post_norms else h_MD
-        return x_MD.reshape(x_PND.shape)
+    def output(self, attended: Array) -> Array:
+        return self.linear("o", rearrange(attended, "p n h d -> (p n) (h d)"))
+
+    def gate_up(self, x: Array) -> tuple[Array, Array]:
+        return self.linear("gate", x), self.linear("up", x)
+
+    def down(self, x: Array) -> Array:
+        return self.linear("down", x)
+
+
+def flatten_rows(x_PND: Array) -> Array:
+    """[M, D] the states of P prompts as an `AdaptedBlock` takes them."""
+    return rearrange(x_PND, "p n d -> (p n) d")
 
 
 class Transformer(Frozen):
@@ -142,15 +212,6 @@ def cast(tree, config: Config):
     return jax.tree.map(lambda x: x.astype(config.dtype), tree)
 
 
-def rms_norm(x: Array, weight: Array, config: Config) -> Array:
-    """x / √(mean x² + ε) · (offset + w) over the last axis, in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + config.norm_eps)
-    if config.norm_offset:  # in bfloat16, 1 + w would lose most of w
-        return (x32 * (config.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
-    return x32.astype(x.dtype) * weight.astype(x.dtype)
-
-
 def embed(model: Transformer, ids: Array) -> Array:
     """[..., D] token embeddings times the config's embed_scale."""
     embedding = constrain(model.embed[...][ids], *("weights_stay", *(None,) * (ids.ndim - 1), "width"))
@@ -168,9 +229,11 @@ def prompt_layer(config: Config, block: Block, x_PSD, cos_sin, local, prefix_kv,
     Returns:
         (new states, (keys, values) of prefix and prompt).
     """
-    q, k, v = block.qkv(config, x_PSD, layer_cos_sin(config, cos_sin, local), adapter, route_P)
+    layer = AdaptedBlock(config, block, adapter, route_P, len(x_PSD))
+    q, k, v = attention_inputs(layer, flatten_rows(x_PSD), layer_cos_sin(config, cos_sin, local))
     k, v = with_prefix(prefix_kv, heads_first(k), heads_first(v))
-    return block.finish(config, x_PSD, prompt_attention(config, q, k, v, local), adapter, route_P), (k, v)
+    attended = prompt_attention(config, q, k, v, local)
+    return finish_layer(layer, flatten_rows(x_PSD), attended).reshape(x_PSD.shape), (k, v)
 
 
 @struct.dataclass
@@ -262,9 +325,10 @@ def _run_layers(
         prefix_kv = None
         if R:
             prefix, prefix_kv = prompt_layer(config, block, prefix, prefix_cos_sin, local, None, layer_adapter, route_P)
-        q, k, v = block.qkv(config, x_PND, layer_cos_sin(config, cos_sin, local), layer_adapter, route_P)
+        layer = AdaptedBlock(config, block, layer_adapter, route_P, len(x_PND))
+        q, k, v = attention_inputs(layer, flatten_rows(x_PND), layer_cos_sin(config, cos_sin, local))
         attended = attention(config, layout, q, k, v, prefix_kv, local)
-        return (prefix, block.finish(config, x_PND, attended, layer_adapter, route_P)), None
+        return (prefix, finish_layer(layer, flatten_rows(x_PND), attended).reshape(x_PND.shape)), None
 
     if remat:
         run_layer = jax.checkpoint(run_layer, policy=jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENDED))
