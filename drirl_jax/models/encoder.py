@@ -77,8 +77,9 @@ class EncoderConfig(NamedTuple):
                     f"the encoder's config.json has {name}={config[name]!r}: only {wanted!r} is supported."
                 )
         names = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
-        sizes = [config.get(name) for name in names.split()] + [config.get("type_vocab_size", 2)]
-        for name, size in zip([*names.split(), "type_vocab_size"], sizes):
+        sizes: list[int] = []
+        for name in [*names.split(), "type_vocab_size"]:
+            size = config.get(name, 2 if name == "type_vocab_size" else None)
             if name not in config and size is None:
                 raise InputError(
                     f"the encoder's config.json lacks the field {name!r}: it does not describe a BERT model."
@@ -87,7 +88,9 @@ class EncoderConfig(NamedTuple):
                 raise InputError(
                     f"the encoder's config.json has {name}={fields.quoted(size)}: that is no size of a BERT model."
                 )
-        encoder_config = cls(*sizes[:-1], norm_eps=fields.number(config, "layer_norm_eps", 1e-12), types=sizes[-1])
+            sizes.append(size)
+        *shape, types = sizes
+        encoder_config = cls(*shape, norm_eps=fields.number(config, "layer_norm_eps", 1e-12), types=types)
         if encoder_config.width % encoder_config.heads:
             raise InputError(
                 f"the encoder's config.json has hidden_size={encoder_config.width}: that is no multiple of its "

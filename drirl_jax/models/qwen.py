@@ -7,6 +7,7 @@ queries and keys of each head (arXiv 2505.09388).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from drirl_jax.models import fields, llama
 from drirl_jax.models.architecture import Config
@@ -22,7 +23,12 @@ LAYER = llama.LAYER | {
 
 
 # Fields of the windows, and the defaults of transformers.
-WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+WINDOWS: dict[str, Any] = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
 
 
 def qwen2_from_hf(hf: Mapping) -> Config:
