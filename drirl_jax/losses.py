@@ -1,4 +1,6 @@
-"""Policy losses: pure jnp on log-probabilities, advantages and masks. Letters are those of types.py."""
+"""Policy losses: pure jnp on log-probabilities, advantages and masks. Letters are those of types.py, also in the
+annotations, which the tests check.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,13 @@ from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, ScalarLike, Shaped
 
 from drirl_jax.equations import standard_scores
-from drirl_jax.types import Array
+from drirl_jax.types import AnyArray, Array
 
 
-def sequence_ratio(log_ratio_PGT: Array, mask_PGT: Array) -> Array:
+def sequence_ratio(log_ratio_PGT: Float[AnyArray, "P G T"], mask_PGT: Bool[AnyArray, "P G T"]) -> Float[Array, "P G T"]:
     """log s_ig = mean_t (log π - log π_old), the same for all tokens of a response. (GSPO, arXiv 2507.18071)"""
     total_PG1 = jnp.sum(log_ratio_PGT * mask_PGT, -1, keepdims=True)
     return jnp.broadcast_to(total_PG1 / jnp.maximum(mask_PGT.sum(-1, keepdims=True), 1), log_ratio_PGT.shape)
@@ -32,7 +35,12 @@ class Ratio(NamedTuple):
 RATIO = {"token": Ratio(lambda log_ratio_PGT, mask_PGT: log_ratio_PGT, True), "sequence": Ratio(sequence_ratio, False)}
 
 
-def clipped_surrogate(log_ratio: Array, advantage: Array, clip_low: float, clip_high: float):
+def clipped_surrogate(
+    log_ratio: Float[AnyArray, "P G T"],
+    advantage: Float[AnyArray, "P G #T"],
+    clip_low: ScalarLike,
+    clip_high: ScalarLike,
+) -> tuple[Float[Array, "P G T"], Bool[Array, "P G T"]]:
     """Clipped surrogate of each token; the policy maximises it.
 
     min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A)     (PPO, arXiv 1707.06347)
@@ -50,7 +58,7 @@ def clipped_surrogate(log_ratio: Array, advantage: Array, clip_low: float, clip_
     return jnp.minimum(ratio * advantage, clipped * advantage), clipped != ratio
 
 
-def off_policy_surrogate(logp: Array, advantage: Array) -> Array:
+def off_policy_surrogate(logp: Float[AnyArray, "P G T"], advantage: Float[AnyArray, "P G #T"]) -> Float[Array, "P G T"]:
     """Objective of each token of a text that the policy did not sample; the policy maximises it.
 
     A log π where A > 0, A π where A <= 0: gradients A ∇log π and A π ∇log π     (ours)
@@ -65,7 +73,7 @@ def off_policy_surrogate(logp: Array, advantage: Array) -> Array:
     return advantage * jnp.where(advantage > 0, logp, jnp.exp(logp))
 
 
-def k3(logp: Array, ref_logp: Array) -> Array:
+def k3(logp: Float[AnyArray, "*shape"], ref_logp: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Unbiased, non-negative estimate of KL(π || π_ref) from a token that π sampled.
 
     k3 = exp(d) - d - 1,  d = log π_ref - log π     (GRPO, arXiv 2402.03300, eq. 4)
@@ -77,18 +85,20 @@ def k3(logp: Array, ref_logp: Array) -> Array:
     return jnp.expm1(d) - d  # exp(d) - 1 - d, without the rounding that can make small values negative
 
 
-def _by_response(share_PMT: Array, mask_PMT: Array) -> Array:
+def _by_response(share_PMT: Float[AnyArray, "P M T"], mask_PMT: Bool[AnyArray, "P M T"]) -> Float[Array, "P M T"]:
     """Weights from each token's share of its response; the mean is over the responses with tokens. See REDUCE."""
     num_responses = jnp.maximum(mask_PMT.any(-1).sum(), 1)
     return share_PMT * mask_PMT.shape[0] / num_responses
 
 
-def weight_by_sequence(mask_PMT: Array) -> Array:
+def weight_by_sequence(mask_PMT: Bool[AnyArray, "P M T"]) -> Float[Array, "P M T"]:
     """Mean over each response's tokens, then over responses: the paper's GRPO."""
     return _by_response(mask_PMT / jnp.maximum(mask_PMT.sum(-1, keepdims=True), 1), mask_PMT)
 
 
-def weight_by_sequence_discounted(mask_PMT: Array, discount: float = 0.7) -> Array:
+def weight_by_sequence_discounted(
+    mask_PMT: Bool[AnyArray, "P M T"], discount: ScalarLike = 0.7
+) -> Float[Array, "P M T"]:
     """Mean over each response's tokens, token t with weight γ^t, then over responses.     (ours)
 
     The first tokens decide whether the policy refuses.
@@ -97,12 +107,12 @@ def weight_by_sequence_discounted(mask_PMT: Array, discount: float = 0.7) -> Arr
     return _by_response(discounted_PMT / jnp.maximum(discounted_PMT.sum(-1, keepdims=True), 1), mask_PMT)
 
 
-def weight_by_token(mask_PMT: Array) -> Array:
+def weight_by_token(mask_PMT: Bool[AnyArray, "P M T"]) -> Float[Array, "P M T"]:
     """Mean over all tokens of the batch: long responses count for more. (DAPO, arXiv 2503.14476)"""
     return mask_PMT * mask_PMT.shape[0] / jnp.maximum(mask_PMT.sum(), 1)
 
 
-def weight_by_constant(mask_PMT: Array) -> Array:
+def weight_by_constant(mask_PMT: Bool[AnyArray, "P M T"]) -> Float[Array, "P M T"]:
     """Sum over each response's tokens divided by T, then the mean over responses. (Dr. GRPO, arXiv 2503.20783)"""
     return _by_response(mask_PMT / mask_PMT.shape[-1], mask_PMT)
 
@@ -117,9 +127,9 @@ REDUCE = {
 }
 
 
-def weighted(value_PMT: Array, weight_PMT: Array) -> Array:
-    """mean_i Σ_gt w_igt v_igt, scalar."""
-    return jnp.sum(value_PMT * weight_PMT) / weight_PMT.shape[0]
+def weighted(value: Shaped[AnyArray, "*#shape"], weight: Float[AnyArray, "*shape"]) -> Float[Array, ""]:
+    """mean_i Σ_gt w_igt v_igt, scalar, over prompts i; the values of [P, M, 1 or T] may also be bool."""
+    return jnp.sum(value * weight) / weight.shape[0]
 
 
 class Weights(NamedTuple):
@@ -132,13 +142,13 @@ class Weights(NamedTuple):
         responses: [P, M, T] for scalars per response: all members' tokens, equal for each response, whatever REDUCE.
     """
 
-    members: Array
-    sampled: Array
-    tokens: Array
-    responses: Array
+    members: Float[AnyArray, "P M T"]
+    sampled: Float[AnyArray, "P G T"]
+    tokens: Float[AnyArray, "P G T"]
+    responses: Float[AnyArray, "P M T"]
 
 
-def token_weights(reduce: str, mask_PMT: Array, sampled: int) -> Weights:
+def token_weights(reduce: str, mask_PMT: Bool[AnyArray, "P M T"], sampled: int) -> Weights:
     """The weights by a row of REDUCE; the first `sampled` members of each group are samples."""
     mask_PGT = mask_PMT[:, :sampled]
     return Weights(
@@ -149,7 +159,7 @@ def token_weights(reduce: str, mask_PMT: Array, sampled: int) -> Weights:
     )
 
 
-def prompt_weights(weight_PK: Array) -> Array:
+def prompt_weights(weight_PK: Float[AnyArray, "P K"]) -> Float[Array, " P"]:
     """[P] weights of a batch's prompts: 0 for a prompt whose pairs all weigh 0, equal for the others, mean 1.
 
     Like those of REDUCE they come from the whole batch.
@@ -162,18 +172,18 @@ def prompt_weights(weight_PK: Array) -> Array:
 
 
 def policy_loss(
-    logp_PMT: Array,
-    old_logp_PGT: Array,
-    ref_logp_PGT: Array | None,
-    advantage_PMT: Array,
-    mask_PMT: Array,
+    logp_PMT: Float[AnyArray, "P M T"],
+    old_logp_PGT: Float[AnyArray, "P G T"],
+    ref_logp_PGT: Float[AnyArray, "P G T"] | None,
+    advantage_PMT: Float[AnyArray, "P M #T"],
+    mask_PMT: Bool[AnyArray, "P M T"],
     weights: Weights,
     *,
-    clip_low: float,
-    clip_high: float,
-    beta_kl: float,
+    clip_low: ScalarLike,
+    clip_high: ScalarLike,
+    beta_kl: ScalarLike,
     ratio: str,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """GRPO's loss: minus the clipped surrogate plus β_kl · k3, averaged over real tokens.
 
     L = -mean[ min(ρ A, clip(ρ) A) ] + β_kl mean[ k3 ]     (GRPO, arXiv 2402.03300, eq. 3)
@@ -223,8 +233,12 @@ def policy_loss(
 
 
 def generalised_advantage(
-    reward_PG: Array, value_PGT: Array, mask_PGT: Array, gamma: float, lam: float
-) -> tuple[Array, Array]:
+    reward_PG: Float[AnyArray, "P G"],
+    value_PGT: Float[AnyArray, "P G T"],
+    mask_PGT: Bool[AnyArray, "P G T"],
+    gamma: ScalarLike,
+    lam: ScalarLike,
+) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
     """Generalised advantage estimates; the whole reward comes with a response's last token.
 
     A_t = Σ_k (γλ)^k δ_{t+k},  δ_t = r_t + γ V_{t+1} - V_t     (GAE, arXiv 1506.02438, eq. 16; V after the end is 0)
@@ -253,7 +267,9 @@ def generalised_advantage(
     return advantage_PGT, advantage_PGT + value_PGT
 
 
-def whitened(advantage_PGT: Array, mask_PGT: Array, eps: float = 1e-6) -> Array:
+def whitened(
+    advantage_PGT: Float[AnyArray, "P G T"], mask_PGT: Bool[AnyArray, "P G T"], eps: ScalarLike = 1e-6
+) -> Float[Array, "P G T"]:
     """(A - mean) / (std + ε) over all real tokens of the batch, population std; 0 at padding.
 
     Args:
@@ -267,7 +283,12 @@ def whitened(advantage_PGT: Array, mask_PGT: Array, eps: float = 1e-6) -> Array:
     return standard_scores(advantage_PGT, eps, where=mask_PGT)
 
 
-def value_loss(value: Array, old_value: Array, returns: Array, clip: float) -> Array:
+def value_loss(
+    value: Float[AnyArray, "*shape"],
+    old_value: Float[AnyArray, "*shape"],
+    returns: Float[AnyArray, "*shape"],
+    clip: ScalarLike,
+) -> Float[Array, "*shape"]:
     """Loss of each token's value, clipped around the value at the time of sampling.
 
     ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)     (the released code of PPO, arXiv 1707.06347)
@@ -292,7 +313,9 @@ ALPHA_ON = {
 }
 
 
-def preference(margin: Array, alpha: Array, beta: float, alpha_on: str) -> Array:
+def preference(
+    margin: Float[AnyArray, "*shape"], alpha: Float[AnyArray, "*shape"], beta: ScalarLike, alpha_on: str
+) -> Float[Array, "*shape"]:
     """Loss of a pair of a chosen and a rejected response.
 
     ℓ = -log σ(αβ m) ('beta') or -α log σ(β m) ('loss'),  m = log π/π_ref (chosen) - log π/π_ref (rejected)

@@ -10,9 +10,10 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from drirl_jax import equations as eq
-from drirl_jax.types import Array
+from drirl_jax.types import AnyArray, Array
 
 
 class Similarity(NamedTuple):
@@ -45,7 +46,7 @@ def _responsiveness_of_mean(gap_PG, keep_PG, category_P, baseline_C):
     return eq.model_responsiveness(kept_gap_C, baseline_C, present_C)
 
 
-TABLES = {
+TABLES: dict[str, dict[str, Any]] = {
     # W from the cosines of parts
     "mean_over": {"response": eq.align_response, "demo": eq.align_demo, "both": eq.align_both},
     "similarity": {
@@ -120,10 +121,10 @@ class Stats(NamedTuple):
         delta_seen: bool, whether δ̄_c has a value.
     """
 
-    delta: Array
-    gap: Array
-    gap_seen: Array
-    delta_seen: Array
+    delta: Float[AnyArray, " C"]
+    gap: Float[AnyArray, " C"]
+    gap_seen: Bool[AnyArray, " C"]
+    delta_seen: Bool[AnyArray, " C"]
 
     @classmethod
     def fresh(cls, categories: int) -> "Stats":
@@ -137,13 +138,13 @@ class Parts(NamedTuple):
     An empty response has one real part with the zero vector, so its δ to any demonstration is 1.
     """
 
-    response_PGKE: Any
-    response_mask_PGK: Any
-    demo_PLE: Any
-    demo_mask_PL: Any
+    response_PGKE: Float[AnyArray, "P G K E"]
+    response_mask_PGK: Bool[AnyArray, "P G K"]
+    demo_PLE: Float[AnyArray, "P L E"]
+    demo_mask_PL: Bool[AnyArray, "P L"]
 
 
-def distances(options: Options, parts: Parts) -> Array:
+def distances(options: Options, parts: Parts) -> Float[Array, "P G"]:
     """[P, G] δ = 1 - W in [0, 2]: how far each response is from the demonstration.
 
     The clip is needed: rounding may lift the cosine of equal texts above 1. Then δ < 0, and α^D = 1/δ would change the
@@ -155,8 +156,13 @@ def distances(options: Options, parts: Parts) -> Array:
 
 @partial(jax.jit, static_argnames="options")
 def coefficients(
-    options: Options, stats: Stats, parts: Parts, reward_PG: Array, demo_reward_P: Array, category_P: Array
-) -> tuple[Array, Stats, dict[str, Array]]:
+    options: Options,
+    stats: Stats,
+    parts: Parts,
+    reward_PG: Float[AnyArray, "P G"],
+    demo_reward_P: Float[AnyArray, " P"],
+    category_P: Int[AnyArray, " P"],
+) -> tuple[Float[Array, "P G"], Stats, dict[str, Array]]:
     """GRPO-S coefficients α_ig of a batch, and the statistics updated with it (after their use, as in the method).
 
     Returns:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from drirl_jax.errors import InputError as InputError
 
 Array: TypeAlias = jax.Array
+AnyArray: TypeAlias = jax.Array | np.ndarray  # on a device (or a tracer), or on the host
 PyTree: TypeAlias = Any
 
 

@@ -4,9 +4,14 @@ import threading
 import jax
 import pytest
 from helpers import endpoint_server
+from jaxtyping import install_import_hook
 
-from drirl_jax.models import families, hf
-from drirl_jax.models.transformer import Transformer
+# The hook checks the shapes in the annotations of these modules in every test. It acts on modules that are imported
+# inside the block, so nothing of the package is imported before it.
+with install_import_hook(["drirl_jax.equations", "drirl_jax.losses", "drirl_jax.scaling"], "beartype.beartype"):
+    from drirl_jax import losses, scaling  # noqa: F401
+    from drirl_jax.models import families, hf
+    from drirl_jax.models.transformer import Transformer
 
 
 def pytest_collection_modifyitems(items):

@@ -9,9 +9,10 @@ import pytest
 from helpers import method_numpy as mn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from drirl_jax import equations as eq
-from drirl_jax import scaling
+from drirl_jax import losses, scaling
 
 LN3 = float(np.log(3.0))  # σ(ln 3) = 3/4, σ(-ln 3) = 1/4
 SEEDS = range(3)
@@ -30,6 +31,24 @@ def check(function, arrays, want, rtol=2e-5, atol=2e-6):
 def unit(rng, *shape):
     x = rng.normal(size=shape)
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def test_a_wrong_shape_is_an_error_and_no_broadcast():
+    # Each of these would broadcast: one demonstration to all prompts, one mask to all prompts, rewards to categories.
+    reward, parts = np.zeros((3, 2), np.float32), np.zeros((3, 2, 4, 5), np.float32)
+    for run in (eq.gap, jax.jit(eq.gap)):
+        assert run(np.zeros(3, np.float32), reward).shape == (3, 2)
+        with pytest.raises(TypeCheckError, match="gap"):
+            run(np.zeros(1, np.float32), reward)
+    with pytest.raises(TypeCheckError, match="align_response"):
+        eq.align_response(parts, np.ones((1, 2, 4), bool), np.ones((3, 5), bool))
+    with pytest.raises(TypeCheckError, match="zscore"):
+        eq.zscore(reward[:, :1], np.zeros(2, np.float32), np.ones(2, np.float32))
+    with pytest.raises(TypeCheckError, match="preference"):
+        losses.preference(reward, reward[:, :1], 0.1, "beta")
+    with pytest.raises(TypeCheckError, match="coefficients"):
+        parts = scaling.Parts(parts, np.ones((3, 2, 4), bool), parts[:, 0], np.ones((3, 4), bool))
+        scaling.coefficients(scaling.Options(), scaling.Stats.fresh(2), parts, reward, reward[:1, 0], np.zeros(3, int))
 
 
 # ---- category rewards ------------------------------------------------------------------------------------
@@ -75,7 +94,12 @@ def test_zscore():
     # (7 - 1)/3 = 2, (1 - 1)/3 = 0, (-2 - 4)/0.5 = -12: each row by its own category's statistics.
     check(eq.zscore, (np.float32([7, 1, -2]), np.float32([1, 1, 4]), np.float32([3, 3, 0.5])), [2, 0, -12])
     seen = np.random.default_rng(0).normal(5, 3, 30).astype(np.float32)
-    check(lambda r: eq.zscore(r, seen.mean(), seen.std()), (seen,), mn.zscore(seen, seen), atol=1e-5)
+    check(
+        lambda r: eq.zscore(r, seen.mean(keepdims=True), seen.std(keepdims=True)),
+        (seen,),
+        mn.zscore(seen, seen),
+        atol=1e-5,
+    )
 
 
 # ---- advantages ------------------------------------------------------------------------------------------

@@ -81,4 +81,4 @@ def test_equations_and_losses_know_neither_config_nor_input():
             alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
         }
         found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert found <= {"__future__", "fractions", "typing", "jax", "drirl_jax"}
+        assert found <= {"__future__", "fractions", "typing", "jax", "jaxtyping", "drirl_jax"}
