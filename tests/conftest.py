@@ -1,4 +1,6 @@
 import importlib.util
+import os
+import tempfile
 import threading
 
 import jax
@@ -7,6 +9,14 @@ from helpers import endpoint_server
 
 from drirl_jax.models import families, hf
 from drirl_jax.models.transformer import Transformer
+
+
+def pytest_configure(config):
+    """The first process makes the compilation cache of all; workers and runs inherit where it lies."""
+    if "TESTS_CACHE" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="drirl_jax_cache_", ignore_cleanup_errors=True)
+        os.environ["TESTS_CACHE"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items):
@@ -30,9 +40,9 @@ def policy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A compilation cache that tests in one process share."""
-    return tmp_path_factory.mktemp("cache")
+def cache():
+    """The compilation cache that all processes of the tests share."""
+    return os.environ["TESTS_CACHE"]
 
 
 @pytest.fixture
