@@ -19,10 +19,22 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
 
 
+# `-m smoke` takes these files and the tests that are marked so: equations, losses, scaling, data, config, the loop.
+SMOKE = {
+    "equations_test.py", "losses_test.py", "scaling_test.py", "flags_test.py", "layers_test.py", "ranges_test.py",
+    "values_test.py", "guards_test.py", "intervals_test.py", "replies_test.py", "thoughts_test.py",
+}  # fmt: skip
+# The files that take longest come first, so that of two processes neither waits long for the other's last file.
+LONGEST = ["run_test.py", "faults_test.py", "sharding_test.py", "study_test.py", "align_test.py", "objectives_test.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that of two processes neither waits long for the other's last file."""
-    first = ["run_test.py", "faults_test.py", "objectives_test.py", "align_test.py"]
-    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+    """Marks the smoke tests before `-m` chooses, and sorts the files."""
+    for item in items:
+        if item.path.name in SMOKE:
+            item.add_marker("smoke")
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

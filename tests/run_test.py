@@ -182,6 +182,7 @@ def test_another_seed_is_another_run(whole, policy, tmp_path):
     ) + "\n"
 
 
+@pytest.mark.smoke
 def test_full_fine_tuning_runs_and_rows_that_the_tiny_config_leaves_out(policy, tmp_path):
     run_here(
         policy,
