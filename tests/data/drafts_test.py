@@ -11,10 +11,8 @@ import time
 import httpx
 import numpy as np
 import pytest
-from helpers import commands
 from ml_collections import ConfigDict
 
-from drirl_jax.commands import demos
 from drirl_jax.config import default
 from drirl_jax.data import drafts, records
 from drirl_jax.judges.phrases import refused_by_phrases
@@ -173,18 +171,20 @@ def write_prompts(path, rows):
     return path
 
 
-def flags_of(tmp_path, policy, *flags):
-    return [
-        "--config=configs/tiny.py", f"--config.policy.init={policy}", f"--prompts={tmp_path / 'prompts.jsonl'}",
-        f"--out={tmp_path / 'mine.jsonl'}", "--config.data.categories=('insult','harmless')", "--config.data.shares=()",
-        f"--config.compilation_cache={os.environ['TESTS_CACHE']}", *flags,
-    ]  # fmt: skip
-
-
 def command(tmp_path, policy, *flags):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "drirl_jax.commands.demos", *flags_of(tmp_path, policy, *flags)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    args = [
+        "--config=configs/tiny.py", f"--config.policy.init={policy}", f"--prompts={tmp_path / 'prompts.jsonl'}",
+        f"--out={tmp_path / 'mine.jsonl'}", "--config.data.categories=('insult','harmless')", "--config.data.shares=()",
+        *flags,
+    ]  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "drirl_jax.commands.demos", *args],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def at(server, model="m"):
@@ -211,23 +211,25 @@ def test_the_command_writes_what_a_run_reads(server, policy, tmp_path):
     read = records.read_records(tmp_path / "mine.jsonl", CATEGORIES)
     assert [r.id for r in read] == [r.id for r in rows] and "style" in read[0].provenance
     # Again: the replies are remembered, nothing is asked.
-    commands.run(demos, *flags_of(tmp_path, policy, "--config.demos.per_category=2", *at(server)))
-    assert len(server.asked) == 4
+    again = command(tmp_path, policy, "--config.demos.per_category=2", *at(server))
+    assert again.returncode == 0 and len(server.asked) == 4
 
 
 def test_the_policy_writes_too_and_a_random_one_falls_short(policy, tmp_path):
     write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
     flags = ("--config.demos.per_category=2", "--config.demos.max_new=8", "--config.demos.attempts=1")
-    told = "insult lacks 2; harmless lacks 2.*0 demonstrations of 6 replies"
-    commands.refused(told, demos, *flags_of(tmp_path, policy, *flags))
+    done = command(tmp_path, policy, *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "insult lacks 2; harmless lacks 2" in done.stderr and "0 demonstrations of 6 replies" in done.stderr
     assert not (tmp_path / "mine.jsonl").exists()
 
 
 def test_bad_input_of_the_command(policy, tmp_path):
     write_prompts(tmp_path / "prompts.jsonl", PROMPTS[:1])
-    told = "insult has 1 and lacks 23; harmless has 0 and lacks 24"
-    commands.refused(told, demos, *flags_of(tmp_path, policy))
-    commands.refused("an endpoint needs a url", demos, *flags_of(tmp_path, policy, "--config.demos.generator=endpoint"))
+    done = command(tmp_path, policy)
+    assert done.returncode == 1 and "insult has 1 and lacks 23; harmless has 0 and lacks 24" in done.stderr
+    done = command(tmp_path, policy, "--config.demos.generator=endpoint")
+    assert done.returncode == 1 and "an endpoint needs a url" in done.stderr
 
 
 @pytest.mark.slow
