@@ -103,7 +103,8 @@ def weight_by_sequence_discounted(
 
     The first tokens decide whether the policy refuses.
     """
-    discounted_PMT = mask_PMT * discount ** jnp.arange(mask_PMT.shape[-1])
+    weight_T = discount ** jnp.arange(mask_PMT.shape[-1])
+    discounted_PMT = mask_PMT * jnp.expand_dims(weight_T, range(mask_PMT.ndim - 1))
     return _by_response(discounted_PMT / jnp.maximum(discounted_PMT.sum(-1, keepdims=True), 1), mask_PMT)
 
 

@@ -88,4 +88,4 @@ class TrainState(NamedTuple):
 
 def length_mask(length: Array, size: int) -> Array:
     """[..., size] bool: True at positions below `length` [...]."""
-    return jnp.arange(size) < length[..., None]
+    return jnp.expand_dims(jnp.arange(size), range(length.ndim)) < length[..., None]

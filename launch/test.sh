@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A bare machine to tested code.
 #   bash launch/test.sh              the fast tests
+#   bash launch/test.sh -m smoke     a quick selection of them
 #   bash launch/test.sh -m slow      the slow ones (real models, whole runs)
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,4 +1,6 @@
 import importlib.util
+import os
+import tempfile
 import threading
 
 import jax
@@ -14,10 +16,30 @@ with install_import_hook(["drirl_jax.equations", "drirl_jax.losses", "drirl_jax.
     from drirl_jax.models.transformer import Transformer
 
 
+def pytest_configure(config):
+    """The first process makes the compilation cache of all; workers and runs inherit where it lies."""
+    if "TESTS_CACHE" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="drirl_jax_cache_", ignore_cleanup_errors=True)
+        os.environ["TESTS_CACHE"] = folder.name
+        config.add_cleanup(folder.cleanup)
+
+
+# `-m smoke` takes these files and the tests that are marked so: equations, losses, scaling, data, config, the loop.
+SMOKE = {
+    "equations_test.py", "losses_test.py", "scaling_test.py", "flags_test.py", "layers_test.py", "ranges_test.py",
+    "values_test.py", "guards_test.py", "intervals_test.py", "replies_test.py", "thoughts_test.py",
+}  # fmt: skip
+# The files that take longest come first, so that of two processes neither waits long for the other's last file.
+LONGEST = ["run_test.py", "faults_test.py", "sharding_test.py", "study_test.py", "align_test.py", "objectives_test.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that of two processes neither waits long for the other's last file."""
-    first = ["run_test.py", "faults_test.py", "objectives_test.py", "align_test.py"]
-    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+    """Marks the smoke tests before `-m` chooses, and sorts the files."""
+    for item in items:
+        if item.path.name in SMOKE:
+            item.add_marker("smoke")
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +57,9 @@ def policy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A compilation cache that tests in one process share."""
-    return tmp_path_factory.mktemp("cache")
+def cache():
+    """The compilation cache that all processes of the tests share."""
+    return os.environ["TESTS_CACHE"]
 
 
 @pytest.fixture

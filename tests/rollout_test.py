@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_models import random_group, spelt_out, tiny
+from helpers.tiny_models import apply, random_group, spelt_out, tiny, token_logprobs
 
 from drirl_jax import rollout
-from drirl_jax.models import transformer, vocabulary
+from drirl_jax.models import transformer
 from drirl_jax.types import Group
 
 EOS = (3, 11)
@@ -33,7 +33,7 @@ def test_logprobs_equal_the_trainers(temperature):
     model, group = sharpened(), random_group(P=3)
     out = draw(model, group, temperature=temperature)
     again = Group(group.prompt, group.prompt_len, out.response, out.response_len, group.category)
-    logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, again), again, temperature or 1.0)
+    logp, _ = token_logprobs(model, apply(model, again), again, temperature or 1.0)
     mask = jnp.arange(6) < out.response_len[..., None]
     np.testing.assert_allclose(out.logp, jnp.where(mask, logp, 0), atol=1e-4)
 
@@ -50,7 +50,7 @@ def test_logprobs_in_bfloat16_are_near_the_trainers():
     model, group = tiny(dtype="bfloat16"), random_group(P=3)
     out = draw(model, group)
     again = Group(group.prompt, group.prompt_len, out.response, out.response_len, group.category)
-    logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, again), again, 1.0)
+    logp, _ = token_logprobs(model, apply(model, again), again, 1.0)
     mask = jnp.arange(6) < out.response_len[..., None]
     assert out.logp.dtype == jnp.float32
     np.testing.assert_allclose(out.logp, jnp.where(mask, logp, 0), atol=0.02)
@@ -108,7 +108,7 @@ def test_greedy_takes_the_most_likely_token():
                 jnp.ones((1, 1)),
                 None,
             )
-            hidden, _ = transformer.apply(model, one)
+            hidden, _ = apply(model, one)
             best = int(jnp.argmax(hidden[0, -1] @ model.unembed.T))
             assert best == int(out.response[p, 0, t])
             ids.append(best)

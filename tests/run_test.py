@@ -5,19 +5,19 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from helpers import commands
-from helpers.whole_runs import EIGHT_DEVICES, command, same_run, start
+from helpers.whole_runs import EIGHT_DEVICES, flags_of, run_here, same_run, start
 from safetensors.numpy import load_file
 
 from drirl_jax import main
-from drirl_jax.commands import cli
+from drirl_jax.commands import score
 from drirl_jax.reports import status
 from drirl_jax.runtime import console
 
@@ -125,9 +125,17 @@ def several(count, policy, workdir, *flags):
     """`launch/multiprocess.sh` with so many processes."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable, "GRACE": "60"}
     return subprocess.Popen(
-        ["bash", "launch/multiprocess.sh", str(count), *command(policy, workdir, *flags)[3:]],
+        ["bash", "launch/multiprocess.sh", str(count), *flags_of(policy, workdir, *flags)],
         cwd=ROOT, env=environment | {"NPROC": "64"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+def process_of(launcher, number):
+    """The id of the launcher's child that is process `number` of the run."""
+    ids = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    told = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_text() for pid in ids}
+    (pid,) = [pid for pid in ids if f"--config.distributed.process={number}" in told[pid].split("\0")]
+    return int(pid)
 
 
 def test_two_processes_give_the_run_of_one(whole, policy, tmp_path):
@@ -146,8 +154,7 @@ def test_of_four_processes_one_is_killed_and_the_run_ends_with_the_same_bits(pol
     while not (metrics.exists() and '"stage": "align", "step": 3,' in metrics.read_text()):
         assert process.poll() is None and time.time() < end
         time.sleep(0.05)
-    last = subprocess.run(["pkill", "-KILL", "-f", "--", f"--workdir={tmp_path}/killed .*distributed.process=3"])
-    assert last.returncode == 0
+    os.kill(process_of(process, 3), signal.SIGKILL)
     told, _ = process.communicate()
     assert process.returncode == 0 and "started again (1 of 3)" in told, told[-3000:]
     same_run(tmp_path / "whole", tmp_path / "killed")
@@ -161,8 +168,7 @@ def test_of_two_processes_one_is_asked_to_end_and_both_leave_at_the_same_step(wh
     while not (metrics.exists() and f'"stage": "{stage}", "step": 1,' in metrics.read_text()):
         assert process.poll() is None and time.time() < end
         time.sleep(0.01)
-    last = subprocess.run(["pkill", "-TERM", "-f", "--", f"--workdir={tmp_path}/run .*distributed.process=1"])
-    assert last.returncode == 0
+    os.kill(process_of(process, 1), signal.SIGTERM)
     told, _ = process.communicate()
     assert process.returncode == 0 and "started again (1 of 3)" in told, told[-3000:]
     assert re.search(r"asked to end: step \d of (irl|align) is kept; started again, it goes on", told), told[-3000:]
@@ -170,15 +176,15 @@ def test_of_two_processes_one_is_asked_to_end_and_both_leave_at_the_same_step(wh
 
 
 def test_another_seed_is_another_run(whole, policy, tmp_path):
-    done = start(policy, tmp_path / "run", "--config.seed=1", "--config.schedule=('irl',)")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_here(policy, tmp_path / "run", "--config.seed=1", "--config.schedule=('irl',)")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() != "\n".join(
         (whole[0] / "metrics.jsonl").read_text().splitlines()[:4]
     ) + "\n"
 
 
+@pytest.mark.smoke
 def test_full_fine_tuning_runs_and_rows_that_the_tiny_config_leaves_out(policy, tmp_path):
-    done = start(
+    run_here(
         policy,
         tmp_path / "run",
         "--config.irl.loss=logistic",
@@ -191,13 +197,12 @@ def test_full_fine_tuning_runs_and_rows_that_the_tiny_config_leaves_out(policy, 
         "--config.irl.steps=1",
         "--config.align.steps=1",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     before, after = (load_file(f / "model.safetensors") for f in (policy, tmp_path / "run" / "aligned"))
     assert not np.array_equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
 def test_adapters_on_the_last_layer_leave_the_others_as_they_are(policy, tmp_path):
-    done = start(
+    run_here(
         policy,
         tmp_path / "run",
         "--config.policy.layers=1",
@@ -208,7 +213,6 @@ def test_adapters_on_the_last_layer_leave_the_others_as_they_are(policy, tmp_pat
         "--config.irl.steps=1",
         "--config.align.steps=1",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     before, after = (load_file(f / "model.safetensors") for f in (policy, tmp_path / "run" / "aligned"))
     changed = {name for name in after if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in after if "layers.1." in name and "proj" in name}
@@ -217,31 +221,18 @@ def test_adapters_on_the_last_layer_leave_the_others_as_they_are(policy, tmp_pat
 def test_rewards_of_another_run_and_none_at_all(whole, policy, tmp_path):
     # The rewards are those that the first run learned: its first batch is scored the same.
     alone = ("--config.schedule=('align',)", "--config.align.steps=1")
-    done = start(policy, tmp_path / "again", *alone, f"--config.reward.init={whole[0]}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_here(policy, tmp_path / "again", *alone, f"--config.reward.init={whole[0]}")
     (row,) = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
     first = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()][4]
     assert row["reward"] == first["reward"] and row["stage"] == first["stage"] == "align"
     other = ("--config.schedule=('align',)", f"--config.reward.init={whole[0]}", "--config.sampler.max_new=10")
-    refused(start(policy, tmp_path / "other", *other), "are of config.sampler.max_new = 12, not 10")
+    commands.refused("are of config.sampler.max_new = 12, not 10", main, *flags_of(policy, tmp_path / "other", *other))
     # Demonstrations alone need no rewards; the report shows none.
     supervised = ("--config.align.objective=sft",)
-    done = start(policy, tmp_path / "sft", "--config.schedule=('align','evals')", *supervised)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_here(policy, tmp_path / "sft", "--config.schedule=('align','evals')", *supervised)
     result = json.loads((tmp_path / "sft" / "evals" / "aligned.json").read_text())
     assert result["overall"]["mean_reward"] is None and result["overall"]["harmful_refused"] is not None
     assert "objective sft" in (tmp_path / "sft" / "report.html").read_text()
-
-
-def score(*flags):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "drirl_jax.commands.score", *flags],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_rewards_at_inference(whole, tmp_path):
@@ -252,22 +243,23 @@ def test_rewards_at_inference(whole, tmp_path):
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row | {"response": ""}) + "\n" for row in rows))
-    done = score(f"--workdir={workdir}", f"--responses={given}", f"--out={out}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    own = [sys.executable, "-m", "drirl_jax.commands.score", f"--workdir={workdir}", f"--responses={given}"]
+    done = subprocess.run([*own, f"--out={out}"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in out.read_text().splitlines()]
     # Text of a random model need not come back as the same tokens, so the rewards need not be the evaluation's.
     assert [row["id"] for row in found] == [row["id"] for row in rows] and np.isfinite(
         [r["reward"] for r in found]
     ).all()
-    done = score(f"--workdir={workdir}", f"--prompts={prompts}", "--best_of=4", f"--out={out}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    commands.run(score, f"--workdir={workdir}", f"--prompts={prompts}", "--best_of=4", f"--out={out}")
     best = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(row["lowest"] <= row["mean"] <= row["reward"] and row["response"] for row in best)
     assert any(row["lowest"] < row["reward"] for row in best)
-    refused(
-        score(f"--workdir={tmp_path}", f"--responses={given}", f"--out={out}"), "holds no run, as it has no config.json"
+    commands.refused(
+        "holds no run, as it has no config.json", score, f"--workdir={tmp_path}", f"--responses={given}", f"--out={out}"
     )
-    refused(score(f"--workdir={workdir}", f"--out={out}"), "give --responses to score, or --prompts")
+    commands.refused("give --responses to score, or --prompts", score, f"--workdir={workdir}", f"--out={out}")
 
 
 def jsonl(tmp_path, *lines):
@@ -354,14 +346,14 @@ def refused(done, message):
 @pytest.mark.parametrize("kind", BAD_DATA)
 def test_bad_data_is_one_clear_sentence(policy, tmp_path, kind):
     line, message = BAD_DATA[kind]
-    commands.refused(message, main, *command(policy, tmp_path / "run", jsonl(tmp_path, line))[3:])
+    commands.refused(message, main, *flags_of(policy, tmp_path / "run", jsonl(tmp_path, line)))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("kind", BAD_FLAGS)
 def test_a_bad_flag_is_one_clear_sentence(policy, tmp_path, kind):
     flags, message = BAD_FLAGS[kind]
-    commands.refused(message, main, *command(policy, tmp_path / "run", *flags.split())[3:])
+    commands.refused(message, main, *flags_of(policy, tmp_path / "run", *flags.split()))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -373,10 +365,7 @@ def test_a_workdir_of_another_config_is_refused(whole, policy):
 
 def test_the_status_and_the_plan_of_a_finished_run(whole, policy, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")}
-    argv = command(policy, whole[0], "--dry_run", "--log=json")[2:]
-    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", argv)
-        cli.call(cli.parse(argv), main.main, trains=True)
+    run_here(policy, whole[0], "--dry_run", "--log=json")
     console.set_mode("text")
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     (found,) = [event for event in events if event["event"] == "result"]

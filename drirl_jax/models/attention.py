@@ -36,9 +36,11 @@ def rope_cos_sin(config: Config, position_PN: Array) -> tuple[Array, Array]:
     frequency_d = compute_frequencies(config.rope_theta)
     if config.rope_scaling:
         frequency_d = config.rope_scaling(frequency_d)
+    position, frequency = position_PN[..., None, None], frequency_d[None, None, None]
     if config.local_rope_theta:
-        frequency_d = jnp.stack([frequency_d, compute_frequencies(config.local_rope_theta)])[:, None, None, None]
-    angle = position_PN[..., None, None] * frequency_d
+        local_frequency_d = compute_frequencies(config.local_rope_theta)
+        position, frequency = position[None], jnp.stack([frequency_d, local_frequency_d])[:, None, None, None]
+    angle = position * frequency
     return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
 
 
@@ -157,7 +159,7 @@ class Layout(NamedTuple):
     def position_PN(self) -> Array:
         """[P, N] the position of each token in its own sequence; the first token of the prefix has position 0."""
         P, S, G = len(self.prompt_len_P), self.prompt, self.group_size
-        response_position = self.prompt_len_P[:, None] + jnp.tile(jnp.arange(self.response), G)
+        response_position = self.prompt_len_P[:, None] + jnp.tile(jnp.arange(self.response), G)[None]
         return self.prefix + jnp.concatenate([jnp.broadcast_to(jnp.arange(S), (P, S)), response_position], axis=1)
 
 

@@ -55,7 +55,7 @@ def linear(score_PGT: Array, pairs: Pairs, section: ConfigDict) -> Array:
 
 def token(score_PGT: Array, pairs: Pairs, section: ConfigDict) -> Array:
     """[P, K] `equations.irl_token`, from the first token that differs to the end of the shorter text."""
-    length_PM, t = pairs.group.response_len, jnp.arange(score_PGT.shape[-1])
+    length_PM, t = pairs.group.response_len, jnp.arange(score_PGT.shape[-1])[None, None]
     shorter_PK = jnp.minimum(length_PM[:, :1], length_PM[:, 1:])
     mask_PKT = (t >= pairs.differ[..., None]) & (t < shorter_PK[..., None])
     return eq.irl_token(score_PGT[:, :1], score_PGT[:, 1:], mask_PKT, section.beta)

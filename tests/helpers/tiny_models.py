@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drirl_jax.models import families, transformer
+from drirl_jax.models import families, transformer, vocabulary
 from drirl_jax.types import Group
+
+# Compiled whole: one by one, every operation would be compiled for every shape.
+apply = jax.jit(transformer.apply, static_argnames="remat")
+run_trunk = jax.jit(transformer.run_trunk, static_argnums=2)
+token_logprobs = jax.jit(vocabulary.token_logprobs, static_argnames="chunk")
 
 TINY = {
     "model_type": "llama",

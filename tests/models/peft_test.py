@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from helpers.tiny_models import filled, rows
+from helpers.tiny_models import apply, filled, rows, token_logprobs
 from helpers.torch_families import GROUP, load, torch_logits, torch_model
 
-from drirl_jax.models import lora, peft, reward, transformer, vocabulary
+from drirl_jax.models import lora, peft, reward
 
 theirs = pytest.importorskip("peft")
 
@@ -29,7 +29,7 @@ def test_peft_reads_a_policys_adapter(family, layers, tmp_path):
     peer = transformers.AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager")
     peer = theirs.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
     assert peer.peft_config["default"].base_model_name_or_path == name
-    logp = vocabulary.token_logprobs(model, jax.jit(transformer.apply)(model, GROUP, adapter), GROUP, 1.0)[0]
+    logp = token_logprobs(model, apply(model, GROUP, adapter), GROUP, 1.0)[0]
     for p, g, prompt, response in rows(GROUP):
         want = torch_logits(peer, np.concatenate([GROUP.prefix, prompt, response]))[-len(response) - 1 : -1]
         want = np.asarray(jax.nn.log_softmax(want))[np.arange(len(response)), response]

@@ -1,12 +1,25 @@
 """The decoder against torch, and the grouped form against one row at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_models import TINY, filled, random_group, rows, spelt_out, tiny, torch_llama
+from helpers.tiny_models import (
+    TINY,
+    apply,
+    filled,
+    random_group,
+    rows,
+    run_trunk,
+    spelt_out,
+    tiny,
+    token_logprobs,
+    torch_llama,
+)
 
-from drirl_jax.models import decoding, families, lora, transformer, vocabulary
+from drirl_jax.models import decoding, families, lora, transformer
 from drirl_jax.types import Group
 
 
@@ -19,8 +32,8 @@ def test_matches_torch_on_random_weights(tied):
         tensors.pop("lm_head.weight", None)
     model = families.from_hf(tensors, families.config_from_hf(TINY | {"tie_word_embeddings": tied}))
     group = random_group()
-    hidden = jax.jit(transformer.apply)(model, group)
-    logp, entropy = vocabulary.token_logprobs(model, hidden, group, temperature=0.7, chunk=4)
+    hidden = apply(model, group)
+    logp, entropy = token_logprobs(model, hidden, group, temperature=0.7, chunk=4)
     for p, g, prompt, response in rows(group):
         ids = torch.tensor(np.concatenate([prompt, response])[None])
         with torch.no_grad():
@@ -31,13 +44,13 @@ def test_matches_torch_on_random_weights(tied):
 
 def test_grouped_equals_one_row_at_a_time():
     model, group = tiny(), random_group(P=3, S=9, G=4, T=6)
-    prompt_hidden, response_hidden = transformer.apply(model, group)
+    prompt_hidden, response_hidden = apply(model, group)
     for p, g, prompt, response in rows(group):
         alone = Group(
             jnp.asarray(prompt)[None], jnp.array([len(prompt)]), jnp.asarray(response)[None, None],
             jnp.array([[len(response)]]), group.category[p : p + 1],
         )  # fmt: skip
-        prompt_alone, response_alone = transformer.apply(model, alone)
+        prompt_alone, response_alone = apply(model, alone)
         np.testing.assert_allclose(prompt_hidden[p, : len(prompt)], prompt_alone[0], atol=2e-5)
         np.testing.assert_allclose(response_hidden[p, g, : len(response)], response_alone[0, 0], atol=2e-5)
 
@@ -49,13 +62,15 @@ def test_a_prefix_passed_once_is_one_in_every_prompt(kind):
     adapter = filled(lora.init(model, jax.random.key(1), rank=4, alpha=4, layers=2, **bank), 3)
     adapter, route = {"trunk": {}, "adapter": adapter, "bank": adapter}[kind], group.category if bank else None
 
-    def total(trained, group, shared_layers=0):
-        trunk_states = transformer.run_trunk(trained[0], group, shared_layers)
-        hidden = transformer.apply(trained[0], group, trained[1], route, trunk_states=trunk_states)
-        logp, _ = vocabulary.token_logprobs(trained[0], hidden, group, 1.0)
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def total(trained, group):
+        trunk_states = run_trunk(trained[0], group, 1)
+        hidden = apply(trained[0], group, trained[1], route, trunk_states=trunk_states)
+        logp, _ = token_logprobs(trained[0], hidden, group, 1.0)
         return logp.sum(), hidden
 
-    once, whole = (jax.value_and_grad(total, has_aux=True)((model, adapter), g, 1) for g in (group, spelt_out(group)))
+    once, whole = (total((model, adapter), g) for g in (group, spelt_out(group)))
     (_, (prompt, response)), slope = once
     (_, (want_prompt, want_response)), want_slope = whole
     np.testing.assert_allclose(prompt, want_prompt[:, 4:], atol=2e-5)
@@ -72,7 +87,7 @@ def test_padding_and_order_change_nothing():
     mask = jnp.arange(5) < group.response_len[..., None]
 
     def logp(g):
-        return vocabulary.token_logprobs(model, transformer.apply(model, g), g, 1.0)[0]
+        return token_logprobs(model, apply(model, g), g, 1.0)[0]
 
     np.testing.assert_allclose(jnp.where(mask, logp(group), 0), jnp.where(mask, logp(noisy), 0), atol=1e-6)
     flipped = jax.tree.map(lambda x: x[::-1], group)
@@ -83,25 +98,28 @@ def test_padding_and_order_change_nothing():
 def test_prefill_and_decode_match_apply(monkeypatch, filled):
     monkeypatch.setattr(decoding, "FILLED", filled)  # 2: the own cache of 5 is read up to 2, 4 or 5
     model, group = tiny(), random_group()
-    _, want = transformer.apply(model, group)
+    _, want = apply(model, group)
     mask = jnp.arange(7) < group.prompt_len[:, None]
-    _, prompt_cache = decoding.prefill(model, group.prompt)
+    _, prompt_cache = jax.jit(decoding.prefill)(model, group.prompt)
+    decode, fused = jax.jit(decoding.decode, static_argnums=3), decoding.fuse(model)
     own = tuple(jnp.zeros((3, 2, 2, 3, 5, 8)) for _ in range(2))
     for t in range(5):
         token = group.response[:, :, t]
-        got, own = decoding.decode(model, decoding.fuse(model), token, t, group.prompt_len, mask, prompt_cache, own)
+        got, own = decode(model, fused, token, t, group.prompt_len, mask, prompt_cache, own)
         np.testing.assert_allclose(got, want[:, :, t], atol=2e-5)
 
 
 def test_chunking_and_remat_change_nothing():
     model, group = tiny(), random_group()
 
+    @partial(jax.jit, static_argnums=(1, 2))
+    @jax.value_and_grad
     def loss(model, chunk, remat):
-        hidden = transformer.apply(model, group, remat=remat)
-        return vocabulary.token_logprobs(model, hidden, group, 1.0, chunk)[0].sum()
+        hidden = apply(model, group, remat=remat)
+        return token_logprobs(model, hidden, group, 1.0, chunk)[0].sum()
 
-    value, grad = jax.value_and_grad(loss)(model, 4, True)
-    other, other_grad = jax.value_and_grad(loss)(model, 1000, False)
+    value, grad = loss(model, 4, True)
+    other, other_grad = loss(model, 1000, False)
     np.testing.assert_allclose(value, other, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grad, other_grad)
 
@@ -125,12 +143,12 @@ def test_the_backward_pass_finds_one_array_of_each_matrix_again(bank):
 def test_fresh_adapter_is_the_trunk_and_merging_is_exact():
     model, group = tiny(), random_group()
     fresh = lora.init(model, jax.random.key(1), rank=4, alpha=8)
-    plain = transformer.apply(model, group)
-    jax.tree.map(np.testing.assert_array_equal, plain, transformer.apply(model, group, fresh))
+    plain = apply(model, group)
+    jax.tree.map(np.testing.assert_array_equal, plain, apply(model, group, fresh))
     adapter = filled(fresh, 2)
-    adapted = transformer.apply(model, group, adapter)
+    adapted = apply(model, group, adapter)
     assert np.abs(adapted[1] - plain[1]).max() > 0.1
-    merged = transformer.apply(lora.merge(model, adapter), group)
+    merged = apply(lora.merge(model, adapter), group)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), adapted, merged)
 
 
@@ -139,29 +157,29 @@ def test_an_adapter_of_the_last_layers_is_one_of_all_with_zeros_below(layers):
     model, group = tiny(), random_group()
     adapter = filled(lora.init(model, jax.random.key(1), rank=4, alpha=8, layers=layers), 2)
     padded = jax.tree.map(lambda x: jnp.pad(x, ((3 - layers, 0), (0, 0), (0, 0))), adapter)
-    want = transformer.apply(model, group, padded)
-    trunk_states = transformer.run_trunk(model, group, 3 - layers)
+    want = apply(model, group, padded)
+    trunk_states = run_trunk(model, group, 3 - layers)
     for got in (
-        transformer.apply(model, group, adapter),
-        transformer.apply(model, group, adapter, trunk_states=trunk_states),
-        transformer.apply(lora.merge(model, adapter), group),
+        apply(model, group, adapter),
+        apply(model, group, adapter, trunk_states=trunk_states),
+        apply(lora.merge(model, adapter), group),
     ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
     two = group.replace(response=group.response[:, :2], response_len=group.response_len[:, :2])
-    _, got = transformer.apply(model, two, adapter, trunk_states=trunk_states.members(slice(2)))
+    _, got = apply(model, two, adapter, trunk_states=trunk_states.members(slice(2)))
     np.testing.assert_allclose(got, want[1][:, :2], atol=2e-5)
     with pytest.raises(ValueError, match="after layer 3 cannot go on to layer"):
-        transformer.apply(model, group, adapter, trunk_states=transformer.run_trunk(model, group, 3))
+        apply(model, group, adapter, trunk_states=run_trunk(model, group, 3))
 
 
 def test_bank_routes_each_prompt_to_its_adapter():
     model, group = tiny(), random_group(P=4)
     bank = filled(lora.init(model, jax.random.key(1), rank=4, alpha=4, bank=3), 3)
     route = jnp.array([2, 0, 1, 2])
-    _, got = transformer.apply(model, group, bank, route)
+    _, got = apply(model, group, bank, route)
     for p, c in enumerate(route):
         single = {k: v.replace(a=v.a[:, c], b=v.b[:, c]) for k, v in bank.items()}
-        _, want = transformer.apply(model, jax.tree.map(lambda x: x[p : p + 1], group), single)
+        _, want = apply(model, jax.tree.map(lambda x: x[p : p + 1], group), single)
         np.testing.assert_allclose(got[p], want[0], atol=2e-5)
 
 
@@ -174,12 +192,12 @@ def test_bfloat16_is_close_and_leaves_weights_and_probabilities_in_float32(tied)
         assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype("float32")}
 
         def total(trained, model=model):
-            hidden = transformer.apply(trained[0], group, trained[1])
+            hidden = apply(trained[0], group, trained[1])
             assert {x.dtype for x in hidden} == {jnp.dtype(model.config.dtype)}
-            logp, entropy = vocabulary.token_logprobs(trained[0], hidden, group, 1.0)
+            logp, entropy = token_logprobs(trained[0], hidden, group, 1.0)
             return logp.mean(), (logp, entropy)
 
-        out[dtype] = jax.value_and_grad(total, has_aux=True)((model, adapter))
+        out[dtype] = jax.jit(jax.value_and_grad(total, has_aux=True))((model, adapter))
     (_, exact), exact_slope = out["float32"]
     (_, rough), rough_slope = out["bfloat16"]
     # 8 bits of mantissa: relative errors of 2^-9 a rounding, a handful of roundings a layer.

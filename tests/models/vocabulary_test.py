@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_models import random_group, tiny
+from helpers.tiny_models import apply, random_group, tiny, token_logprobs
 
-from drirl_jax.models import transformer, vocabulary
+from drirl_jax.models import vocabulary
 
 
 def close(a, b, atol=1e-5):
@@ -30,7 +30,7 @@ def test_gradients_of_logprobs_are_those_of_plain_autodiff(cap):
         return (jnp.take_along_axis(logp, target[..., None], axis=-1)[..., 0] * weight).sum()
 
     got = jax.jit(jax.value_and_grad(ours, (0, 1)))(unembed, hidden)
-    close(got, jax.value_and_grad(plain, (0, 1))(unembed, hidden))
+    close(got, jax.jit(jax.value_and_grad(plain, (0, 1)))(unembed, hidden))
 
 
 def test_a_temperature_rounds_no_bfloat16():
@@ -60,18 +60,18 @@ def test_a_sum_by_chunks_is_the_sum(cap, chunk):
     temperature = jnp.array([0.7, 0.7, 1.0])
 
     def ours(model):
-        hidden = transformer.apply(model, group)
+        hidden = apply(model, group)
         value, told = vocabulary.token_sum(model, hidden, group, temperature, curved, arrays, chunk)
         return 3 * value, told
 
     def plain(model):
-        hidden = transformer.apply(model, group)
-        value, told = curved(*vocabulary.token_logprobs(model, hidden, group, temperature), arrays)
+        hidden = apply(model, group)
+        value, told = curved(*token_logprobs(model, hidden, group, temperature), arrays)
         return 3 * value, told
 
-    close(ours(model), plain(model))
-    got = jax.jit(jax.value_and_grad(ours, has_aux=True))(model)
-    close(got, jax.value_and_grad(plain, has_aux=True)(model))
+    close(jax.jit(ours)(model), jax.jit(plain)(model))
+    got, want = (jax.jit(jax.value_and_grad(f, has_aux=True))(model) for f in (ours, plain))
+    close(got, want)
 
 
 @pytest.mark.parametrize("trained, products", [("hidden", 2), ("both", 3)])
@@ -79,7 +79,7 @@ def test_products_with_the_vocabulary(trained, products):
     """The logits are made once, and of a frozen embedding no gradient is."""
     model, group = tiny(), random_group()
     arrays = {name: jnp.ones((2, 3, 5)) for name in ("old", "weight")}
-    hidden = transformer.apply(model, group)
+    hidden = apply(model, group)
 
     def total(hidden, unembed):
         of = model.replace(embed=unembed)

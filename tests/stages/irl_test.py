@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import method_numpy as mn
-from helpers.tiny_models import filled, random_group, tiny
+from helpers.tiny_models import apply, filled, random_group, tiny
 from ml_collections import ConfigDict
 
 from drirl_jax import equations as eq
 from drirl_jax.config import default
 from drirl_jax.data.examples import Examples, other_kind_demonstrations, require_both_kinds
-from drirl_jax.models import reward, transformer
+from drirl_jax.models import reward
 from drirl_jax.stages import calibration, irl, optimizer
 from drirl_jax.types import InputError
 
+token_scores, raw_score = jax.jit(reward.token_scores), jax.jit(reward.raw_score)
 SECTION = ConfigDict({"beta": 0.7, "penalty": 0.3})
 
 
@@ -74,12 +75,12 @@ def test_a_score_at_a_token_is_the_score_of_the_text_up_to_it():
     rewards = reward.init_lora(model, jax.random.key(0), 4, rank=4, alpha=4, targets=("q", "down"))
     head = jax.random.normal(jax.random.key(2), rewards.heads.shape)
     rewards = rewards.replace(adapter=filled(rewards.adapter, 1), heads=head)
-    everywhere = reward.token_scores(model, rewards, group)
+    everywhere = token_scores(model, rewards, group)
     for t in range(1, group.response.shape[-1] + 1):
         short = group.replace(response_len=jnp.full((3, 2), t))
-        np.testing.assert_allclose(reward.raw_score(model, rewards, short), everywhere[..., t - 1], atol=1e-6)
+        np.testing.assert_allclose(raw_score(model, rewards, short), everywhere[..., t - 1], atol=1e-6)
         alone = short.replace(response=group.response[..., :t])
-        np.testing.assert_allclose(reward.raw_score(model, rewards, alone), everywhere[..., t - 1], atol=1e-5)
+        np.testing.assert_allclose(raw_score(model, rewards, alone), everywhere[..., t - 1], atol=1e-5)
 
 
 def test_contrast_takes_demonstrations_of_the_other_kind():
@@ -116,18 +117,18 @@ def test_a_head_alone_reads_the_trunk_and_whole_models_are_each_its_own():
     group = group.replace(category=jnp.array([0, 1, 1, 2]))
     head = jax.random.normal(jax.random.key(2), (3, 32))
     alone = reward.init_head(model, jax.random.key(0), 3).replace(heads=head)
-    hidden = transformer.apply(model, group)[1]
+    hidden = apply(model, group)[1]
     for p in range(4):
-        got = reward.token_scores(model, alone, group)[p]
+        got = token_scores(model, alone, group)[p]
         np.testing.assert_allclose(got, hidden[p] @ head[group.category[p]], atol=1e-5)
     # Whole models start from the trunk; another one for category 1 changes its prompts alone.
     full = reward.init_full(model, jax.random.key(0), 3).replace(heads=head)
-    base = reward.token_scores(model, alone, group)
-    np.testing.assert_allclose(reward.token_scores(model, full, group), base, atol=1e-5)
+    base = token_scores(model, alone, group)
+    np.testing.assert_allclose(token_scores(model, full, group), base, atol=1e-5)
     other = tiny(seed=1)
     mixed = full.replace(models=jax.tree.map(lambda all_C, new: all_C.at[1].set(new), full.models, other))
-    got = reward.token_scores(model, mixed, group)
-    want = jnp.where((group.category == 1)[:, None, None], reward.token_scores(other, alone, group), base)
+    got = token_scores(model, mixed, group)
+    want = jnp.where((group.category == 1)[:, None, None], token_scores(other, alone, group), base)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -135,10 +136,10 @@ def test_one_reward_for_all_is_that_of_every_category():
     model, group = tiny(), random_group(P=3, G=2)
     one = reward.init_lora(model, jax.random.key(0), 1, rank=4, alpha=4, targets=("q",))
     one = one.replace(adapter=filled(one.adapter, 1), heads=jax.random.normal(jax.random.key(2), (1, 32)))
-    of_first = reward.raw_score(model, one, group.replace(category=jnp.zeros(3, int)))
+    of_first = raw_score(model, one, group.replace(category=jnp.zeros(3, int)))
     for categories in ([2, 0, 1], [1, 1, 7]):
         given = group.replace(category=jnp.array(categories))
-        np.testing.assert_array_equal(reward.raw_score(model, one, given), of_first)
+        np.testing.assert_array_equal(raw_score(model, one, given), of_first)
     raw, category = jnp.arange(6.0), jnp.arange(6) % 3
     bank = reward.standardise(one, raw, category)
     np.testing.assert_allclose((bank.mean[0], bank.std[0]), (2.5, np.std(np.arange(6))), rtol=1e-6)
@@ -154,9 +155,9 @@ def test_all_categories_at_once_are_each_of_them(kind):
         models=jax.tree.map(lambda w: w * jnp.arange(1.0, 5.0).reshape(4, *[1] * (w.ndim - 1)), rewards.models),
     )
     bank = reward.Bank(rewards, mean=jnp.arange(4.0), std=jnp.arange(1.0, 5.0))
-    got = reward.score_by_all(model, bank, group)
+    got, score = jax.jit(reward.score_by_all)(model, bank, group), jax.jit(reward.score)
     for c in range(4):
-        one = reward.score(model, bank, group.replace(category=jnp.full(3, c)))
+        one = score(model, bank, group.replace(category=jnp.full(3, c)))
         np.testing.assert_allclose(got[..., c], one, atol=1e-4, rtol=1e-4)
 
 
@@ -198,7 +199,8 @@ def test_the_weights_of_the_negatives_average_their_losses():
     rewards = reward.init_lora(model, jax.random.key(0), 2, rank=4, alpha=4, targets=("q",))
     rewards = rewards.replace(heads=jax.random.normal(jax.random.key(1), rewards.heads.shape))
     row = partial(irl.logistic, section=default().irl)
-    one, other, both = (irl.loss(model, row, jnp.array(w), rewards, pairs)[0] for w in ([1.0, 0], [0, 1.0], [1, 3.0]))
+    loss = jax.jit(partial(irl.loss, model, row))
+    one, other, both = (loss(jnp.array(w), rewards, pairs)[0] for w in ([1.0, 0], [0, 1.0], [1, 3.0]))
     assert abs(one - other) > 1e-3
     np.testing.assert_allclose(both, (one + 3 * other) / 4, rtol=1e-6)
 

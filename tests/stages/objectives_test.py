@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import method_numpy as mn
-from helpers.tiny_models import filled, random_group, tiny
+from helpers.tiny_models import apply, filled, random_group, run_trunk, tiny, token_logprobs
 
 from drirl_jax import equations as eq
 from drirl_jax import losses
 from drirl_jax.config import default
-from drirl_jax.models import lora, transformer, vocabulary
+from drirl_jax.models import lora, transformer
 from drirl_jax.runtime.progress import Clock
 from drirl_jax.stages import optimizer
 from drirl_jax.stages.base import POLICIES
@@ -32,7 +32,7 @@ def batch(P=4, G=4):
     model, group = tiny(), random_group(P=P, G=G)
     rng = np.random.default_rng(1)
     advantage = jnp.asarray(rng.normal(size=(P, G)), jnp.float32)
-    logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, group), group, 1.0)
+    logp, _ = token_logprobs(model, apply(model, group), group, 1.0)
     ref_logp = logp + 0.1 * jnp.asarray(rng.normal(size=logp.shape), jnp.float32)
     return model, Batch(group, advantage[..., None], logp, ref_logp, weights(group, G))
 
@@ -83,9 +83,7 @@ def test_layers_that_nobody_adapts_may_be_passed_beforehand():
     params = filled(lora.init(model, jax.random.key(3), rank=4, alpha=4, layers=1), 5)
     want = gradient(model, data, params)
     for layers in (1, 2):
-        close(
-            gradient(model, data._replace(trunk_states=transformer.run_trunk(model, data.group, layers)), params), want
-        )
+        close(gradient(model, data._replace(trunk_states=run_trunk(model, data.group, layers)), params), want)
 
 
 @pytest.mark.parametrize("parts, reduce", [(2, "sequence"), (4, "sequence"), (4, "token"), (2, "constant")])
@@ -146,13 +144,13 @@ def test_a_demonstration_in_the_group_becomes_more_likely():
     pull = jnp.concatenate([jnp.zeros_like(advantage), jnp.ones((4, 1, 1))], axis=1)
     members = group.join(demo, length)
     data = Batch(members, pull, old, ref, weights(members, 4))
-    slope = jax.grad(lambda p: grpo_loss(model, p, data)[0])(params)
+    slope = gradient(model, data, params)
     after = jax.tree.map(lambda p, g: p - 0.05 * g, params, slope)
     alone = group.replace(response=demo[:, None], response_len=length[:, None])
 
     def likely(p):
-        hidden = transformer.apply(model, alone, p)
-        return vocabulary.token_logprobs(model, hidden, alone, 1.0)[0].sum(-1)
+        hidden = apply(model, alone, p)
+        return token_logprobs(model, hidden, alone, 1.0)[0].sum(-1)
 
     assert (likely(after) > likely(params)).all()
 
@@ -179,7 +177,8 @@ def test_full_tuning_and_adapters_start_from_the_reference():
     config = default()
     for name, policy in POLICIES.items():
         params = policy.init(config.policy, model, jax.random.key(0))
-        _, scalars = grpo.loss(model, policy, config, Params(params), Batch(group, advantage, old, old, each))
+        data = Batch(group, advantage, old, old, each)
+        _, scalars = jax.jit(partial(grpo.loss, model, policy, config))(Params(params), data)
         np.testing.assert_allclose(scalars["kl"], 0, atol=1e-9, err_msg=name)
         jax.tree.map(np.testing.assert_array_equal, policy.merge(model, params), model)
 
@@ -271,7 +270,7 @@ def test_dpo_loss_matches_the_method(alpha_on):
     ones = batch._replace(alpha=jnp.ones((3, 2)), weight=jnp.ones((3, 2)))
     ones = ones._replace(prompt_weight=losses.prompt_weights(ones.weight))
     np.testing.assert_allclose(loss(Params(fresh), ones)[0], np.log(2), rtol=1e-6)
-    slope = jax.grad(lambda p: loss(Params(p), ones)[0])(fresh)
+    slope = jax.jit(jax.grad(lambda p: loss(Params(p), ones)[0]))(fresh)
     after = jax.tree.map(lambda p, g: p - 0.05 * g, fresh, slope)
     assert loss(Params(after), ones)[1]["margin"] > 0
 
@@ -328,10 +327,11 @@ def test_ppo_matches_the_method(whiten):
     close(batch.advantage, advantage * np.asarray(alpha)[..., None])
     # After a step of the head the values have moved: the loss is the method's, token by token.
     moved = head._replace(bias=head.bias + 0.2)
-    logp, _ = vocabulary.token_logprobs(model, transformer.apply(model, samples), samples, 1.0)
+    logp, _ = token_logprobs(model, apply(model, samples), samples, 1.0)
     batch = batch._replace(old_logp=logp, returns=batch.returns + 0.1)
     fresh = lora.init(model, jax.random.key(3), rank=4, alpha=4)
-    loss, told = ppo.loss(model, POLICIES["lora"], context.config, Params(fresh, moved), batch)
+    ppo_loss = jax.jit(partial(ppo.loss, model, POLICIES["lora"], context.config))
+    loss, told = ppo_loss(Params(fresh, moved), batch)
     per_token = np.vectorize(mn.value_loss)(value_PGT + 0.2, value_PGT, np.asarray(batch.returns), 0.05)
     want = mn.reduced(per_token.reshape(6, 5), mask.reshape(6, 5), "sequence")
     np.testing.assert_allclose(told["value_loss"], want, rtol=1e-4)
@@ -347,7 +347,7 @@ def test_sft_loss_is_minus_the_log_probability_of_a_demonstrations_token():
     value, told = sft.loss(model, POLICIES["lora"], context.config, Params(fresh), batch)
     np.testing.assert_allclose(value, -np.mean(whole_logp(model, group) / group.response_len), rtol=1e-4)
     # The entropy is a mean over tokens, here of unequal lengths, whatever the reduction.
-    _, entropy = vocabulary.token_logprobs(model, transformer.apply(model, group), group, 1.0)
+    _, entropy = token_logprobs(model, apply(model, group), group, 1.0)
     mask = np.asarray(length_mask(group.response_len, group.response.shape[-1]))
     np.testing.assert_allclose(told["entropy"], np.asarray(entropy)[mask].mean(), rtol=1e-5)
     context.config.policy_loss.reduce = "constant"
