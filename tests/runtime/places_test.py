@@ -121,7 +121,7 @@ def test_convert_does_not_read_what_it_wrote(tmp_path):
 def test_what_commands_keep_beside_their_results_is_no_data(tmp_path):
     out = tmp_path / "mine.jsonl"
     out.write_text(json.dumps(ROW) + "\n")
-    for what in files.KEPT_BESIDE:
+    for what in files.REPLY_KINDS:
         files.replies_file(out, what).write_text(json.dumps({"request": "ab", "text": "x"}) + "\n")
     (tmp_path / "._mine.jsonl").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves them
     assert len(records.read_records(tmp_path, ["insult"])) == 1
