@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from drirl_jax import main
+import drirl_jax
 from drirl_jax.attacks import autodan, templates
+from drirl_jax.commands import cli
 from drirl_jax.commands import convert as convert_command
 from drirl_jax.data import records
 from drirl_jax.evals import items
@@ -42,12 +43,12 @@ def test_a_tilde_is_the_home_folder_in_every_option_that_is_a_path(home):
 
 
 def test_a_config_file_in_the_home_folder_is_found(home):
-    assert main._home_in_full("--config=~/c.py", (main.CONFIG,)) == f"--config={home}/c.py"
-    assert main._home_in_full("--config.data.path=~/x", (main.CONFIG,)) == "--config.data.path=~/x"
+    assert cli._home_in_full("--config=~/c.py", (cli.CONFIG,)) == f"--config={home}/c.py"
+    assert cli._home_in_full("--config.data.path=~/x", (cli.CONFIG,)) == "--config.data.path=~/x"
 
 
 def test_no_module_makes_a_path_of_an_option_by_itself():
-    sources = pathlib.Path(main.__file__).parent.rglob("*.py")
+    sources = pathlib.Path(drirl_jax.__file__).parent.rglob("*.py")
     assert not [path for path in sources if re.search(r"pathlib\.Path\(\w+\.value\)", path.read_text())]
 
 
@@ -121,7 +122,7 @@ def test_convert_does_not_read_what_it_wrote(tmp_path):
 def test_what_commands_keep_beside_their_results_is_no_data(tmp_path):
     out = tmp_path / "mine.jsonl"
     out.write_text(json.dumps(ROW) + "\n")
-    for what in files.KEPT_BESIDE:
+    for what in files.REPLY_KINDS:
         files.replies_file(out, what).write_text(json.dumps({"request": "ab", "text": "x"}) + "\n")
     (tmp_path / "._mine.jsonl").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves them
     assert len(records.read_records(tmp_path, ["insult"])) == 1
