@@ -88,7 +88,7 @@ class Block(Frozen):
 
 def rms_norm(x: Array, weight: Array, config: Config) -> Array:
     """x / √(mean x² + ε) · (offset + w) over the last axis, in float32."""
-    x32 = x.astype(jnp.float32)
+    x32, weight = x.astype(jnp.float32), jnp.expand_dims(weight, range(x.ndim - weight.ndim))
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + config.norm_eps)
     if config.norm_offset:  # in bfloat16, 1 + w would lose most of w
         return (x32 * (config.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
