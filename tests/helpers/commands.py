@@ -1,6 +1,7 @@
 """Commands in the tests' own process, which has the imports behind it."""
 
 import re
+import signal
 import sys
 
 import pytest
@@ -15,7 +16,11 @@ def run(command, *flags):
     argv = [command.__name__, *flags]
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)  # where config_flags looks for --config.name=value
-        cli.call(cli.parse(argv), command.main, trains=command is main)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            cli.call(cli.parse(argv), command.main, trains=command is main)
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # a run's own would outlive it here
 
 
 def refused(message, command, *flags):
