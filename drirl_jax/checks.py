@@ -146,7 +146,7 @@ def _schedule(config: ConfigDict) -> None:
     """Checks the stages, and the rewards that they need."""
     stages, schedule = default().schedule, tuple(config.schedule)
     require(
-        schedule and schedule == tuple(stage for stage in stages if stage in schedule),
+        bool(schedule) and schedule == tuple(stage for stage in stages if stage in schedule),
         f"config.schedule is {schedule}: give {stages}, or some of them in this order.",
     )
     require(

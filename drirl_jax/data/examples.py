@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Examples(NamedTuple):
         demo: [N, T] int32; demo_len: [N] int32.
         category: [N] int32 index into config.data.categories.
         harmless: [N] bool, whether the prompt should be answered: its category is one of config.data.harmless.
-        index: [N] int32, the record's number in the whole data set; it is the key of the record's random numbers.
+        number: [N] int32, the record's number in the whole data set; it is the key of the record's random numbers.
         prompt_text, demo_text, id: lists of N strings.
         prefix: the ids with which every prompt begins.
     """
@@ -34,7 +34,7 @@ class Examples(NamedTuple):
     demo_len: np.ndarray
     category: np.ndarray
     harmless: np.ndarray
-    index: np.ndarray
+    number: np.ndarray
     prompt_text: Sequence[str]
     demo_text: Sequence[str]
     id: Sequence[str]
@@ -42,10 +42,13 @@ class Examples(NamedTuple):
 
     def take(self, rows) -> "Examples":
         """The records at these row numbers, in this order."""
-        *columns, prefix = self
-        return Examples(
-            *(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in columns), prefix=prefix
-        )
+        columns = self._asdict()
+        prefix = columns.pop("prefix")
+        taken: dict[str, Any] = {
+            name: column[rows] if isinstance(column, np.ndarray) else [column[i] for i in rows]
+            for name, column in columns.items()
+        }
+        return Examples(**taken, prefix=prefix)
 
     def rows_by_category(self, categories: int) -> list[np.ndarray]:
         """The row numbers of each category, in order."""
@@ -136,9 +139,15 @@ def common_prefix(prompts: list[list[int]]) -> tuple[int, ...]:
 
 
 def _pad(rows: list, prefix: tuple[int, ...], prompt_size: int, response_size: int) -> Examples:
-    prompt, demo, category, harmless, number, prompt_text, demo_text, ids = map(list, zip(*rows))
-    prompt, prompt_len = text.pad([ids[len(prefix) :] for ids in prompt], prompt_size)
-    demo, demo_len = text.pad(demo, response_size)
-    category, number = (np.asarray(x, np.int32) for x in (category, number))
-    kind = category, np.asarray(harmless, bool)
-    return Examples(prompt, prompt_len, demo, demo_len, *kind, number, prompt_text, demo_text, ids, prefix)
+    prompt_ids, demo_ids, category, harmless, number, prompt_text, demo_text, ids = map(list, zip(*rows))
+    return Examples(
+        *text.pad([row[len(prefix) :] for row in prompt_ids], prompt_size),
+        *text.pad(demo_ids, response_size),
+        category=np.asarray(category, np.int32),
+        harmless=np.asarray(harmless, bool),
+        number=np.asarray(number, np.int32),
+        prompt_text=prompt_text,
+        demo_text=demo_text,
+        id=ids,
+        prefix=prefix,
+    )

@@ -117,8 +117,8 @@ def pad(rows: Sequence[Sequence[int]], size: int, pad_id: int = 0) -> tuple[np.n
     """
     lengths = np.array([len(row) for row in rows], np.int32)
     if (lengths > size).any():
-        row = int(lengths.argmax())
-        raise InputError(f"row {row} has {lengths[row]} tokens, more than the width {size}: widen the bucket")
+        longest = int(lengths.argmax())
+        raise InputError(f"row {longest} has {lengths[longest]} tokens, more than the width {size}: widen the bucket")
     ids = np.full((len(rows), size), pad_id, np.int32)
     for row, ids_row in zip(rows, ids):
         ids_row[: len(row)] = row
@@ -211,14 +211,15 @@ def _ends_sentence(line: str, begin: int, stop: re.Match) -> bool:
     before = line[begin : stop.start()]
     if not after[0].isspace():
         return "…" not in marks and bool(_CJK.match(before[-1:]) and _CJK.match(after))
-    next_word = re.match(r"\W*(\w*)", after)[1]
+    first_word = re.search(r"\w+", after)
+    next_word = first_word[0] if first_word else ""
     if stop["closer"] or "…" in marks or ".." in marks:  # "Stop!" he said; well... maybe
         return not next_word[:1].islower()
     if marks != ".":
         return True
     if _NUMBER.fullmatch(before):  # "2." before a list item inside a line
         return False
-    word = re.search(r"\S*$", before)[0].lstrip("\"'“‘«([（*_")
+    word = re.split(r"\s", before)[-1].lstrip("\"'“‘«([（*_")
     if word.lower() in _NEVER_LAST:
         return False
     if word.lower() in _BEFORE_NUMBER:

@@ -183,7 +183,7 @@ def reshard(model: Transformer) -> Transformer:
 def sample_batch(context: Context, model: Transformer, examples: Examples, key: Array, **options) -> rollout.Rollout:
     """The model's responses to one batch of examples, sharded by prompt; see `rollout.sample` for the other options."""
     group = options.pop("group")
-    keys = rollout.response_keys(key, jnp.asarray(examples.index), group)
+    keys = rollout.response_keys(key, jnp.asarray(examples.number), group)
     with jax.set_mesh(context.sampling_mesh) if context.sampling_mesh else contextlib.nullcontext():
         keys = sharding.replicate(keys) if context.sampling_mesh else keys
         prompt, length = sharding.shard_prompts(examples.prompt), sharding.shard_prompts(examples.prompt_len)

@@ -470,7 +470,7 @@ def test_taking_rows_keeps_the_prefix():
     columns = {name: np.zeros(5, np.int32) for name in examples.Examples._fields}
     some = examples.Examples(**columns | {"index": np.arange(5), "id": list("abcde"), "prefix": (7, 8)})
     part = some.take([3, 1])
-    assert list(part.index) == [3, 1] and part.id == ["d", "b"] and part.prefix == (7, 8)
+    assert list(part.number) == [3, 1] and part.id == ["d", "b"] and part.prefix == (7, 8)
 
 
 def test_a_category_without_records_is_refused():
