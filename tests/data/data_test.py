@@ -468,7 +468,7 @@ def test_common_prefix_leaves_every_prompt_a_token():
 
 def test_taking_rows_keeps_the_prefix():
     columns = {name: np.zeros(5, np.int32) for name in examples.Examples._fields}
-    some = examples.Examples(**columns | {"index": np.arange(5), "id": list("abcde"), "prefix": (7, 8)})
+    some = examples.Examples(**columns | {"number": np.arange(5), "id": list("abcde"), "prefix": (7, 8)})
     part = some.take([3, 1])
     assert list(part.number) == [3, 1] and part.id == ["d", "b"] and part.prefix == (7, 8)
 
