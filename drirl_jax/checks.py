@@ -10,12 +10,12 @@ from typing import Callable, Collection, Iterable, NamedTuple
 from ml_collections import ConfigDict
 
 from drirl_jax import judges, losses, scaling
-from drirl_jax.config import ADAPTED, default, get_option, require
+from drirl_jax.config import ADAPTED, STAGES, get_option, require
 from drirl_jax.data import generators, pipeline, text
 from drirl_jax.evals import benchmarks
 from drirl_jax.models import flash, reward
 from drirl_jax.runtime import endpoint, names, ranges, sinks
-from drirl_jax.stages import base, irl, objectives, optimizer
+from drirl_jax.stages import base, irl, objectives, optimizer, sft
 from drirl_jax.stages.rewards import routes, sources
 from drirl_jax.types import InputError
 
@@ -34,6 +34,8 @@ TABLES: dict[str, Collection[str]] = {
     "reward.source": sources.SOURCES,
     "reward.route": routes.ROUTES,
     "reward.normalize": reward.NORMALIZE,
+    "sft.harmless": sft.HARMLESS,
+    "sft.optimizer.schedule": optimizer.SCHEDULES,
     "irl.loss": irl.LOSSES,
     "irl.cut": ("common", "none"),
     "irl.policy": ("frozen", "alternate"),
@@ -144,13 +146,14 @@ def _values(config: ConfigDict) -> None:
 
 def _schedule(config: ConfigDict) -> None:
     """Checks the stages, and the rewards that they need."""
-    stages, schedule = default().schedule, tuple(config.schedule)
+    stages, schedule = STAGES, tuple(config.schedule)
     require(
         bool(schedule) and schedule == tuple(stage for stage in stages if stage in schedule),
         f"config.schedule is {schedule}: give {stages}, or some of them in this order.",
     )
     require(
-        "evals" not in schedule or "align" in schedule, "config.schedule has 'evals', which needs 'align' before it."
+        "evals" not in schedule or "sft" in schedule or "align" in schedule,
+        "config.schedule has 'evals', which needs 'sft' or 'align' before it.",
     )
     learns_rewards = "irl" in schedule
     require(
@@ -161,6 +164,11 @@ def _schedule(config: ConfigDict) -> None:
     require(
         not (learns_rewards and config.reward.init),
         f"config.reward.init is {config.reward.init!r}, but 'irl' in the schedule learns rewards: leave one out.",
+    )
+    require(
+        not ("sft" in schedule and config.reward.init),
+        f"config.reward.init is {config.reward.init!r}, but 'sft' in the schedule changes the model that rewards read: "
+        "leave 'sft' out.",
     )
     benchmarks.validate(config.evals)
     if "evals" in schedule or config.reward.source == "rules":
@@ -303,7 +311,8 @@ def _batches(config: ConfigDict) -> None:
     """Checks that batches and steps divide evenly."""
     prompts, parts = config.align.batch, config.align.minibatches
     require(prompts % parts == 0, f"config.align.minibatches ({parts}) must divide config.align.batch ({prompts}).")
-    for key, prompts in (("irl", config.irl.batch), ("align", config.align.batch // config.align.minibatches)):
+    prompts_of_update = {"sft": config.sft.batch, "irl": config.irl.batch, "align": prompts // parts}
+    for key, prompts in prompts_of_update.items():
         parts = config[key].accumulate
         require(
             prompts % parts == 0, f"config.{key}.accumulate ({parts}) must divide the {prompts} prompts of an update."

@@ -153,6 +153,24 @@ def _reward() -> ConfigDict:
     return c
 
 
+def _sft() -> ConfigDict:
+    """The warm start: supervised training on whole answers before the rewards are learned (ours)."""
+    c = ConfigDict()
+    c.steps = 80  # updates
+    c.batch = 16  # prompts in a step
+    c.accumulate = 1  # micro-batches of prompts in one update
+    # Answers to harmless prompts. own: the policy's own, so that it loses less of what it could do | demonstrations |
+    # both. Harmful prompts always have their demonstrations
+    c.harmless = "own"
+    c.own_answers = 0  # at most so many prompts get an own answer; 0: all harmless training prompts
+    # Share of the prompts whose answer follows an opening of the other kind, which carries no loss (arXiv 2406.05946
+    # has 0.5). The opening is of the policy's own complying answer, or of a refusal where the prompt is harmless
+    c.recovery = 0.0
+    c.recovery_tokens = 20  # K: an opening has 1 to K tokens
+    c.optimizer = _optimizer(1e-3)  # the argument is the learning rate
+    return c
+
+
 def _irl() -> ConfigDict:
     """The stage that learns rewards from demonstrations."""
     c = ConfigDict()
@@ -351,6 +369,7 @@ def endpoint() -> ConfigDict:
     return e
 
 
+STAGES = ("sft", "irl", "align", "evals")  # in the order in which they can run
 SECTIONS = {
     "mesh": _mesh,
     "distributed": _distributed,
@@ -360,6 +379,7 @@ SECTIONS = {
     "demos": _demos,
     "sampler": _sampler,
     "reward": _reward,
+    "sft": _sft,
     "irl": _irl,
     "scaling": _scaling,
     "group": _group,
@@ -378,7 +398,8 @@ def default() -> ConfigDict:
     """The defaults of the method, in sizes for one small machine."""
     c = ConfigDict()
     c.seed = 0  # seed of all random numbers of the run
-    c.schedule = ("irl", "align", "evals")  # the stages that run, in this order: rewards, policy, evaluation
+    # The stages that run, in this order. sft: warm start on whole answers | irl: rewards | align: policy | evals
+    c.schedule = ("irl", "align", "evals")
     c.compilation_cache = "~/.cache/drirl_jax"  # folder in which XLA keeps compiled programs; "": no such folder
     c.debug_nans = False  # True: jax raises an error at the first NaN
     for name, section in SECTIONS.items():
@@ -399,9 +420,14 @@ def require(true: bool, sentence: str) -> None:
         raise InputError(sentence)
 
 
+def learns_own_answers(config: ConfigDict) -> bool:
+    """Whether the stage `sft` asks the policy for answers, also to prompts without a demonstration."""
+    return "sft" in config.schedule and config.sft.harmless != "demonstrations"
+
+
 def micro_batch_sizes(config: ConfigDict) -> list[int]:
     """The number of prompts in a micro-batch, for each stage of the schedule."""
     c = config
-    sizes = {"irl": c.irl.batch // c.irl.accumulate}
+    sizes = {stage: c[stage].batch // c[stage].accumulate for stage in ("sft", "irl")}
     sizes["align"] = c.align.batch // c.align.minibatches // c.align.accumulate
     return [size for stage, size in sizes.items() if stage in c.schedule]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Sequence
 
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax import checks, judges
 from drirl_jax import config as config_lib
-from drirl_jax.data import builder, examples, fingerprints, records
+from drirl_jax.data import builder, examples, fingerprints, overlap, records
 from drirl_jax.data.text import ChatTokens
 from drirl_jax.models import encoder, families, flash, hf, reward
 from drirl_jax.models.architecture import need_positions
@@ -43,12 +44,23 @@ def load_context(config: ConfigDict, load: bool = True) -> Context:
     sampling_mesh = sharding.sampling_mesh(config.sampler.mesh, config.align.batch, mesh)
     jax.set_mesh(mesh)
     read_splits = builder.read_splits if load else records.by_split
-    by_split = read_splits(config.data.path, config.data.categories, harmless=config.data.harmless)
+    unanswered = config_lib.learns_own_answers(config)
+    by_split = read_splits(
+        config.data.path, config.data.categories, harmless=config.data.harmless, unanswered=unanswered
+    )
     shares = dict(zip(config.data.categories, config.data.shares))
     trained_categories = [category for category in config.data.categories if shares.get(category, 1.0) > 0]
     if "train" in by_split:
-        by_split["train"] = records.first_share(by_split["train"], shares)
-    splits_of_stage = {"irl": ("train", "valid"), "align": ("train",), "evals": (config.evals.split,)}
+        rows = records.first_share(by_split["train"], shares)
+        by_split["train"] = [row for row in rows if row.response.strip()]
+        if asked := [row for row in rows if not row.response.strip()]:
+            by_split[overlap.UNANSWERED] = asked
+    splits_of_stage = {
+        "sft": ("train",),
+        "irl": ("train", "valid"),
+        "align": ("train",),
+        "evals": (config.evals.split,),
+    }
     if config.reward.route == "router":
         splits_of_stage["align"] = ("train", "valid")
     for split in {split for name in config.schedule for split in splits_of_stage[name]}:
@@ -123,8 +135,30 @@ def require_rewards(config: ConfigDict, workdir: bucket.Path) -> None:
         )
 
 
+def with_warm_start(context: Context, workdir: bucket.Path) -> Context:
+    """The context with the trunk that the rewards of this run read: the product of its stage `sft`, if it has one."""
+    if "sft" not in workdirs.load_config(workdir).schedule:
+        return context
+    folder = workdir / "sft"
+    config_lib.require(folder.is_dir(), f"no model in {folder}: name the workdir of a run whose SFT stage has ended.")
+    model = families.from_hf(hf.read_tensors(bucket.local_copy(folder)), context.model.config)
+    return dataclasses.replace(context, model=model)
+
+
 def require_same_policy(context: Context, workdir: bucket.Path) -> None:
-    """Raises InputError unless the run in this workdir started from the same policy contents as the context's."""
+    """Raises InputError unless the rewards of this workdir read the same trunk as the context's.
+
+    A run's rewards read its policy.init; after a stage `sft` they read its product, the folder sft.
+    """
+    if context.config.reward.init and "sft" in workdirs.load_config(workdir).schedule:
+        folder, init = bucket.local_copy(workdir / "sft"), hf.resolve(context.config.policy.init)
+        same = processes.ask_once(lambda: fingerprints.weights_hash(folder) == fingerprints.weights_hash(init))
+        config_lib.require(
+            same,
+            f"the rewards in {workdir} read the model {workdir / 'sft'}, not {context.config.policy.init}: set "
+            "config.policy.init to that folder.",
+        )
+        return
     processes.ask_once(
         lambda: workdirs.require_same(workdir, fingerprints.policy_contents(context.config, context.text))
     )
@@ -157,7 +191,7 @@ def load_judges(model: str, config: ConfigDict, names: Sequence[str], memory: pa
         if not (run / "rewards").is_dir():
             raise InputError(f"the judge 'rewards' needs a run with rewards, and {model} is none.")
         run_config = workdirs.load_config(run)
-        context = load_context(run_config)
+        context = with_warm_start(load_context(run_config), bucket.parse_path(run_config.reward.init or model))
         bank = load_rewards(context, bucket.parse_path(run_config.reward.init or model))
         run_rewards = (context.model, context.text, bank)
     setting = judges.Setting(config, memory, lambda: hf.resolve(config.encoder.init), run_rewards)

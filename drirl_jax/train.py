@@ -20,7 +20,7 @@ from drirl_jax.evals.benchmarks import Questions
 from drirl_jax.judges import Judge
 from drirl_jax.models import reward
 from drirl_jax.models.transformer import Transformer
-from drirl_jax.reports import pages, single
+from drirl_jax.reports import pages, single, status
 from drirl_jax.runtime import (
     bucket,
     console,
@@ -35,7 +35,7 @@ from drirl_jax.runtime import (
 )
 from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.runtime.checkpoint import Checkpoints
-from drirl_jax.stages import align, export, guards, irl, samples
+from drirl_jax.stages import align, export, guards, irl, samples, sft
 from drirl_jax.stages.base import POLICIES, Context, Stage, State
 from drirl_jax.types import InputError, PyTree
 
@@ -50,10 +50,13 @@ def replay(config: ConfigDict, workdir: bucket.Path, folder: bucket.Path) -> Non
     """
     context, name = loading.load_context(config), folder.name.partition("-")[0]
     config_lib.require(
-        name in ("irl", "align"), f"{folder} holds no step that a guard saved: give a folder in {workdir}/replay."
+        name in ("sft", "irl", "align"),
+        f"{folder} holds no step that a guard saved: give a folder in {workdir}/replay.",
     )
-    if name == "irl":
-        stage = irl.make(context)
+    if name != "sft":
+        context = loading.with_warm_start(context, bucket.parse_path(config.reward.init or workdir))
+    if name != "align":
+        stage = {"sft": sft, "irl": irl}[name].make(context)
     else:
         has_rewards = "irl" in config.schedule or config.reward.init
         stage = align.make(
@@ -96,16 +99,24 @@ def run(config: ConfigDict, workdir: bucket.Path) -> None:
 def run_stages(
     context: Context, benchmarks: list[Questions], workdir: Workdir, writer: metrics.MetricWriter, started: float
 ) -> None:
-    """Runs the stages of the schedule in turn, from rewards to report; see `run`."""
+    """Runs the stages of the schedule in turn, from the warm start to the report; see `run`."""
+    schedule = context.config.schedule
     facts = write_facts(context, workdir)
+    context, trained = warm_start(context, workdir, writer) if "sft" in schedule else (context, [])
     bank = learn_rewards(context, workdir, writer)
-    if "align" not in context.config.schedule:
-        return
     judges = runner.make_judges(context, bank)
-    aligned = align_policy(context, bank, benchmarks, judges, workdir, writer)
-    if "evals" not in context.config.schedule:
+    if "align" in schedule:
+        trained += [align_policy(context, bank, benchmarks, judges, workdir, writer)]
+    if not trained:
         return
-    evaluate({"base": context.model, "aligned": aligned}, context, bank, benchmarks, judges, workdir)
+    aligned = context.model
+    if "align" in schedule:
+        aligned = POLICIES[context.config.policy.tune].merge(context.model, trained[-1])
+    export.export_policy(context, trained, aligned, workdir.local)
+    workdir.push()
+    if "evals" not in schedule:
+        return
+    evaluate(evaluated_models(context, aligned), context, bank, benchmarks, judges, workdir)
     if processes.is_writer():
         report(workdir, facts | {"minutes of this start": f"{(time.time() - started) / 60:.1f}"})
 
@@ -120,6 +131,18 @@ def write_facts(context: Context, workdir: Workdir) -> dict:
     prompt_count = sum(len(split_examples.id) for split_examples in context.examples.values())
     log.info("%s, %d prompts, %s", jax.devices()[0], prompt_count, context.config.policy.init)
     return facts
+
+
+def warm_start(context: Context, workdir: Workdir, writer: metrics.MetricWriter) -> tuple[Context, list[PyTree]]:
+    """Stage 0: the context whose trunk is the product of SFT, and what that stage trained."""
+    with contextlib.closing(Checkpoints(workdir.path / "warm_start", keep=1)) as product:
+        if product.latest() is None:
+            product.save(0, loop("sft", sft.make(context), context.config, workdir, writer))
+        params = product.restore(sharding.place(sft.init_params(context)))[1]
+    model = POLICIES[context.config.policy.tune].merge(context.model, params)
+    export.export_model(context, model, workdir.local / "sft")
+    workdir.push()
+    return dataclasses.replace(context, model=model), [params]
 
 
 def learn_rewards(context: Context, workdir: Workdir, writer: metrics.MetricWriter) -> reward.Bank | None:
@@ -143,15 +166,19 @@ def align_policy(
     judges: dict[str, Judge],
     workdir: Workdir,
     writer: metrics.MetricWriter,
-) -> Transformer:
-    """Stage 2: the aligned model, with the adapters merged into it."""
+) -> PyTree:
+    """Stage 2: the policy's trained parameters (see `base.POLICIES`)."""
     stage = align.make(context, bank, keep=partial(writer.write_samples, "align"))
     stage = watch.with_periodic_evals(stage, context, benchmarks, judges)
-    params = loop("align", stage, context.config, workdir, writer)
-    aligned = POLICIES[context.config.policy.tune].merge(context.model, params)
-    export.export_policy(context, params, aligned, workdir.local)
-    workdir.push()
-    return aligned
+    return loop("align", stage, context.config, workdir, writer)
+
+
+def evaluated_models(context: Context, aligned: Transformer) -> dict[str, Transformer]:
+    """The models that are compared: the initial policy, the product of `sft` if `align` follows it, the last policy."""
+    schedule = context.config.schedule
+    base = loading.load_policy(context.config)[0] if "sft" in schedule else context.model
+    models = {"base": base, "sft": context.model, "aligned": aligned}
+    return {name: models[name] for name in status.evaluated_policies(schedule)}
 
 
 def evaluate(

@@ -79,7 +79,7 @@ def test_thinking_is_a_flag():
     [
         ("--config.aling.steps=3", "--config.aling.steps: there is no such option: did you mean align.steps"),
         ("--config.align.stpes=3", "did you mean align.steps\\?"),
-        ("--config.steps=3", "did you mean irl.steps or align.steps\\?"),
+        ("--config.steps=3", "did you mean irl.steps or sft.steps or align.steps\\?"),
         ("--config.base.align.stpes=3", "--config.base.align.stpes: .* did you mean align.steps\\?"),
         ("--config.nothing_like_it=3", "--help lists all options"),
         ("--config.grpo.beta_kl=0.1", "it is policy_loss.beta_kl in this version"),

@@ -46,13 +46,12 @@ def load(workdir: bucket.Path, rows: list[Record]) -> tuple[Context, reward.Bank
         InputError: the workdir holds no run with rewards, or a prompt is too long.
     """
     config = workdirs.load_config(workdir)
-    context = loading.load_context(config)
+    rewards_run = bucket.parse_path(config.reward.init or workdir)
+    context = loading.with_warm_start(loading.load_context(config), rewards_run)
     by_split = examples.tokenise({"given": rows}, context.text, config)
     if len(by_split["given"].id) < len(rows):
         raise InputError("some prompts are longer than the run's data.max_prompt: shorten them.")
-    return dataclasses.replace(context, examples=by_split), loading.load_rewards(
-        context, bucket.parse_path(config.reward.init or workdir)
-    )
+    return dataclasses.replace(context, examples=by_split), loading.load_rewards(context, rewards_run)
 
 
 def policy(context: Context, workdir: bucket.Path, base: bool) -> Transformer:

@@ -25,7 +25,7 @@ from drirl_jax.evals import runner
 from drirl_jax.models.architecture import Config
 from drirl_jax.reports import status
 from drirl_jax.runtime import bucket, lock, sharding, workdirs
-from drirl_jax.stages import align, irl, objectives, optimizer
+from drirl_jax.stages import align, irl, objectives, optimizer, sft
 from drirl_jax.stages.base import POLICIES, Context
 from drirl_jax.types import PyTree
 
@@ -128,6 +128,7 @@ def device_trees(context: Context) -> dict[str, PyTree]:
         "encoder": context.embedder.encoder,
         "align": state(trained, align.make_transformation(config)),
         "irl": state(rewards, optimizer.make(config.irl.optimizer, config.irl.steps)),
+        "sft": state(trained, optimizer.make(config.sft.optimizer, config.sft.steps)),
     }
 
 
@@ -176,6 +177,23 @@ def align_operations(context: Context, size: int, tuned: int) -> dict[str, float
     return by_phase
 
 
+def _sft_shape(context: Context) -> Shape:
+    """The sizes of a batch of the stage `sft`: one answer a prompt, which may follow an opening."""
+    c, shape = context.config.sft, _shape(context)
+    return shape._replace(P=c.batch, G=1, T=shape.T + (c.recovery_tokens if c.recovery else 0))
+
+
+def sft_operations(context: Context, size: int, tuned: int) -> dict[str, float]:
+    """Operations of one update of the warm start, and this update's share of the policy's own answers."""
+    config, model, shape = context.config, context.model.config, _sft_shape(context)
+    update = floor(
+        model, shape, COUNTED, size=size, tuned=tuned, shared=context.shared_layers, scored=1, trained=0
+    )["update"]  # fmt: skip
+    own = sum(map(len, sft.prompts_to_answer(context)))
+    sampled = forward_flops(model, _shape(context)._replace(P=own, G=1)) if own else 0.0
+    return {"samples": sampled / config.sft.steps, "update": update}
+
+
 def irl_operations(context: Context) -> dict[str, float]:
     """Operations of one update of the rewards, and this update's share of the sampling of a round."""
     config, c, model, shape = context.config, context.config.irl, context.model.config, _shape(context)
@@ -204,7 +222,11 @@ def _stage(name: str, context: Context, shapes: dict, previous: dict | None, rat
     """One row of the plan; `previous` is the stage's entry of `status.run_status`, or None."""
     config, shape = context.config, _shape(context)
     tokens = f"{shape.R} + {shape.S}" if shape.R else f"{shape.S}"
-    if name == "irl":
+    if name == "sft":
+        c, steps, sizes = config.sft, config.sft.steps, _sft_shape(context)
+        by_phase = sft_operations(context, count(shapes["policy"]), count(shapes["trained"]))
+        words = f"{c.batch} prompts of {tokens} tokens x 1 answer of {sizes.T}"
+    elif name == "irl":
         c, steps, by_phase = config.irl, config.irl.steps, irl_operations(context)
         negatives = len(irl.negative_weights(c))
         words = f"{c.batch} prompts of {tokens} tokens x (1 demonstration + {negatives} negatives) of {shape.T}"
@@ -216,7 +238,7 @@ def _stage(name: str, context: Context, shapes: dict, previous: dict | None, rat
         updates = c.epochs * c.minibatches
         words = f"{c.objective}: {c.batch} prompts of {tokens} tokens x {group} of {shape.T}, {updates} updates"
     else:
-        steps, by_phase = 2, evals_operations(context)
+        steps, by_phase = len(status.evaluated_policies(config.schedule)), evals_operations(context)
         prompts = len(context.examples[config.evals.split].id)
         words = f"{prompts} prompts of {tokens} tokens x 1 response of {config.evals.max_new}, before and after"
     done, finished = (previous["done"], previous["finished"]) if previous else (0, False)
@@ -241,6 +263,15 @@ def memory(context: Context, shapes: dict[str, PyTree]) -> dict[str, float]:
     weights, adapted = sharding.bytes_per_device(shapes["policy"]), config.policy.tune == "lora"
     parts = {"weights": weights, "encoder": float(sum(x.nbytes for x in jax.tree.leaves(shapes["encoder"])))}
     stages = {}
+    if "sft" in config.schedule:
+        layers = (config.policy.layers if adapted else 0) or model.layers
+        learning = _sft_shape(context)
+        learning = learning._replace(P=config.sft.batch // config.sft.accumulate)
+        state = sharding.bytes_per_device(shapes["sft"]) + sharding.bytes_per_device(shapes["trained"])
+        stages["sft"] = {"sft: policy, optimiser, gradients": state}
+        stages["sft"]["sft: sampling or update"] = max(
+            cache_bytes(model, shape._replace(P=config.evals.batch, G=1)), activation_bytes(model, learning, layers)
+        )
     if "irl" in config.schedule:
         c = config.irl
         learning = shape._replace(P=c.batch // c.accumulate, G=1 + len(irl.negative_weights(c)))

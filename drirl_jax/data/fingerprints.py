@@ -7,6 +7,7 @@ from typing import Sequence
 
 from ml_collections import ConfigDict
 
+from drirl_jax import config as config_lib
 from drirl_jax.data import records
 from drirl_jax.data.text import ChatTokens
 from drirl_jax.models import hf
@@ -53,7 +54,12 @@ def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -
     Raises:
         InputError: one of the inputs does not exist.
     """
-    rows = records.read_records(config.data.path, config.data.categories)
+    rows = records.read_records(
+        config.data.path,
+        config.data.categories,
+        harmless=config.data.harmless,
+        unanswered=config_lib.learns_own_answers(config),
+    )
     by_input = policy_contents(config, tokens) | {
         "data": hashes.hash_records(row._replace(provenance="") for row in rows),
         "encoder": encoder_hash(hf.resolve(config.encoder.init)),

@@ -8,7 +8,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 import scipy.sparse
 
-TRAIN = "train"
+TRAIN, UNANSWERED = "train", "unanswered"  # the splits that a run trains on
 SHINGLE = 4  # characters
 NEAR = 0.8  # two prompts count as nearly the same from this Jaccard similarity of their shingles
 MOST_PAIRS = 200_000_000  # at most so many pairs of prompts are compared by their shingles
@@ -54,7 +54,8 @@ def describe_repeats(examples: Mapping[str, Any]) -> str:
     Args:
         examples: split -> `data.examples.Examples`.
     """
-    train_texts = set(examples[TRAIN].prompt_text) if TRAIN in examples else set()
+    trained_splits = [examples[split] for split in (TRAIN, UNANSWERED) if split in examples]
+    train_texts = {prompt for rows in trained_splits for prompt in rows.prompt_text}
     train_normals = {normalise(prompt) for prompt in train_texts}
     kinds: dict[str, set[bool]] = {}
     parts = []
@@ -62,7 +63,7 @@ def describe_repeats(examples: Mapping[str, Any]) -> str:
         normal_by_prompt = {prompt: normalise(prompt) for prompt in rows.prompt_text}
         for prompt, is_harmless in zip(rows.prompt_text, rows.harmless.tolist()):
             kinds.setdefault(normal_by_prompt[prompt], set()).add(is_harmless)
-        if split == TRAIN or not train_normals:
+        if split in (TRAIN, UNANSWERED) or not train_normals:
             continue
         split_total = f"of {len(rows.prompt_text)} prompts of split {split}"
         repeats = [prompt for prompt in rows.prompt_text if normal_by_prompt[prompt] in train_normals]

@@ -7,6 +7,8 @@ transpose of the paper's B.) An adapter with fewer layers than the model belongs
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -68,6 +70,20 @@ def init(
         )
         adapter[target] = Pair(a=a, b=jnp.zeros((*leading_shape, rank, width_out)), scale=alpha / rank)
     return adapter
+
+
+def concatenate(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter with the sum of their ΔW: Σ_i s B_i A_i = s [B_1 B_2 ...] [A_1; A_2; ...], of the summed rank.
+
+    Args:
+        adapters: of the same targets and layers, with the same scale s.
+    """
+
+    def join(*pairs: Pair) -> Pair:
+        a, b = (jnp.concatenate([getattr(pair, name) for pair in pairs], axis=-2) for name in "ab")
+        return Pair(a=a, b=b, scale=pairs[0].scale)
+
+    return {target: join(*(adapter[target] for adapter in adapters)) for target in adapters[0]}
 
 
 def merge(model: Transformer, adapter: Adapter) -> Transformer:

@@ -78,7 +78,7 @@ class Run(NamedTuple):
         config: from config.json.
         facts: the machine and the data, as `train.run` wrote them to facts.json.
         metrics, timing, samples: rows of metrics.jsonl, timing.jsonl and samples.jsonl.
-        base, aligned: results of `evals.runner.evaluate`, with "benchmarks".
+        base, warm, aligned: results of `evals.runner.evaluate`, with "benchmarks"; `warm` is of the stage `sft`.
         reliability: of the rewards, by category; see `stages.calibration.reliability`.
     """
 
@@ -89,6 +89,7 @@ class Run(NamedTuple):
     timing: list[dict]
     samples: list[dict]
     base: dict
+    warm: dict
     aligned: dict
     reliability: dict
 
@@ -124,9 +125,9 @@ def load_run(workdir: pathlib.Path) -> Run:
 
     metric_rows, timing_rows = (metrics.read_jsonl(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
     samples = json_files.rows(workdir / "samples.jsonl", SAMPLES)
-    base, aligned = (load_if_present(f"evals/{name}.json", EVALUATION) for name in ("base", "aligned"))
+    base, warm, aligned = (load_if_present(f"evals/{name}.json", EVALUATION) for name in ("base", "sft", "aligned"))
     facts, reliability = load_if_present("facts.json", FACTS), load_if_present("reliability.json", RELIABILITY)
-    return Run(workdir, config, facts, metric_rows, timing_rows, samples, base, aligned, reliability)
+    return Run(workdir, config, facts, metric_rows, timing_rows, samples, base, warm, aligned, reliability)
 
 
 def facts_of(examples: Mapping[str, Examples], categories: Sequence[str]) -> dict:

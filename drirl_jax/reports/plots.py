@@ -51,6 +51,7 @@ class Curve(NamedTuple):
 
 # By file name. Curves that a run's metrics lack are left out.
 CURVES = {
+    "sft_loss": Curve("sft", "loss", "SFT loss (nats a token)"),
     "irl_loss": Curve("irl", "loss", "IRL loss"),
     "irl_accuracy": Curve("irl", "accuracy", "Held-out pairs ranked right", (0.5, "chance"), percent=True),
     "reward": Curve("align", "reward", "Reward $R$ of the samples"),
@@ -62,7 +63,7 @@ CURVES = {
     "entropy": Curve("align", "entropy", "Policy entropy (nats a token)"),
     "surprisal": Curve("align", "surprisal", "$-$log $\\pi$ of the samples (nats a token)"),
 }
-STEPS = {"irl": "IRL step", "align": "alignment step"}
+STEPS = {"sft": "SFT step", "irl": "IRL step", "align": "alignment step"}
 MEAN = "all categories"  # the line of the metric without a category
 
 

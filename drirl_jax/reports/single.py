@@ -33,6 +33,7 @@ from drirl_jax.reports.pages import (
     write,
 )
 from drirl_jax.reports.plots import percent, words
+from drirl_jax.reports.status import TRAINED
 from drirl_jax.runtime import json_files
 from drirl_jax.stages import guards
 
@@ -51,7 +52,7 @@ def about(run: Run) -> Table:
         "data": c.data.path + (f", {records} records" if records else ""),
         "steps": ", ".join(
             f"{stage}: {last[stage]['step'] if stage in last else 0} of {c[stage].steps}"
-            for stage in ("irl", "align")
+            for stage in TRAINED
             if stage in c.schedule
         ),
         "seed": str(c.seed),
@@ -129,19 +130,20 @@ def _describe(curve: plots.Curve, run: Run) -> str:
 
 
 def overall(run: Run) -> Table:
-    """Before and after over all prompts, each number with its interval."""
+    """Before and after over all prompts, each number with its interval; after the warm start too, if there is one."""
+    results = {"before": run.base} | ({"after SFT": run.warm} if run.warm else {}) | {"after": run.aligned}
     rows = []
     for measure in MEASURES.values():
-        before, after = (values_of(measure, result, run.harmless) for result in (run.base, run.aligned))
-        if before and after:
+        columns = [values_of(measure, result, run.harmless) for result in results.values()]
+        if all(columns):
             means = [
                 format_interval(over_prompts(list(values.values()), measure.is_share), measure.text)
-                for values in (before, after)
+                for values in columns
             ]
-            change = format_change(change_of(after, before, measure.is_share), measure.change)
+            change = format_change(change_of(columns[-1], columns[0], measure.is_share), measure.change)
             unit = ", points" if measure.is_share else ""
-            rows.append((measure.title + unit, str(len(before)), *means, change))
-    return Table("Before and after, all prompts", ("", "n", "before", "after", "change"), rows)
+            rows.append((measure.title + unit, str(len(columns[0])), *means, change))
+    return Table("Before and after, all prompts", ("", "n", *results, "change"), rows)
 
 
 def by_category(run: Run) -> Table:
@@ -291,7 +293,7 @@ def benchmark_responses(run: Run) -> Iterator[tuple[str, str, list[Prompt]]]:
 def cost(run: Run) -> Table | None:
     """Seconds by stage; None if no step was timed."""
     rows, total = [], 0.0
-    for stage in ("irl", "align"):
+    for stage in TRAINED:
         stage_rows = [row for row in run.timing if row["stage"] == stage]
         if stage_rows:
             parts = [sum(row[key] for row in stage_rows) for key in ("collect_s", "update_s")]

@@ -8,14 +8,15 @@ from __future__ import annotations
 import pathlib
 import statistics
 import time
+from typing import Sequence
 
 from drirl_jax.runtime import json_files, lock
 
 SHOWN = ("loss", "reward", "gap", "kl", "alpha_d", "alpha_m", "length", "pairs_right", "accuracy", "skipped")
 RECENT = 20  # the median is over so many last steps
 TAIL = 2**21  # so many bytes are read from the end of a file
-PRODUCTS = {"irl": "rewards", "align": "aligned", "evals": "report.html"}  # the product of each stage
-POLICIES = ("base", "aligned")  # the policies that the stage evals evaluates
+PRODUCTS = {"sft": "sft", "irl": "rewards", "align": "aligned", "evals": "report.html"}  # the product of each stage
+TRAINED = ("sft", "irl", "align")  # the stages that train
 CONFIG = {"schedule": [str], "irl": {"steps": int}, "align": {"steps": int}}
 
 
@@ -35,12 +36,13 @@ def run_status(workdir: pathlib.Path) -> dict:
     config = json_files.load(
         workdir / "config.json", CONFIG, "put a run's own file there, or name the workdir of a run"
     )
-    schedule, steps = config["schedule"], {name: config[name]["steps"] for name in ("irl", "align")}
-    steps["evals"] = len(POLICIES)
+    schedule, steps = config["schedule"], {name: config[name]["steps"] for name in TRAINED if name in config}
+    policies = evaluated_policies(schedule)
+    steps["evals"] = len(policies)
     if unknown := [name for name in schedule if name not in PRODUCTS]:
         raise ValueError(f"{workdir}/config.json names the stages {unknown}: it is damaged, or of another version.")
     rows, timing = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
-    stages = [_stage(name, workdir, steps[name], rows, timing) for name in schedule]
+    stages = [_stage(name, workdir, steps.get(name, 0), rows, timing, policies) for name in schedule]
     metrics = workdir / "metrics.jsonl"
     return {
         "workdir": str(workdir),
@@ -51,17 +53,19 @@ def run_status(workdir: pathlib.Path) -> dict:
         "last": rows[-1] if rows else None,
         "quiet_for": round(time.time() - metrics.stat().st_mtime, 1) if metrics.exists() else None,
         "checkpoints": {
-            name: saved_steps for name in ("irl", "align") if (saved_steps := _numbered(workdir / "checkpoints" / name))
+            name: saved_steps for name in TRAINED if (saved_steps := _numbered(workdir / "checkpoints" / name))
         },
         "stops": sorted(folder.name for folder in (workdir / "replay").glob("*-*")),
     }
 
 
-def _stage(name: str, workdir: pathlib.Path, steps: int, rows: list[dict], timing: list[dict]) -> dict:
+def _stage(
+    name: str, workdir: pathlib.Path, steps: int, rows: list[dict], timing: list[dict], policies: tuple[str, ...]
+) -> dict:
     product = PRODUCTS[name]
     finished = bool(_numbered(workdir / product)) if name == "irl" else (workdir / product).exists()
     if name == "evals":
-        done = sum((workdir / "evals" / f"{policy_name}.json").exists() for policy_name in POLICIES)
+        done = sum((workdir / "evals" / f"{policy}.json").exists() for policy in policies)
     else:
         done = steps if finished else max((row["step"] for row in rows if row["stage"] == name), default=0)
     recent = [row for row in timing if row["stage"] == name][-RECENT:]
@@ -70,6 +74,11 @@ def _stage(name: str, workdir: pathlib.Path, steps: int, rows: list[dict], timin
     seconds_left = None if seconds_a_step is None else (steps - done) * seconds_a_step
     progress = {"stage": name, "done": done, "steps": steps, "finished": finished}
     return progress | {"seconds_a_step": seconds_a_step, "seconds_left": seconds_left}
+
+
+def evaluated_policies(schedule: Sequence[str]) -> tuple[str, ...]:
+    """The policies that a run evaluates: the initial one, the product of `sft` if `align` follows it, and the last."""
+    return ("base", "sft", "aligned") if {"sft", "align"} <= set(schedule) else ("base", "aligned")
 
 
 def _numbered(folder: pathlib.Path) -> list[int]:

@@ -35,6 +35,8 @@ RANDOM_STREAMS = dict(
     best_of=7,
     inner_samples=8,
     benchmarks=9,
+    sft_adapter=10,
+    own_answers=11,
 )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Sequence
 
-from drirl_jax.models import families, hf, peft, reward
+from drirl_jax.models import families, hf, lora, peft, reward
 from drirl_jax.models.transformer import Transformer
 from drirl_jax.runtime import processes, sharding
 from drirl_jax.stages.base import Context
@@ -17,21 +18,33 @@ def export_rewards(context: Context, bank: reward.Bank, workdir: pathlib.Path) -
     if config.reward.kind == "lora":
         host_bank = sharding.fetch(bank)
         if processes.is_writer():
-            folder, base = workdir / "adapters" / "rewards", config.policy.init
+            folder = workdir / "adapters" / "rewards"
+            base = str(workdir / "sft") if "sft" in config.schedule else config.policy.init
             peft.save_rewards(folder, host_bank, context.model.config, base, config.data.categories)
 
 
-def export_policy(context: Context, params: PyTree, aligned: Transformer, workdir: pathlib.Path) -> None:
+def export_policy(context: Context, trained: Sequence[PyTree], aligned: Transformer, workdir: pathlib.Path) -> None:
     """Writes the aligned model in the trunk's weight type; and a trained adapter, in float32, into adapters/policy.
 
-    A merged weight is a sum in float32, rounded once.
+    A merged weight is a sum in float32, rounded once. The adapter loads on config.policy.init.
+
+    Args:
+        trained: the products of the stages that trained the policy, in their order. If they are adapters, the exported
+            one is their sum: see `lora.concatenate`.
+        aligned: the model that all of them give.
     """
-    init = context.config.policy.init
     if context.config.policy.tune == "lora":
-        adapter = sharding.fetch(params)
+        adapter = sharding.fetch(lora.concatenate(trained))
         if processes.is_writer():
+            init = context.config.policy.init
             peft.save_adapter(workdir / "adapters" / "policy", adapter, context.model.config, init)
-    if not processes.writers_value((workdir / "aligned").exists()):
-        tensors = families.to_hf(sharding.fetch(aligned))
+    export_model(context, aligned, workdir / "aligned")
+
+
+def export_model(context: Context, model: Transformer, folder: pathlib.Path) -> None:
+    """Writes the model as a folder that transformers reads, unless it is there."""
+    if not processes.writers_value(folder.exists()):
+        tensors = families.to_hf(sharding.fetch(model))
         if processes.is_writer():
-            hf.save(workdir / "aligned", hf.read_config(hf.resolve(init)), tensors, context.text.tokenizer)
+            init = hf.resolve(context.config.policy.init)
+            hf.save(folder, hf.read_config(init), tensors, context.text.tokenizer)

@@ -1,0 +1,127 @@
+"""The stage `sft`: whole answers, own answers that are made once, openings of the other kind without loss."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.tiny_context import prepared
+
+from drirl_jax.models import lora
+from drirl_jax.runtime.bucket import Workdir
+from drirl_jax.stages import own_answers, sft
+from drirl_jax.stages.own_answers import whole_sentences
+
+
+@pytest.mark.parametrize(
+    "answer, ended, kept",
+    [
+        ("Boil water. Add salt.", True, "Boil water. Add salt."),
+        ("Boil water. Add salt and", False, "Boil water."),
+        ("Boil water and add", False, ""),
+        ("Do this:\n1. Boil water.\n2. Add", False, "Do this:\n1. Boil water."),
+        ("Boil water.\n2.", False, "Boil water."),
+        ("", False, ""),
+        ("No stop at all", True, "No stop at all"),
+    ],
+)
+def test_an_answer_that_was_cut_off_ends_with_its_last_whole_sentence(answer, ended, kept):
+    assert whole_sentences(answer, ended) == kept
+
+
+def test_openings_stand_before_the_answers_and_carry_no_loss(policy, cache):
+    context, _ = prepared(policy, cache)
+    examples = context.examples["train"].take([0, 1, 2])
+    openings = [(7, 8, 9, 10), (), (5,)]
+    T = examples.demo.shape[1]
+    response, length, skipped = sft.with_openings(examples, openings, 1.0, np.random.default_rng(0), 3)
+    assert response.shape == (3, T + 3) and skipped[1] == 0 and skipped[2] == 1 and 1 <= skipped[0] <= 3
+    for row, opening, k, answer, n in zip(response, openings, skipped, examples.demo, examples.demo_len):
+        assert row[:k].tolist() == list(opening[:k]) and row[k : k + n].tolist() == answer[:n].tolist()
+    np.testing.assert_array_equal(length, examples.demo_len + skipped)
+    # Each k in 1..K comes about equally often, and about half of the prompts get an opening.
+    rng = np.random.default_rng(1)
+    ks = np.concatenate([sft.with_openings(examples, [(1, 2, 3)] * 3, 0.5, rng, 3)[2] for _ in range(400)])
+    share = [np.mean(ks == k) for k in range(4)]
+    np.testing.assert_allclose(share, [1 / 2, 1 / 6, 1 / 6, 1 / 6], atol=0.06)
+    # Without openings the answers keep their width.
+    assert sft.with_openings(examples, openings, 0.0, rng, 3)[0].shape == (3, T)
+
+
+def test_the_sum_of_two_adapters_is_one_adapter_of_their_ranks(policy, cache):
+    context, _ = prepared(policy, cache)
+    options = {name: context.config.policy[name] for name in ("rank", "alpha", "targets", "layers")}
+    first, second = (
+        jax.tree.map(lambda x, key=key: jax.random.normal(key, x.shape) / 10, lora.init(context.model, key, **options))
+        for key in jax.random.split(jax.random.key(3))
+    )
+    both = lora.concatenate([first, second])
+    assert both["q"].a.shape[1] == 2 * options["rank"] and both["q"].scale == first["q"].scale
+    want = lora.merge(lora.merge(context.model, first), second)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), lora.merge(context.model, both), want)
+    assert jax.tree.structure(lora.concatenate([first])) == jax.tree.structure(first)
+
+
+def own_answers_of_a_stub(monkeypatch):
+    """Answers of one token that end, in place of sampling; counts how often prompts are asked."""
+    asked = []
+
+    def sample_all(context, model, examples, key, batch, **options):
+        asked.append(len(examples.id))
+        ids = [context.text.response_ids(f"Answer to {name}.", options["max_new"]) for name in examples.id]
+        response = np.zeros((len(ids), 1, options["max_new"]), np.int32)
+        for row, tokens in zip(response, ids):
+            row[0, : len(tokens)] = tokens
+        return dataclasses.make_dataclass("R", ["response", "response_len"])(
+            response, np.array([[len(tokens)] for tokens in ids])
+        )
+
+    monkeypatch.setattr(own_answers, "sample_all", sample_all)
+    return asked
+
+
+def test_own_answers_are_made_once_and_kept(policy, cache, tmp_path, monkeypatch):
+    asked = own_answers_of_a_stub(monkeypatch)
+    context, _ = prepared(policy, cache, sft={"recovery": 0.5})
+    context = dataclasses.replace(context, workdir=Workdir(tmp_path))
+    first = sft.make_lessons(context)
+    harmless = int(first.examples.harmless.sum())
+    assert asked == [harmless, len(first.examples.id) - harmless]
+    rows = [json.loads(line) for line in (tmp_path / "own_answers" / "harmless.jsonl").read_text().splitlines()]
+    assert len(rows) == harmless and rows[0].keys() == {"id", "prompt", "answer"}
+    again = sft.make_lessons(context)
+    assert len(asked) == 2
+    for one, other in zip(first.examples, again.examples):
+        np.testing.assert_array_equal(one, other)
+    assert first.openings == again.openings and all(first.openings)
+    # A harmful prompt opens with the policy's own answer, a harmless one with a refusal from the demonstrations.
+    i, j = np.flatnonzero(~first.examples.harmless)[0], np.flatnonzero(first.examples.harmless)[0]
+    assert context.text.decode(first.openings[i], len(first.openings[i])).startswith("Answer")
+    demonstrations = context.examples["train"].demo.tolist()
+    opening = list(first.openings[j])
+    assert any(row[: len(opening)] == opening for row in demonstrations)
+
+
+@pytest.mark.parametrize("harmless", sft.HARMLESS)
+def test_steps_lower_the_loss_and_the_product_is_an_adapter(policy, cache, monkeypatch, harmless):
+    own_answers_of_a_stub(monkeypatch)
+    context, _ = prepared(policy, cache, sft={"harmless": harmless, "batch": 8, "steps": 4, "recovery": 0.5})
+    stage = sft.make(context)
+    state = stage.init()
+    batch, carry, scalars = stage.collect(state, 0)
+    # No token of an opening has a weight, and every token behind it has.
+    weight = np.asarray(batch.weight)[:, 0]
+    length = np.asarray(batch.group.response_len)[:, 0]
+    assert 0 < scalars["recovering"] <= 1 and np.isclose(weight.sum(), len(weight) * weight.sum(1).mean())
+    for row, n in zip(weight, length):
+        taught = np.flatnonzero(row)
+        assert taught[-1] == n - 1 and (np.diff(taught) == 1).all()
+    losses = []
+    for _ in range(3):
+        train, told = stage.update(state.train, batch)
+        state = state._replace(train=train, carry=carry)
+        losses.append(float(told["loss"]))
+    assert losses[2] < losses[0]
+    assert jax.tree.leaves(stage.finish(state))[0].dtype == jnp.float32
