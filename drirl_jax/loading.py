@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Sequence
+from typing import Callable, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -43,7 +43,37 @@ def load_context(config: ConfigDict, load: bool = True) -> Context:
     mesh = sharding.make_mesh(config.mesh, config_lib.micro_batch_sizes(config), jax.devices())
     sampling_mesh = sharding.sampling_mesh(config.sampler.mesh, config.align.batch, mesh)
     jax.set_mesh(mesh)
-    read_splits = builder.read_splits if load else records.by_split
+    by_split = read_checked_splits(config, builder.read_splits if load else records.by_split)
+    if config.reward.init:
+        require_rewards(config, bucket.parse_path(config.reward.init))
+    with processes.all_or_none():
+        embedder = load_encoder(config)
+        model, tokens = load_policy(config, load)
+    tokenised = examples.tokenise(by_split, tokens, config)
+    longest_prompt = max(
+        (len(split_examples.prefix) + int(split_examples.prompt_len.max()) for split_examples in tokenised.values()),
+        default=0,
+    )
+    need_positions(model.config, longest_prompt, max(config.sampler.max_new, config.evals.max_new))
+    return Context(
+        config=config,
+        model=model,
+        text=tokens,
+        embedder=embedder,
+        examples=tokenised,
+        sampling_mesh=sampling_mesh,
+    )
+
+
+def read_checked_splits(config: ConfigDict, read_splits: Callable) -> dict[str, list[records.Record]]:
+    """The records of each split that the run uses. Training prompts without an answer are a split of their own.
+
+    Args:
+        read_splits: `builder.read_splits`, or `records.by_split`, which prepares nothing.
+
+    Raises:
+        InputError: a record breaks the schema, or a category has too few of them.
+    """
     unanswered = config_lib.learns_own_answers(config)
     by_split = read_splits(
         config.data.path, config.data.categories, harmless=config.data.harmless, unanswered=unanswered
@@ -68,25 +98,7 @@ def load_context(config: ConfigDict, load: bool = True) -> Context:
             (trained_categories, config.data.minimum) if split == "train" else (config.data.categories, 1)
         )
         records.require(by_split.get(split, []), categories, split, minimum)
-    if config.reward.init:
-        require_rewards(config, bucket.parse_path(config.reward.init))
-    with processes.all_or_none():
-        embedder = load_encoder(config)
-        model, tokens = load_policy(config, load)
-    tokenised = examples.tokenise(by_split, tokens, config)
-    longest_prompt = max(
-        (len(split_examples.prefix) + int(split_examples.prompt_len.max()) for split_examples in tokenised.values()),
-        default=0,
-    )
-    need_positions(model.config, longest_prompt, max(config.sampler.max_new, config.evals.max_new))
-    return Context(
-        config=config,
-        model=model,
-        text=tokens,
-        embedder=embedder,
-        examples=tokenised,
-        sampling_mesh=sampling_mesh,
-    )
+    return by_split
 
 
 def load_encoder(config: ConfigDict) -> encoder.TextEmbedder:
