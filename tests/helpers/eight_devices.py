@@ -95,8 +95,7 @@ def main(meshes: list[str]) -> None:
         with jax.set_mesh(sharding.make_mesh(ConfigDict(sizes), [16], jax.devices())):
             of = {tune: programs(tune) for tune in POLICIES}
             out[mesh] = {"sample": told(of["full"]["sample"])} | {tune: update(of[tune]["update"]) for tune in of}
-            # All shares on one mesh, two on the others: each share is one more loop to compile.
-            out[mesh]["responses"] = responses(rollout.COMPACT if mesh == meshes[0] else (3 / 4, 3 / 8))
+            out[mesh]["responses"] = responses(rollout.COMPACT)
             if mesh == meshes[0]:
                 out[mesh]["uncompacted"] = responses(())
             if mesh == meshes[-1]:
