@@ -425,6 +425,12 @@ def learns_own_answers(config: ConfigDict) -> bool:
     return "sft" in config.schedule and config.sft.harmless != "demonstrations"
 
 
+def taught_tokens(config: ConfigDict) -> int:
+    """The most tokens of a response that a stage trains on: of a sample, or of an opening with the answer behind it."""
+    has_openings = "sft" in config.schedule and config.sft.recovery > 0
+    return config.sampler.max_new + (config.sft.recovery_tokens if has_openings else 0)
+
+
 def micro_batch_sizes(config: ConfigDict) -> list[int]:
     """The number of prompts in a micro-batch, for each stage of the schedule."""
     c = config

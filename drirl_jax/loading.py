@@ -54,7 +54,7 @@ def load_context(config: ConfigDict, load: bool = True) -> Context:
         (len(split_examples.prefix) + int(split_examples.prompt_len.max()) for split_examples in tokenised.values()),
         default=0,
     )
-    need_positions(model.config, longest_prompt, max(config.sampler.max_new, config.evals.max_new))
+    need_positions(model.config, longest_prompt, max(config_lib.taught_tokens(config), config.evals.max_new))
     return Context(
         config=config,
         model=model,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from drirl_jax import config as config_lib
 from drirl_jax import loading
 from drirl_jax.costs.roofline import Machine, Shape, floor, forward_flops, irl_floor, measure_machine
 from drirl_jax.data import fingerprints, overlap
@@ -179,8 +180,7 @@ def align_operations(context: Context, size: int, tuned: int) -> dict[str, float
 
 def _sft_shape(context: Context) -> Shape:
     """The sizes of a batch of the stage `sft`: one answer a prompt, which may follow an opening."""
-    c, shape = context.config.sft, _shape(context)
-    return shape._replace(P=c.batch, G=1, T=shape.T + (c.recovery_tokens if c.recovery else 0))
+    return _shape(context)._replace(P=context.config.sft.batch, G=1, T=config_lib.taught_tokens(context.config))
 
 
 def sft_operations(context: Context, size: int, tuned: int) -> dict[str, float]:
