@@ -236,7 +236,8 @@ def _group() -> ConfigDict:
     # The same for a demonstration of the other kind, so that each group has a right and a wrong text (ours)
     c.contrast = "apart"
     # Target share of refusals among the samples for harmless prompts. The more refusals there are, the higher the
-    # weight of these prompts (ours: equations.of_the_other_kind, which needs the reward of `contrast`, and kind_weight)
+    # weight of these prompts (ours: equations.nearer_to_other_kind, which needs the reward of `contrast`, and
+    # kind_weight)
     c.harmless_refusals = 1.0  # 1: all prompts have the same weight
     c.eps = 1e-6  # added to the group's standard deviation
     return c

@@ -185,7 +185,7 @@ def policy_loss(
     beta_kl: ScalarLike,
     ratio: str,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """GRPO's loss: minus the clipped surrogate plus β_kl · k3, averaged over real tokens.
+    """GRPO's loss: β_kl · k3 minus the clipped surrogate, averaged over real tokens.
 
     L = -mean[ min(ρ A, clip(ρ) A) ] + β_kl mean[ k3 ]     (GRPO, arXiv 2402.03300, eq. 3)
 

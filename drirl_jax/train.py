@@ -217,7 +217,7 @@ def report(workdir: Workdir, facts: dict) -> None:
 
 
 def loop(name: str, stage: Stage, config: ConfigDict, workdir: Workdir, writer: metrics.MetricWriter) -> PyTree:
-    """THE loop: collect -> update -> log, evaluate, checkpoint. Returns the stage's product.
+    """THE loop: collect -> update -> evaluate -> log -> checkpoint. Returns the stage's product.
 
     A checkpoint holds the state after a number of finished steps. All later steps depend only on that state and the
     config. So a run that was killed repeats the steps since its last checkpoint and ends with the same bits.

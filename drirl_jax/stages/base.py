@@ -107,10 +107,10 @@ class Stage(NamedTuple):
     """One stage of the schedule.
 
     Attributes:
-        steps: number of updates.
+        steps: how often `collect` and `update` run.
         init: () -> State.
         collect: (State, step) -> (batch, carry, scalars). It samples and scores, on host and device.
-        update: (TrainState, batch) -> (TrainState, scalars); one jitted, donated function.
+        update: (TrainState, batch) -> (TrainState, scalars); one or more calls of one jitted, donated function.
         evaluate: (State, step) -> scalars on held-out data; {} at steps without an evaluation.
         finish: State -> the stage's product.
         bar_scalars: the scalars that the progress bar shows.
