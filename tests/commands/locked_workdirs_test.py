@@ -49,7 +49,7 @@ def test_a_study_holds_its_folder_and_leaves_those_of_its_runs_to_them(tmp_path,
 
     def run_all(plan, workdir):
         locked.append(lock.is_locked(workdir))
-        lock.acquire(study.folder_of(workdir, plan.reference, plan.seeds[0])).close()  # as a run does
+        lock.acquire(study.run_folder(workdir, plan.reference, plan.seeds[0])).close()  # as a run does
         raise InputError("a run is wrong")
 
     monkeypatch.setattr(study, "run_all", run_all)
