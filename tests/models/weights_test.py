@@ -59,7 +59,7 @@ def test_a_step_has_the_bits_of_float32_weights_and_trains_float32(half, cache, 
             state = state._replace(train=trained, carry=carry)
         assert types((state.train, fresh)) == {"float32"} and state.train.params.value is not None
         aligned = POLICIES["lora"].merge(of.model, state.train.params.policy)
-        export.export_policy(of, state.train.params.policy, aligned, tmp_path / weights)
+        export.export_policy(of, [state.train.params.policy], aligned, tmp_path / weights)
         moved = np.abs(jax.tree.leaves(state.train.params.policy["q"].b)[0]).max()
         found[weights] = (batch, scalars, state, told), hf.read_tensors(tmp_path / weights / "aligned"), of, moved
     (want, wide, *_, moved), (got, narrow, of, _) = found.values()
