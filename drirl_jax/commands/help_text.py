@@ -67,8 +67,8 @@ def options(prefix: str, config: ConfigDict, meanings: dict[str, str]) -> Iterat
 
 def _row(flag: str, default: Any, meaning: str) -> list[str]:
     """The lines of one flag. The default is written as a shell takes it; a flag without a default has none."""
-    shown = flag if default is None or flag.startswith("--[no]") else f"{flag}={written(default)}"
-    return [f"  {shown}", *_wrapped(meaning, " " * 6)]
+    assignment = flag if default is None or flag.startswith("--[no]") else f"{flag}={written(default)}"
+    return [f"  {assignment}", *_wrapped(meaning, " " * 6)]
 
 
 def written(value: Any) -> str:

@@ -144,10 +144,10 @@ class Source:
             first -= 1
         above = " ".join(self.comments[line] for line in range(first, node.lineno))
         lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-        behind = " ".join(self.comments[line] for line in lines if line in self.comments)
-        if above and behind and not above.endswith("."):
+        trailing = " ".join(self.comments[line] for line in lines if line in self.comments)
+        if above and trailing and not above.endswith("."):
             above += "."
-        return f"{above} {behind}".strip()
+        return f"{above} {trailing}".strip()
 
 
 def _names_set(node: ast.stmt) -> list[ast.Attribute]:

@@ -44,12 +44,12 @@ def encoder_hash(folder: pathlib.Path) -> str:
     return hashes.hash_folder(folder, ENCODER_FILES)
 
 
-def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -> dict[str, str]:
+def run_contents(config: ConfigDict, tokens: ChatTokens, question_sets: Sequence = ()) -> dict[str, str]:
     """The hash of each input of a run with this config.
 
     Args:
         tokens: the policy's.
-        asked: the loaded questions of config.evals.benchmarks (see `evals.benchmarks.load`).
+        question_sets: the loaded questions of config.evals.benchmarks (see `evals.benchmarks.load`).
 
     Raises:
         InputError: one of the inputs does not exist.
@@ -64,8 +64,8 @@ def run_contents(config: ConfigDict, tokens: ChatTokens, asked: Sequence = ()) -
         "data": hashes.hash_records(row._replace(provenance="") for row in rows),
         "encoder": encoder_hash(hf.resolve(config.encoder.init)),
     }
-    if asked:
-        by_input["benchmarks"] = hashes.hash_value([questions.contents for questions in asked])
+    if question_sets:
+        by_input["benchmarks"] = hashes.hash_value([questions.contents for questions in question_sets])
     if config.reward.init:
         by_input["rewards"] = hashes.hash_value(
             Checkpoints(bucket.parse_path(config.reward.init) / "rewards", keep=1).newest_checksums()

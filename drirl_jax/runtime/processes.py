@@ -112,10 +112,10 @@ def locked_by_writer(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
         InputError: another command holds the lock, or nothing can be written there; then on all processes.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         with all_or_none():
             if is_writer():
-                held.enter_context(contextlib.closing(lock.acquire(workdir)))
+                stack.enter_context(contextlib.closing(lock.acquire(workdir)))
         yield
 
 

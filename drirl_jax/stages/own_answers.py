@@ -11,12 +11,10 @@ import logging
 import re
 from typing import Callable
 
-import numpy as np
-
-from drirl_jax.data import records
 from drirl_jax.data.examples import Examples
 from drirl_jax.data.text import split_sentences
-from drirl_jax.runtime import processes
+from drirl_jax.rollout import FINISH
+from drirl_jax.runtime import json_files, processes
 from drirl_jax.runtime.files import replace_file
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.stages.base import Context, sample_all
@@ -24,6 +22,8 @@ from drirl_jax.stages.base import Context, sample_all
 log = logging.getLogger(__name__)
 
 FOLDER = "own_answers"
+OWN_ANSWER = {"id": str, "answer": str}  # what is read of a row of its files
+HINT = "remove it and start the run again, which samples the answers anew"
 LAST_MARK = re.compile(r"\n\s*(?:\d+[.)]|[-*•])\s*$")  # of a list item without text
 Choose = Callable[[str, str, bool], str]  # (prompt, answer, whether it ended) -> the text to keep; "": none
 
@@ -49,9 +49,7 @@ def own_answers(
         temperature: 0 for the most likely tokens.
     """
     path = context.workdir and context.workdir.local / FOLDER / f"{name}.jsonl"
-    stored = processes.ask_once(
-        lambda: [fields for _, fields in records.json_lines(path)] if path and path.exists() else None
-    )
+    stored = processes.ask_once(lambda: json_files.rows(path, OWN_ANSWER, HINT) if path and path.exists() else None)
     if stored is None:
         stored = _sample(context, examples, choose, temperature)
         if path and processes.is_writer():
@@ -71,7 +69,7 @@ def _sample(context: Context, examples: Examples, choose: Choose, temperature: f
     rows = []
     for i, (id_, prompt) in enumerate(zip(examples.id, examples.prompt_text)):
         ids, length = rollout.response[i, 0], int(rollout.response_len[i, 0])
-        ended = bool(np.isin(ids[length - 1], context.text.eos_ids))
+        ended = bool(rollout.finish[i, 0] == FINISH.index("stop"))
         answer = choose(prompt, without_thought(context.text.decode(ids, length)), ended)
         if answer:
             rows.append({"id": id_, "prompt": prompt, "answer": answer})

@@ -17,6 +17,7 @@ from drirl_jax import losses
 from drirl_jax.data import pipeline
 from drirl_jax.data.examples import Examples
 from drirl_jax.data.overlap import UNANSWERED
+from drirl_jax.data.text import pad
 from drirl_jax.judges.phrases import refused_by_phrases
 from drirl_jax.runtime import sharding
 from drirl_jax.stages import optimizer
@@ -93,10 +94,8 @@ def _with_own_answers(context: Context, examples: Examples) -> Examples:
     rows = [i for i, id_ in enumerate(examples.id) if id_ in answers]
     answered = examples.take(rows)
     texts = [answers[id_] for id_ in answered.id]
-    ids = [context.text.response_ids(text, examples.demo.shape[1]) for text in texts]
-    demo, demo_len = np.zeros_like(answered.demo), np.array([len(row) for row in ids], np.int32)
-    for row, tokens in zip(demo, ids):
-        row[: len(tokens)] = tokens
+    width = examples.demo.shape[1]
+    demo, demo_len = pad([context.text.response_ids(text, width) for text in texts], width)
     return answered._replace(demo=demo, demo_len=demo_len, demo_text=texts)
 
 

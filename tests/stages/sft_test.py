@@ -10,9 +10,11 @@ import pytest
 from helpers.tiny_context import prepared
 
 from drirl_jax.models import lora
+from drirl_jax.rollout import FINISH
 from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.stages import own_answers, sft
 from drirl_jax.stages.own_answers import whole_sentences
+from drirl_jax.types import InputError
 
 
 @pytest.mark.parametrize(
@@ -74,8 +76,8 @@ def own_answers_of_a_stub(monkeypatch):
         response = np.zeros((len(ids), 1, options["max_new"]), np.int32)
         for row, tokens in zip(response, ids):
             row[0, : len(tokens)] = tokens
-        return dataclasses.make_dataclass("R", ["response", "response_len"])(
-            response, np.array([[len(tokens)] for tokens in ids])
+        return dataclasses.make_dataclass("R", ["response", "response_len", "finish"])(
+            response, np.array([[len(tokens)] for tokens in ids]), np.full((len(ids), 1), FINISH.index("stop"))
         )
 
     monkeypatch.setattr(own_answers, "sample_all", sample_all)
@@ -102,6 +104,15 @@ def test_own_answers_are_made_once_and_kept(policy, cache, tmp_path, monkeypatch
     demonstrations = context.examples["train"].demo.tolist()
     opening = list(first.openings[j])
     assert any(row[: len(opening)] == opening for row in demonstrations)
+
+
+def test_a_damaged_file_of_own_answers_is_one_sentence(policy, cache, tmp_path, monkeypatch):
+    own_answers_of_a_stub(monkeypatch)
+    context = dataclasses.replace(prepared(policy, cache)[0], workdir=Workdir(tmp_path))
+    (tmp_path / "own_answers").mkdir()
+    (tmp_path / "own_answers" / "harmless.jsonl").write_text('{"id": "harmless-001"}\n')
+    with pytest.raises(InputError, match="own_answers/harmless.jsonl.* remove it and start the run again"):
+        sft.make_lessons(context)
 
 
 @pytest.mark.parametrize("harmless", sft.HARMLESS)
