@@ -38,7 +38,7 @@ def whole_sentences(answer: str, ended: bool) -> str:
 
 
 def own_answers(
-    context: Context, name: str, examples: Examples, choose: Choose, *, temperature: float
+    context: Context, name: str, examples: Examples, choose: Choose, *, max_new: int, temperature: float
 ) -> dict[str, str]:
     """One answer of the trunk to each prompt, as text by the record's id; a record without a usable answer is absent.
 
@@ -46,12 +46,13 @@ def own_answers(
         name: of the file in workdir/own_answers, which a later start reads instead of sampling again.
         examples: the prompts.
         choose: which part of an answer to keep.
+        max_new: most tokens of an answer.
         temperature: 0 for the most likely tokens.
     """
     path = context.workdir and context.workdir.local / FOLDER / f"{name}.jsonl"
     stored = processes.ask_once(lambda: json_files.rows(path, OWN_ANSWER, HINT) if path and path.exists() else None)
     if stored is None:
-        stored = _sample(context, examples, choose, temperature)
+        stored = _sample(context, examples, choose, max_new, temperature)
         if path and processes.is_writer():
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in stored))
@@ -59,12 +60,14 @@ def own_answers(
     return {row["id"]: row["answer"] for row in stored}
 
 
-def _sample(context: Context, examples: Examples, choose: Choose, temperature: float) -> list[dict[str, str]]:
+def _sample(
+    context: Context, examples: Examples, choose: Choose, max_new: int, temperature: float
+) -> list[dict[str, str]]:
     """The rows of the file: {"id", "prompt", "answer"}."""
     c = context.config
     rollout = sample_all(
         context, context.model, examples, context.key("own_answers"), c.evals.batch,
-        group=1, max_new=c.sampler.max_new, temperature=temperature,
+        group=1, max_new=max_new, temperature=temperature,
     )  # fmt: skip
     rows = []
     for i, (id_, prompt) in enumerate(zip(examples.id, examples.prompt_text)):

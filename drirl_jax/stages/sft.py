@@ -90,7 +90,8 @@ def _with_own_answers(context: Context, examples: Examples) -> Examples:
     def choose(prompt: str, answer: str, ended: bool) -> str:
         return "" if refused_by_phrases(prompt, answer) else whole_sentences(answer, ended)
 
-    answers = own_answers(context, "harmless", examples, choose, temperature=0.0)
+    longest = context.config.sampler.max_new
+    answers = own_answers(context, "harmless", examples, choose, max_new=longest, temperature=0.0)
     rows = [i for i, id_ in enumerate(examples.id) if id_ in answers]
     answered = examples.take(rows)
     texts = [answers[id_] for id_ in answered.id]
@@ -106,8 +107,8 @@ def _openings(context: Context, examples: Examples) -> list[Sequence[int]]:
         return "" if refused_by_phrases(prompt, answer) else answer.strip()
 
     harmful = examples.take(np.flatnonzero(~examples.harmless))
-    complying = own_answers(context, "complying", harmful, choose, temperature=context.config.sampler.temperature)
-    longest = context.config.sft.recovery_tokens
+    longest, temperature = context.config.sft.recovery_tokens, context.config.sampler.temperature
+    complying = own_answers(context, "complying", harmful, choose, max_new=longest, temperature=temperature)
     rng = np.random.default_rng([context.config.seed, len(examples.id)])
     refusals = rng.integers(len(harmful.id), size=len(examples.id))
     openings: list[Sequence[int]] = []
