@@ -1,4 +1,4 @@
-"""All 95% intervals: of measured shares, of means, and of differences on the same prompts."""
+"""All 95% intervals: of measured shares, of means, and of differences and ratios on the same prompts."""
 
 from __future__ import annotations
 
@@ -41,20 +41,54 @@ def share(successes: float, n: float) -> Interval:
 def effective_count(values: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> float:
     """The effective number of independent items; items of one cluster may be alike (L. Kish 1965).
 
-    n / D, at most n, with the design effect D = m/(m - 1) Σ_c (Σ_{i in c} (x_i - p))² / (n/(n - 1) n p(1 - p)) over m
-    clusters. D = 1 if each item is its own cluster.
+    n / D, at most n, with the design effect D = m/(m - 1) Σ_c (Σ_{i in c} (x_i - x̄))² / (n/(n - 1) Σ_i (x_i - x̄)²) over
+    m clusters. D = 1 if each item is its own cluster. Of shares, Σ_i (x_i - x̄)² = n x̄(1 - x̄).
 
     Args:
-        values: 0 or 1 for each item; p is their mean. If all are equal, D is unknown, and 1 is used.
+        values: a number for each item, such as 0 or 1. If all are equal, D is unknown, and 1 is used.
         clusters: the cluster of each item.
     """
     x, n = np.asarray(values, float), len(values)
-    names, cluster_index = np.unique(np.asarray(clusters), return_inverse=True)
-    spread = n * x.mean() * (1 - x.mean()) * n / max(n - 1, 1)
-    if len(names) < 2 or spread == 0:
+    sums = _cluster_sums(x - x.mean(), clusters)
+    spread = n * float(x.var()) * n / max(n - 1, 1)
+    if len(sums) < 2 or spread == 0:
         return n
-    within = np.bincount(cluster_index, weights=x - x.mean())
-    return n / max(1.0, len(names) / (len(names) - 1) * float((within**2).sum()) / spread)
+    return n / max(1.0, len(sums) / (len(sums) - 1) * float((sums**2).sum()) / spread)
+
+
+def _cluster_sums(values: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
+    """[m] the sum of each cluster's values."""
+    return np.bincount(np.unique(np.asarray(clusters), return_inverse=True)[1], weights=values)
+
+
+def clustered_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> Interval:
+    """The mean with Student's t interval over clusters of items (K. Liang and S. Zeger 1986).
+
+    x̄ ± t(0.975, m - 1) s / n,  s² = m/(m - 1) Σ_c (Σ_{i in c} (x_i - x̄))², over m clusters of n items. If each item is
+    its own cluster, this is Student's interval.
+
+    Args:
+        values: any numbers, one for each item; at least one. The bounds are NaN for a single cluster.
+        clusters: the cluster of each item.
+    """
+    x = np.asarray(values, float)
+    sums, mean = _cluster_sums(x - x.mean(), clusters), float(x.mean())
+    m = len(sums)
+    if m < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    error = (m / (m - 1) * float((sums**2).sum())) ** 0.5 / len(x)
+    reach = float(scipy.stats.t.ppf(0.975, m - 1)) * error
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def geometric_mean(values: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """The geometric mean of positive values with its 95% interval: exp of `clustered_mean` of their logarithms."""
+    return exp(clustered_mean(np.log(values), clusters))
+
+
+def exp(estimate: Interval) -> Interval:
+    """The exponentials of a mean of logarithms and of its bounds."""
+    return Interval(*map(float, np.exp(estimate)))
 
 
 def over_items(values: Sequence[float], clusters: Sequence[str]) -> tuple[Interval, str]:
@@ -102,6 +136,32 @@ def paired_difference(after: Sequence[float], before: Sequence[float], is_share:
     return paired_shares(after, before) if is_share else difference([after], [before])
 
 
+def paired_over_items(after: Sequence[float], before: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """The mean difference of a benchmark's values on the same items, with its 95% interval over clusters of items.
+
+    For shares: Newcombe's interval (see `paired_shares`) over the `effective_count` of the differences. For other
+    values: `clustered_mean` of the differences.
+
+    Args:
+        after, before: one number for each item; at least one item.
+        clusters: the cluster of each item.
+    """
+    x, y = np.asarray(after, float), np.asarray(before, float)
+    if not np.isin([x, y], (0.0, 1.0)).all():
+        return clustered_mean(x - y, clusters)
+    return _newcombe(x > 0, y > 0, effective_count(x - y, clusters))
+
+
+def paired_ratio(after: Sequence[float], before: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """The ratio of two geometric means over the same items: exp of `clustered_mean` of log(after / before).
+
+    Args:
+        after, before: one positive number for each item; at least one item.
+        clusters: the cluster of each item.
+    """
+    return exp(clustered_mean(np.log(after) - np.log(before), clusters))
+
+
 def paired_shares(after: Sequence[float], before: Sequence[float]) -> Interval:
     """The difference of two shares of the same prompts with Newcombe's 95% interval (R. G. Newcombe 1998, method 10).
 
@@ -111,14 +171,18 @@ def paired_shares(after: Sequence[float], before: Sequence[float]) -> Interval:
     Args:
         after, before: 0 or 1 for each prompt; at least one prompt.
     """
-    now, then, n = np.asarray(after, bool), np.asarray(before, bool), len(after)
-    both, neither = int((now & then).sum()), int((~now & ~then).sum())
-    product = float(both * neither - int((now & ~then).sum()) * int((then & ~now).sum()))
+    return _newcombe(np.asarray(after, bool), np.asarray(before, bool), len(after))
+
+
+def _newcombe(now: np.ndarray, then: np.ndarray, n: float) -> Interval:
+    """The interval of `paired_shares`; n is the number of independent items that these items count for."""
+    p, q, weight = float(now.mean()), float(then.mean()), n / len(now)
+    both, neither = weight * (now & then).sum(), weight * (~now & ~then).sum()
+    product = float(both * neither - weight * (now & ~then).sum() * weight * (then & ~now).sum())
     product = max(product - n / 2, 0.0) if product > 0 else product
-    spread = float(now.sum() * (~now).sum() * then.sum() * (~then).sum()) ** 0.5
+    spread = n**2 * (p * (1 - p) * q * (1 - q)) ** 0.5
     correlation = product / spread if spread else 0.0
-    (low, high), (low_then, high_then) = (wilson(int(x.sum()), n) for x in (now, then))
-    p, q = float(now.mean()), float(then.mean())
+    (low, high), (low_then, high_then) = (wilson(share * n, n) for share in (p, q))
 
     def reach(a: float, b: float) -> float:
         return max(a**2 - 2 * correlation * a * b + b**2, 0.0) ** 0.5

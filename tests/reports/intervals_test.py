@@ -4,8 +4,19 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from drirl_jax.reports.intervals import difference, effective_count, interval, paired_shares, wilson
+from drirl_jax.reports.intervals import (
+    clustered_mean,
+    difference,
+    effective_count,
+    geometric_mean,
+    interval,
+    paired_over_items,
+    paired_ratio,
+    paired_shares,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +77,61 @@ def test_the_difference_of_shares_of_the_same_prompts_by_hand():
     # Of the same shares it is wider where those that are 1 are others by chance, widest where all are others.
     widths = [paired_shares(other, same).high for other in (same, [0, 0, 1, 1] * 2, [1, 0] * 4)]
     assert widths == sorted(widths) and widths[1] == pytest.approx((wilson(4, 8)[1] - 0.5) * 2**0.5)
+
+
+def test_a_mean_over_clusters_by_hand():
+    # Sums of deviations from 3: -2 - 1 and 0 + 3, so s² = 2 · 18 and s / n = 6 / 4; t(0.975, 1) = 12.7062.
+    found = clustered_mean([1.0, 2.0, 3.0, 6.0], list("aabb"))
+    np.testing.assert_allclose(found, (3, 3 - 1.5 * 12.7062, 3 + 1.5 * 12.7062), rtol=1e-5)
+    # If each item is its own cluster, it is Student's interval.
+    x = np.random.default_rng(0).normal(size=12)
+    low, high = scipy.stats.ttest_1samp(x, 0).confidence_interval()
+    np.testing.assert_allclose(clustered_mean(x, range(12)), (x.mean(), low, high))
+    assert np.isnan(clustered_mean([1.0, 2.0], list("aa"))[1:]).all()
+
+
+def test_geometric_means_and_their_ratio_by_hand():
+    # Logs 0 and 2: mean 1, deviation √2, so e to the 1 ± 12.7062.
+    found = geometric_mean([1.0, math.e**2], list("ab"))
+    np.testing.assert_allclose(np.log(found), (1, 1 - 12.7062, 1 + 12.7062), rtol=1e-5)
+    np.testing.assert_allclose(paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], range(3)), (2, 2, 2))
+
+
+def test_paired_shares_in_clusters():
+    rng = np.random.default_rng(0)
+    before = rng.integers(0, 2, 40).astype(float)
+    after = np.where(rng.random(40) < 0.3, 1 - before, before)
+    alone = paired_over_items(after, before, range(40))
+    np.testing.assert_allclose(alone, paired_shares(after, before))
+    # Items that are asked twice count for no more: m = 40 clusters of two are worth 2m(m - 1)/(2m - 1) items.
+    twice = paired_over_items(np.repeat(after, 2), np.repeat(before, 2), np.repeat(range(40), 2))
+    assert effective_count(np.repeat(after - before, 2), np.repeat(range(40), 2)) == pytest.approx(80 * 39 / 79)
+    assert twice.mean == pytest.approx(alone.mean) and 1 < (twice.high - twice.low) / (alone.high - alone.low) < 1.02
+    # Policies that are always right are no less certain of it for that.
+    assert paired_over_items([1.0] * 8, [1.0] * 8, range(8)) == paired_shares([1] * 8, [1] * 8)
+
+
+def simulated(rng, is_share, clusters=30, size=4):
+    """(after, before, cluster, true change) of items whose change depends on their cluster."""
+    cluster = np.repeat(np.arange(clusters), size)
+    skill, change = rng.normal(size=(2, clusters))
+    before = skill[cluster] + rng.normal(size=cluster.size)
+    after = before + 0.5 + 0.5 * change[cluster] + 0.5 * rng.normal(size=cluster.size)
+    if is_share:  # P(after > 0) - P(before > 0) of N(0.5, 2.5) and N(0, 2)
+        return after > 0, before > 0, cluster, scipy.stats.norm.cdf(0.5 / 2.5**0.5) - 0.5
+    return after, before, cluster, 0.5
+
+
+@pytest.mark.parametrize("is_share", [False, True])
+def test_paired_intervals_hold_the_true_change_in_95_percent(is_share):
+    rng, held, held_without_clusters, draws = np.random.default_rng(1), 0, 0, 1000
+    for _ in range(draws):
+        after, before, cluster, truth = simulated(rng, is_share)
+        with_clusters, without = (
+            paired_over_items(after, before, groups) for groups in (cluster, np.arange(len(cluster)))
+        )
+        held += with_clusters.low <= truth <= with_clusters.high
+        held_without_clusters += without.low <= truth <= without.high
+    # Of 1000 draws at 95% the count has a standard deviation of 7.
+    assert 930 <= held <= 970
+    assert held_without_clusters < held
