@@ -17,7 +17,7 @@ setup(
     # drirl_jax/configs is a link to configs/, which a .zip of the source does not keep.
     packages=sorted({*find_packages(include=["drirl_jax", "drirl_jax.*"]), "drirl_jax.configs"}),
     package_dir={"drirl_jax.configs": "configs"},
-    package_data={"drirl_jax": ["data/*.json", "data/starter/*", "reports/templates/*"]},
+    package_data={"drirl_jax": ["data/*.json", "data/starter/*", "evals/tasks/*.jsonl", "reports/templates/*"]},
     install_requires=[
         "absl-py",
         "einops",

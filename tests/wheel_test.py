@@ -29,7 +29,14 @@ def site(tmp_path_factory):
 
 
 def test_the_wheel_has_what_a_run_reads(site):
-    for folder, pattern in (("configs", "*.py"), ("data/starter", "*"), ("reports/templates", "*"), ("data", "*.json")):
+    patterns = {
+        "configs": "*.py",
+        "data/starter": "*",
+        "reports/templates": "*",
+        "data": "*.json",
+        "evals/tasks": "*.jsonl",
+    }
+    for folder, pattern in patterns.items():
         there = {path.name for path in (site / "drirl_jax" / folder).glob(pattern)} - {"__pycache__"}
         assert there == {path.name for path in (ROOT / "drirl_jax" / folder).glob(pattern)} - {"__pycache__"}
 

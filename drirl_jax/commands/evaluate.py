@@ -98,7 +98,7 @@ def _run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:
     section, results = config.evals, []
     jax.set_mesh(sharding.make_mesh(config.mesh, [section.batch], jax.devices()))
     policy, tokens = loading.load_policy(config)
-    question_sets = [benchmarks.load(name, section, tokens, policy.config) for name in section.benchmarks]
+    question_sets = [benchmarks.load(name, config, tokens, policy.config) for name in section.benchmarks]
     loaded_judges = loading.load_judges(model, config, section.judges, workdir / "judgements.jsonl")
     common, versions = settings(model, config, tokens), {name: judge.version for name, judge in loaded_judges.items()}
     key = jax.random.fold_in(jax.random.key(config.seed), RANDOM_STREAMS["benchmarks"])

@@ -18,6 +18,8 @@ from drirl_jax.evals.tasks import (
     gsm8k,
     hhh,
     jailbreakbench,
+    minimal_pairs,
+    perplexity,
     simpleqa,
     stereotype,
     strongreject,
@@ -43,6 +45,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "advglue": advglue.ADVGLUE,
     "gsm8k": gsm8k.GSM8K,
     "hhh": hhh.HHH,
+    "perplexity": perplexity.PERPLEXITY,
+    "minimal_pairs": minimal_pairs.MINIMAL_PAIRS,
 }
 BENCHMARKS = {name: without_thoughts(benchmark) for name, benchmark in BENCHMARKS.items()}
 NO_JUDGE = "protocol"  # stands for a judge's name where the benchmark's own rule decides
@@ -95,10 +99,10 @@ class Questions(NamedTuple):
         return hashes.hash_value([self.name, *(item._asdict() for item in self.items)])
 
 
-def _items(name: str, section: ConfigDict) -> list[Item]:
+def _items(name: str, config: ConfigDict) -> list[Item]:
     """All items of a benchmark. Raises InputError where its data has another form, or an item has no question."""
     try:
-        items = BENCHMARKS[name].load_items(section)
+        items = BENCHMARKS[name].load_items(config)
     except InputError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -116,13 +120,13 @@ def _items(name: str, section: ConfigDict) -> list[Item]:
     return items
 
 
-def load(name: str, section: ConfigDict, tokens: ChatTokens, model: Config) -> Questions:
-    """Loads `section.limit` items of a benchmark (0: all). They come from all its parts and are the same every time.
+def load(name: str, config: ConfigDict, tokens: ChatTokens, model: Config) -> Questions:
+    """Loads config.evals.limit items of a benchmark (0: all). They come from all its parts and are the same every time.
 
     Raises:
         InputError: the data is absent, is not the published data, or all items are too long.
     """
-    items = _items(name, section)
+    items, section = _items(name, config), config.evals
     n_total = len(items)
     if section.limit and section.limit < n_total:
         selection = np.random.default_rng(0).permutation(n_total)[: section.limit]
@@ -137,6 +141,10 @@ def load(name: str, section: ConfigDict, tokens: ChatTokens, model: Config) -> Q
         log.warning("%s: left out %d items that are too long", name, len(items) - len(fitting))
     if not fitting:
         raise InputError(f"all items of {name} are too long: they have {min(map(len, ids))} tokens or more.")
+    if BENCHMARKS[name].geometric and len(fitting) < 2:
+        raise InputError(
+            f"{name} has one item here, too few for an interval: set config.evals.limit to 2 or more, or 0."
+        )
     return Questions(
         name,
         items=[items[i] for i in fitting],
@@ -165,10 +173,11 @@ def run(
         key: the random key, used where config.evals.temperature is above 0.
 
     Returns:
-        {"benchmark", "main": the main metric, "higher_is_better", "n", "of", "left_out", "protocol",
+        {"benchmark", "main": the main metric, "higher_is_better", "tax": {metric: chance level or None}, "geometric",
+         "n", "of", "left_out", "protocol",
          "judge", "judges": {name: {"version", "facts", "unjudged": responses without a verdict,
          "metrics": {metric: see `interval`}, "subsets": {subset: the same}}},
-         "agreement": see `judges.agreement`, "responses": [{"id", "subset", "prompt", "response", ...}]}
+         "agreement": see `judges.agreement`, "responses": [{"id", "subset", "cluster", "prompt", "response", ...}]}
     """
     benchmark = BENCHMARKS[questions.name]
     max_new = section.benchmark_max_new or benchmark.max_new
@@ -187,19 +196,26 @@ def run(
         output_rows = [
             {"response": answer.text, "tokens": answer.tokens, "finish": answer.finish} for answer in responses
         ]
-    rows = [
-        {"id": item.id, "subset": item.subset, "prompt": item.prompt} | row
-        for item, row in zip(questions.items, output_rows)
-    ]
+    rows = _response_rows(questions.items, output_rows)
     return {
         "benchmark": questions.name,
         "main": next(iter(benchmark.metrics)),
         "higher_is_better": next(iter(benchmark.metrics.values())),
+        "tax": {metric: chance and chance(questions.items) for metric, chance in benchmark.tax.items()},
+        "geometric": list(benchmark.geometric),
         "n": len(rows),
         "of": questions.n_total,
         "left_out": questions.left_out,
         "protocol": protocol,
     } | judge_responses(benchmark, questions.items, outputs, judges, rows)
+
+
+def _response_rows(items: Sequence[Item], outputs: Sequence[Mapping]) -> list[dict]:
+    """The "responses" of `run`: each item's facts with the policy's output; the judges add their verdicts."""
+    return [
+        {"id": item.id, "subset": item.subset, "cluster": item.cluster, "prompt": item.prompt, **output}
+        for item, output in zip(items, outputs)
+    ]
 
 
 def judge_responses(
@@ -228,7 +244,10 @@ def judge_responses(
                 "facts": dict(capable[name].facts),
                 "unjudged": sum(unjudged),
             }
-        by_judge[name] = judge_facts | {"metrics": summary(items, values), "subsets": by_subset(items, values)}
+        by_judge[name] = judge_facts | {
+            "metrics": summary(items, values, benchmark.geometric),
+            "subsets": by_subset(items, values, benchmark.geometric),
+        }
         for row, is_unjudged, verdict, metrics in zip(rows, unjudged, verdicts, values):
             stored = {} if verdict is None else {benchmark.verdict: None if is_unjudged else float(verdict)}
             row[name] = stored | metrics
@@ -258,32 +277,47 @@ def rejudge(questions: Questions, judges: Mapping[str, Judge], rows: Sequence[Ma
         raise InputError(f"the stored responses do not answer the items of {questions.name}: take another --workdir.")
     if not benchmark.max_new:
         return {}
-    unjudged_rows = [
-        {key: row[key] for key in ("id", "subset", "prompt", "response", "tokens", "finish")} for row in rows
-    ]
+    outputs = [{key: row[key] for key in ("response", "tokens", "finish")} for row in rows]
+    unjudged_rows = _response_rows(questions.items, outputs)
     return judge_responses(benchmark, questions.items, [row["response"] for row in rows], judges, unjudged_rows)
 
 
-def by_subset(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
+def by_subset(
+    items: Sequence[Item], values: Sequence[Mapping[str, float]], geometric: Sequence[str] = ()
+) -> dict[str, dict]:
     """{subset: `summary` of its items}; {} where there is only one subset."""
-    groups = collections.defaultdict(list)
-    for item, value in zip(items, values):
-        groups[item.subset].append((item, value))
-    return {name: summary(*zip(*pairs)) for name, pairs in groups.items()} if len(groups) > 1 else {}
+    rows_by_subset = collections.defaultdict(list)
+    for i, item in enumerate(items):
+        rows_by_subset[item.subset].append(i)
+    if len(rows_by_subset) < 2:
+        return {}
+    return {
+        name: summary([items[i] for i in rows], [values[i] for i in rows], geometric)
+        for name, rows in rows_by_subset.items()
+    }
 
 
-def summary(items: Sequence[Item], values: Sequence[Mapping[str, float]]) -> dict[str, dict]:
+def summary(
+    items: Sequence[Item], values: Sequence[Mapping[str, float]], geometric: Sequence[str] = ()
+) -> dict[str, dict]:
     """{metric: `interval` over the items that have this metric}, in the order in which metrics appear."""
     by_metric = {}
     for name in dict.fromkeys(name for value in values for name in value):
-        value_clusters = [(value[name], item.cluster or item.id) for item, value in zip(items, values) if name in value]
-        by_metric[name] = interval(*zip(*value_clusters))
+        rows = [i for i, value in enumerate(values) if name in value]
+        clusters = [items[i].cluster or items[i].id for i in rows]
+        by_metric[name] = interval([values[i][name] for i in rows], clusters, name in geometric)
     return by_metric
 
 
-def interval(values: Sequence[float], clusters: Sequence[str]) -> dict:
-    """{"value", "low", "high", "n", "interval"}: the mean with its 95% interval: see `intervals.over_items`."""
-    estimate, kind = intervals.over_items(values, clusters)
+def interval(values: Sequence[float], clusters: Sequence[str], is_geometric: bool = False) -> dict:
+    """{"value", "low", "high", "n", "interval"}: the mean with its 95% interval: see `intervals.over_items`.
+
+    A geometric mean has that of `intervals.geometric_mean`.
+    """
+    if is_geometric:
+        estimate, kind = intervals.geometric_mean(values, clusters), "t of logs"
+    else:
+        estimate, kind = intervals.over_items(values, clusters)
     return {"value": estimate.mean, "low": estimate.low, "high": estimate.high, "n": len(values), "interval": kind}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import pathlib
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
@@ -68,13 +69,17 @@ class Benchmark(NamedTuple):
     """A benchmark: its items, and how the answers are measured.
 
     Attributes:
-        load_items: (config.evals) -> items. Raises InputError where the data is absent.
+        load_items: (config) -> items. Raises InputError where the data is absent.
         measure: (item, answer, verdict) -> {metric: value}, without the metrics that do not apply to this item. The
             answer is the response, or the Scores of the options. `verdict` names its kind; it is None
             where `verdict` is "".
         metrics: {metric: whether higher is better}; the first metric is the main one.
         verdict: the verdict that the benchmark needs: "harm", "refusal" or "grade" (see `judges.Judge`); "": none.
         max_new: maximum number of response tokens; 0 where options are scored.
+        tax: {metric: (items) -> chance level}: the metrics in which an alignment may pay for safety. The chance level
+            is what guessing gives; None where guessing has no level. A metric with a level is better if it is higher.
+        geometric: metrics with positive values and no upper bound; their mean is geometric, and policies are compared
+            by the ratio of the means.
     """
 
     load_items: Callable[[ConfigDict], list[Item]]
@@ -82,6 +87,18 @@ class Benchmark(NamedTuple):
     metrics: Mapping[str, bool]
     verdict: str
     max_new: int
+    tax: Mapping[str, Callable[[Sequence[Item]], float] | None] = {}
+    geometric: tuple[str, ...] = ()
+
+
+def option_chance(items: Sequence[Item]) -> float:
+    """The accuracy of a random choice among each item's options."""
+    return sum(1 / len(item.options) for item in items) / len(items)
+
+
+def commonest_answer_chance(right_answers: Sequence[str]) -> float:
+    """The accuracy of the same answer to every question: the commonest right one."""
+    return max(collections.Counter(right_answers).values()) / len(right_answers)
 
 
 def without_thoughts(benchmark: Benchmark) -> Benchmark:

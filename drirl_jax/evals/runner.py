@@ -34,8 +34,8 @@ def judge_setting(context: Context, bank: reward.Bank | None) -> judges.Setting:
 
 def load_benchmarks(context: Context) -> list[Questions]:
     """The questions of each benchmark in config.evals.benchmarks. Raises InputError where data is absent."""
-    c = context.config.evals
-    return [benchmarks.load(name, c, context.text, context.model.config) for name in c.benchmarks]
+    config = context.config
+    return [benchmarks.load(name, config, context.text, context.model.config) for name in config.evals.benchmarks]
 
 
 def run_benchmarks(

@@ -145,7 +145,7 @@ def test_half_a_character_in_an_answer_is_left_out_and_counted(tmp_path, capsys)
 def test_a_benchmarks_item_that_asks_nothing_is_refused(row, sentence, tmp_path):
     (tmp_path / "simpleqa.jsonl").write_text(json.dumps(row))
     with pytest.raises(InputError, match=sentence):
-        benchmarks.load("simpleqa", ConfigDict({"data": str(tmp_path), "limit": 0}), None, None)
+        benchmarks.load("simpleqa", ConfigDict({"evals": {"data": str(tmp_path), "limit": 0}}), None, None)
 
 
 def test_a_column_that_is_missing_is_one_sentence():

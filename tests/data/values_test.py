@@ -89,7 +89,7 @@ def test_half_a_surrogate_pair_is_left_out_and_counted(tmp_path):
 def of(bench, tmp_path, name, content):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content) + "\n")
-    return bench.load_items(ConfigDict({"data": str(tmp_path), "shots": 0}))
+    return bench.load_items(ConfigDict({"evals": {"data": str(tmp_path), "shots": 0}}))
 
 
 @pytest.mark.parametrize("label, expected", [("unsafe", True), ("Unsafe ", True), ("UNSAFE", True), (" safe", False)])

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -97,15 +98,15 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def section(data, **options):
+def config_of(data, **options):
     config = config_lib.default()
     config.evals.update({"data": str(data)} | options)
-    return config.evals
+    return config
 
 
 def test_published_files(data):
-    found = {name: of.load_items(section(data)) for name, of in BENCHMARKS.items()}
-    assert found.keys() == FILES.keys()
+    found = {name: BENCHMARKS[name].load_items(config_of(data)) for name in FILES}
+    assert BENCHMARKS.keys() - FILES.keys() == {"perplexity", "minimal_pairs"}  # these need no published file
     assert [(i.prompt, i.subset) for i in found["strongreject"]] == [("Write a lie, please.", "Deception")]
     assert [(i.id, i.harmful) for i in found["xstest"]] == [("v2-1", False), ("v2-26", True)]
     assert [(i.id, i.prompt) for i in found["jailbreakbench"]] == [("0", "Write an insult")]
@@ -119,35 +120,35 @@ def test_published_files(data):
     assert [(i.subset, i.options[int(i.target)]) for i in found["hhh"]] == [
         *((s, "Yes, I am.") for s in ("helpful", "honest", "harmless")), ("other", "A"),
     ]  # fmt: skip
-    (shots,) = BENCHMARKS["gsm8k"].load_items(section(data, shots=2))
+    (shots,) = BENCHMARKS["gsm8k"].load_items(config_of(data, shots=2))
     assert [turn["role"] for turn in shots.chat] == ["user", "assistant"] * 2 + ["user"]
     assert shots.chat[1]["content"] == "#### 1" and found["gsm8k"][0].chat == shots.chat[-1:]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", FILES)
 def test_absent_data_says_where_it_can_be_had(name, tmp_path):
     with pytest.raises(InputError, match="https://"):
-        BENCHMARKS[name].load_items(section(tmp_path))
+        BENCHMARKS[name].load_items(config_of(tmp_path))
 
 
 @pytest.mark.parametrize("name, content", [("harmful-behaviors.csv", "a,b\n1,2\n"), ("harmful-behaviors.csv", "a\n")])
 def test_other_files_than_the_published_ones(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match="published file|no rows"):
-        BENCHMARKS["jailbreakbench"].load_items(section(tmp_path))
+        BENCHMARKS["jailbreakbench"].load_items(config_of(tmp_path))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no published files in {REAL}")
 def test_real_files():
     read = {
-        name: BENCHMARKS[name].load_items(section(REAL))
+        name: BENCHMARKS[name].load_items(config_of(REAL))
         for name in ("strongreject", "xstest", "jailbreakbench", "gsm8k")
     }
     assert {name: len(items) for name, items in read.items()} == {
         "strongreject": 313, "xstest": 450, "jailbreakbench": 100, "gsm8k": 1319,
     }  # fmt: skip
     assert sum(item.harmful for item in read["xstest"]) == 200
-    assert len(BENCHMARKS["stereotype"].load_items(section(REAL))) == 3 * 1152
+    assert len(BENCHMARKS["stereotype"].load_items(config_of(REAL))) == 3 * 1152
     assert all(len({item.id for item in items}) == len(items) for items in read.values())
 
 
@@ -214,12 +215,15 @@ OPTIONS = Item("0", user_chat("?"), target="1", options=("no", "yes, of course")
             None,
             {"exact_match": 0.0, "strict_match": 1},
         ),
+        ("minimal_pairs", OPTIONS, scores(-1.0, -2.0), None, {"accuracy": 1.0, "accuracy_same_length": 1.0}),
+        ("minimal_pairs", OPTIONS, scores(-2.0, -2.0), None, {"accuracy": 0.0}),
+        ("perplexity", OPTIONS, scores(-math.log(3.0)), None, {"perplexity": 3.0}),
         ("gsm8k", Item("0", user_chat("?"), target="#### -5"), "none", None, {"exact_match": 0.0, "strict_match": 0.0}),
     ],
 )
 def test_measures(name, item, answer, verdict, expected):
     found = BENCHMARKS[name].measure(item, answer, verdict)
-    assert expected.items() <= found.items()
+    assert expected == pytest.approx({metric: found[metric] for metric in expected})
     assert found.keys() <= BENCHMARKS[name].metrics.keys()
 
 
@@ -252,10 +256,10 @@ def test_a_response_without_a_verdict_is_left_out_and_counted():
 def test_rows_are_chosen_by_their_source_in_the_file_of_several_sets_alone(tmp_path):
     row = {"source": "DAN", "category": "Deception", "forbidden_prompt": "Write a lie."}
     (tmp_path / "strongreject.jsonl").write_text(json.dumps(row))
-    assert len(BENCHMARKS["strongreject"].load_items(section(tmp_path))) == 1
+    assert len(BENCHMARKS["strongreject"].load_items(config_of(tmp_path))) == 1
     (tmp_path / "strongreject.jsonl").rename(tmp_path / "safety_prompts.jsonl")
     with pytest.raises(InputError, match="holds no rows"):
-        BENCHMARKS["strongreject"].load_items(section(tmp_path))
+        BENCHMARKS["strongreject"].load_items(config_of(tmp_path))
 
 
 def test_a_template_without_a_system_turn_has_it_at_the_head_of_the_users(policy):
@@ -326,7 +330,7 @@ def test_a_limited_draw_is_the_same_every_time(loaded, data):
     (data / "gsm8k" / "test.jsonl").write_text(
         "\n".join(json.dumps({"question": f"{i}?", "answer": f"#### {i}"}) for i in range(60))
     )
-    drawn = [benchmarks.load("gsm8k", section(data, limit=20), loaded[1], loaded[0].config) for _ in range(2)]
+    drawn = [benchmarks.load("gsm8k", config_of(data, limit=20), loaded[1], loaded[0].config) for _ in range(2)]
     assert [q.items for q in drawn][0] == drawn[1].items and len(drawn[0].items) == 20 and drawn[0].n_total == 60
     assert max(int(item.target[5:]) for item in drawn[0].items) > 40  # not the first ones
 
@@ -336,7 +340,7 @@ def test_too_long_items_are_counted(loaded, data, monkeypatch):
     (data / "gsm8k" / "test.jsonl").write_text(
         "\n".join(json.dumps({"question": text, "answer": "#### 1"}) for text in ("1?", "and " * 80))
     )
-    questions = benchmarks.load("gsm8k", section(data, benchmark_max_new=10), loaded[1], loaded[0].config)
+    questions = benchmarks.load("gsm8k", config_of(data, benchmark_max_new=10), loaded[1], loaded[0].config)
     assert (len(questions.items), questions.left_out, questions.n_total) == (1, 1, 2)
 
 
@@ -347,7 +351,7 @@ def test_what_the_model_has_no_positions_for_is_left_out_or_refused(loaded, data
     )
     long = len(tokens.prompt_ids("and " * 80))
     tight, wide = (model.config._replace(positions=long + more) for more in (9, 10))
-    c = section(data, benchmark_max_new=10)
+    c = config_of(data, benchmark_max_new=10)
     assert benchmarks.load("gsm8k", c, tokens, wide).left_out == 0
     assert benchmarks.load("gsm8k", c, tokens, tight).left_out == 1
     with pytest.raises(InputError, match="too long"):
@@ -363,21 +367,23 @@ def test_what_the_model_has_no_positions_for_is_left_out_or_refused(loaded, data
 
 def test_every_benchmark_on_a_policy(loaded, data):
     model, tokens = loaded
-    c = section(data, benchmark_max_new=4, batch=4)
+    c = config_of(data, benchmark_max_new=4, batch=4, limit=6)
     by_length = judges.Judge(
         "length", {}, harm=lambda prompts, said: np.array([len(text) / 100 for text in said]).clip(0, 1)
     )
     telling = {"phrases": judges.JUDGES["phrases"].make(judges.Setting(config_lib.default())), "classifier": by_length}
     for name in BENCHMARKS:
         questions = benchmarks.load(name, c, tokens, model.config)
-        found = benchmarks.run(questions, model, tokens, c, telling, jax.random.key(0))
+        found = benchmarks.run(questions, model, tokens, c.evals, telling, jax.random.key(0))
         json.dumps(found)
         assert found["n"] == len(found["responses"]) == len(questions.items)
         expected = {"harm": {"phrases", "classifier"}, "refusal": {"phrases"}, "grade": {"phrases"}, "": {"protocol"}}
         assert found["judges"].keys() == expected[BENCHMARKS[name].verdict]
         assert (found["agreement"] != {}) == (BENCHMARKS[name].verdict == "harm")
         for of in found["judges"].values():
-            assert {0.0 <= x["low"] <= x["value"] <= x["high"] <= 1.0 for x in of["metrics"].values()} == {True}
+            for metric, x in of["metrics"].items():
+                highest = np.inf if metric in found["geometric"] else 1.0
+                assert 0.0 <= x["low"] <= x["value"] <= x["high"] <= highest
 
 
 def test_benchmarks_in_a_run_change_nothing_and_the_best_policy_is_kept(policy, cache, data, tmp_path):

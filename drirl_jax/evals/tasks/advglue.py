@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from drirl_jax.data import values
 from drirl_jax.data.files import first_column
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, user_chat
+from drirl_jax.evals.items import Benchmark, Item, Published, option_chance, rows, user_chat
 from drirl_jax.types import InputError
 
 TASKS = {  # task: (columns, question about them, words in the order of the labels)
@@ -33,10 +33,10 @@ DATA = Published(
 )
 
 
-def load_items(section: ConfigDict) -> list[Item]:
+def load_items(config: ConfigDict) -> list[Item]:
     """Reads {task: [{columns of the task, label, idx}]}. In JSONL the field subset holds the task."""
     items = []
-    for i, (where, row) in enumerate(rows(section.data, DATA)):
+    for i, (where, row) in enumerate(rows(config.evals.data, DATA)):
         task = first_column(where, row, "subset").removeprefix("adv_")
         if task not in TASKS:
             raise InputError(f"{where}: unknown task {task!r}: known are {', '.join(TASKS)}.")
@@ -52,4 +52,6 @@ def measure(item: Item, scores, verdict: None) -> dict[str, float]:
     return {"accuracy": float(scores.total.argmax() == int(item.target))}
 
 
-ADVGLUE = Benchmark(load_items, measure, metrics={"accuracy": True}, verdict="", max_new=0)
+ADVGLUE = Benchmark(
+    load_items, measure, metrics={"accuracy": True}, verdict="", max_new=0, tax={"accuracy": option_chance}
+)

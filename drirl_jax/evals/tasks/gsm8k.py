@@ -8,10 +8,11 @@ config.evals.shots puts solved problems of train.jsonl before the question, each
 from __future__ import annotations
 
 import re
+from typing import Sequence
 
 from ml_collections import ConfigDict
 
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
+from drirl_jax.evals.items import Benchmark, Item, Published, commonest_answer_chance, rows, text_field, user_chat
 
 URL = "https://github.com/openai/grade-school-math (grade_school_math/data)"
 TEST = Published(("gsm8k/test.jsonl", "gsm8k_test.jsonl", "test.jsonl"), "openai/gsm8k", URL, subset="main")
@@ -23,10 +24,10 @@ STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 STOPS = re.compile(r"Question:|</s>|<\|im_end\|>")  # lm_eval's: they end an answer that runs on into a new problem
 
 
-def load_items(section: ConfigDict) -> list[Item]:
+def load_items(config: ConfigDict) -> list[Item]:
     """Reads the fields question and answer. The last line of an answer is "#### NUMBER"."""
     shots: list[dict[str, str]] = []
-    for where, row in rows(section.data, TRAIN)[: section.shots] if section.shots else []:
+    for where, row in rows(config.evals.data, TRAIN)[: config.evals.shots] if config.evals.shots else []:
         shots += [{"role": "user", "content": text_field(where, row, "question")}]
         shots += [{"role": "assistant", "content": text_field(where, row, "answer")}]
     return [
@@ -35,7 +36,7 @@ def load_items(section: ConfigDict) -> list[Item]:
             (*shots, *user_chat(text_field(where, row, "question"))),
             target=text_field(where, row, "answer"),
         )
-        for i, (where, row) in enumerate(rows(section.data, TEST))
+        for i, (where, row) in enumerate(rows(config.evals.data, TEST))
     ]
 
 
@@ -56,4 +57,15 @@ def measure(item: Item, response: str, verdict: None) -> dict[str, float]:
     }
 
 
-GSM8K = Benchmark(load_items, measure, metrics={"exact_match": True, "strict_match": True}, verdict="", max_new=400)
+def chance(items: Sequence[Item]) -> float:
+    return commonest_answer_chance([number(item.target) for item in items])
+
+
+GSM8K = Benchmark(
+    load_items,
+    measure,
+    metrics={"exact_match": True, "strict_match": True},
+    verdict="",
+    max_new=400,
+    tax={"exact_match": chance, "strict_match": chance},
+)

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 
 from drirl_jax.data import values
 from drirl_jax.data.files import first_column
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
+from drirl_jax.evals.items import Benchmark, Item, Published, option_chance, rows, text_field, user_chat
 from drirl_jax.types import InputError
 
 SUBSETS = ("helpful", "honest", "harmless", "other")
 
 
-def load_items(section: ConfigDict) -> list[Item]:
+def load_items(config: ConfigDict) -> list[Item]:
     """Reads the file SUBSET/task.json (or hhh_SUBSET.jsonl) of each subset.
 
     A row has input and target_scores, {option: 1 or 0}, or input and targets, {"choices": [...], "labels": [1, 0]}.
@@ -32,7 +32,7 @@ def load_items(section: ConfigDict) -> list[Item]:
             url="https://huggingface.co/datasets/HuggingFaceH4/hhh_alignment",
             subset=subset,
         )
-        for i, (where, row) in enumerate(rows(section.data, data)):
+        for i, (where, row) in enumerate(rows(config.evals.data, data)):
             if "target_scores" in row:
                 options, labels = zip(*row["target_scores"].items())
             else:
@@ -62,4 +62,11 @@ def measure(item: Item, scores, verdict: None) -> dict[str, float]:
     }
 
 
-HHH = Benchmark(load_items, measure, metrics={"accuracy": True, "accuracy_norm": True}, verdict="", max_new=0)
+HHH = Benchmark(
+    load_items,
+    measure,
+    metrics={"accuracy": True, "accuracy_norm": True},
+    verdict="",
+    max_new=0,
+    tax={"accuracy": option_chance, "accuracy_norm": option_chance},
+)

@@ -18,7 +18,7 @@ DATA = Published(
 )
 
 
-def load_items(section: ConfigDict) -> list[Item]:
+def load_items(config: ConfigDict) -> list[Item]:
     """Reads the columns Index, Goal and Category; in JSONL also id, prompt and source_category."""
     return [
         Item(
@@ -27,7 +27,7 @@ def load_items(section: ConfigDict) -> list[Item]:
             first_column(where, row, "Category", "source_category"),
             harmful=True,
         )
-        for where, row in rows(section.data, DATA)
+        for where, row in rows(config.evals.data, DATA)
     ]
 
 

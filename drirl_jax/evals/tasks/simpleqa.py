@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Sequence
 
 from ml_collections import ConfigDict
 
 from drirl_jax.data.files import first_column
-from drirl_jax.evals.items import Benchmark, Item, Published, rows, text_field, user_chat
+from drirl_jax.evals.items import Benchmark, Item, Published, commonest_answer_chance, rows, text_field, user_chat
 from drirl_jax.types import InputError
 
 DATA = Published(
@@ -18,10 +19,10 @@ DATA = Published(
 )
 
 
-def load_items(section: ConfigDict) -> list[Item]:
+def load_items(config: ConfigDict) -> list[Item]:
     """Reads the columns problem, answer and metadata. The metadata holds the topic."""
     items = []
-    for i, (where, row) in enumerate(rows(section.data, DATA)):
+    for i, (where, row) in enumerate(rows(config.evals.data, DATA)):
         question, answer = text_field(where, row, "problem"), str(first_column(where, row, "answer"))
         if not re.search(r"\w", answer):
             raise InputError(f"{where}: the answer {answer!r} has no letter and no digit: remove the row.")
@@ -37,4 +38,10 @@ def measure(item: Item, response: str, grade: int) -> dict[str, float]:
 
 
 METRICS = {"correct": True, "correct_of_attempted": True, "not_attempted": True, "incorrect": False}
-SIMPLEQA = Benchmark(load_items, measure, metrics=METRICS, verdict="grade", max_new=64)
+
+
+def chance(items: Sequence[Item]) -> float:
+    return commonest_answer_chance([item.target for item in items])
+
+
+SIMPLEQA = Benchmark(load_items, measure, metrics=METRICS, verdict="grade", max_new=64, tax={"correct": chance})

@@ -21,11 +21,11 @@ PROMPTS = Published(("user_prompts.csv",), hub="", url=URL)
 SYSTEMS = Published(("system_prompts.csv",), hub="", url=URL)
 
 
-def load_items(section: ConfigDict) -> list[Item]:
+def load_items(config: ConfigDict) -> list[Item]:
     """Reads the columns stereotype_topic, target_group, user_prompt; and type, system_prompt from the other file."""
-    prompts = rows(section.data, PROMPTS)
+    prompts = rows(config.evals.data, PROMPTS)
     items = []
-    for system_where, system_row in rows(section.data, SYSTEMS):
+    for system_where, system_row in rows(config.evals.data, SYSTEMS):
         kind, template = (
             first_column(system_where, system_row, "type"),
             first_column(system_where, system_row, "system_prompt"),
@@ -51,5 +51,10 @@ def measure(item: Item, response: str, verdict: None) -> dict[str, float]:
 
 
 STEREOTYPE = Benchmark(
-    load_items, measure, metrics={"agreed": False, "disagreed": True, "neither": True}, verdict="", max_new=128
+    load_items,
+    measure,
+    metrics={"agreed": False, "disagreed": True, "neither": True},
+    verdict="",
+    max_new=128,
+    tax={"agreed": None},
 )

@@ -20,7 +20,7 @@ DATA = Published(
 )
 
 
-def load_items(section: ConfigDict) -> list[Item]:
+def load_items(config: ConfigDict) -> list[Item]:
     """Reads the columns category and forbidden_prompt; in JSONL also source_category and prompt."""
     return [
         Item(
@@ -29,7 +29,7 @@ def load_items(section: ConfigDict) -> list[Item]:
             first_column(where, row, "source_category", "category"),
             harmful=True,
         )
-        for i, (where, row) in enumerate(rows(section.data, DATA))
+        for i, (where, row) in enumerate(rows(config.evals.data, DATA))
     ]
 
 

@@ -20,10 +20,10 @@ DATA = Published(
 )
 
 
-def load_items(section: ConfigDict) -> list[Item]:
+def load_items(config: ConfigDict) -> list[Item]:
     """Reads the fields conversation (turns with role, content, toxic and language) and toxic; or the field prompt."""
     items: dict[str, Item] = {}
-    for i, (where, row) in enumerate(rows(section.data, DATA)):
+    for i, (where, row) in enumerate(rows(config.evals.data, DATA)):
         if "prompt" in row:
             message, subset = row["prompt"], row.get("subset", "")
         else:

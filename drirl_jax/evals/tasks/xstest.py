@@ -20,10 +20,10 @@ DATA = Published(
 )
 
 
-def load_items(section: ConfigDict) -> list[Item]:
+def load_items(config: ConfigDict) -> list[Item]:
     """Reads the columns id (or id_v2), type, prompt and perhaps label; in JSONL also source_category and harmful."""
     items = []
-    for i, (where, row) in enumerate(rows(section.data, DATA)):
+    for i, (where, row) in enumerate(rows(config.evals.data, DATA)):
         kind = text_field(where, row, "type", "source_category")
         item_id = row.get("id") or row.get("id_v2") or f"xstest-{i}"
         items.append(
