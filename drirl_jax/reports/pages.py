@@ -44,6 +44,8 @@ BENCHMARK = {
     "judges": {...: {"metrics": {...: FIGURE}}},
     "agreement": {...: {"n": int, "agree": float, "kappa": json_files.NUMBER}},
     "responses": [dict],
+    json_files.Maybe("tax"): {...: json_files.NUMBER},
+    json_files.Maybe("geometric"): [str],
 }
 RESULT = {
     "overall": {...: json_files.NUMBER},

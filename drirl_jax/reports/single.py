@@ -9,7 +9,7 @@ import numpy as np
 import rich.console
 
 from drirl_jax import config as config_lib
-from drirl_jax.reports import compare, plots
+from drirl_jax.reports import compare, plots, tax
 from drirl_jax.reports.intervals import Interval, over_prompts, wilson
 from drirl_jax.reports.pages import (
     MEASURES,
@@ -342,6 +342,8 @@ def report(run: Run) -> pathlib.Path:
             "overall": overall(run),
             "by_category": by_category(run),
             "benchmarks": benchmarks(run),
+            "tax": tax.table(run),
+            "tax_note": tax.NOTE,
             "agreement": agreement(run),
             "responses": [*responses(run), *benchmark_responses(run)],
             "judge": refusal_judge(run),
@@ -374,10 +376,10 @@ def cards(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def terminal_table(run: Run) -> str:
-    """The tables of categories and benchmarks, before and after, for the terminal."""
+    """The tables of categories, benchmarks and tax, before and after, for the terminal."""
     page = rich.console.Console(width=120, markup=False)
     with page.capture() as captured:
         page.print(plots.headline(run.base, run.aligned))
-        for table in filter(None, (by_category(run), benchmarks(run))):
+        for table in filter(None, (by_category(run), benchmarks(run), tax.table(run))):
             page.print(table.rich())
     return captured.get()
