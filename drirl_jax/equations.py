@@ -149,7 +149,7 @@ def dual_ascent(
     Args:
         multiplier_C: [C] λ_c in [0, λ_max].
         harm_C: [C] mean F of the batch's samples.
-        present_C: [C] bool; a category that is not in the batch keeps its λ_c, and so does one whose mean is not finite.
+        present_C: [C] bool; a category that is not in the batch keeps its λ_c. One whose mean is not finite does too.
         limit: d, in units of reward.
         rate: κ >= 0.
         max_multiplier: λ_max > 0.
