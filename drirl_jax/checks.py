@@ -82,7 +82,7 @@ SCOPES = (
     Scope(("ppo.",), lambda name: name == "ppo", "has no value head"),
     Scope(("dpo.",), lambda name: name == "dpo", "compares no pairs"),
     Scope(
-        ("scaling.", "reward.", "align.group_size"),
+        ("scaling.", "reward.", "constraint.", "align.group_size"),
         lambda name: objectives.OBJECTIVES[name].needs_samples,
         "samples no responses that a reward could score",
     ),
@@ -247,6 +247,9 @@ def _rewards(config: ConfigDict) -> None:
         f"config.reward.route is {config.reward.route!r}, but config.reward.one_for_all leaves no choice: set it to "
         "'category'.",
     )
+    route = routes.ROUTES[config.reward.route]
+    if route and route.needs_help:
+        _help_and_harm(config)
     weight_count = len(config.reward.weights)
     require(
         weight_count in (0, len(config.data.categories)),
@@ -272,6 +275,27 @@ def _rewards(config: ConfigDict) -> None:
         config.irl.policy == "frozen" or (config.irl.rounds > 1 and needs_rewards(config)),
         "config.irl.policy is 'alternate', but the inner policy never moves: it needs config.irl.rounds of 2 or more, "
         "and an align.objective and a reward.source that read rewards.",
+    )
+
+
+def _help_and_harm(config: ConfigDict) -> None:
+    """Checks what a route needs that weighs help against harm."""
+    name = config.reward.route
+    require(
+        config.reward.source == "irl",
+        f"config.reward.route is {name!r}, which reads the rewards of several categories, but config.reward.source is "
+        f"{config.reward.source!r}, which has one for all: set source to 'irl', or route to 'category'.",
+    )
+    require(
+        set(config.data.categories) > set(config.data.harmless) and any(routes.has_help_reward(config)),
+        f"config.reward.route is {name!r}, which weighs help against harm: it needs a harmful category, and a harmless "
+        "one with a reward; see config.data.harmless, and leave it a share above 0 in config.data.shares.",
+    )
+    c = config.constraint
+    require(
+        c.initial <= c.max_multiplier,
+        f"config.constraint.initial is {c.initial}, above config.constraint.max_multiplier = {c.max_multiplier}: lower "
+        "it, or raise the bound.",
     )
 
 

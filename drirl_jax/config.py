@@ -137,7 +137,9 @@ def _reward() -> ConfigDict:
     c.source = "irl"
     c.init = ""  # workdir of a run whose rewards are used; then leave "irl" out of the schedule; "": none
     # Which rewards score a prompt. category: its own category's | linear: all, with `weights` | router: all, weighted
-    # by the similarity of the prompt to each category's prompts
+    # by the similarity of the prompt to each category's prompts | safe_completion: help times safety (arXiv 2508.09224)
+    # | constraint: help, with harm below a limit: see `constraint`. Of the last two, help is the reward of the harmless
+    # category (the mean if there are several), safety the reward of the prompt's own category, and harm minus that
     c.route = "category"
     c.weights = ()  # for route="linear": one weight for each category; (): equal weights
     c.router_temperature = 0.05  # for route="router": temperature of the softmax over similarities
@@ -150,6 +152,18 @@ def _reward() -> ConfigDict:
     c.layers = 0  # like policy.layers
     c.endpoint = endpoint()  # the server for source="judge"
     c.normalize = "zscore"  # zscore: mean 0 and standard deviation 1 | none
+    return c
+
+
+def _constraint() -> ConfigDict:
+    """The constraint of reward.route="constraint": each harmful category has a multiplier, the price of its harm."""
+    c = ConfigDict()
+    # Limit of the mean harm of a category's samples. Harm is minus the reward: with reward.normalize="zscore" the limit
+    # 0 is the mean of the demonstrations and samples of the IRL stage; a limit below 0 is stricter
+    c.limit = 0.0
+    c.rate = 0.05  # κ: a step adds rate * (mean harm - limit) to the multiplier; 0: the multiplier stays
+    c.initial = 1.0  # the multiplier before the first step; 1: help and harm weigh the same
+    c.max_multiplier = 10.0  # upper bound of the multiplier
     return c
 
 
@@ -380,6 +394,7 @@ SECTIONS = {
     "demos": _demos,
     "sampler": _sampler,
     "reward": _reward,
+    "constraint": _constraint,
     "sft": _sft,
     "irl": _irl,
     "scaling": _scaling,

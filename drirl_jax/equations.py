@@ -95,6 +95,73 @@ def zscore(
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Rewards of help against harm
+# ----------------------------------------------------------------------------------------------------------
+
+
+def safe_completion(
+    help_PM: Float[AnyArray, "P M"], safety_PM: Float[AnyArray, "P M"], harmless_P: Bool[AnyArray, " P"]
+) -> Float[Array, "P M"]:
+    """R = h · s with h = σ(H) and s = σ(S); s = 1 for a harmless prompt. (arXiv 2508.09224; the sigmoids are ours)
+
+    A refusal that offers an alternative beats a bare one: both are safe, and only the first one helps.
+
+    Args:
+        help_PM: [P, M] rewards H of helpfulness, standardised.
+        safety_PM: [P, M] rewards S of the prompt's own category, standardised.
+        harmless_P: [P] bool, which prompts have no harm to avoid.
+
+    Returns:
+        [P, M] R in [0, 1].
+    """
+    return jax.nn.sigmoid(help_PM) * jnp.where(harmless_P[:, None], 1.0, jax.nn.sigmoid(safety_PM))
+
+
+def constrained_reward(
+    help_PM: Float[AnyArray, "P M"], harm_PM: Float[AnyArray, "P M"], multiplier_P: Float[AnyArray, " P"]
+) -> Float[AnyArray, "P M"]:
+    """R = (H - λ_c F) / (1 + λ_c): help, less the price of harm. (Safe RLHF, arXiv 2310.12773)
+
+    The division keeps the reward's scale while λ grows.
+
+    Args:
+        help_PM: [P, M] rewards H of helpfulness.
+        harm_PM: [P, M] harm F: minus the reward of the prompt's own category.
+        multiplier_P: [P] λ_c >= 0 of the prompt's category.
+
+    Returns:
+        [P, M] R, in units of reward; H if λ_c is 0.
+    """
+    return (help_PM - multiplier_P[:, None] * harm_PM) / (1 + multiplier_P[:, None])
+
+
+def dual_ascent(
+    multiplier_C: Float[AnyArray, " C"],
+    harm_C: Float[AnyArray, " C"],
+    present_C: Bool[AnyArray, " C"],
+    limit: ScalarLike,
+    rate: ScalarLike,
+    max_multiplier: ScalarLike,
+) -> Float[Array, " C"]:
+    """λ_c ← clip(λ_c + κ (mean F - d), 0, λ_max): it grows while the mean harm exceeds its limit. (Safe RLHF's dual
+    ascent on λ itself; their code takes its steps on log λ)
+
+    Args:
+        multiplier_C: [C] λ_c in [0, λ_max].
+        harm_C: [C] mean F of the batch's samples.
+        present_C: [C] bool; a category that is not in the batch keeps its λ_c. One whose mean is not finite does too.
+        limit: d, in units of reward.
+        rate: κ >= 0.
+        max_multiplier: λ_max > 0.
+
+    Returns:
+        [C] λ_c in [0, λ_max].
+    """
+    moved_C = jnp.clip(multiplier_C + rate * (harm_C - limit), 0.0, max_multiplier)
+    return jnp.where(present_C & jnp.isfinite(harm_C), moved_C, multiplier_C)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # 3. GRPO-S
 # ----------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from drirl_jax.runtime import bucket, files, processes, sharding, workdirs
 from drirl_jax.runtime.checkpoint import Checkpoints
 from drirl_jax.stages import irl
 from drirl_jax.stages.base import Context
+from drirl_jax.stages.rewards.routes import ROUTES, has_help_reward
 from drirl_jax.types import InputError
 
 
@@ -144,6 +145,19 @@ def require_rewards(config: ConfigDict, workdir: bucket.Path) -> None:
         value, reward_value = (config_lib.get_option(options, key) for options in (config, reward_config))
         config_lib.require(
             value == reward_value, f"the rewards in {folder} are of config.{key} = {reward_value!r}, not {value!r}."
+        )
+    route = ROUTES[config.reward.route]
+    if route and route.needs_help:
+        learned_C = has_help_reward(reward_config)
+        missing = [
+            name
+            for name, here, learned in zip(config.data.categories, has_help_reward(config), learned_C)
+            if here and not learned
+        ]
+        config_lib.require(
+            not missing,
+            f"config.reward.route={config.reward.route!r} reads the rewards of {', '.join(missing)}, which the run of "
+            f"{folder} did not learn: its data.shares or data.harmless leave them out; take another run's rewards.",
         )
 
 

@@ -102,6 +102,53 @@ def test_zscore():
     )
 
 
+# ---- help against harm -----------------------------------------------------------------------------------
+
+
+def test_safe_completion():
+    # σ(ln 3) = 3/4 and σ(-ln 3) = 1/4. Help without safety and safety without help are worth a quarter of 3/4 alike;
+    # a harmless prompt has its help alone. Far from 0 a factor is 1 or 0.
+    help_PM, safety_PM = np.float32([[LN3, LN3, -LN3], [LN3, -LN3, 60]]), np.float32([[LN3, -LN3, LN3], [9, -9, -60]])
+    want = [[9 / 16, 3 / 16, 3 / 16], [3 / 4, 1 / 4, 1]]
+    check(eq.safe_completion, (help_PM, safety_PM, np.array([False, True])), want)
+    rng = np.random.default_rng(0)
+    help_PM, safety_PM = rng.normal(size=(2, 5, 3)).astype(np.float32)
+    harmless_P = np.array([True, False, False, True, False])
+    got = mn.safe_completion(help_PM, safety_PM, harmless_P)
+    check(eq.safe_completion, (help_PM, safety_PM, harmless_P), got)
+    assert (0 < got).all() and (got < 1).all()
+
+
+def test_the_reward_under_a_constraint():
+    # λ = 0: help alone, to the bit. λ = 1: half of each. λ = 3: (2 - 3 · 0.4) / 4. A large λ: almost -F alone.
+    help_PM, harm_PM = (
+        np.float32([[2, -1], [2, -1], [2, 0], [2, -1]]),
+        np.float32([[0.4, 3], [0.4, 3], [0.4, 1], [5, 3]]),
+    )
+    multiplier_P = np.float32([0, 1, 3, 1e6])
+    check(eq.constrained_reward, (help_PM, harm_PM, multiplier_P), [[2, -1], [0.8, -2], [0.2, -0.75], [-5, -3]])
+    np.testing.assert_array_equal(eq.constrained_reward(help_PM, harm_PM, np.zeros(4, np.float32)), help_PM)
+    rng = np.random.default_rng(1)
+    help_PM, harm_PM = rng.normal(size=(2, 4, 3)).astype(np.float32)
+    multiplier_P = rng.random(4).astype(np.float32) * 10
+    check(
+        eq.constrained_reward, (help_PM, harm_PM, multiplier_P), mn.constrained_reward(help_PM, harm_PM, multiplier_P)
+    )
+
+
+def test_dual_ascent():
+    # 1 + ½ (0.3 - 0.1) = 1.1. At the limit it stays. It ends at 0 and at the bound. A category without harm to average
+    # keeps its multiplier, and so does one whose mean is not finite.
+    multiplier, harm = np.float32([1, 1, 0.05, 3.9, 2, 2, 2]), np.float32([0.3, 0.1, -5, 5, 9, np.nan, np.inf])
+    moves = np.array([True, True, True, True, False, True, True])
+    check(lambda *x: eq.dual_ascent(*x, 0.1, 0.5, 4.0), (multiplier, harm, moves), [1.1, 1, 0, 4, 2, 2, 2])
+    rng = np.random.default_rng(2)
+    multiplier, harm = rng.random(6).astype(np.float32), rng.normal(size=6).astype(np.float32) * 9
+    want = [mn.dual_ascent(*pair, -0.2, 0.1, 1.5) for pair in zip(multiplier, harm[:, None])]
+    check(lambda *x: eq.dual_ascent(*x, -0.2, 0.1, 1.5), (multiplier, harm, np.ones(6, bool)), want)
+    assert min(want) == 0 and max(want) < 1.5
+
+
 # ---- advantages ------------------------------------------------------------------------------------------
 
 

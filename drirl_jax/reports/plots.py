@@ -56,6 +56,8 @@ CURVES = {
     "irl_accuracy": Curve("irl", "accuracy", "Held-out pairs ranked right", (0.5, "chance"), percent=True),
     "reward": Curve("align", "reward", "Reward $R$ of the samples"),
     "gap": Curve("align", "gap", "Gap $R^* - R$", (0.0, "as the demonstration")),
+    "lambda": Curve("align", "lambda", "Multiplier λ of the constraint"),
+    "harm": Curve("align", "harm", "Harm $F$ of the samples"),
     "alpha_d": Curve("align", "alpha_d", "Data hardness $\\alpha^D$", (1.0, "no scaling")),
     "alpha_m": Curve("align", "alpha_m", "Model responsiveness $\\alpha^M$", (1.0, "no scaling")),
     "kl": Curve("align", "kl", "KL to the reference (nats a token)"),

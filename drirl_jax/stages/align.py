@@ -36,6 +36,8 @@ from drirl_jax.stages.hardness import Hardness
 from drirl_jax.stages.objectives import OBJECTIVES
 from drirl_jax.stages.objectives.base import TOKEN_SHARE, Params, ScoredGroup, init_params
 from drirl_jax.stages.objectives.grpo import group_roles
+from drirl_jax.stages.rewards import constraint
+from drirl_jax.stages.rewards.routes import HelpHarm
 from drirl_jax.stages.rewards.sources import SOURCES
 from drirl_jax.types import Array, Group, PyTree, TrainState
 
@@ -83,9 +85,11 @@ class Carry(NamedTuple):
 
     Attributes:
         stats: the running means of the hardness.
+        multipliers: [C] λ_c of the constraint (see `rewards/constraint.py`); None without it.
     """
 
     stats: scaling.Stats
+    multipliers: Array | None = None
 
 
 def make(context: Context, bank: reward.Bank | None, keep: samples.Keep | None = None) -> Stage:
@@ -143,7 +147,8 @@ class Alignment:
         policy_params = self.policy.init(self.config.policy, trunk, self.context.key("adapter"))
         params = init_params(self.objective, policy_params, trunk)
         stats = scaling.Stats.fresh(len(self.config.data.categories))
-        return State(optimizer.init(self.transformation, params), Carry(stats))
+        carry = Carry(stats, constraint.initial_multipliers(self.config))
+        return State(optimizer.init(self.transformation, params), carry)
 
     # ------------------------------------------------------------------------------------------ collect
 
@@ -157,27 +162,30 @@ class Alignment:
 
     def collect(self, bank: reward.Bank | None, state: State, step: int) -> tuple[Any, Carry, dict[str, float]]:
         """The batch of an objective that learns from samples, which these rewards score."""
-        rows = np.asarray(self.batches[step])
+        config, rows = self.config, np.asarray(self.batches[step])
         examples, params = self.train.take(rows), state.train.params
         model = self.sampling_model(params)
         rollout, group = self.sample(model, examples, step)
-        trunk_states, reward_PM = self.score(bank, examples, group)
+        trunk_states, scores = self.score(bank, examples, group)
+        reward_PM, multiplier_C = constraint.constrain(config, state.carry.multipliers, scores, group.category)
         # The device computes the rewards while the host splits and embeds the texts.
         response_PGT, length_PG = sharding.fetch((rollout.response, rollout.response_len))
         parts = self.hardness.parts(rows, response_PGT, length_PG)
         stats = state.carry.stats if step else self.hardness.calibrated(state.carry.stats, model)
         alpha_PG, stats, info = self.hardness.coefficients(stats, parts, reward_PM, group.category)
-        kept_PG = info["kept"] if self.config.scaling.drop_masked else jnp.ones_like(info["kept"])
+        kept_PG = info["kept"] if config.scaling.drop_masked else jnp.ones_like(info["kept"])
         scored = ScoredGroup(
             group, rollout.logp, reward_PM, alpha_PG, kept_PG,
             trunk_states, self.context.shared_layers.policy, examples.harmless,
         )  # fmt: skip
         batch, objective_info = self.objective.make_batch(self.context, model, params, scored)
-        names = self.config.data.categories
+        names = config.data.categories
         if self.keep and step + 1 in self.kept_steps:
             values = self.sample_values(scored, batch, info)
             self.keep(step + 1, samples.rows(names, self.context.text, examples, response_PGT, length_PG, values))
-        return batch, Carry(stats), batch_scalars(names, examples, rollout, reward_PM, info | objective_info)
+        scalars = batch_scalars(names, examples, rollout, reward_PM, info | objective_info)
+        scalars |= constraint.scalars(config, state.carry.multipliers, scores, examples)
+        return batch, Carry(stats, multiplier_C), scalars
 
     def sampling_model(self, params: Params) -> Transformer:
         """The model that samples: the policy; for an objective that is offline the reference."""
@@ -199,13 +207,15 @@ class Alignment:
             group = group.join(jnp.asarray(demo_PT), jnp.asarray(demo_len_P))
         return rollout, group
 
-    def score(self, bank: reward.Bank | None, examples: Examples, group: Group) -> tuple[TrunkStates | None, Array]:
+    def score(
+        self, bank: reward.Bank | None, examples: Examples, group: Group
+    ) -> tuple[TrunkStates | None, Array | HelpHarm]:
         """(the group's states after the shared layers, if there are any; [P, M] rewards of its members)."""
         context, shared = self.context, self.context.shared_layers
         trunk_states = run_trunk(context.model, group, layers=shared.layers) if shared.layers else None
         context.clock.mark("trunk", trunk_states)
-        reward_PM = self.reward_source(bank, examples, group, trunk_states if shared.rewards else None)
-        return trunk_states, context.clock.mark("rewards", reward_PM)
+        scores = self.reward_source(bank, examples, group, trunk_states if shared.rewards else None)
+        return trunk_states, context.clock.mark("rewards", scores)
 
     def sample_values(self, scored: ScoredGroup, batch: PyTree, info: dict[str, Any]) -> dict[str, np.ndarray]:
         """The numbers of each prompt [P] and of each sample [P, G] for samples.jsonl."""

@@ -43,6 +43,34 @@ def zscore(reward_N, statistics) -> np.ndarray:
     return np.array([(r - mean) / std for r in reward_N])
 
 
+# ---- help against harm -----------------------------------------------------------------------------------
+
+
+def safe_completion(help_PM, safety_PM, harmless_P) -> np.ndarray:
+    """R = σ(H) σ(S) for a harmful prompt, σ(H) for a harmless one."""
+    out = np.zeros(np.shape(help_PM))
+    for i, (help_M, safety_M) in enumerate(zip(help_PM, safety_PM)):
+        for m, (h, s) in enumerate(zip(help_M, safety_M)):
+            out[i, m] = sigmoid(h) * (1.0 if harmless_P[i] else sigmoid(s))
+    return out
+
+
+def constrained_reward(help_PM, harm_PM, multiplier_P) -> np.ndarray:
+    """R = (H - λ F) / (1 + λ)."""
+    out = np.zeros(np.shape(help_PM))
+    for i, (help_M, harm_M) in enumerate(zip(help_PM, harm_PM)):
+        for m, (h, f) in enumerate(zip(help_M, harm_M)):
+            out[i, m] = (np.float64(h) - multiplier_P[i] * np.float64(f)) / (1 + multiplier_P[i])
+    return out
+
+
+def dual_ascent(multiplier: float, harms, limit: float, rate: float, most: float) -> float:
+    """λ + κ (mean of the harms - limit), not below 0 and not above the most; λ itself without any harm to average."""
+    if not len(harms):
+        return multiplier
+    return min(max(multiplier + rate * (float(np.mean(np.float64(harms))) - limit), 0.0), most)
+
+
 # ---- advantages ------------------------------------------------------------------------------------------
 
 

@@ -92,6 +92,16 @@ def test_curves_are_the_expected_files(tmp_path):
     assert all(paths[name] == tmp_path / "plots" / f"{name}.png" and is_png(paths[name]) for name in names)
 
 
+def test_the_multipliers_of_a_constraint_are_drawn(tmp_path, figures):
+    metrics = rows()
+    for row in metrics[8:]:
+        row |= {name: row["step"] for name in ("lambda", "lambda/insult", "harm", "harm/insult")}
+    paths = plots.training_curves(metrics, CATEGORIES, tmp_path)
+    assert {"lambda", "harm"} <= set(paths) and is_png(paths["lambda"])
+    assert set(drawn(figures["lambda"])) == {"insult", "all categories"}
+    assert plots.describe(plots.CURVES["lambda"]) == "Multiplier λ of the constraint by alignment step"
+
+
 def test_what_is_missing_is_left_out(tmp_path, figures):
     kept = ("stage", "step", "loss", "gap/insult")
     metrics = [{key: value for key, value in row.items() if key in kept} for row in rows()]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import method_numpy as ref
 from helpers.endpoint_server import section
 from helpers.tiny_context import prepared
 
@@ -56,13 +57,18 @@ def test_rules_give_no_reward_without_a_verdict(case, monkeypatch):
     assert np.isnan(sources.SOURCES["rules"].make(context)(None, examples, group, None)).all()
 
 
-def test_routes(case, caplog):
-    # Evenly, by given weights, and by likeness: of the held-out prompts 55% find their own category among eight.
-    context, examples, group = case
+def random_bank(context):
+    """Rewards that tell the texts and the categories apart."""
     categories = len(context.config.data.categories)
     head = jax.random.normal(jax.random.key(1), (categories, context.model.config.width))
     fresh = reward.init_head(context.model, jax.random.key(0), categories)
-    bank = reward.Bank(fresh.replace(heads=head), mean=fresh.bias, std=jnp.ones(categories))
+    return reward.Bank(fresh.replace(heads=head), mean=fresh.bias, std=jnp.ones(categories))
+
+
+def test_routes(case, caplog):
+    # Evenly, by given weights, and by likeness: of the held-out prompts 55% find their own category among eight.
+    context, examples, group = case
+    categories, bank = len(context.config.data.categories), random_bank(context)
     each = reward.score_by_all(context.model, bank, group)
 
     def by(route, weights=()):
@@ -84,6 +90,40 @@ def test_routes(case, caplog):
             by("router"), np.einsum("pmc,pc->pm", each, weights(examples.prompt_text)), atol=1e-5
         )
     assert f"{100 * accuracy:.0f}% of {len(valid.id)}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "data, helpful",
+    [
+        ({}, ("harmless",)),
+        ({"harmless": ("harmless", "privacy_and_property")}, ("harmless", "privacy_and_property")),
+        # No record teaches the reward of "harmless".
+        ({"harmless": ("harmless", "privacy_and_property"), "shares": (1.0,) * 7 + (0.0,)}, ("privacy_and_property",)),
+    ],
+    ids=["one", "two", "one_of_two"],
+)
+def test_routes_of_help_and_harm(policy, cache, data, helpful):
+    context, _ = prepared(policy, cache, sampler={"max_new": 24}, data=data)
+    train, names = context.examples["train"], context.config.data.categories
+    chosen = ("insult", "harmless", "privacy_and_property")
+    examples = train.take([int(np.flatnonzero(train.category == names.index(name))[0]) for name in chosen])
+    examples = examples._replace(harmless=np.isin(chosen, context.config.data.harmless))
+    ids, length = pad([context.text.response_ids(text, 24) for text in SAID], 24)
+    group, bank = make_group(examples, np.stack([ids] * 3), np.stack([length] * 3)), random_bank(context)
+    each = np.asarray(reward.score_by_all(context.model, bank, group))
+    own = np.stack([each[p, :, c] for p, c in enumerate(examples.category)])
+    mean = each[..., [names.index(name) for name in helpful]].mean(axis=-1)
+    help_PM = np.where(examples.harmless[:, None], own, mean)
+
+    def by(route):
+        context.config.reward.route = route
+        return sources.SOURCES["irl"].make(context)(bank, examples, group, None)
+
+    want = ref.safe_completion(help_PM, own, examples.harmless)
+    np.testing.assert_allclose(by("safe_completion"), want, atol=1e-5)
+    np.testing.assert_allclose(by("constraint").help, help_PM, atol=1e-5)
+    np.testing.assert_allclose(by("constraint").harm, -own, atol=1e-5)
+    assert np.ptp(want) > 0.01 and np.abs(help_PM - own)[0].min() > 0.01
 
 
 def reply(text):

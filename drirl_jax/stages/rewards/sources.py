@@ -17,14 +17,15 @@ from drirl_jax.runtime import sharding
 from drirl_jax.runtime.endpoint import Endpoint
 from drirl_jax.runtime.thoughts import without_thought
 from drirl_jax.stages.base import Context
-from drirl_jax.stages.rewards.routes import ROUTES
+from drirl_jax.stages.rewards.routes import ROUTES, HelpHarm
 from drirl_jax.types import Array, Group, InputError
 
 _score, _score_by_all = jax.jit(reward.score), jax.jit(reward.score_by_all)
 
 
-# (rewards that IRL learned, examples, group [P, M], the group's trunk states) -> [P, M] rewards of the responses
-Score = Callable[[reward.Bank | None, Examples, Group, TrunkStates | None], Array]
+# (rewards that IRL learned, examples, group [P, M], the group's trunk states) -> [P, M] rewards of the responses; with
+# config.reward.route='constraint' help and harm of each
+Score = Callable[[reward.Bank | None, Examples, Group, TrunkStates | None], Array | HelpHarm]
 
 
 class Source(NamedTuple):
@@ -55,13 +56,10 @@ def by_bank(context: Context) -> Score:
     route = ROUTES[context.config.reward.route]
     if route is None:
         return lambda bank, examples, group, trunk_states: _score(context.model, bank, group, trunk_states)
-    category_weights = route(context)
-
-    def score(bank, examples, group, trunk_states):
-        reward_PMC = _score_by_all(context.model, bank, group, trunk_states)
-        return jnp.einsum("pmc,pc->pm", reward_PMC, category_weights(examples.prompt_text))
-
-    return score
+    combine = route.make(context)
+    return lambda bank, examples, group, trunk_states: combine(
+        examples, _score_by_all(context.model, bank, group, trunk_states)
+    )
 
 
 def by_rules(context: Context) -> Score:
