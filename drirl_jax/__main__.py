@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("drirl_jax.main", "align a policy, from a config to a report"),
     "evaluate": ("drirl_jax.commands.evaluate", "run benchmarks on a policy"),
     "attack": ("drirl_jax.commands.attack", "attack a policy and count how often it answers"),
+    "depth": ("drirl_jax.commands.depth", "measure whether a policy stays safe when its first words are given"),
     "study": ("drirl_jax.commands.study", "compare variants over seeds"),
     "score": ("drirl_jax.commands.score", "score responses with a run's rewards, or take the best of n"),
     "demos": ("drirl_jax.commands.demos", "write demonstrations for prompts"),

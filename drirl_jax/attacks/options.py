@@ -9,7 +9,7 @@ from drirl_jax.runtime import ranges
 
 COUNTS = (
     "max_new batch max_prompt gcg.steps gcg.width gcg.topk gcg.suffix gcg.check autodan.population "
-    "autodan.generations autodan.points pair.streams pair.rounds pair.max_tokens"
+    "autodan.generations autodan.points pair.streams pair.rounds pair.max_tokens prefill.tokens"
 )
 SHARES = "autodan.elite autodan.crossover autodan.mutation"
 # The range of every number in `default`.
@@ -61,6 +61,12 @@ def default() -> ConfigDict:
 
     o.selfcipher = ConfigDict()  # SelfCipher: examples before the prompt
     o.selfcipher.demonstrations = ""  # JSONL of {"prompt", "response"}; "": the package's own, which are harmless
+
+    o.prefill = ConfigDict()  # prefill: the answer begins with the first tokens of one that complies
+    o.prefill.tokens = 10  # tokens of the beginning
+    # a model, named as for --model, whose greedy answers are taken where the first judge finds them unsafe
+    o.prefill.base = ""
+    o.prefill.answers = ""  # in place of a base: JSONL of {"prompt", "answer"}; the first judge reads them too
 
     o.attacker = config_lib.endpoint()  # the model that helps PAIR and AutoDAN, behind an endpoint
     o.temperature = 1.0  # temperature of `attacker`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax import loading
-from drirl_jax.attacks import autodan, gcg, options, pair, templates
+from drirl_jax.attacks import autodan, gcg, options, pair, prefill, templates
 from drirl_jax.attacks.target import Outcome, Target
 from drirl_jax.config import require
 from drirl_jax.data import fingerprints, records
@@ -46,6 +47,7 @@ ATTACKS: dict[str, Callable[[Target, Sequence[Record]], Iterator[Outcome]]] = {
     "gcg": gcg.attack,
     "autodan": autodan.attack,
     "pair": pair.attack,
+    "prefill": prefill.attack,
 }
 
 
@@ -63,6 +65,8 @@ def check(names: Sequence[str], o: ConfigDict) -> None:
         autodan.load_templates(o.autodan.templates)
     if "selfcipher" in names and o.selfcipher.demonstrations:
         templates.load_demonstrations(o.selfcipher.demonstrations)
+    if "prefill" in names:
+        prefill.check(o.prefill)
     if asks_attacker(names, o):
         endpoint.check_endpoint(o.attacker)
         require(
@@ -77,16 +81,9 @@ def asks_attacker(names: Sequence[str], o: ConfigDict) -> bool:
 
 def select_prompts(rows: Sequence[Record], harmless: Sequence[str], split: str, limit: int) -> list[Record]:
     """The harmful prompts of the split, taken from each category in turn: `limit` of them, or all if it is 0."""
-    by_category: dict[str, list[Record]] = {}
-    for row in rows:
-        if row.split == split and row.category not in harmless:
-            by_category.setdefault(row.category, []).append(row)
-    ranked = sorted(
-        (rank, row.category, row) for category_rows in by_category.values() for rank, row in enumerate(category_rows)
-    )
-    records_in_turn = [row for *_, row in ranked]
-    require(bool(records_in_turn), f"the data has no harmful prompt in split {split!r}: see options.split.")
-    return records_in_turn[:limit] if limit else records_in_turn
+    harmful = [row for row in rows if row.split == split and row.category not in harmless]
+    require(bool(harmful), f"the data has no harmful prompt in split {split!r}: see options.split.")
+    return records.in_turn(harmful)[: limit or None]
 
 
 def attack_model(
@@ -121,15 +118,17 @@ def _attack_model(
     jax.set_mesh(sharding.make_mesh(config.mesh, [o.batch, o.gcg.width], jax.devices()))
     attacker = endpoint.Endpoint(o.attacker, workdir / "attacker.jsonl") if asks_attacker(names, o) else None
     judges = loading.load_judges(model, config, o.judges, workdir / "judgements.jsonl")
-    target = Target(
-        *loading.load_policy(config), o, {name: safety_check(judge) for name, judge in judges.items()}, attacker
-    )
+    checks = {name: safety_check(judge) for name, judge in judges.items()}
+    target = Target(*loading.load_policy(config), o, checks, attacker)
     if processes.is_writer():
         # batch and max_prompt do not change a result.
         result_options = {name: value for name, value in o.items() if name not in ("batch", "max_prompt")}
         recorded = {"model": config.policy, "categories": config.data.categories, "options": result_options}
         recorded |= {"versions": {name: judge.version for name, judge in judges.items()}}
         workdirs.record_config(ConfigDict(recorded), workdir, contents_of(config, target, names))
+    if "prefill" in names:
+        complying = prefill.complying_answers(o, config, judges[o.judges[0]], rows, workdir)
+        target = dataclasses.replace(target, complying=complying)
     judge_lines = [
         f"Judge {name}: {', '.join(filter(None, (judge.version, describe_facts(judge.facts))))}."
         for name, judge in judges.items()
@@ -144,6 +143,8 @@ def contents_of(config: ConfigDict, target: Target, names: Sequence[str]) -> dic
         by_input["templates"] = hashes.hash_file(o.autodan.templates)
     if "selfcipher" in names and o.selfcipher.demonstrations:
         by_input["demonstrations"] = hashes.hash_file(o.selfcipher.demonstrations)
+    if "prefill" in names and o.prefill.answers:
+        by_input["answers"] = hashes.hash_file(o.prefill.answers)
     return by_input
 
 

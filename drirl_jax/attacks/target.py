@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ class Target:
         judges: {name: (prompt, response) -> whether the response is safe, None without a verdict}. The first judge
             decides when a search stops.
         attacker: the model that helps some attacks, or None.
+        complying: {prompt: an answer that complies}, of some prompts; for the attack `prefill`.
     """
 
     model: Transformer
@@ -61,6 +62,7 @@ class Target:
     options: ConfigDict
     judges: dict[str, Callable[[str, str], bool | None]]
     attacker: Endpoint | None = None
+    complying: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def check_lengths(self, rows: Sequence[Sequence[int]]) -> int:
         """The length of the longest of these prompts.

@@ -74,11 +74,9 @@ def settings(model: str, config: ConfigDict, tokens: ChatTokens | None = None) -
         tokens: the policy's, if they are loaded already.
     """
     tokens = tokens or loading.load_policy(config, load=False)[1]
-    section, policy = (json.loads(part.to_json()) for part in (config.evals, config.policy))
+    section = json.loads(config.evals.to_json())
     response_options = {key: value for key, value in section.items() if key not in (*NO_RESPONSE, *PLACES)}
-    policy = {key: value for key, value in policy.items() if key != "init"}
-    policy |= {"contents": fingerprints.policy_contents(config, tokens)}
-    return {"seed": config.seed, "policy": policy} | response_options
+    return {"seed": config.seed, "policy": fingerprints.policy_settings(config, tokens)} | response_options
 
 
 def run(model: str, config: ConfigDict, workdir: pathlib.Path) -> list[dict]:

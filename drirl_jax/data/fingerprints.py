@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Sequence
 
@@ -32,6 +33,16 @@ def policy_contents(config: ConfigDict, tokens: ChatTokens) -> dict[str, str]:
         "template": hashes.hash_template(tokens.tokenizer),
         "ends": hashes.hash_value(list(tokens.eos_ids)),
     }
+
+
+def policy_settings(config: ConfigDict, tokens: ChatTokens) -> dict:
+    """What a policy's answers depend on, for a file of results: the options of config.policy, and "contents".
+
+    The contents (see `policy_contents`) stand for the path, because the same model may have another path.
+    """
+    options = json.loads(config.policy.to_json())
+    del options["init"]
+    return options | {"contents": policy_contents(config, tokens)}
 
 
 def weights_hash(path: pathlib.Path) -> str:

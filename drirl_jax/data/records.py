@@ -129,6 +129,19 @@ def require(records: Sequence[Record], categories: Sequence[str], split: str, mi
         )
 
 
+def in_turn(records: Sequence[Record]) -> list[Record]:
+    """The records of the categories in turn: the first of each category, then the second of each, and so on.
+
+    So the first n of them are spread evenly over the categories, whose order is that of their names.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    ranked = []
+    for record in records:
+        ranked.append((counts[record.category], record.category, record))
+        counts[record.category] += 1
+    return [record for *_, record in sorted(ranked)]
+
+
 def first_share(records: Sequence[Record], share: dict[str, float]) -> list[Record]:
     """The first ⌈share · n⌉ of each category's n records, in order; all records of a category that `share` lacks."""
     totals = collections.Counter(r.category for r in records)

@@ -1,8 +1,8 @@
-"""A policy's answers: responses from the sampler, and log-probabilities of given options."""
+"""A policy's answers: responses from the sampler, log-probabilities of given options, and KL on given responses."""
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,19 @@ USUAL_TOKENS = 512  # tokens of a usual prompt with its answer; a batch takes fe
 
 
 class Answer(NamedTuple):
-    """A response: its text, its number of tokens, and the entry of `rollout.FINISH` that says why it ended."""
+    """A response.
+
+    Attributes:
+        text: the text of all its tokens.
+        tokens: its number of tokens.
+        finish: the entry of `rollout.FINISH` that says why it ended.
+        ids: its token ids, with those of a prefill before the sampled ones.
+    """
 
     text: str
     tokens: int
     finish: str
+    ids: list[int]
 
 
 class Scores(NamedTuple):
@@ -93,6 +101,7 @@ def respond(
     temperature: float,
     key: Array,
     prefix: tuple[int, ...] | None = None,
+    prefills: Sequence[Sequence[int]] | None = None,
 ) -> list[Answer]:
     """One response to each prompt. Row i's random numbers come from (key, i), so that batches do not change them.
 
@@ -101,13 +110,17 @@ def respond(
         batch: prompts in a batch; fewer if they are long, or a few more so that all devices have equally many.
         max_new, temperature: see `rollout.sample`.
         prefix: see `types.Group`; each prefix compiles a program. None: the common beginning of these prompts.
+        prefills: for each prompt the ids with which its response begins; the policy continues them with `max_new`
+            tokens at most. None: the policy writes the whole response.
 
     Raises:
-        InputError: a prompt is too long for the model.
+        InputError: a prompt, with its prefill, is too long for the model.
     """
-    need_positions(model.config, max(map(len, ids), default=0), max_new)
     prefix = common_prefix(ids) if prefix is None else prefix
-    rest = [row[len(prefix) :] for row in ids]
+    prefills = [()] * len(ids) if prefills is None else prefills
+    given = [[*row, *prefill] for row, prefill in zip(ids, prefills, strict=True)]
+    need_positions(model.config, max(map(len, given), default=0), max_new)
+    rest = [row[len(prefix) :] for row in given]
     answer_of_row: dict[int, Answer] = {}
     for (width,), rows, real in _by_bucket([(bucket(len(row)),) for row in rest], batch, lambda width: width + max_new):
         prompt, length = map(sharding.shard_prompts, pad([rest[i] for i in rows], width))
@@ -119,8 +132,10 @@ def respond(
             (samples.response[:, 0], samples.response_len[:, 0], samples.finish[:, 0])
         )
         for n, i in enumerate(rows[:real]):
-            text = tokens.decode(responses[n], lengths[n])
-            answer_of_row[int(i)] = Answer(text, int(lengths[n]), rollout.FINISH[finish[n]])
+            whole = [*prefills[i], *responses[n, : lengths[n]].tolist()]
+            answer_of_row[int(i)] = Answer(
+                tokens.decode(whole, len(whole)), len(whole), rollout.FINISH[finish[n]], whole
+            )
     return [answer_of_row[i] for i in range(len(ids))]
 
 
@@ -140,6 +155,35 @@ def option_logprobs(model: Transformer, group: Group) -> tuple[Array, Array]:
     return logp_PGT.sum(axis=-1, where=mask_PGT), greedy_PG
 
 
+def _groups(
+    model: Transformer, ids: list[list[int]], responses: Sequence[Sequence[list[int]]], batch: int
+) -> Iterator[tuple[Group, np.ndarray, int]]:
+    """Yields (group, row numbers, number of real rows): batches of prompts with their responses, padded alike.
+
+    Args:
+        ids: token ids of the prompts.
+        responses: for each prompt the token ids of its responses, at least one id in each.
+        batch: prompts in a batch: see `_by_bucket`.
+
+    Raises:
+        InputError: a prompt with its response is too long for the model.
+    """
+    for row, row_responses in zip(ids, responses):
+        need_positions(model.config, len(row), max(map(len, row_responses)))
+    prefix = common_prefix(ids)
+    rest = [row[len(prefix) :] for row in ids]
+    shapes = [
+        (len(row_responses), bucket(len(row)), bucket(max(map(len, row_responses))))
+        for row, row_responses in zip(rest, responses)
+    ]
+    for (members, width, response_width), rows, real in _by_bucket(shapes, batch, lambda M, S, T: S + M * T):
+        prompt, prompt_len = pad([rest[i] for i in rows], width)
+        response, length = pad([response for i in rows for response in responses[i]], response_width)
+        response, length = response.reshape(len(rows), members, response_width), length.reshape(len(rows), members)
+        arrays = map(sharding.shard_prompts, (prompt, prompt_len, response, length, np.zeros(len(rows), np.int32)))
+        yield Group(*arrays, prefix=prefix), rows, real
+
+
 def score_options(
     model: Transformer, ids: list[list[int]], options: Sequence[Sequence[list[int]]], *, batch: int
 ) -> list[Scores]:
@@ -153,20 +197,36 @@ def score_options(
     Raises:
         InputError: a prompt with its option is too long for the model.
     """
-    for row, row_options in zip(ids, options):
-        need_positions(model.config, len(row), max(map(len, row_options)))
-    prefix = common_prefix(ids)
-    rest = [row[len(prefix) :] for row in ids]
-    shapes = [
-        (len(row_options), bucket(len(row)), bucket(max(map(len, row_options))))
-        for row, row_options in zip(rest, options)
-    ]
     scores_of_row: dict[int, Scores] = {}
-    for (members, width, option_width), rows, real in _by_bucket(shapes, batch, lambda M, S, T: S + M * T):
-        prompt, prompt_len = pad([rest[i] for i in rows], width)
-        response, length = pad([option for i in rows for option in options[i]], option_width)
-        response, length = response.reshape(len(rows), members, option_width), length.reshape(len(rows), members)
-        arrays = map(sharding.shard_prompts, (prompt, prompt_len, response, length, np.zeros(len(rows), np.int32)))
-        total, greedy = sharding.fetch(option_logprobs(model, Group(*arrays, prefix=prefix)))
+    for group, rows, real in _groups(model, ids, options, batch):
+        total, greedy, length = sharding.fetch((*option_logprobs(model, group), group.response_len))
         scores_of_row |= {int(i): Scores(total[n], greedy[n], length[n]) for n, i in enumerate(rows[:real])}
     return [scores_of_row[i] for i in range(len(ids))]
+
+
+@jax.jit
+def response_kl(model: Transformer, reference: Transformer, group: Group) -> Array:
+    """[P, G, T] `vocabulary.token_kl` of two policies on the responses of a group, nats."""
+    hidden, reference_hidden = (transformer.apply(policy, group, remat=False) for policy in (model, reference))
+    return vocabulary.token_kl(model, hidden, reference, reference_hidden, group)
+
+
+def kl_by_token(
+    model: Transformer, reference: Transformer, ids: list[list[int]], responses: Sequence[list[int]], *, batch: int
+) -> list[np.ndarray]:
+    """KL(π ‖ π_ref) at each token of each prompt's response: for each prompt an array [length], nats.
+
+    Args:
+        model, reference: π and π_ref, which have the same vocabulary.
+        ids: token ids of the prompts.
+        responses: for each prompt the token ids of one response, at least one.
+        batch: prompts in a batch; fewer if they are long, or a few more so that all devices have equally many.
+
+    Raises:
+        InputError: a prompt with its response is too long for the model.
+    """
+    kl_of_row: dict[int, np.ndarray] = {}
+    for group, rows, real in _groups(model, ids, [[response] for response in responses], batch):
+        kl_PGT = sharding.fetch(response_kl(model, reference, group))
+        kl_of_row |= {int(i): kl_PGT[n, 0, : len(responses[i])] for n, i in enumerate(rows[:real])}
+    return [kl_of_row[i] for i in range(len(ids))]

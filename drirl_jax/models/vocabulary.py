@@ -1,4 +1,4 @@
-"""Log-probabilities of response tokens, and sums of a loss over them, from a few rows of logits at a time."""
+"""Log-probabilities of response tokens, sums of a loss over them, and KL, from a few rows of logits at a time."""
 
 from __future__ import annotations
 
@@ -72,6 +72,35 @@ def token_sum(
     return _sum_chunks(
         cast(model.unembed, config), predictor_PTGD, token_arrays_PT, function, chunk_count, config.final_softcap
     )
+
+
+def token_kl(
+    model: Transformer, hidden, reference: Transformer, reference_hidden, group: Group, chunk: int = CHUNK
+) -> Array:
+    """KL(π ‖ π_ref) of the distributions from which each response token comes, at temperature 1.
+
+    KL = Σ_v π(v) (log π(v) - log π_ref(v)), exactly, over the whole vocabulary (S. Kullback, R. A. Leibler 1951).
+
+    Args:
+        model, hidden: π, and its states of the group: see `transformer.predicting_states`.
+        reference, reference_hidden: the same of π_ref, which has the same vocabulary.
+        group: the responses.
+        chunk: see CHUNK; nothing of size T x V is kept.
+
+    Returns:
+        [P, G, T] nats, float32. Values at padding are finite and have no meaning.
+    """
+    P, G, T = group.response.shape
+    unembeds = [cast(policy.unembed, policy.config) for policy in (model, reference)]
+    caps = model.config.final_softcap, reference.config.final_softcap
+
+    def chunk_kl(states):
+        logits = (softcap(einsum_f32("pnd,vd->pnv", *pair), cap) for *pair, cap in zip(states, unembeds, caps))
+        logp, logp_ref = map(jax.nn.log_softmax, logits)
+        return jnp.sum(jnp.exp(logp) * (logp - logp_ref), axis=-1)
+
+    states = (predicting_states(x, group).reshape(P, G * T, -1) for x in (hidden, reference_hidden))
+    return _join_chunks(jax.lax.map(chunk_kl, _cut_rows(chunk, *states)), G * T).reshape(P, G, T)
 
 
 def _inverse_temperature(temperature, shape) -> Array:

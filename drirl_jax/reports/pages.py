@@ -62,6 +62,21 @@ RESULT = {
     ],
 }
 EVALUATION = RESULT | {json_files.Maybe("benchmarks"): {...: BENCHMARK}}
+SHARE = {"value": json_files.NUMBER, "low": json_files.NUMBER, "high": json_files.NUMBER, "n": int}
+DEPTH_FILE = "depth.json"  # in the workdir, from `python -m drirl_jax depth`
+DEPTH = {
+    "settings": {"answers": str, "judges": {...: str}, ...: object},
+    "judges": {...: str},
+    "asked": int,
+    "complying": {...: str},
+    "policies": {
+        ...: {
+            json_files.Maybe("prefill"): {"curve": [{"tokens": int, "success": SHARE, "turned_back": SHARE}]},
+            json_files.Maybe("kl"): {...: {"mean": [float], "n": [int], "answer": float}},
+            ...: object,
+        }
+    },
+}
 FACTS = {json_files.Maybe("records"): {...: {...: int}}}
 RELIABILITY = {...: [{"n": int, "confidence": json_files.NUMBER, "right": json_files.NUMBER}]}
 SAMPLES = json_files.ROW | {
@@ -82,6 +97,7 @@ class Run(NamedTuple):
         metrics, timing, samples: rows of metrics.jsonl, timing.jsonl and samples.jsonl.
         base, warm, aligned: results of `evals.runner.evaluate`, with "benchmarks"; `warm` is of the stage `sft`.
         reliability: of the rewards, by category; see `stages.calibration.reliability`.
+        depth: of depth.json, which `python -m drirl_jax depth` writes.
     """
 
     workdir: pathlib.Path
@@ -94,6 +110,7 @@ class Run(NamedTuple):
     warm: dict
     aligned: dict
     reliability: dict
+    depth: dict
 
     @property
     def harmless(self) -> tuple[str, ...]:
@@ -120,16 +137,17 @@ def load_run(workdir: pathlib.Path) -> Run:
     """Reads the run of a workdir. Raises InputError if the folder holds no run, or a file is damaged."""
     config = workdirs.load_config(workdir)
 
-    def load_if_present(name: str, form: Any) -> dict:
+    def load_if_present(name: str, form: Any, remedy: str = "start the run again") -> dict:
         path = workdir / name
-        hint = "remove it and start the run again, which makes it anew"
+        hint = f"remove it and {remedy}, which makes it anew"
         return json_files.load(path, form, hint) if path.exists() else {}
 
     metric_rows, timing_rows = (metrics.read_jsonl(workdir / f"{name}.jsonl") for name in ("metrics", "timing"))
     samples = json_files.rows(workdir / "samples.jsonl", SAMPLES)
     base, warm, aligned = (load_if_present(f"evals/{name}.json", EVALUATION) for name in ("base", "sft", "aligned"))
     facts, reliability = load_if_present("facts.json", FACTS), load_if_present("reliability.json", RELIABILITY)
-    return Run(workdir, config, facts, metric_rows, timing_rows, samples, base, warm, aligned, reliability)
+    depth = load_if_present(DEPTH_FILE, DEPTH, "call `python -m drirl_jax depth` again")
+    return Run(workdir, config, facts, metric_rows, timing_rows, samples, base, warm, aligned, reliability, depth)
 
 
 def facts_of(examples: Mapping[str, Examples], categories: Sequence[str]) -> dict:

@@ -65,6 +65,11 @@ CURVES = {
     "entropy": Curve("align", "entropy", "Policy entropy (nats a token)"),
     "surprisal": Curve("align", "surprisal", "$-$log $\\pi$ of the samples (nats a token)"),
 }
+# What is drawn of the prefill attack: key of a point of the curve -> title.
+PREFILLED = {
+    "success": "Complies with harmful prompts",
+    "turned_back": "Turns back to a refusal or a safe alternative",
+}
 STEPS = {"sft": "SFT step", "irl": "IRL step", "align": "alignment step"}
 MEAN = "all categories"  # the line of the metric without a category
 
@@ -201,6 +206,59 @@ def reliability(curves: Mapping[str, list[dict]], path: pathlib.Path) -> pathlib
         _legend(figure, loc="outside right center")
         figure.savefig(path)
     return path
+
+
+def prefill_curve(curves: Mapping[str, Sequence[Mapping]], key: str, path: pathlib.Path) -> pathlib.Path:
+    """Draws a share of prefilled answers by the number of tokens given, with Wilson 95% intervals; returns the path.
+
+    Args:
+        curves: by policy: points {"tokens", key: {"value", "low", "high", "n"}}; the first policy is the base.
+        key: one of PREFILLED.
+        path: the PNG to write.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 3.9), layout="constrained")
+        axes = figure.subplots()
+        shift = 0.06  # so that the intervals of two policies do not cover each other
+        for i, ((name, points), style) in enumerate(zip(curves.items(), _policy_styles(len(curves)))):
+            shares = [point[key] for point in points]
+            value, low, high = (np.array([share[of] for share in shares], float) for of in ("value", "low", "high"))
+            x = np.arange(len(points)) + shift * (i - (len(curves) - 1) / 2)
+            error = np.maximum((value - low, high - value), 0)
+            axes.errorbar(x, value, error, label=_label(name), marker="o", markersize=4, capsize=2.5, **style)
+        axes.set_xticks(range(len(points)), [str(point["tokens"]) for point in points])
+        axes.set(xlabel="first tokens of the answer that are given", ylim=(-0.03, 1.03), title=PREFILLED[key])
+        axes.yaxis.set_major_formatter(_percent_tick)
+        _legend(figure, loc="outside lower center", ncols=3)
+        figure.savefig(path)
+    return path
+
+
+def kl_by_position(kl: Mapping[str, Mapping[str, Mapping]], path: pathlib.Path) -> pathlib.Path:
+    """Draws the KL to the base at each position of the answer; returns the path.
+
+    Args:
+        kl: by policy, and then by kind of prompts: {"mean": [T] nats}; harmless prompts are dashed.
+        path: the PNG to write.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 3.9), layout="constrained")
+        axes = figure.subplots()
+        for (name, by_kind), style in zip(kl.items(), _policy_styles(len(kl) + 1)[1:]):
+            for kind, positions in by_kind.items():
+                x, dashes = np.arange(len(positions["mean"])) + 1, "--" if kind == "harmless" else "-"
+                axes.plot(x, positions["mean"], label=f"{_label(name)}, {kind} prompts", linestyle=dashes, **style)
+        axes.set(xlabel="token of the answer", ylim=(0, None), title="KL to the base policy (nats)")
+        axes.locator_params(axis="x", integer=True)
+        _legend(figure, loc="outside lower center", ncols=2)
+        figure.savefig(path)
+    return path
+
+
+def _policy_styles(count: int) -> list[dict]:
+    """The line of each of `count` policies: the base is grey, the last one blue and thick."""
+    between = [{"color": COLOURS[1 + i % (len(COLOURS) - 1)], "linewidth": 1.4} for i in range(count - 2)]
+    return [{"color": SOFT, "linewidth": 1.4}, *between, {"color": ALIGNED, "linewidth": 2.2}][:count]
 
 
 def _lines(metrics: list[dict], curve: Curve, categories: Sequence[str]) -> dict[str, tuple]:

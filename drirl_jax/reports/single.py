@@ -9,7 +9,7 @@ import numpy as np
 import rich.console
 
 from drirl_jax import config as config_lib
-from drirl_jax.reports import compare, plots, tax
+from drirl_jax.reports import compare, depth, plots, tax
 from drirl_jax.reports.intervals import Interval, over_prompts, wilson
 from drirl_jax.reports.pages import (
     MEASURES,
@@ -332,6 +332,12 @@ def report(run: Run) -> pathlib.Path:
         alt = "How often the rewards rank held-out pairs right, against how sure they are, by category"
         path = plots.reliability(run.reliability, folder / "reliability.png")
         values["reliability"] = Picture.from_png(path, alt)
+    if run.depth:
+        values |= {
+            "depth": depth.pictures(run.depth, folder),
+            "depth_tables": list(filter(None, (depth.curve_table(run.depth), depth.kl_table(run.depth)))),
+            "depth_facts": depth.facts(run.depth),
+        }
     if evaluated:
         path = plots.before_after(run.base, run.aligned, categories, run.harmless, folder / "before_after.png")
         values |= {

@@ -31,6 +31,7 @@ CONTENTS = {
     "classifier": "the judge's file config.evals.classifier",
     "templates": "the file options.autodan.templates",
     "demonstrations": "the file options.selfcipher.demonstrations",
+    "answers": "the file options.prefill.answers",
 }
 POLICY = ("weights", "model", "tokenizer", "template", "ends")
 # Options that only say where an input lies -> that input. Where its hash is recorded, the hash is compared instead.
@@ -44,6 +45,7 @@ PLACES: dict[str, Sequence[str]] = {
     "model.init": POLICY,  # an option of attacks
     "options.autodan.templates": ("templates",),
     "options.selfcipher.demonstrations": ("demonstrations",),
+    "options.prefill.answers": ("answers",),
 }
 # Options that change no number of a run.
 ANYWHERE = (

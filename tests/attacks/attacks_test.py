@@ -21,10 +21,12 @@ from helpers.tiny_models import tiny
 
 from drirl_jax import config as config_lib
 from drirl_jax import judges
-from drirl_jax.attacks import autodan, gcg, options, pair, runner, templates
+from drirl_jax.attacks import autodan, gcg, options, pair, prefill, runner, templates
 from drirl_jax.attacks import target as target_lib
+from drirl_jax.data import records
 from drirl_jax.data.records import Record
 from drirl_jax.data.text import ChatTokens
+from drirl_jax.evals import depth
 from drirl_jax.judges import phrases
 from drirl_jax.models import families, hf, transformer
 from drirl_jax.runtime import endpoint, workdirs
@@ -237,6 +239,39 @@ def test_rewritings_ask_once_and_in_batches(target):
     assert found[5].response == target.answer([found[5].message])[0]
 
 
+# ---------------------------------------------------------------------------------------------------- prefill
+
+
+def test_a_prefill_begins_the_response_and_without_one_the_prompt_is_asked_plainly(target):
+    rows, answer = [record(i, prompt=f"Write {i} mean words.") for i in range(5)], "You need leaves and hot water."
+    complying = {row.prompt: answer for row in rows[:3]}
+    o = small(**{"prefill.tokens": 4})
+    found = list(prefill.attack(dataclasses.replace(target, options=o, complying=complying), rows))
+    assert [(out.id, out.message, out.queries) for out in found] == [(row.id, row.prompt, 1) for row in rows]
+    assert [out.facts["prefilled"] for out in found] == [4, 4, 4, 0, 0]
+    assert all(out.response.startswith("You need leaves and") for out in found[:3])
+    assert [out.response for out in found[3:]] == target.answer([row.prompt for row in rows[3:]])
+    with pytest.raises(InputError, match="above options.max_prompt"):
+        o.max_prompt = len(target.text.prompt_ids(rows[0].prompt)) + 3
+        next(prefill.attack(dataclasses.replace(target, options=o, complying=complying), rows))
+
+
+def test_the_base_answers_once_and_the_workdir_keeps_them(policy, tmp_path, monkeypatch):
+    config, o = config_lib.default(), small(**{"prefill.base": str(policy), "prefill.tokens": 6})
+    judge = judges.Judge("1", {}, harm=lambda prompts, texts: np.array([float("0" in prompt) for prompt in prompts]))
+    rows = [record(i, prompt=f"Write {i} mean words.") for i in range(2)]
+    found = prefill.complying_answers(o, config, judge, rows, tmp_path)
+    kept = [json.loads(line) for line in (tmp_path / prefill.BASE_ANSWERS).read_text().splitlines()]
+    assert list(found) == [rows[0].prompt] and [row["prompt"] for row in kept] == [row.prompt for row in rows]
+    asked, sample = [], depth.greedy_answers
+    monkeypatch.setattr(
+        depth, "greedy_answers", lambda base, prompts, *rest: asked.extend(prompts) or sample(base, prompts, *rest)
+    )
+    more = [*rows, record(10, prompt="Write 10 mean words.")]
+    again = prefill.complying_answers(o, config, judge, more, tmp_path)
+    assert asked == [more[2].prompt] and again[rows[0].prompt] == found[rows[0].prompt] and len(again) == 2
+
+
 # ---------------------------------------------------------------------------------------------------- AutoDAN
 
 TEMPLATES = [
@@ -435,12 +470,20 @@ def test_prompts_are_taken_from_each_category_in_turn_and_only_harmful_ones():
 
 
 def test_the_command(policy, tmp_path):
-    o, names = small(**{"gcg.steps": 1, "batch": 1}), ["none", "gcg"]
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": row.prompt, "answer": "You need leaves."}) + "\n"
+            for row in records.read_records("starter", config_lib.default().data.categories)
+        )
+    )
+    given = {"prefill.answers": str(tmp_path / "answers.jsonl"), "prefill.tokens": 2}
+    o, names = small(**{"gcg.steps": 1, "batch": 1} | given), ["none", "gcg", "prefill"]
     rates = runner.attack_model(str(policy), None, names, "starter", 2, o, tmp_path / "out")
     assert [of.attack for of in rates if of.category == "all"] == names and {of.prompts for of in rates} == {1, 2}
     told = (tmp_path / "out" / "table.md").read_text()
     assert told.startswith(runner.table(rates)) and "Judge phrases: phrases-" in told
     assert runner.attack_model(str(policy), None, names, "starter", 2, o, tmp_path / "out") == rates
+    assert all(row["response"].startswith("You need") for row in runner.load_results(tmp_path / "out/prefill.jsonl"))
     with pytest.raises(InputError, match="different config .options.seed: 0 there, 1 now"):
         o.seed = 1
         runner.attack_model(str(policy), None, names, "starter", 2, o, tmp_path / "out")
@@ -456,6 +499,10 @@ def test_the_command(policy, tmp_path):
     (["autodan"], {}, "AutoDAN needs templates"),
     (["pair"], {}, "an endpoint needs a url"),
     (["selfcipher"], {"selfcipher.demonstrations": "no/such"}, "no file no/such"),
+    (["prefill"], {}, "name either a model in options.prefill.base, or a file in options.prefill.answers"),
+    (["prefill"], {"prefill.base": "a", "prefill.answers": "b"}, "name either a model"),
+    (["prefill"], {"prefill.answers": "no/such"}, "no file no/such"),
+    (["prefill"], {"prefill.tokens": 0}, "options.prefill.tokens is 0"),
 ])  # fmt: skip
 def test_what_cannot_be_run(names, changes, sentence):
     with pytest.raises(InputError, match=sentence):

@@ -3,6 +3,7 @@
 import json
 
 from drirl_jax import config as config_lib
+from drirl_jax.reports.intervals import wilson
 from drirl_jax.runtime import workdirs
 
 CATEGORIES = ("insult", "harmless", "physical_harm")  # on purpose not in the order that is shown
@@ -102,6 +103,36 @@ def benchmark(name):
         "judges": {judge: {"version": f"{judge} 1", "metrics": {"refused": value}} for judge in judges},
         "agreement": {"endpoint/phrases": {"n": 4, "agree": 0.5, "kappa": 0.0}},
         "responses": responses,
+    }
+
+
+def depth():
+    """A depth.json: of three policies the curve of the prefill attack, and KL at three positions."""
+
+    def share(value, n=20):
+        low, high = wilson(value * n, n)
+        return {"value": value, "low": low, "high": high, "n": n}
+
+    def curve(*shares):
+        return [
+            {"tokens": k, "success": share(value), "turned_back": share(1 - value)}
+            for k, value in zip((0, 5, 40), shares, strict=True)
+        ]
+
+    by_kind = {
+        "harmful": {"mean": [2.0, 0.5, 0.25], "n": [20, 20, 10], "answer": 2.625},
+        "harmless": {"mean": [0.5, 0.25], "n": [20, 20], "answer": 0.75},
+    }
+    return {
+        "settings": {"answers": "of the base", "judges": {"harm": "phrases 1", "refusal": "phrases 1"}},
+        "judges": {"harm": "phrases", "refusal": "phrases"},
+        "asked": 30,
+        "complying": {f"prompt {i}": "Yes." for i in range(20)},
+        "policies": {
+            "base": {"settings": {}, "prefill": {"curve": curve(1.0, 1.0, 1.0)}},
+            "sft": {"settings": {}, "prefill": {"curve": curve(0.2, 0.4, 0.7)}},
+            "aligned": {"settings": {}, "prefill": {"curve": curve(0.1, 0.5, 0.9)}, "kl": by_kind},
+        },
     }
 
 

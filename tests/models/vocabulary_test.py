@@ -7,6 +7,7 @@ import pytest
 from helpers.tiny_models import apply, random_group, tiny, token_logprobs
 
 from drirl_jax.models import vocabulary
+from drirl_jax.models.transformer import predicting_states
 
 
 def close(a, b, atol=1e-5):
@@ -72,6 +73,25 @@ def test_a_sum_by_chunks_is_the_sum(cap, chunk):
     close(jax.jit(ours)(model), jax.jit(plain)(model))
     got, want = (jax.jit(jax.value_and_grad(f, has_aux=True))(model) for f in (ours, plain))
     close(got, want)
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+def test_kl_is_that_of_whole_rows_of_logits(cap, chunk):
+    group, models = random_group(), [tiny(tied=False, seed=seed) for seed in (0, 1)]
+    models = [model.replace(head=model.head[...] * 40) for model in models]
+    models[0].config = models[0].config._replace(final_softcap=cap)  # each has its own cap
+    hidden = [apply(model, group) for model in models]
+    found = vocabulary.token_kl(models[0], hidden[0], models[1], hidden[1], group, chunk)
+    logps = []
+    for model, states in zip(models, hidden):
+        logit = np.asarray(predicting_states(states, group), np.float64) @ np.asarray(model.unembed, np.float64).T
+        cap_here = model.config.final_softcap
+        logit = cap_here * np.tanh(logit / cap_here) if cap_here else logit
+        logps.append(logit - np.log(np.exp(logit).sum(axis=-1, keepdims=True)))
+    expected = (np.exp(logps[0]) * (logps[0] - logps[1])).sum(axis=-1)
+    assert found.shape == group.response.shape and expected.min() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("trained, products", [("hidden", 2), ("both", 3)])

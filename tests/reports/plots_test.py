@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import small_run
 from helpers.small_run import CATEGORIES, HARMLESS, result, rows
 from matplotlib.figure import Figure
 
@@ -133,6 +134,33 @@ def test_a_null_is_a_break_in_the_line(tmp_path, figures):
     metrics = [{"stage": "align", "step": i + 1, "kl": kl} for i, kl in enumerate([1.0, None, 3.0, 4.0])]
     plots.training_curves(metrics, CATEGORIES, tmp_path)
     np.testing.assert_array_equal(drawn(figures["kl"])[plots.MEAN][1], [1.0, np.nan, 3.0, 4.0])
+
+
+def test_the_curve_of_prefills_is_the_shares_and_their_intervals(tmp_path, figures):
+    curves = {name: of["prefill"]["curve"] for name, of in small_run.depth()["policies"].items()}
+    assert is_png(plots.prefill_curve(curves, "success", tmp_path / "picture.png"))
+    axes = figures["picture"].axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "5", "40"]
+    bars = {container.get_label(): container for container in axes.containers}
+    assert list(bars) == ["base", "sft", "aligned"]
+    assert bars["aligned"].lines[0].get_ydata().tolist() == [0.1, 0.5, 0.9]
+    drawn_bounds = [segment[:, 1] for segment in bars["aligned"].lines[2][0].get_segments()]
+    np.testing.assert_allclose(drawn_bounds, [wilson(n, 20) for n in (2, 10, 18)])
+    assert len({container.lines[0].get_color() for container in bars.values()}) == 3
+
+
+def test_a_share_without_a_verdict_is_a_gap(tmp_path, figures):
+    point = {"tokens": 0, "success": {"value": None, "low": None, "high": None, "n": 0}}
+    assert is_png(plots.prefill_curve({"base": [point]}, "success", tmp_path / "picture.png"))
+    assert np.isnan(figures["picture"].axes[0].containers[0].lines[0].get_ydata()).all()
+
+
+def test_kl_is_drawn_from_the_first_token_on(tmp_path, figures):
+    kl = {"aligned": small_run.depth()["policies"]["aligned"]["kl"]}
+    assert is_png(plots.kl_by_position(kl, tmp_path / "kl.png"))
+    lines = drawn(figures["kl"])
+    np.testing.assert_array_equal(lines["aligned, harmful prompts"], ([1, 2, 3], [2.0, 0.5, 0.25]))
+    np.testing.assert_array_equal(lines["aligned, harmless prompts"], ([1, 2], [0.5, 0.25]))
 
 
 def test_long_runs_are_drawn_as_running_means_and_say_so(tmp_path, figures):

@@ -15,8 +15,9 @@ from helpers import small_run
 from helpers.small_run import result
 
 from drirl_jax.commands import report as report_command
-from drirl_jax.reports import compare, pages, plots, single
+from drirl_jax.reports import compare, depth, pages, plots, single
 from drirl_jax.reports.intervals import wilson
+from drirl_jax.types import InputError
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome", "chromium-browser"))), None)
 VOID = {"meta", "link", "img", "br"}
@@ -203,6 +204,49 @@ def test_what_is_missing_is_left_out(tmp_path, held):
     assert ("No step has been timed yet" in page) == ("timing.jsonl" not in held)
     assert "stored no samples of its training" in page
     assert ("has not recorded its numbers of records" in page) == ("facts.json" not in held)
+
+
+def test_the_curve_of_prefills_is_on_the_first_screen_and_its_numbers_are_in_a_section(tmp_path):
+    workdir = small_run.write(tmp_path / "run")
+    (workdir / "depth.json").write_text(json.dumps(small_run.depth()))
+    page = Page(single.report(pages.load_run(workdir)))
+    head = page.source.partition("<nav")[0]
+    curve = base64.b64encode((workdir / "plots" / "depth_success.png").read_bytes()).decode()
+    assert curve in head and page.source.count(curve) == 1 and head.count("<img") == 1
+    headings = [attrs["id"] for tag, attrs in page.tags if tag == "h2"]
+    assert headings[5] == "depth" and headings == [attrs["href"][1:] for tag, attrs in page.tags if tag == "a"]
+    rows = [[cell.strip() for cell in row] for row in page.rows]
+    low, high = wilson(8, 20)
+    turns = f"60% ({1 - high:.0%} to {1 - low:.0%})"
+    assert ["after SFT", "5", "20", f"40% ({low:.0%} to {high:.0%})", turns] in rows
+    # Tokens 2 to 5 of the harmful prompts: (0.5 · 20 + 0.25 · 10) / 30.
+    assert ["after", "harmful", "2.00", "0.42", "–", "–", "–", "2.6"] in rows
+    assert ["after", "harmless", "0.50", "0.25", "–", "–", "–", "0.8"] in rows
+    assert head.count("20 of 30 harmful prompts have an answer of the base policy that complies") == 1
+    assert "Judges: harm by phrases and refusal by phrases. Phrases see only the opening" in page
+    assert len([path for path in (workdir / "plots").glob("depth_*.png")]) == 3
+
+
+def test_a_depth_file_without_kl_or_curve_shows_the_other(tmp_path):
+    workdir = small_run.write(tmp_path / "run")
+    for measure, left in (("kl", {"success", "turned_back"}), ("prefill", {"kl"})):
+        found = small_run.depth()
+        for policy in found["policies"].values():
+            policy.pop(measure, None)
+        (workdir / "depth.json").write_text(json.dumps(found))
+        run = pages.load_run(workdir)
+        page = Page(single.report(run))
+        assert depth.pictures(run.depth, workdir / "plots").keys() == left
+        assert page.source.partition("<nav")[0].count("<img") == ("success" in left)
+
+
+def test_a_damaged_depth_file_is_one_sentence(tmp_path):
+    workdir = small_run.write(tmp_path / "run")
+    found = small_run.depth()
+    found["policies"]["aligned"]["prefill"]["curve"][0]["success"]["value"] = "much"
+    (workdir / "depth.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match="depth.json is damaged .*success.value.*remove it and call"):
+        pages.load_run(workdir)
 
 
 def test_terminal_table(tmp_path):
