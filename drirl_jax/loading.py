@@ -84,8 +84,8 @@ def read_checked_splits(config: ConfigDict, read_splits: Callable) -> dict[str, 
     if "train" in by_split:
         rows = records.first_share(by_split["train"], shares)
         by_split["train"] = [row for row in rows if row.response.strip()]
-        if asked := [row for row in rows if not row.response.strip()]:
-            by_split[overlap.UNANSWERED] = asked
+        if unanswered_rows := [row for row in rows if not row.response.strip()]:
+            by_split[overlap.UNANSWERED] = unanswered_rows
     splits_of_stage = {
         "sft": ("train",),
         "irl": ("train", "valid"),

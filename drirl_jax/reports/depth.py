@@ -25,15 +25,17 @@ SPANS = ((0, 1), (1, 5), (5, 10), (10, 20), (20, None))  # positions of an answe
 def measure_by_policy(depth: Mapping, measure: str, labels: Mapping[str, str] = LABELS) -> dict:
     """{label of a policy: the result of the measure}, of the policies that have it."""
     results = depth.get("policies", {})
-    return {labels.get(name, name): of[measure] for name, of in results.items() if measure in of}
+    return {
+        labels.get(name, name): by_measure[measure] for name, by_measure in results.items() if measure in by_measure
+    }
 
 
 def curve_table(depth: Mapping, labels: Mapping[str, str] = LABELS) -> Table | None:
     """The shares of answers that comply and that turn back, by the number of tokens given; None if not measured."""
     rows = [
         (name, str(point["tokens"]), str(point["success"]["n"]), *(_share(point[key]) for key in SHARES))
-        for name, of in measure_by_policy(depth, "prefill", labels).items()
-        for point in of["curve"]
+        for name, prefill in measure_by_policy(depth, "prefill", labels).items()
+        for point in prefill["curve"]
     ]
     head = ("policy", "tokens given", "n", *SHARES.values())
     return Table("Answers to harmful prompts whose first tokens are given", head, rows) if rows else None
@@ -71,7 +73,7 @@ def pictures(depth: Mapping, folder: pathlib.Path) -> dict[str, Picture]:
         folder: the folder of the PNGs, which exists.
     """
     by_name = {}
-    if curves := {name: of["curve"] for name, of in measure_by_policy(depth, "prefill").items()}:
+    if curves := {name: prefill["curve"] for name, prefill in measure_by_policy(depth, "prefill").items()}:
         for key, title in plots.PREFILLED.items():
             path = plots.prefill_curve(curves, key, folder / f"depth_{key}.png")
             by_name[key] = Picture.from_png(path, f"{title}, by the number of tokens given, with intervals")

@@ -222,7 +222,7 @@ def prefill_curve(curves: Mapping[str, Sequence[Mapping]], key: str, path: pathl
         shift = 0.06  # so that the intervals of two policies do not cover each other
         for i, ((name, points), style) in enumerate(zip(curves.items(), _policy_styles(len(curves)))):
             shares = [point[key] for point in points]
-            value, low, high = (np.array([share[of] for share in shares], float) for of in ("value", "low", "high"))
+            value, low, high = (np.array([share[part] for share in shares], float) for part in ("value", "low", "high"))
             x = np.arange(len(points)) + shift * (i - (len(curves) - 1) / 2)
             error = np.maximum((value - low, high - value), 0)
             axes.errorbar(x, value, error, label=_label(name), marker="o", markersize=4, capsize=2.5, **style)
