@@ -99,12 +99,11 @@ def weight_by_sequence(mask_PMT: Bool[AnyArray, "P M T"]) -> Float[Array, "P M T
 def weight_by_sequence_discounted(
     mask_PMT: Bool[AnyArray, "P M T"], discount: ScalarLike = 0.7
 ) -> Float[Array, "P M T"]:
-    """Mean over each response's tokens, token t with weight γ^t, then over responses.     (ours)
+    """Mean over each response's tokens, its t-th token with weight γ^t, then over responses.     (ours)
 
-    The first tokens decide whether the policy refuses.
+    The first tokens decide whether the policy refuses. t counts from 0 at the first token of the mask.
     """
-    weight_T = discount ** jnp.arange(mask_PMT.shape[-1])
-    discounted_PMT = mask_PMT * jnp.expand_dims(weight_T, range(mask_PMT.ndim - 1))
+    discounted_PMT = mask_PMT * discount ** (jnp.cumsum(mask_PMT, axis=-1) - 1)
     return _by_response(discounted_PMT / jnp.maximum(discounted_PMT.sum(-1, keepdims=True), 1), mask_PMT)
 
 

@@ -15,6 +15,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from drirl_jax import config as config_lib
@@ -179,13 +180,21 @@ def align_operations(context: Context, size: int, tuned: int) -> dict[str, float
 
 
 def _sft_shape(context: Context) -> Shape:
-    """The sizes of a batch of the stage `sft`: one answer a prompt, which may follow an opening."""
+    """The largest sizes of a batch of the stage `sft`: one answer a prompt, which may follow an opening."""
     return _shape(context)._replace(P=context.config.sft.batch, G=1, T=config_lib.taught_tokens(context.config))
+
+
+def _sft_mean_shape(context: Context) -> Shape:
+    """Its mean sizes: a batch is as wide as its longest lesson. Own answers count as long as demonstrations."""
+    c, examples = context.config.sft, context.examples["train"]
+    opening = c.recovery * (1 + c.recovery_tokens) / 2
+    mean = [math.ceil(float(np.mean(x))) for x in (examples.prompt_len, examples.demo_len + opening)]
+    return _sft_shape(context)._replace(S=mean[0], T=mean[1])
 
 
 def sft_operations(context: Context, size: int, tuned: int) -> dict[str, float]:
     """Operations of one update of the warm start, and this update's share of the policy's own answers."""
-    config, model, shape = context.config, context.model.config, _sft_shape(context)
+    config, model, shape = context.config, context.model.config, _sft_mean_shape(context)
     update = floor(
         model, shape, COUNTED, size=size, tuned=tuned, shared=context.shared_layers, scored=1, trained=0
     )["update"]  # fmt: skip
@@ -225,7 +234,7 @@ def _stage(name: str, context: Context, shapes: dict, previous: dict | None, rat
     if name == "sft":
         c, steps, sizes = config.sft, config.sft.steps, _sft_shape(context)
         by_phase = sft_operations(context, count(shapes["policy"]), count(shapes["trained"]))
-        words = f"{c.batch} prompts of {tokens} tokens x 1 answer of {sizes.T}"
+        words = f"{c.batch} prompts of {tokens} tokens x 1 answer of {sizes.T}, at most"
     elif name == "irl":
         c, steps, by_phase = config.irl, config.irl.steps, irl_operations(context)
         negatives = len(irl.negative_weights(c))

@@ -6,10 +6,9 @@ Its product is merged into the trunk. So it is the reference, the sampler of IRL
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,27 +18,15 @@ from drirl_jax.data.examples import Examples
 from drirl_jax.data.overlap import UNANSWERED
 from drirl_jax.data.text import pad
 from drirl_jax.judges.phrases import refused_by_phrases
-from drirl_jax.runtime import sharding
 from drirl_jax.stages import optimizer
-from drirl_jax.stages.base import POLICIES, Context, Stage, State, make_group
+from drirl_jax.stages.base import POLICIES, Context, Stage, State
+from drirl_jax.stages.lesson_batches import Lessons, make_batches
 from drirl_jax.stages.objectives import sft as supervised
 from drirl_jax.stages.objectives.base import Params
 from drirl_jax.stages.own_answers import own_answers, whole_sentences
-from drirl_jax.types import PyTree, length_mask
+from drirl_jax.types import PyTree
 
 HARMLESS = ("own", "demonstrations", "both")
-
-
-class Lessons(NamedTuple):
-    """What the stage trains on.
-
-    Attributes:
-        examples: N prompts, each with the whole answer that is taught.
-        openings: for each prompt the token ids of an answer of the other kind; () if there is none.
-    """
-
-    examples: Examples
-    openings: Sequence[Sequence[int]]
 
 
 def make_lessons(context: Context) -> Lessons:
@@ -120,34 +107,6 @@ def _openings(context: Context, examples: Examples) -> list[Sequence[int]]:
     return [tuple(i for i in opening if i not in context.text.eos_ids) for opening in openings]
 
 
-def with_openings(
-    examples: Examples, openings: Sequence[Sequence[int]], share: float, rng: np.random.Generator, longest: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Puts the first k tokens of an opening before some of the answers, k ~ U{1, ..., K} (arXiv 2406.05946).
-
-    max log π(answer | prompt, first k tokens of an answer of the other kind)
-
-    Args:
-        examples: P prompts with their answers, [P, T].
-        openings: token ids for each prompt; () for none.
-        share: the probability of an opening, in [0, 1]. With 0 the answers keep their width T.
-        longest: K.
-
-    Returns:
-        (responses [P, T + K], lengths [P], k [P]: the tokens of each response that carry no loss).
-    """
-    P, T = examples.demo.shape
-    width = T + longest if share else T
-    response_PT, skipped_P = np.zeros((P, width), np.int32), np.zeros(P, np.int32)
-    for p, opening in enumerate(openings):
-        drawn, k = rng.random() < share, int(rng.integers(1, longest + 1))
-        opening = opening[:k] if drawn else ()
-        skipped_P[p] = len(opening)
-        response_PT[p, : len(opening)] = opening
-        response_PT[p, len(opening) : len(opening) + T] = examples.demo[p]
-    return response_PT, (examples.demo_len + skipped_P).astype(np.int32), skipped_P
-
-
 def init_params(context: Context) -> PyTree:
     """The policy's parameters before the first step (see `base.POLICIES`)."""
     config = context.config
@@ -172,6 +131,7 @@ def make(context: Context) -> Stage:
     lessons = make_lessons(context)
     rows_C = lessons.examples.rows_by_category(len(config.data.categories))
     batches = pipeline.batches(config.data, rows_C, c.batch, config.seed, lessons.examples.harmless)
+    lesson_batch = make_batches(lessons, batches, c, config.seed)
     transformation = optimizer.make(c.optimizer, c.steps)
     updated = make_update(config, transformation)
 
@@ -179,17 +139,11 @@ def make(context: Context) -> Stage:
         return State(optimizer.init(transformation, Params(init_params(context))), ())
 
     def collect(state: State, step: int):
-        rows = np.asarray(batches[step])
-        examples = lessons.examples.take(rows)
-        rng = np.random.default_rng([config.seed, step])
-        openings = [lessons.openings[row] for row in rows]
-        response_PT, length_P, skipped_P = with_openings(examples, openings, c.recovery, rng, c.recovery_tokens)
-        group = make_group(examples, response_PT[:, None], length_P[:, None])
-        mask_P1T = length_mask(group.response_len, group.response.shape[-1])
-        mask_P1T &= jnp.arange(mask_P1T.shape[-1]) >= sharding.shard_prompts(skipped_P)[:, None, None]
-        weight = losses.REDUCE[config.policy_loss.reduce](mask_P1T)
-        batch = supervised.Demonstrations(group, weight, losses.weight_by_token(mask_P1T))
-        return batch, (), {"length": float(length_P.mean()), "recovering": float((skipped_P > 0).mean())}
+        lesson = lesson_batch(step)
+        weight = losses.REDUCE[config.policy_loss.reduce](lesson.answer_P1T)
+        batch = supervised.Demonstrations(lesson.group, weight, losses.weight_by_token(lesson.answer_P1T))
+        length = float((lesson.answer_len_P + lesson.opening_len_P).mean())
+        return batch, (), {"length": length, "recovering": float((lesson.opening_len_P > 0).mean())}
 
     return Stage(
         steps=c.steps,

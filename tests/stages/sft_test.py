@@ -9,12 +9,25 @@ import numpy as np
 import pytest
 from helpers.tiny_context import prepared
 
+from drirl_jax import losses
 from drirl_jax.models import lora
 from drirl_jax.rollout import FINISH
 from drirl_jax.runtime.bucket import Workdir
 from drirl_jax.stages import own_answers, sft
+from drirl_jax.stages.base import POLICIES, make_group
+from drirl_jax.stages.lesson_batches import (
+    WINDOW,
+    Lessons,
+    choose_width,
+    group_by_length,
+    join_lessons,
+    make_batches,
+    with_openings,
+)
+from drirl_jax.stages.objectives import sft as supervised
+from drirl_jax.stages.objectives.base import Params
 from drirl_jax.stages.own_answers import whole_sentences
-from drirl_jax.types import InputError
+from drirl_jax.types import InputError, length_mask
 
 
 @pytest.mark.parametrize(
@@ -33,23 +46,68 @@ def test_an_answer_that_was_cut_off_ends_with_its_last_whole_sentence(answer, en
     assert whole_sentences(answer, ended) == kept
 
 
-def test_openings_stand_before_the_answers_and_carry_no_loss(policy, cache):
+def test_openings_stand_between_prompt_and_answer(policy, cache):
     context, _ = prepared(policy, cache)
     examples = context.examples["train"].take([0, 1, 2])
     openings = [(7, 8, 9, 10), (), (5,)]
-    T = examples.demo.shape[1]
-    response, length, skipped = sft.with_openings(examples, openings, 1.0, np.random.default_rng(0), 3)
-    assert response.shape == (3, T + 3) and skipped[1] == 0 and skipped[2] == 1 and 1 <= skipped[0] <= 3
-    for row, opening, k, answer, n in zip(response, openings, skipped, examples.demo, examples.demo_len):
-        assert row[:k].tolist() == list(opening[:k]) and row[k : k + n].tolist() == answer[:n].tolist()
-    np.testing.assert_array_equal(length, examples.demo_len + skipped)
+    rows, opening_len = with_openings(examples, openings, 1.0, np.random.default_rng(0), 3)
+    assert opening_len[1] == 0 and opening_len[2] == 1 and 1 <= opening_len[0] <= 3
+    for p, (row, opening, k) in enumerate(zip(rows, openings, opening_len)):
+        prompt, answer = examples.prompt[p, : examples.prompt_len[p]], examples.demo[p, : examples.demo_len[p]]
+        assert row == [*prompt, *opening[:k], *answer]
     # Each k in 1..K comes about equally often, and about half of the prompts get an opening.
     rng = np.random.default_rng(1)
-    ks = np.concatenate([sft.with_openings(examples, [(1, 2, 3)] * 3, 0.5, rng, 3)[2] for _ in range(400)])
+    ks = np.concatenate([with_openings(examples, [(1, 2, 3)] * 3, 0.5, rng, 3)[1] for _ in range(400)])
     share = [np.mean(ks == k) for k in range(4)]
     np.testing.assert_allclose(share, [1 / 2, 1 / 6, 1 / 6, 1 / 6], atol=0.06)
-    # Without openings the answers keep their width.
-    assert sft.with_openings(examples, openings, 0.0, rng, 3)[0].shape == (3, T)
+
+
+def test_batches_hold_rows_of_similar_length_and_both_kinds_in_their_share():
+    rng = np.random.default_rng(0)
+    harmless = np.arange(64) % 4 == 0
+    length = rng.integers(10, 30, 64) + 20 * harmless  # harmless answers are longer
+    order = group_by_length(length, harmless, 8, rng)
+    assert sorted(order.ravel()) == list(range(64))
+    assert harmless[order].sum(1).tolist() == [2] * 8
+    spread = np.ptp(length[order] - 20 * harmless[order], axis=1)
+    assert spread.max() <= 8  # of 20
+    assert [choose_width(n, 120) for n in (1, 60, 64, 65, 80, 81, 97, 120)] == [64, 64, 64, 80, 80, 96, 120, 120]
+
+
+def test_the_windows_hold_each_batch_once(policy, cache):
+    context, _ = prepared(policy, cache)
+    lessons = Lessons(context.examples["train"], [()] * len(context.examples["train"].id))
+    batches = np.random.default_rng(0).permutation(len(lessons.examples.id))[: 2 * WINDOW].reshape(-1, 2)
+    batches = np.concatenate([batches, batches])[: 2 * WINDOW]
+    make = make_batches(lessons, batches, context.config.sft, seed=0)
+    made = [make(step) for step in range(WINDOW)]
+    tokens = sorted(np.asarray(batch.group.response)[p, 0].sum() for batch in made for p in range(2))
+    rows = [
+        with_openings(lessons.examples.take([i]), [()], 0.0, np.random.default_rng(0), 1)[0][0]
+        for i in batches[:WINDOW].ravel()
+    ]
+    assert tokens == sorted(sum(row[1:]) for row in rows)
+
+
+def test_a_lesson_in_one_row_has_the_loss_of_prompt_and_answer(policy, cache):
+    context, _ = prepared(policy, cache)
+    examples = context.examples["train"].take([0, 1, 2])
+    rows, opening_len = with_openings(examples, [()] * 3, 0.0, np.random.default_rng(0), 1)
+    joined = join_lessons(examples, rows, opening_len, max(map(len, rows)) + 3)
+    params = Params(sft.init_params(context))
+    adapted = POLICIES[context.config.policy.tune]
+    apart = make_group(examples, examples.demo[:, None], examples.demo_len[:, None])
+    masks = joined.answer_P1T, length_mask(apart.response_len, apart.response.shape[-1])
+    assert np.asarray(masks[0]).sum() == np.asarray(masks[1]).sum() == examples.demo_len.sum()
+    for reduce in ("sequence", "token", "discounted"):
+        values = [
+            supervised.loss(
+                context.model, adapted, context.config, params,
+                supervised.Demonstrations(group, losses.REDUCE[reduce](mask), losses.weight_by_token(mask)),
+            )
+            for group, mask in zip((joined.group, apart), masks)
+        ]  # fmt: skip
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *values)
 
 
 def test_the_sum_of_two_adapters_is_one_adapter_of_their_ranks(policy, cache):
