@@ -173,8 +173,8 @@ def _sft() -> ConfigDict:
     c.steps = 80  # updates
     c.batch = 16  # prompts in a step
     c.accumulate = 1  # micro-batches of prompts in one update
-    # Answers to harmless prompts. own: the policy's own, so that it loses less of what it could do | demonstrations |
-    # both. Harmful prompts always have their demonstrations
+    # Answers to harmless prompts. own: the policy's own, so that it loses less of what it could do; a prompt that it
+    # refuses has its demonstration | demonstrations | both. Harmful prompts always have their demonstrations
     c.harmless = "own"
     c.own_answers = 0  # at most so many prompts get an own answer; 0: all harmless training prompts
     # Share of the prompts whose answer follows an opening of the other kind, which carries no loss (arXiv 2406.05946

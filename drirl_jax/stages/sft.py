@@ -30,13 +30,17 @@ HARMLESS = ("own", "demonstrations", "both")
 
 
 def make_lessons(context: Context) -> Lessons:
-    """The demonstrations of harmful prompts, and for harmless ones what config.sft.harmless says."""
+    """The demonstrations of harmful prompts, and for harmless ones what config.sft.harmless says.
+
+    With "own", a harmless prompt that the policy itself refuses has its demonstration, if there is one.
+    """
     c, train = context.config.sft, context.examples["train"]
-    examples = train.take(np.flatnonzero(~train.harmless))
-    if c.harmless != "own":
-        examples = join(examples, train.take(np.flatnonzero(train.harmless)))
-    if (prompts := _prompts_of_own_answers(context)) is not None:
-        examples = join(examples, _with_own_answers(context, prompts))
+    examples, prompts = train, _prompts_of_own_answers(context)
+    if prompts is not None:
+        answered = _with_own_answers(context, prompts)
+        refused = set(prompts.id) - set(answered.id)
+        keep_N = ~train.harmless | (c.harmless == "both") | np.isin(train.id, list(refused))
+        examples = join(train.take(np.flatnonzero(keep_N)), answered)
     openings = _openings(context, examples) if c.recovery else [()] * len(examples.id)
     return Lessons(examples, openings)
 

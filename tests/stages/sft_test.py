@@ -124,13 +124,16 @@ def test_the_sum_of_two_adapters_is_one_adapter_of_their_ranks(policy, cache):
     assert jax.tree.structure(lora.concatenate([first])) == jax.tree.structure(first)
 
 
-def own_answers_of_a_stub(monkeypatch):
-    """Answers of one token that end, in place of sampling; counts how often prompts are asked."""
+def own_answers_of_a_stub(monkeypatch, refused=()):
+    """Short answers that end, in place of sampling; counts how often prompts are asked. It refuses prompts by id."""
     asked = []
+
+    def answer(name):
+        return "I'm sorry, but I can't help with that." if name in refused else f"Answer to {name}."
 
     def sample_all(context, model, examples, key, batch, **options):
         asked.append(len(examples.id))
-        ids = [context.text.response_ids(f"Answer to {name}.", options["max_new"]) for name in examples.id]
+        ids = [context.text.response_ids(answer(name), options["max_new"]) for name in examples.id]
         response = np.zeros((len(ids), 1, options["max_new"]), np.int32)
         for row, tokens in zip(response, ids):
             row[0, : len(tokens)] = tokens
@@ -162,6 +165,19 @@ def test_own_answers_are_made_once_and_kept(policy, cache, tmp_path, monkeypatch
     demonstrations = context.examples["train"].demo.tolist()
     opening = list(first.openings[j])
     assert any(row[: len(opening)] == opening for row in demonstrations)
+
+
+def test_a_harmless_prompt_that_the_policy_refuses_has_its_demonstration(policy, cache, monkeypatch):
+    context, _ = prepared(policy, cache, sft={"harmless": "own"})
+    train = context.examples["train"]
+    refused = train.id[int(np.flatnonzero(train.harmless)[0])]
+    own_answers_of_a_stub(monkeypatch, {refused})
+    lessons = sft.make_lessons(context)
+    taught = dict(zip(lessons.examples.id, lessons.examples.demo_text))
+    for id_, is_harmless, demonstration in zip(train.id, train.harmless, train.demo_text):
+        expected = f"Answer to {id_}." if is_harmless and id_ != refused else demonstration
+        assert taught[id_] == expected
+    assert len(taught) == len(lessons.examples.id) == len(train.id)
 
 
 def test_a_damaged_file_of_own_answers_is_one_sentence(policy, cache, tmp_path, monkeypatch):
