@@ -264,6 +264,7 @@ def _policy_loss() -> ConfigDict:
     c.clip_high = 0.2  # see clip_low
     c.beta_kl = 0.04  # weight of the KL divergence from the reference policy
     # How tokens become one loss, in SFT too. sequence | token | constant | discounted: earlier tokens weigh more (ours)
+    # | opening: the mean of sequence and discounted (ours)
     c.reduce = "sequence"
     c.ratio = "token"  # ratio to the sampling policy, one for each: token | sequence: whole response (GSPO)
     return c

@@ -125,15 +125,25 @@ def test_k3_gradient_by_finite_differences():
 
 def test_reductions_by_hand():
     # Tokens 1, 3 and 5 in two responses, T = 3. By sequence: means 2 and 5, 3.5. By token: 9/3. By constant: (4/3 +
-    # 5/3) / 2. Discounted, γ = .7: (1 + .7·3)/1.7 and 5. A response without tokens changes nothing, nor does padding.
+    # 5/3) / 2. Discounted, γ = .7: (1 + .7·3)/1.7 and 5; opening: half of that, half of 3.5. A response without tokens
+    # changes nothing, nor does padding.
     value = np.float32([[[1, 3, 99], [5, -99, 99], [8, 8, 8]]])
     mask = np.array([[[True, True, False], [True, False, False], [False, False, False]]])
     want = {"sequence": 3.5, "token": 3.0, "constant": 1.5, "discounted": (3.1 / 1.7 + 5) / 2}
+    want["opening"] = (want["sequence"] + want["discounted"]) / 2
     assert want.keys() == losses.REDUCE.keys()
     for name, rule in losses.REDUCE.items():
         for run in (rule, jax.jit(rule)):
             same(losses.weighted(value[:, :2], run(mask[:, :2])), want[name])
             same(losses.weighted(value, run(mask)), want[name])
+
+
+@pytest.mark.parametrize("reduce", ["sequence", "discounted", "opening"])
+def test_weights_do_not_depend_on_what_stands_before_the_first_token(reduce):
+    # In the stage `sft` the prompt stands in the row before the answer; 0.7^600 would be 0 in float32.
+    weight = losses.REDUCE[reduce](np.arange(604)[None, None] >= 600)
+    same(weight[..., 600:], losses.REDUCE[reduce](np.ones((1, 1, 4), bool)))
+    assert not weight[..., :600].any()
 
 
 @pytest.mark.parametrize("reduce", ["sequence", "token", "constant"])
@@ -215,7 +225,7 @@ def test_figures_of_a_token_are_means_over_tokens_however_the_loss_weighs_them(r
     }
     same(scalars, {name: value[mask].mean() for name, value in want.items()}, rtol=1e-4)
     # In the loss the KL term goes on being weighed like the rest.
-    if reduce != "discounted":
+    if reduce not in ("discounted", "opening"):
         want_loss = by_method(logp, old, ref, advantage, mask, reduce=reduce)
         same(loss(logp, old, ref, advantage, mask, reduce=reduce)[0], want_loss)
 
